@@ -24,7 +24,7 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.lstrip().startswith("#") else line.strip().split(" ", 1) if line.strip() else []
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
     parser.error = fail
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="base, rank, alpha, pairs, parameters and norms of an adapter file")
@@ -38,7 +38,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
-from safetensors.torch import save as to_bytes  # noqa: E402
+from safetensors.torch import save as serialize  # noqa: E402
 from torch import nn  # noqa: E402
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -56,10 +56,13 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save wraps a full disk
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(path)
+        raise cause
 
 
 # ---------------------------------------------------------------------------------------------- adapters in layers
@@ -126,13 +129,23 @@ def inject(model, targets="attention", rank=16, alpha=None, dropout=0.0, generat
 
 # ---------------------------------------------------------------------------------------------- adapters on disk
 
+def to_bytes(tensors, metadata):
+    """A safetensors file as bytes, the same ones every time: the library writes its metadata in random order."""
+    plain = serialize(tensors)
+    length = int.from_bytes(plain[:8], "little")
+    texts = {key: str(value) for key, value in sorted({"format": "pt", **metadata}.items())}
+    header = json.dumps({"__metadata__": texts, **json.loads(plain[8:8 + length])}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + plain[8 + length:]
+
+
 def save(path, weights, metadata, prefix="unet"):
     """Write {name: tensor} as `inject` names them, atomically; metadata: {"rank": …, "alpha": …, "base": …, …}."""
     scale = float(metadata["alpha"]) / float(metadata["rank"])
     tensors = {f"{prefix}.{name}": (w.detach().float() * (scale if ".lora_B." in name else 1)).cpu().contiguous()
                for name, w in weights.items()}
     with replacing(path) as file:
-        file.write(to_bytes(tensors, {"format": "pt", **{key: str(value) for key, value in metadata.items()}}))
+        file.write(to_bytes(tensors, metadata))
 
 
 def load(path):

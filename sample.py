@@ -21,7 +21,7 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.lstrip().startswith("#") else line.strip().split(" ", 1) if line.strip() else []
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
     parser.error = fail
     model = parser.add_argument_group("model")
     model.add_argument("--base", help="tiny, sd15, sd21-base, a Hub id or a diffusers folder (default: the adapter's)")

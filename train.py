@@ -1,7 +1,7 @@
 """Fit a LoRA adapter, or the whole UNet, of a Stable Diffusion base to a folder of images.
 
     python train.py --base tiny --data tests/phantoms --steps 300 --out runs/try
-    python train.py @tests/recipes/dfu.txt --data wounds/ --prompt "a diabetic foot ulcer" --out runs/dfu
+    python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
     torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}" --out runs/xray
 
 The same command typed again goes on where a stopped run was, bit for bit. Leaves in --out: lora.safetensors (EMA
@@ -85,7 +85,7 @@ def add_training(parser):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.lstrip().startswith("#") else line.strip().split(" ", 1) if line.strip() else []
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
     parser.error = fail
     add_data_and_model(parser)
     add_training(parser)
@@ -121,18 +121,19 @@ import shutil  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
-from contextlib import contextmanager, suppress  # noqa: E402
+from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from safetensors.torch import save as to_bytes  # noqa: E402
+from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import content_hash, generator, guarded, list_images, load_pixels, pick_device, replacing, split_rows  # noqa: E402
+from metrics import (content_hash, curve, generator, guarded, list_images, load_pixels, page, pick_device,  # noqa: E402
+                     replacing, split_rows, table, thumbnail)
 from sample import (contact_sheet, denoise, encode, encode_text, find_base, generate, load_base,  # noqa: E402
                     noised_and_target)
 
@@ -152,8 +153,9 @@ def start_processes(args):
     return device
 
 
+@contextmanager
 def lock(out):
-    """Hold the run's folder for this process: a kernel lock, which dies with it. A second run is refused."""
+    """Hold the run's folder: a kernel lock, which dies with its process. A second run is refused."""
     Path(out, "checkpoints").mkdir(parents=True, exist_ok=True)
     file = open(Path(out, ".lock"), "a+b")
     try:
@@ -167,7 +169,8 @@ def lock(out):
         fail(f"{out}: another run is writing here; wait for it or give another --out")
     for litter in [*Path(out).glob(".*.tmp"), *Path(out).glob("*/.*.tmp")]:  # of runs that were killed in mid-write
         litter.unlink()
-    return file
+    with file:
+        yield
 
 
 HARMLESS = ("steps epochs out resume device precision save_every keep_last log_every validate_every val_prompts val_samples "
@@ -312,7 +315,7 @@ def learning_rate(step, args):
     return args.lr * {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done, "constant": 1}[args.lr_schedule]
 
 
-def reduce_gradients(weights, numbers):
+def sum_over_processes(weights, numbers):
     """Sum the gradients and the tensor `numbers` over all processes: one all-reduce of one flat buffer."""
     if WORLD == 1:
         return numbers
@@ -335,6 +338,7 @@ class State:
     step: int = 0
     best: dict = field(default_factory=lambda: {"step": 0, "val_loss": math.inf})
     history: list = field(default_factory=list)   # of validations: {"step", "val_loss"}
+    bad_steps: int = 0                            # steps with NaN, in a row
 
 
 def start(base, args, checkpoint):
@@ -359,8 +363,8 @@ def start(base, args, checkpoint):
     return state
 
 
-def save_checkpoint(state, args, images, data_hash):
-    """Write checkpoints/step-N.pt and let latest.pt be it; the oldest beyond --keep-last go."""
+def save_checkpoint(state, args, images, data_hash, best=False):
+    """Write checkpoints/step-N.pt, let best.pt be it if it is and then latest.pt; the oldest beyond --keep-last go."""
     if RANK > 0:
         return
     folder = Path(args.out, "checkpoints")
@@ -373,6 +377,8 @@ def save_checkpoint(state, args, images, data_hash):
                "args": vars(args), "data": data_hash, "random": torch.get_rng_state()}
     with replacing(path) as file:
         torch.save(content, file)
+    if best:   # before latest.pt: a run killed between the two then does this step again
+        point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
     if args.keep_last:
         for old in sorted(folder.glob("step-*.pt"))[:-args.keep_last]:
@@ -482,65 +488,76 @@ class Log:
 def fit(base, data, val, state, prompts, args, data_hash, log):
     """Train until args.steps. SIGINT and SIGTERM save first and then end the run."""
     asked, weights = [], list(state.weights.values())
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: asked.append(True))
-    batch, on_cpu = args.batch_size * args.accumulate * WORLD, base.device.type == "cpu"
-    seen, clock, bad_steps = [], time.perf_counter(), 0
-    bar = tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=RANK > 0,
-               mininterval=0.5 if sys.stderr.isatty() else 30)
+    handlers = {name: signal.signal(name, lambda *_: asked.append(True)) for name in (signal.SIGINT, signal.SIGTERM)}
+    seen, clock = [], time.perf_counter()
     base.unet.train()
-    while state.step < args.steps:
-        step, lr = state.step, learning_rate(state.step, args)
-        loss_sum = torch.zeros((), device=base.device)
-        for micro in range(args.accumulate):
-            first = (micro * WORLD + RANK) * args.batch_size
-            latents, noise, timesteps, cond = make_batch(data, step, range(first, first + args.batch_size), args)
-            noisy, target, weight = noised_and_target(base, latents, noise, timesteps, args.snr_gamma)
-            if args.dropout:  # the one hidden state: nn.Dropout draws from the global generator
-                torch.manual_seed(generator(args.seed, "dropout", step, micro, RANK).initial_seed())
-            error = (denoise(base, noisy, timesteps, cond) - target).square().mean((1, 2, 3))
-            loss = (error * weight).sum() / batch
-            state.scaler.scale(loss).backward()
-            loss_sum += loss.detach()
-        numbers = reduce_gradients(weights, torch.stack([loss_sum, torch.tensor(float(len(asked)), device=base.device)]))
-        norm = apply_gradients(state, weights, lr, args)
-        state.step = step + 1
-        seen.append(torch.stack([numbers[0], norm]))
-        bar.update()
-        due = state.step % args.log_every == 0 or state.step == args.steps
-        stop = numbers[1].item() > 0 if on_cpu or due else False   # reading it makes a GPU wait
-        if due or stop:
-            values, seconds = torch.stack(seen).tolist(), time.perf_counter() - clock
-            log(*({"step": state.step - len(seen) + 1 + i, "epoch": round((step + 1) * batch / len(data.rows), 3),
-                   "loss": value, "lr": lr, "grad_norm": grad, "images_per_second": round(len(seen) * batch / seconds, 2),
-                   "memory": memory_in_use(base.device)} for i, (value, grad) in enumerate(values)))
-            for value, grad in values:
-                bad_steps = 0 if math.isfinite(grad) else bad_steps + 1
-                if bad_steps == 3:
-                    fail(f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller --lr or "
-                         f"--precision fp32; {args.out}/checkpoints/latest.pt is from before")
-            bar.set_postfix(loss=f"{sum(v for v, _ in values) / len(values):.4f}")
-            seen, clock = [], time.perf_counter()
-        last = state.step == args.steps
-        best = False
-        if last or args.validate_every and state.step % args.validate_every == 0:
-            best = validate(base, state, val, prompts, args, log)
-            clock = time.perf_counter()
-        if last or stop or best or state.step % args.save_every == 0:
-            save_checkpoint(state, args, len(data.rows), data_hash)
-            if best and RANK == 0:
-                point(Path(args.out, "checkpoints", "best.pt"), Path(args.out, "checkpoints", f"step-{state.step:08d}.pt"))
-        if stop and not last:
-            bar.close()
-            print(f"stopped at step {state.step}, saved; the same command goes on from here")
-            raise KeyboardInterrupt
-    bar.close()
+    with tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=RANK > 0,
+              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        while state.step < args.steps:
+            loss = compute_gradients(base, data, state, args)
+            numbers = torch.stack([loss, torch.full_like(loss, len(asked))])
+            loss, stop = sum_over_processes(weights, numbers)
+            norm = apply_gradients(state, weights, args)
+            state.step += 1
+            seen.append(torch.stack([loss, norm]))
+            bar.update()
+            last = state.step == args.steps
+            validating = last or args.validate_every and state.step % args.validate_every == 0
+            saving = last or state.step % args.save_every == 0
+            look = validating or saving or state.step % args.log_every == 0
+            stop = (look or base.device.type == "cpu") and stop.item() > 0   # to look makes a GPU wait
+            if look or stop:
+                bar.set_postfix(loss=f"{write_log(log, seen, clock, base.device, state, args, data):.4f}")
+                seen = []
+            best = validating and validate(base, state, val, prompts, args, log)
+            if saving or best or stop:
+                save_checkpoint(state, args, len(data.rows), data_hash, best)
+            if look:
+                clock = time.perf_counter()
+            if stop and not last:
+                tqdm.write(f"stopped at step {state.step}, saved; the same command goes on from here")
+                raise KeyboardInterrupt
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
 
 
-def apply_gradients(state, weights, lr, args):
+def compute_gradients(base, data, state, args):
+    """This process's share of a step: gradients in place, and its share of the loss, on the device."""
+    total = torch.zeros((), device=base.device)
+    for micro in range(args.accumulate):
+        first = (micro * WORLD + RANK) * args.batch_size
+        slots = range(first, first + args.batch_size)
+        latents, noise, timesteps, cond = make_batch(data, state.step, slots, args)
+        noisy, target, weight = noised_and_target(base, latents, noise, timesteps, args.snr_gamma)
+        if args.dropout:  # the one hidden state: nn.Dropout draws from the global generator
+            torch.manual_seed(generator(args.seed, "dropout", state.step, micro, RANK).initial_seed())
+        error = (denoise(base, noisy, timesteps, cond) - target).square().mean((1, 2, 3))   # (B,)
+        loss = (error * weight).sum() / (args.batch_size * args.accumulate * WORLD)
+        state.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def write_log(log, seen, clock, device, state, args, data):
+    """A line for each step since the last look; returns their mean loss. Three NaN steps in a row end the run."""
+    values, batch = torch.stack(seen).tolist(), args.batch_size * args.accumulate * WORLD
+    speed = round(len(seen) * batch / (time.perf_counter() - clock), 2)
+    first = state.step - len(seen) + 1
+    log(*({"step": step, "epoch": round(step * batch / len(data.rows), 3), "loss": loss,
+           "lr": learning_rate(step - 1, args), "grad_norm": norm, "images_per_second": speed,
+           "memory": memory_in_use(device)} for step, (loss, norm) in enumerate(values, first)))
+    for _, norm in values:
+        state.bad_steps = 0 if math.isfinite(norm) else state.bad_steps + 1
+        if state.bad_steps == 3:
+            fail(f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller --lr or --precision fp32; "
+                 f"{args.out}/checkpoints/latest.pt is from before")
+    return sum(loss for loss, _ in values) / len(values)
+
+
+def apply_gradients(state, weights, args):
     """Clip, step, average. Returns the gradient norm before clipping, on the device; a step with NaN changes nothing."""
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = learning_rate(state.step, args)
     state.scaler.unscale_(state.optimizer)
     grads = [w.grad for w in weights]
     norm = torch.nn.utils.get_total_norm(grads)
@@ -596,7 +613,30 @@ def save_model(weights, args):
             with replacing(folder / relative) as file, open(path, "rb") as part:
                 shutil.copyfileobj(part, file)
     with replacing(folder / unet) as file:
-        file.write(to_bytes({name: w.cpu().contiguous() for name, w in weights.items()}, {"format": "pt"}))
+        file.write(lora.to_bytes({name: w.cpu().contiguous() for name, w in weights.items()}, {}))
+
+
+def write_report(state, args):
+    """report.html: loss, validation, learning rate, gradient norm, the grids in order, the flags."""
+    lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
+    steps, grids = [line for line in lines if "loss" in line], sorted(Path(args.out, "samples").glob("step-*.png"))
+    width = max(1, len(steps) // 200)   # points are means over this many steps
+
+    def points(key):
+        parts = [steps[i:i + width] for i in range(0, len(steps), width)]
+        return [(part[-1]["step"], sum(line[key] for line in part) / len(part)) for part in parts]
+    best = f", best {state.best['val_loss']:.4f} at step {state.best['step']}" if state.history else ""
+    body = (f"<p>{state.step} steps{best}; peak memory {steps[-1]['memory']} MB, "
+            f"{steps[-1]['images_per_second']} images a second.</p>" + "<h2>Loss</h2>"
+            + curve({"training": points("loss"), "validation": [(v["step"], v["val_loss"]) for v in state.history]}, "step")
+            + "<h2>Gradient norm</h2>" + curve({"before clipping": points("grad_norm")}, "step")
+            + "<h2>Learning rate</h2>" + curve({"lr": points("lr")}, "step") + "<h2>Samples, same noise each time</h2>")
+    for path in grids[:: max(1, len(grids) // 6)][:-1] + grids[-1:]:
+        with Image.open(path) as grid:
+            body += f"<p class=\"soft\">{path.stem}</p>{thumbnail(grid, 1000)}"
+    flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(args).items()]
+    with replacing(Path(args.out, "report.html")) as file:
+        file.write(page(f"Training {args.out}", body + "<h2>Flags</h2>" + table(["flag", "value"], flags)).encode())
 
 
 def describe(state, data, val, args):
@@ -610,9 +650,7 @@ def describe(state, data, val, args):
           + f", going on from {state.step}" * (state.step > 0), flush=True)
 
 
-def main(args):
-    device = start_processes(args)
-    held = lock(args.out) if RANK == 0 else None   # noqa: F841  the lock lasts as long as the file is open
+def run(args, device):
     train_rows, val_rows = list_data(args)
     with open(Path(find_base(args.base), "unet", "config.json"), encoding="utf-8") as file:
         args.resolution = args.resolution or json.load(file)["sample_size"] * 8
@@ -634,9 +672,16 @@ def main(args):
     fit(base, data, val, state, prompts, args, data_hash, Log(Path(args.out, "log.jsonl"), state.step))
     if RANK == 0:
         result = save_results(state, args, data, data_hash)
+        write_report(state, args)
         write_args(args, ended=state.step)
-        print(f"done: {result}, grids in {args.out}/samples\nnext: python sample.py --"
+        print(f"done: {result}; look at {args.out}/report.html\nnext: python sample.py --"
               f"{'base' if args.method == 'full' else 'lora'} {result} --prompt \"{prompts[0]}\" --num-images 50 --grid")
+
+
+def main(args):
+    device = start_processes(args)
+    with lock(args.out) if RANK == 0 else nullcontext():
+        run(args, device)
 
 
 if __name__ == "__main__":

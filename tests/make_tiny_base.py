@@ -1,0 +1,359 @@
+"""Build the embedded base of tests/tiny-base from nothing but tests/phantoms.py. The whole recipe, on two cores:
+
+    python tests/phantoms.py POOL --count 16000 --seed 2000000 --processes 2 --kinds "inflammatory ulcer,\
+remodelling ulcer,normal chest,pleural effusion,lung nodule,normal fundus,retinal haemorrhages"
+    python tests/make_tiny_base.py vae       --out TINY --data POOL --minutes 15
+    python tests/make_tiny_base.py text      --out TINY --data POOL --minutes 4
+    python tests/make_tiny_base.py init-unet --out TINY
+    python train.py --base TINY --data POOL --out RUN --method full --snr-gamma 5 --ema 0.999 --prompt-dropout 0.1 \
+--batch-size 32 --lr 5e-4 --precision bf16 --steps 40000
+    python tests/make_tiny_base.py pack --trained RUN/model --out tests/tiny-base
+    python tests/make_tiny_base.py check     --out tests/tiny-base
+
+The pool leaves out mpox: an adapter must have something to learn. `vae` fits an autoencoder with factor 8 and 4 latent
+channels; `text` a byte-level CLIP tokenizer and a small CLIP text encoder, contrastively against the VAE's latents;
+`init-unet` writes a random UNet and the scheduler, so that TINY is a whole Stable Diffusion pipeline whose UNet
+train.py can fit. `pack` writes half-precision safetensors and refuses more than 16,000,000 bytes. `vae` and `text` keep
+a checkpoint in TINY-state and go on from it; --steps instead of --minutes makes a run independent of the clock.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import phantoms
+
+LATENT_STD = 1 / 0.18215  # as in Stable Diffusion, so that a forgotten scaling factor shows
+UNSEEN = {  # wordings that no caption uses, to see what the text encoder makes of a user's own
+    "inflammatory ulcer": ["open inflamed ulcer on the heel", "red inflammatory wound", "inflammatory stage"],
+    "remodelling ulcer": ["remodelling stage of healing", "scar of a closed ulcer", "wound remodelling, pale scar"],
+    "normal chest": ["normal x-ray of the chest", "clear lungs", "chest x-ray of a healthy patient, no finding"],
+    "pleural effusion": ["x-ray: effusion on the left", "right effusion", "large fluid collection, pleural space"],
+    "lung nodule": ["x-ray: nodule on the left", "round nodule", "chest x-ray with a small nodule, upper zone"],
+    "normal fundus": ["healthy eye, fundus", "normal retina photograph", "fundus with a clear macula and normal disc"],
+    "retinal haemorrhages": ["fundus with haemorrhages", "many bleedings in the retina", "diabetic retinopathy"],
+}
+WORDS = """a an the of in on with and without no patient skin lesion disease normal abnormal acute chronic image photo
+photograph photography x-ray radiograph ct mri ultrasound scan film chest lung heart brain liver kidney bone foot leg
+arm hand face eye retina fundus macula disc vessel wound ulcer diabetic inflammation inflammatory proliferation
+remodelling phase healing scar tissue red yellow black white pink dark light brown pale small medium large left right
+upper lower middle side zone effusion pneumonia fibrosis cardiomegaly nodule mass edema atelectasis consolidation
+emphysema pneumothorax infiltration thickening hernia tumor tumour cancer melanoma nevus monkeypox mpox rash vesicle
+pustule crust papule haemorrhage hemorrhage retinopathy glaucoma drusen exudate microscopy histology clinical
+dermatology showing close-up view frontal lateral portrait high quality severe mild moderate""".split()
+
+
+def save_safely(state, path):
+    """torch.save in one step, as seen from outside: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+
+def read_pool(folder):
+    """(uint8 images (N, 3, H, W), captions, labels) of a folder that phantoms.write made."""
+    with open(pathlib.Path(folder) / "metadata.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    images = np.stack([np.asarray(Image.open(pathlib.Path(folder) / row["file_name"])) for row in rows])
+    return torch.from_numpy(images).permute(0, 3, 1, 2), [row["text"] for row in rows], [row["label"] for row in rows]
+
+
+def unseen(count):
+    """Pictures outside every pool by the seeds' convention: (count * kinds, 3, 128, 128) in -1..1, and their kinds."""
+    drawn = [(kind, phantoms.draw(kind, 500_000 + i)[0]) for kind in phantoms.BASE_KINDS for i in range(count)]
+    images = torch.from_numpy(np.stack([image for _, image in drawn])).permute(0, 3, 1, 2)
+    return images.float() / 127.5 - 1, [kind for kind, _ in drawn]
+
+
+def fit(args, name, modules, loss_of_batch, lr):
+    """Fit `modules` (name -> Module) under `loss_of_batch(step)`: AdamW, cosine to zero over --minutes or --steps.
+
+    An average of the weights (EMA 0.998) is put into the modules at the end. Resumes from its checkpoint.
+    """
+    torch.manual_seed(0)
+    path = pathlib.Path(f"{args.out.rstrip('/')}-state") / f"{name}.pt"
+    weights = [p for module in modules.values() for p in module.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    averaged, step, spent, began = [p.detach().clone() for p in weights], 0, 0.0, time.time()
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+        optimizer.load_state_dict(state["optimizer"])
+        averaged, step, spent = state["averaged"], state["step"], state["spent"]
+        print(f"{name}: going on from step {step}")
+    saved, before = time.time(), spent
+    while True:
+        spent = before + time.time() - began
+        progress = step / args.steps if args.steps else spent / 60 / args.minutes
+        if progress >= 1 or time.time() - saved > 60:
+            save_safely({**{key: module.state_dict() for key, module in modules.items()}, "averaged": averaged,
+                         "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, path)
+            saved = time.time()
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        loss, words = loss_of_batch(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(averaged, [p.detach() for p in weights], 1 - min(0.998, (1 + step) / (10 + step)))
+        step += 1
+        if step % 50 == 0:
+            print(f"{name} step {step} {spent:.0f} s loss {loss.item():.4f} {words()}", flush=True)
+    with torch.no_grad():
+        for p, mean in zip(weights, averaged):
+            p.copy_(mean)
+
+
+# ---- the autoencoder
+
+def make_vae(args):
+    """Fit the autoencoder, give its latents zero mean and LATENT_STD a channel, and save it."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                        block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=4,
+                        norm_num_groups=8, sample_size=128, scaling_factor=1 / LATENT_STD)
+    images, _, _ = read_pool(args.data)
+    test, _ = unseen(4)
+
+    def loss_of_batch(step):
+        draw = torch.Generator().manual_seed(step)
+        x = images[torch.randint(len(images), (8,), generator=draw)].float() / 127.5 - 1
+        x = x.flip(-1) if step % 2 else x
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            posterior = vae.encode(x).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            # Noise beyond the posterior's own teaches the decoder to bear what a denoiser leaves behind.
+            shake = torch.sqrt(logvar.exp() + (0.05 * mean.detach().std()) ** 2)
+            y = vae.decode(mean + shake * torch.randn(mean.shape, generator=draw)).sample
+        error = y.float() - x
+        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        divergence = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * slopes + 1e-5 * divergence
+
+        def words():
+            with torch.no_grad():
+                return f"mse {error.square().mean():.5f} std {mean.std():.2f} psnr {psnr(vae, test).mean():.2f}"
+        return loss, words
+
+    fit(args, "vae", {"vae": vae}, loss_of_batch, 2e-3)
+    standardise(vae, images)
+    vae.eval().save_pretrained(pathlib.Path(args.out) / "vae")
+    check_vae(vae)
+
+
+@torch.no_grad()
+def encode(vae, images):
+    """Posterior means (N, 4, H/8, W/8) of images in -1..1 or uint8."""
+    return torch.cat([vae.encode(part / 127.5 - 1 if images.dtype == torch.uint8 else part).latent_dist.mean
+                      for part in images.split(64)])
+
+
+@torch.no_grad()
+def psnr(vae, images):
+    """PSNR (N,) in dB of the reconstruction from the posterior mean; images (N, 3, H, W) in -1..1."""
+    ratios = [10 * torch.log10(4 / (vae.decode(encode(vae, part)).sample.clamp(-1, 1) - part).square().mean((1, 2, 3)))
+              for part in images.split(32)]
+    return torch.cat(ratios)
+
+
+@torch.no_grad()
+def standardise(vae, images):
+    """Fold a shift and a scale a latent channel into the 1x1 convolutions on both sides of the latents."""
+    latents = encode(vae, images[torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:2000]])
+    mean, scale = latents.mean((0, 2, 3)), LATENT_STD / latents.std((0, 2, 3))
+    into, out = vae.quant_conv, vae.post_quant_conv
+    into.weight[:4] *= scale[:, None, None, None]
+    into.bias[:4] = (into.bias[:4] - mean) * scale
+    into.bias[4:] += 2 * scale.log()
+    out.bias += out.weight[:, :, 0, 0] @ mean
+    out.weight /= scale[None, :, None, None]
+
+
+def check_vae(vae, count=256):
+    """Print PSNR by kind on `count` unseen phantoms each, and the scaled latents' moments; returns the mean PSNR."""
+    images, kinds = unseen(count)
+    ratios = psnr(vae, images)
+    for kind, members in itertools.groupby(range(len(kinds)), lambda i: kinds[i]):
+        print(f"psnr {kind}: {ratios[list(members)].mean():.2f} dB")
+    latents = encode(vae, images) * vae.config.scaling_factor
+    mean, std = ([round(v, 3) for v in moment.tolist()] for moment in (latents.mean((0, 2, 3)), latents.std((0, 2, 3))))
+    print(f"psnr {ratios.mean():.2f} dB (lowest {ratios.min():.2f}), scaled latents: mean {mean} std {std}")
+    return ratios.mean().item()
+
+
+# ---- words
+
+def make_tokenizer(captions, folder):
+    """A CLIPTokenizer of bytes, bytes that end a word, learned merges and two specials; written to `folder`."""
+    from tokenizers import models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = CLIPTokenizer().backend_tokenizer
+    learner.model = models.BPE(end_of_word_suffix="</w>")
+    learner.train_from_iterator(captions + WORDS * 40, trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=20, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # A merge makes sense only where both halves exist, and the halves may be bytes that the learner never met as ends.
+    words = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words + ["<|startoftext|>", "<|endoftext|>"]))}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    # transformers before 5 reads these two files instead.
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2"] + [" ".join(pair) for pair in merges]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def text_encoder_of(tokenizer):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+
+
+def thinned(caption, random):
+    """The caption less some of its words, so that the encoder does not hang on whole sentences."""
+    words = caption.split()
+    kept = [word for word in words if random.random() > 0.2]
+    return " ".join(kept) if len(kept) > 1 else caption
+
+
+def make_text(args):
+    """Fit the text encoder: a caption's pooled state must find the latents of its picture among a batch's 128."""
+    from diffusers import AutoencoderKL
+
+    images, captions, labels = read_pool(args.data)
+    out = pathlib.Path(args.out)
+    tokenizer = make_tokenizer(captions, out / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(out / "vae").eval()
+    latents = encode(vae, images) * vae.config.scaling_factor
+    torch.manual_seed(0)
+    encoder = text_encoder_of(tokenizer)
+    eye = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 64, 3, 2, 1), torch.nn.SiLU(), torch.nn.Conv2d(64, 128, 3, 2, 1), torch.nn.SiLU(),
+        torch.nn.Conv2d(128, 128, 3, 2, 1), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(512, 128))
+    hand = torch.nn.Linear(128, 128)
+    wordings = {caption: i for i, caption in enumerate(sorted(set(captions)))}
+
+    def loss_of_batch(step):
+        random = np.random.default_rng((7, step))
+        rows = random.choice(len(captions), 128, replace=False)
+        texts = [thinned(captions[i], random) for i in rows]
+        # Padding comes after the end token, which a causal encoder never sees from there: the batch's longest will do.
+        tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
+        states = encoder(tokens)
+        seen, said = F.normalize(eye(latents[rows]), dim=-1), F.normalize(hand(states.pooler_output), dim=-1)
+        same = torch.tensor([wordings[captions[i]] for i in rows])
+        target = (same[:, None] == same[None]).float()
+        scores = said @ seen.T / 0.07
+        contrast = F.cross_entropy(scores, target / target.sum(1, keepdim=True)) \
+            + F.cross_entropy(scores.T, target / target.sum(1, keepdim=True))
+        # Each state keeps its own word, which the pooled loss alone would let fade; attention in the UNet reads them.
+        table = F.normalize(encoder.get_input_embeddings().weight, dim=-1)
+        keep = F.cross_entropy((states.last_hidden_state @ table.T).flatten(0, 1), tokens.flatten())
+        right = [labels[rows[i]] == labels[rows[j]] for i, j in enumerate(scores.argmax(1).tolist())]
+        return contrast + 0.1 * keep, lambda: f"kind retrieved {np.mean(right):.3f} contrast {contrast.item():.3f}"
+
+    fit(args, "text", {"encoder": encoder, "eye": eye, "hand": hand}, loss_of_batch, 1e-3)
+    encoder.eval().save_pretrained(out / "text_encoder")
+    check_text(encoder, tokenizer)
+
+
+@torch.no_grad()
+def check_text(encoder, tokenizer):
+    """Print how many captions never seen have as nearest kind (by pooled state) their own; returns the share."""
+    def pooled(texts):
+        tokens = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        return F.normalize(encoder(tokens).pooler_output, dim=-1)
+
+    centres = torch.stack([pooled([phantoms.draw(kind, 400_000 + i, 16)[1] for i in range(64)]).mean(0)
+                           for kind in UNSEEN])
+    cases = [(kind, text) for kind, texts in enumerate(UNSEEN.values()) for text in texts]
+    found = (pooled([text for _, text in cases]) @ centres.T).argmax(1).tolist()
+    wrong = [f"{text!r} -> {list(UNSEEN)[i]}" for (kind, text), i in zip(cases, found) if kind != i]
+    print(f"unseen wordings whose nearest kind is right: {len(cases) - len(wrong)} of {len(cases)}; wrong: {wrong}")
+    return 1 - len(wrong) / len(cases)
+
+
+# ---- the rest of the pipeline
+
+def init_unet(args):
+    """Write a random UNet, the scheduler of Stable Diffusion 1.5 and model_index.json beside VAE and text encoder."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    out = pathlib.Path(args.out)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=2, norm_num_groups=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128, attention_head_dim=4)
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1)
+    pipeline = StableDiffusionPipeline(
+        AutoencoderKL.from_pretrained(out / "vae"), CLIPTextModel.from_pretrained(out / "text_encoder"),
+        CLIPTokenizer.from_pretrained(out / "tokenizer"), unet, scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+    pipeline.save_pretrained(out)
+    parts = ("unet", "vae", "text_encoder")
+    print({name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in parts})
+
+
+def pack(args):
+    """Write the trained pipeline folder as fp16 safetensors to --out; refuse it over 16,000,000 bytes."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(args.trained, torch_dtype=torch.float16, safety_checker=None,
+                                                       requires_safety_checker=False)
+    pipeline.save_pretrained(args.out)
+    size = sum(path.stat().st_size for path in pathlib.Path(args.out).rglob("*") if path.is_file())
+    print(f"{args.out}: {size:,} bytes")
+    if size > 16_000_000:
+        sys.exit("error: more than 16,000,000 bytes: take a smaller UNet in init_unet()")
+
+
+def check(args):
+    """Load --out as any user would and print what it can do."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(args.out)
+    check_vae(pipeline.vae)
+    check_text(pipeline.text_encoder, pipeline.tokenizer)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "text", "init-unet", "pack", "check"])
+    parser.add_argument("--out", required=True, help="pipeline folder to write (check: to read)")
+    parser.add_argument("--data", help="pool of phantoms, for vae and text")
+    parser.add_argument("--trained", help="pipeline folder with the trained UNet, for pack")
+    parser.add_argument("--minutes", type=float, default=10, help="length of a fit by the clock")
+    parser.add_argument("--steps", type=int, help="length of a fit in steps instead")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, for CPUs that have it in hardware")
+    args = parser.parse_args()
+    {"vae": make_vae, "text": make_text, "init-unet": init_unet, "pack": pack, "check": check}[args.stage](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""Numbers against values from outside: published packages run once (named beside each value) and closed forms."""
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metrics
+from metrics import METRICS, calibrate, frechet, judge, kid, permutation_draws, yardstick
+
+A = np.random.RandomState(0)
+REAL, FAKE = A.randn(60, 16), 1.1 * A.randn(50, 16) + 0.2
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def noise(count, size=64, seed=0, spread=0.2):
+    """Smooth random uint8 pictures (count, 3, size, size)."""
+    rough = torch.randn(count, 3, 8, 8, generator=metrics.generator(seed, "test"))
+    smooth = torch.nn.functional.interpolate(rough, (size, size), mode="bicubic")
+    return (smooth * spread + 0.5).clamp(0, 1).mul(255).to(torch.uint8)
+
+
+def observed(real, fake, **more):
+    joint = metrics.joint_matrices(real, fake, standardise=False) | more
+    return joint, permutation_draws(len(real), len(fake), 0, seed=0)
+
+
+# ---------------------------------------------------------------- set against set
+
+
+def test_frechet_agrees_with_pytorch_fid_and_with_the_closed_form():
+    line = frechet(np.array([[0.0], [1], [2], [3]]), np.array([[1.0], [3], [5], [7]]))
+    assert line == pytest.approx(6.25 + 5 / 3, rel=1e-12)
+    assert frechet(REAL, FAKE) == pytest.approx(4.648399843789, rel=1e-10)  # pytorch-fid 0.3.0, torch-fidelity 0.4.0
+
+
+def test_frechet_is_exact_where_there_are_fewer_images_than_features():
+    r = np.random.RandomState(1)
+    few, fewer = r.randn(30, 64), r.randn(25, 64) * 1.2 + 0.1
+    assert frechet(few, fewer) == pytest.approx(81.927118320674, rel=1e-11)
+    assert frechet(few, fewer) == pytest.approx(81.927116573, rel=1e-6)  # pytorch-fid 0.3.0, through sqrtm
+
+
+def test_the_gram_matrix_gives_the_frechet_distance_of_the_features():
+    r = np.random.RandomState(1)
+    for real, fake in ((REAL, FAKE), (r.randn(30, 64), r.randn(25, 64) * 1.2 + 0.1)):
+        joint, draws = observed(real + 100, fake + 100)
+        assert metrics.frechet_draws(joint, draws)[0] == pytest.approx(frechet(real, fake), rel=1e-9)
+
+
+def test_frechet_of_a_set_with_itself_is_zero_and_shifts_and_turns_do_not_move_it():
+    turn = np.linalg.qr(np.random.RandomState(3).randn(16, 16))[0]
+    assert frechet(REAL, REAL) < 1e-9
+    assert frechet(REAL[::-1] @ turn + 5, FAKE @ turn + 5) == pytest.approx(frechet(REAL, FAKE), rel=1e-9)
+
+
+def test_kid_and_its_jackknife_error_have_the_reference_values():
+    value, error = kid(REAL, FAKE)
+    assert value == pytest.approx(0.270729429815, rel=1e-10)
+    assert error == pytest.approx(0.120100621680, rel=1e-10)
+    assert kid(REAL[:50], FAKE)[0] == pytest.approx(0.298755094560, rel=1e-10)  # torch-fidelity, torchmetrics
+    joint, draws = observed(REAL, FAKE)
+    assert metrics.kid_draws(joint, draws)[0] == pytest.approx(value, rel=1e-10)
+
+
+def test_the_jackknife_from_row_sums_is_the_jackknife_by_leaving_each_image_out():
+    real, fake = REAL[:12], FAKE[:9]
+    left = [[kid(np.delete(real, n, 0), fake)[0] for n in range(12)],
+            [kid(real, np.delete(fake, n, 0))[0] for n in range(9)]]
+    slow = sum((len(part) - 1) * np.var(part) for part in left) ** 0.5
+    assert kid(real, fake)[1] == pytest.approx(slow, rel=1e-9)
+
+
+@pytest.mark.parametrize("k, expected", [(3, (.7, .7833333333333, .68, .75)), (5, (.78, .9, .716, .9))])
+def test_precision_recall_density_and_coverage_agree_with_prdc(k, expected):
+    blocks = [metrics.squared_distances(x, y) for x, y in ((REAL, REAL), (FAKE, FAKE), (REAL, FAKE))]
+    assert metrics.precision_recall(*blocks, k) == pytest.approx(expected, abs=1e-12)  # prdc 0.2
+
+
+def test_identical_images_give_clear_numbers():
+    same = np.repeat(REAL[:1], 20, 0)
+    joint, draws = observed(same, same)
+    found = {name: row[0](joint, draws)[0] for name, row in METRICS.items() if row[2] == "features"}
+    assert found == pytest.approx({"frechet": 0, "kid": 0, "precision": 1, "recall": 1, "density": 4, "coverage": 1})
+
+
+# ---------------------------------------------------------------- the yardstick
+
+
+def test_a_permutation_p_is_uniform_when_both_sets_come_from_one_source():
+    r = np.random.RandomState(0)
+    small = {name: 0 for name in ("frechet", "kid")}
+    for trial in range(200):
+        joint = metrics.joint_matrices(r.randn(20, 30), r.randn(20, 30), standardise=True)
+        draws = permutation_draws(20, 20, 39, seed=trial)
+        for name in small:
+            small[name] += yardstick(METRICS[name][0](joint, draws), True)["p_high"] <= 0.1
+    assert all(8 <= count <= 34 for count in small.values()), small  # 20 expected, +- 3.3 standard deviations
+
+
+def test_a_shift_is_called_worse_than_chance_and_copies_closer_than_chance():
+    r = np.random.RandomState(0)
+    real = r.randn(40, 64)
+    for fake, name in ((r.randn(40, 64) + 0.4, "p_high"), (real + 0.01 * r.randn(40, 64), "p_low")):
+        joint = metrics.joint_matrices(real, fake, standardise=True)
+        draws = permutation_draws(40, 40, 99, seed=0)
+        for metric in ("frechet", "kid"):
+            assert yardstick(METRICS[metric][0](joint, draws), METRICS[metric][1])[name] == 0.01
+
+
+def test_draws_have_the_sets_sizes_and_keep_a_patient_together():
+    groups = ["a"] * 4 + ["b"] * 3 + [""] * 13
+    draws = permutation_draws(12, 8, 50, 0, groups)
+    assert (draws[0] == [1] * 12 + [-1] * 8).all()
+    assert ((draws == 1).sum(1) == 12).all() and ((draws == -1).sum(1) == 8).all()
+    assert all(len(set(row[:4])) == 1 and len(set(row[4:7])) == 1 for row in draws[1:])
+    assert len({row.tobytes() for row in draws}) > 45
+    assert (draws == permutation_draws(12, 8, 50, 0, groups)).all()
+
+
+def test_halves_of_the_real_set_are_compared_at_equal_sizes():
+    real, fake = metrics.half_draws(21, 30, 5, seed=0)
+    for draws in (real, fake):
+        assert ((draws == 1).sum(1) == 10).all() and ((draws == -1).sum(1) == 10).all()
+    assert (real[:, 21:] == 0).all() and (fake[:, :21] != -1).all()
+
+
+# ---------------------------------------------------------------- image against image
+
+
+def test_ssim_agrees_with_scikit_image_on_noise_and_with_the_closed_form_on_flat_images():
+    r = np.random.RandomState(3)
+    a = r.rand(64, 48, 3)
+    b = np.clip(a + 0.1 * r.randn(64, 48, 3), 0, 1)
+    a, b = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (a, b))
+    assert metrics.ssim(a, b).item() == pytest.approx(0.946309482727, abs=1e-9)  # scikit-image 0.26, gaussian
+    grey = [torch.einsum("bchw,c->bhw", x, torch.tensor(metrics.LUMA).double())[:, None] for x in (a, b)]
+    assert metrics.ssim(*grey).item() == pytest.approx(0.947221478643, abs=1e-7)
+    y, x = np.mgrid[0:64, 0:64] / 63
+    waves = [torch.from_numpy(0.5 + 0.5 * np.sin(6 * x + 4 * y**2 + turn))[None, None] for turn in (0, 0.5)]
+    assert metrics.ssim(*waves).item() == pytest.approx(0.569981499344, abs=1e-9)  # scikit-image 0.26
+    flat = [torch.full((1, 1, 32, 32), value, dtype=torch.float64) for value in (0.4, 0.6)]
+    assert metrics.ssim(*flat).item() == pytest.approx((2 * 0.24 + 1e-4) / (0.52 + 1e-4), abs=1e-12)
+
+
+def test_the_ssim_matrix_is_ssim_of_every_pair_at_64_pixels():
+    first, second = noise(5), noise(7, seed=1)
+    slow = [[metrics.ssim(metrics.to_grey(a[None]).double(), metrics.to_grey(b[None]).double()).item() for b in second]
+            for a in first]
+    assert metrics.ssim_matrix(first, second) == pytest.approx(np.array(slow), abs=2e-5)
+
+
+def test_the_nearest_image_by_ssim_is_the_copy_with_its_full_size_value():
+    real = noise(30, size=96)
+    index, value = metrics.nearest_ssim(real[[7, 3]], real, metrics.ssim_matrix(real[[7, 3]], real), top=5)
+    assert index.tolist() == [7, 3] and value == pytest.approx([1, 1], abs=1e-6)
+
+
+LPIPS_VALUES = {"alex": 0.027844432555, "vgg": 0.048296213661, "squeeze": 0.030263287327}  # lpips 0.1.4, float64
+
+
+def golden_lpips(net):
+    """The distance network with the trunk of research notes: seeded float64 weights, packaged linear layers."""
+    rs, state = np.random.RandomState(7), {}
+    with torch.device("meta"):
+        import torchvision
+        shapes = getattr(torchvision.models, metrics.LPIPS[net][0])().features.state_dict()
+    for name, value in shapes.items():
+        fan_in = value[0].numel() if value.ndim == 4 else 1
+        state[name] = torch.from_numpy(rs.randn(*value.shape) * np.sqrt(2 / fan_in)) if value.ndim == 4 \
+            else torch.zeros(value.shape, dtype=torch.float64)
+    linear = metrics.load_weights(metrics.lpips_files(net)[1], metrics.LPIPS[net][3])
+    weights = [linear[f"lin{n}.model.1.weight"][0].double() for n in range(len(linear))]
+    return dict(name=net, trunk=metrics.trunk_of(metrics.LPIPS[net][0], state), indices=metrics.LPIPS[net][1],
+                weights=weights)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lpips") is None, reason="the lpips package has the linear weights")
+@pytest.mark.parametrize("net", LPIPS_VALUES)
+def test_lpips_is_the_squared_distance_of_two_vectors(net):
+    y, x = np.mgrid[0:64, 0:64] / 63
+    images = [np.stack([np.sin(9 * x + 3 * y + a), np.cos(7 * y * x + b), np.sin(5 * x**2 + 8 * y + c)])
+              for a, b, c in ((0, 0, 0), (0.7, 0.3, 0.2))]
+    one, other = metrics.lpips_vectors(golden_lpips(net), torch.from_numpy(np.stack(images)))
+    assert (one - other).square().sum().item() == pytest.approx(LPIPS_VALUES[net], abs=1e-8)
+
+
+def test_the_random_perceptual_matrix_is_symmetric_zero_for_copies_and_the_same_in_blocks():
+    pixels = noise(6)
+    pixels[5] = pixels[0]
+    network = metrics.load_lpips("random", "cpu")
+    whole = metrics.lpips_matrix(pixels, network, "cpu")
+    blocks = metrics.lpips_matrix(pixels, network, "cpu", batch_size=1, memory=4 * 500_000 * 2)
+    assert whole == pytest.approx(whole.T) and whole == pytest.approx(blocks, abs=1e-5)
+    assert whole[0, 5] == 0 and (whole[0, 1:5] > 0.01).all()
+    black = metrics.lpips_matrix(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), network, "cpu")
+    assert (black == 0).all()
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_the_inception_has_every_patch_of_the_fid_network():
+    from torchvision.models import Inception3
+    state = Inception3(num_classes=1008, aux_logits=False, init_weights=False).double().state_dict()
+    rs = np.random.RandomState(8)
+    assert len(state) == 566
+    for name, value in state.items():
+        if value.ndim == 4:
+            drawn = rs.randn(*value.shape) * np.sqrt(2 / value[0].numel())
+        elif name == "fc.weight":
+            drawn = rs.randn(*value.shape) * 0.02
+        else:
+            drawn = np.full(value.shape, float(name.endswith(("running_var", "bn.weight"))))
+        value.copy_(torch.from_numpy(np.asarray(drawn, np.float32)))
+    net = metrics.fid_inception({name: value.float() for name, value in state.items()}).double()
+    y, x = np.mgrid[0:128, 0:128] / 127
+    image = np.stack([.5 + .5 * np.sin(9 * x + 3 * y), .5 + .5 * np.cos(7 * y * x), .5 + .5 * np.sin(5 * x**2 + 8 * y)])
+    big = torch.nn.functional.interpolate(torch.from_numpy(image)[None], (299, 299), mode="bilinear")
+    found = net(2 * big - 1)[0].numpy()
+    # pytorch-fid 0.3.0's own classes in float64
+    assert (found.mean(), found.std(), found[2047]) == pytest.approx((.339946443, .447930402, .007591808), abs=1e-6)
+    assert found.argmax() == 1913
+
+
+def test_texture_gives_368_numbers_that_notice_blur_and_noise():
+    pixels = noise(4, size=80)
+    found = metrics.texture(pixels)
+    assert found.shape == (4, 368) and found.isfinite().all()
+    assert torch.allclose(metrics.texture(pixels[2:3]), found[2:3], atol=1e-4)
+    speckled = (pixels + torch.randint(0, 9, pixels.shape, generator=metrics.generator(0, "speckle"))).to(torch.uint8)
+    assert (metrics.texture(speckled) - found).norm() > 5
+    assert metrics.texture(torch.zeros(1, 3, 40, 40, dtype=torch.uint8)).isfinite().all()
+
+
+def test_orthogonal_filters_are_orthogonal_and_the_same_each_time():
+    state, again = metrics.orthogonal_vgg(), metrics.orthogonal_vgg()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    wide = state["28.weight"].flatten(1)
+    assert torch.allclose(wide @ wide.T, 2 * torch.eye(512), atol=1e-4)
+    first = state["0.weight"].flatten(1)
+    assert torch.allclose(first.T @ first, 2 * torch.eye(27), atol=1e-4)
+
+
+def test_features_come_from_the_cache_and_a_damaged_entry_is_computed_again(cache):
+    calls = []
+
+    def means(pixels):
+        calls.append(len(pixels))
+        return pixels.float().mean((2, 3))
+    network = dict(name="means", function=means)
+    pixels = noise(5)
+    fresh = metrics.extract(pixels, network, "cpu", batch_size=2)
+    assert calls == [2, 2, 1] and fresh.shape == (5, 3)
+    assert (metrics.extract(pixels, network, "cpu") == fresh).all() and len(calls) == 3
+    files = sorted(path for path in cache.rglob("*") if path.is_file())
+    files[0].write_bytes(files[0].read_bytes()[:-1] + b"x")
+    files[1].write_bytes(b"")
+    assert (metrics.extract(pixels, network, "cpu") == fresh).all() and calls[3:] == [2]
+    pixels[0, 0, 0, 0] += 1
+    assert metrics.extract(pixels, network, "cpu")[0, 0] != fresh[0, 0]
+
+
+def test_a_weight_file_that_is_missing_damaged_or_another_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "torn.pth").write_bytes(b"PK not weights")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, said in (("inception", "no such weight file"), (str(tmp_path / "torn.pth"), "not a readable"),
+                       (str(tmp_path / "other.pth"), "not the weights of FID")):
+        with pytest.raises(SystemExit) as stop:
+            metrics.load_features(name, "cpu")
+        lines = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(lines) == 1 and said in lines[0]
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_the_joint_threshold_passes_the_promised_share_of_unseen_real_images():
+    r = np.random.RandomState(0)
+    passed = []
+    for _ in range(200):
+        common = r.randn(180, 1)
+        scores = np.concatenate([common + 0.7 * r.randn(180, 3), r.randn(180, 1)], 1)  # three correlated, one apart
+        real, unseen = ({name: part[:, n] for n, name in enumerate("abcd")} for part in (scores[:80], scores[80:]))
+        passed.append(judge(real, unseen, calibrate(real, 0.1))[0].mean())
+    assert 0.88 < np.mean(passed) < 0.93  # each score cut at 0.1 alone would pass about 0.75
+
+
+def test_a_bad_image_is_refused_by_the_name_of_its_worst_score():
+    real = {"blur": np.arange(40.0), "noise": np.arange(40.0)}
+    passes, worst = judge(real, {"blur": np.array([5.0, 90]), "noise": np.array([6.0, 3])}, calibrate(real, 0.05))
+    assert passes.tolist() == [True, False] and worst[1] == "blur"
+
+
+def test_too_few_real_images_for_a_threshold_refuse_nothing():
+    assert calibrate({"a": np.arange(10.0)}, 0.05) == float("inf")
+
+
+def test_the_nearest_real_image_of_a_real_one_is_never_its_own_patient():
+    distances = np.array([[0, 1, 5, 9], [1, 0, 6, 2], [5, 6, 0, 3], [9, 2, 3, 0.0]])
+    index, found = metrics.nearest(distances, metrics.same_unit(["p", "p", "", ""]))
+    assert index.tolist() == [2, 3, 3, 1] and found.tolist() == [5, 2, 3, 2]
+
+
+def test_scores_rise_with_sharpness_contrast_and_colour():
+    pixels = noise(3, size=64)
+    grey = pixels[:, :1].expand(-1, 3, -1, -1)
+    sharp = pixels + torch.randint(0, 9, pixels.shape, generator=metrics.generator(0, "speckle")).to(torch.uint8)
+    flat = (pixels // 2 + 64).to(torch.uint8)
+    plain = metrics.image_scores(pixels)
+    assert (metrics.image_scores(sharp)["sharpness"] > plain["sharpness"]).all()
+    assert (metrics.image_scores(flat)["contrast"] < plain["contrast"]).all()
+    assert (metrics.image_scores(grey)["colour"] == 0).all() and (plain["colour"] > 0.05).all()
+    assert metrics.two_sided(np.arange(101.0), np.array([0.0, 50, 100])) == pytest.approx([1.349, 0, 1.349], abs=1e-3)
+
+
+# ---------------------------------------------------------------- files, seeds, errors, the page
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "new" / "file.bin"
+    with metrics.replacing(path) as file:
+        file.write(b"old")
+    with pytest.raises(KeyboardInterrupt), metrics.replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file.bin"]
+
+
+def test_a_generator_depends_on_seed_and_key_alone():
+    first = torch.rand(3, generator=metrics.generator(1, "noise", 4))
+    assert torch.equal(first, torch.rand(3, generator=metrics.generator(1, "noise", 4)))
+    others = [torch.rand(3, generator=metrics.generator(*key)) for key in ((2, "noise", 4), (1, "order", 4), (1, "noise"))]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_a_device_that_is_not_there_is_refused(capsys):
+    assert metrics.pick_device("cpu").type == "cpu"
+    for name in ("cuda:99", "gpu", "mps"):
+        with pytest.raises(SystemExit):
+            metrics.pick_device(name)
+        assert "this machine has cpu" in capsys.readouterr().err
+
+
+GUARDED = """
+import argparse, os, signal, sys, torch
+from metrics import BadImage, guarded
+def main(args):
+    if args.what == "term": os.kill(os.getpid(), signal.SIGTERM)
+    if args.what == "file": open("/no/such/place")
+    if args.what == "image": raise BadImage("x.png", "is empty")
+    if args.what == "memory": raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    if args.what == "bug": raise KeyError("bug")
+guarded(main, argparse.Namespace(what=sys.argv[1], precision="fp32"))
+"""
+
+
+@pytest.mark.parametrize("what, code, said", [
+    ("term", 130, "interrupted"), ("file", 2, "error: No such file or directory: /no/such/place"),
+    ("image", 2, "error: x.png: is empty"), ("memory", 2, "--batch-size or --precision"), ("bug", 1, "KeyError")])
+def test_what_a_user_did_ends_in_one_line_and_a_bug_in_a_traceback(what, code, said):
+    run = subprocess.run([sys.executable, "-c", GUARDED, what], capture_output=True, text=True,
+                         cwd=os.path.dirname(metrics.__file__))
+    assert run.returncode == code and said in run.stderr
+    assert (len(run.stderr.splitlines()) == 1) == (what != "bug")
+
+
+def test_a_page_escapes_what_it_is_told_and_needs_no_network():
+    text = metrics.page("<b>", metrics.table(["<i>"], [["<script>"]]) + metrics.curve({"<u>": [(0, 1), (1, float("nan"))]})
+                        + metrics.thumbnail(Image.new("RGB", (300, 200), "red")))
+    assert not any(tag in text for tag in ("<script>", "<i>", "<u>", "http", "src=\"/"))
+    assert "&lt;script&gt;" in text and "<svg" in text and "data:image/jpeg;base64," in text

@@ -1,0 +1,151 @@
+"""The drawn pictures are what they say, and the embedded base that was trained on them still stands."""
+
+import csv
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import phantoms
+
+HERE = pathlib.Path(__file__).parent
+TINY = HERE / "tiny-base"
+needs_tiny = pytest.mark.skipif(not TINY.exists(), reason="tests/tiny-base is not built: see make_tiny_base.py")
+
+
+def rows_of(folder):
+    with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def small(image, side=16):
+    return np.asarray(Image.fromarray(image).resize((side, side), Image.BOX), np.float32)
+
+
+@pytest.mark.parametrize("kind", phantoms.KINDS)
+def test_a_seed_gives_the_same_picture_each_time_and_its_neighbour_another(kind):
+    first, caption, attributes = phantoms.draw(kind, 11)
+    again, caption_again, attributes_again = phantoms.draw(kind, 11)
+    assert first.dtype == np.uint8 and first.shape == (128, 128, 3)
+    assert np.array_equal(first, again) and caption == caption_again and attributes == attributes_again
+    assert np.abs(first.astype(int) - phantoms.draw(kind, 12)[0]).mean() > 2
+
+
+@pytest.mark.parametrize("kind", phantoms.KINDS)
+def test_another_size_shows_the_same_scene(kind):
+    small_one, caption, _ = phantoms.draw(kind, 21, 64)
+    large_one, caption_large, _ = phantoms.draw(kind, 21, 192)
+    other = phantoms.draw(kind, 24, 192)[0]
+    assert caption == caption_large
+    same = np.abs(small(small_one) - small(large_one)).mean()
+    assert same < 4 and same < 0.5 * np.abs(small(other) - small(large_one)).mean()
+
+
+@pytest.mark.parametrize("kind", phantoms.KINDS)
+def test_at_least_six_factors_vary_and_captions_come_in_several_wordings(kind):
+    drawn = [phantoms.draw(kind, seed, 32) for seed in range(0, 80, 2)]
+    varying = [name for name in drawn[0][2] if len({str(attributes[name]) for _, _, attributes in drawn}) > 1]
+    captions = {caption for _, caption, _ in drawn}
+    assert len(varying) >= 6
+    assert len(phantoms.CAPTIONS[kind]) >= 6 and len(captions) >= 6
+    assert all(caption == caption.lower() and len(caption.encode()) <= 75 for caption in captions)
+
+
+def test_captions_tell_the_truth_about_side_and_skin():
+    for seed in range(0, 60, 2):
+        film, caption, attributes = phantoms.draw("pleural effusion", seed)
+        named_side = [side for side in ("left", "right") if side in caption]
+        assert not named_side or named_side == [attributes["side"]]
+        # The patient's right is on the left of the picture; fluid makes the lower lung field white.
+        left_of_picture, right_of_picture = film[70:85, 20:42].mean(), film[70:85, 86:108].mean()
+        assert (left_of_picture > right_of_picture) == (attributes["side"] == "right"), seed
+    tones = {"light": [], "brown": [], "dark": []}
+    for seed in range(0, 120, 2):
+        image, _, attributes = phantoms.draw("remodelling ulcer", seed, 32)
+        if not attributes["limb"] and not attributes["ruler"]:
+            tones[attributes["tone"]].append(image.mean())
+    assert np.mean(tones["light"]) > np.mean(tones["brown"]) > np.mean(tones["dark"])
+
+
+def test_two_pictures_of_a_patient_share_the_body():
+    for kind, factor in (("inflammatory ulcer", "tone_value"), ("normal chest", "width"), ("normal fundus", "pigment")):
+        values = [phantoms.draw(kind, seed, 16)[2][factor] for seed in (40, 41, 42)]
+        assert values[0] == values[1] != values[2]
+
+
+def test_kinds_can_be_told_apart_by_their_coarse_look():
+    """Ridge regression on 12 px thumbnails: far above the 1 in 8 of chance for kinds, nearly always right on modality."""
+    kinds = list(phantoms.KINDS)
+    flat = np.stack([small(phantoms.draw(kind, seed, 48)[0], 12).ravel() / 255
+                     for kind in kinds for seed in range(0, 200, 2)])
+    train = np.tile(np.arange(100) < 70, len(kinds))
+    truth = np.repeat(np.arange(len(kinds)), 100)
+    design = np.c_[flat, np.ones(len(flat))]
+    goal = np.eye(len(kinds))[truth]
+    gram = design[train].T @ design[train] + np.eye(design.shape[1])
+    weights = np.linalg.solve(gram, design[train].T @ goal[train])
+    found = (design[~train] @ weights).argmax(1)
+    modality = np.array([list(phantoms.KINDS.values()).index(phantoms.KINDS[kind]) for kind in kinds])
+    assert (found == truth[~train]).mean() > 0.6
+    assert (modality[found] == modality[truth[~train]]).mean() > 0.9
+
+
+def test_writing_a_folder_gives_pictures_and_metadata_and_patients_of_one_kind(tmp_path):
+    phantoms.write(tmp_path, 12, seed=50, kinds=["normal chest", "mpox lesion"], size=32)
+    rows = rows_of(tmp_path)
+    assert list(rows[0]) == ["file_name", "text", "label", "modality", "patient_id"]
+    assert len(rows) == 12 and [row["label"] for row in rows[:2]] == ["normal chest", "mpox lesion"]
+    assert all(Image.open(tmp_path / row["file_name"]).size == (32, 32) for row in rows)
+    patients = {row["patient_id"]: {other["label"] for other in rows if other["patient_id"] == row["patient_id"]}
+                for row in rows}
+    assert len(patients) == 6 and all(len(labels) == 1 for labels in patients.values())
+
+
+def test_the_committed_folder_holds_what_the_code_draws():
+    rows = rows_of(HERE / "phantoms")
+    assert len(rows) == 128 == len(list((HERE / "phantoms").glob("*.png")))
+    assert {row["label"]: row["modality"] for row in rows} == phantoms.KINDS
+    for row in rows[::9]:
+        image, caption, _ = phantoms.draw(row["label"], int(row["file_name"][-11:-4]))
+        stored = np.asarray(Image.open(HERE / "phantoms" / row["file_name"]), int)
+        # Another numpy or libm may round a value the other way.
+        assert caption == row["text"] and np.abs(stored - image).mean() < 0.5
+    assert sum(path.stat().st_size for path in (HERE / "phantoms").iterdir()) < 4_000_000
+
+
+@needs_tiny
+def test_the_tiny_base_fits_sixteen_megabytes_and_loads_as_a_plain_pipeline():
+    from diffusers import StableDiffusionPipeline
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 16_000_000
+    pipeline = StableDiffusionPipeline.from_pretrained(TINY)
+    assert pipeline.vae_scale_factor == 8 and pipeline.unet.config.sample_size == 16
+    for text in ("chest x-ray with a right pleural effusion", "naïve 胸部X線 🙂"):
+        ids = pipeline.tokenizer(text).input_ids
+        back = pipeline.tokenizer.decode(ids, skip_special_tokens=True)
+        assert back.replace(" ", "") == text.lower().replace(" ", "")
+        assert pipeline.tokenizer.eos_token_id not in ids[1:-1]
+    image = pipeline("normal chest", num_inference_steps=2, height=64, width=64, output_type="np").images
+    assert image.shape == (1, 64, 64, 3) and np.isfinite(image).all()
+
+
+@needs_tiny
+def test_the_tiny_vae_rebuilds_unseen_phantoms_to_thirty_decibels():
+    import make_tiny_base
+    import torch
+    from diffusers import AutoencoderKL
+    vae = AutoencoderKL.from_pretrained(TINY / "vae")
+    images, _ = make_tiny_base.unseen(6)
+    assert make_tiny_base.psnr(vae, images).mean() >= 30
+    latents = make_tiny_base.encode(vae, images) * vae.config.scaling_factor
+    assert 0.85 < latents.std() < 1.15 and latents.mean().abs() < 0.15
+    assert torch.isfinite(latents).all()
+
+
+@needs_tiny
+def test_the_tiny_text_encoder_places_wordings_it_never_saw_beside_their_kind():
+    import make_tiny_base
+    from transformers import CLIPTextModel, CLIPTokenizer
+    encoder = CLIPTextModel.from_pretrained(TINY / "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    assert make_tiny_base.check_text(encoder, tokenizer) >= 0.8

@@ -1,0 +1,415 @@
+"""Training: each rule that some well-known trainer breaks, and what a run leaves, loses and refuses."""
+import json
+import math
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import lora
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def flags(base, images):
+    """A quick run: 12 steps on random weights, checkpoints every 5, validation every 6, no grids."""
+    return ["--base", base, "--data", images, "--prompt", "a {label} foot", "--steps", 12, "--save-every", 5, "--rank", 2,
+            "--validate-every", 6, "--val-samples", 0, "--lr", 1e-3, "--log-every", 3, "--val-split", 0.2]
+
+
+def command(*flags, processes=0):
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *launcher, "train.py", *map(str, flags)]
+
+
+def launch(*flags, processes=0, **how):
+    return subprocess.run(command(*flags, processes=processes), cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+
+
+def log_of(out, key="loss"):
+    return [line for line in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in line]
+
+
+def results(out):
+    return [(Path(out) / name).read_bytes() for name in ("lora.safetensors", "lora-last.safetensors")]
+
+
+@pytest.fixture
+def setup(base, images, monkeypatch):
+    """(args, base, data, state) just before the first step."""
+    def make(*more):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--base", base, "--data", images, "--prompt", "a {label} foot",
+                                          "--rank", "2", *map(str, more)])
+        args = train.parse_args()
+        args.resolution = 64
+        loaded = sample.load_base(args.base, CPU, "fp32", args.method)
+        rows = train.list_images(args.data, prompt=args.prompt)
+        return args, loaded, train.cache(loaded, rows, args, "images"), train.start(loaded, args, None)
+    return make
+
+
+# ------------------------------------------------------------------------------------------------- what a run leaves
+
+def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_path, run, base):
+    run(train, *flags, "--out", tmp_path, "--val-samples", 1, "--val-steps", 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "step-00000006.pt", "step-00000010.pt", "step-00000012.pt", "latest.pt", "best.pt"}
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 13))
+    assert set(log_of(tmp_path)[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "memory"}
+    assert [line["step"] for line in log_of(tmp_path, "val_loss")] == [6, 12]
+    assert Image.open(tmp_path / "samples" / "step-00000012.png").width > 64
+    split = (tmp_path / "split.csv").read_text().splitlines()
+    assert split[0] == "file_name,group,split" and len(split) == 25
+    pairs, metadata = lora.load(tmp_path / "lora.safetensors")
+    assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == "2"
+    assert json.loads((tmp_path / "args.json").read_text())["finished"] == 12
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(flags, tmp_path, run, capsys):
+    run(train, *flags, "--out", tmp_path)
+    before = results(tmp_path)
+    capsys.readouterr()
+    run(train, *flags, "--out", tmp_path)
+    assert "is finished: 12 steps" in capsys.readouterr().out and results(tmp_path) == before
+    run(train, *flags, "--out", tmp_path, "--steps", 15)
+    assert log_of(tmp_path)[-1]["step"] == 15 and results(tmp_path) != before
+
+
+def test_full_training_leaves_a_folder_that_serves_as_a_base(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path / "full", "--method", "full")
+    run(sample, "--base", tmp_path / "full" / "model", "--prompt", "x", "--num-images", 1, "--steps", 1, "--out",
+        tmp_path / "drawn")
+    tuned = load_file(tmp_path / "full" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    ema = torch.load(tmp_path / "full" / "checkpoints" / "best.pt", weights_only=True)["ema"]
+    assert all(torch.equal(tuned[name], ema[name]) for name in ema)
+
+
+def test_the_checkpoint_holds_what_it_promises_without_pickled_objects(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path, "--keep-last", 1)
+    assert len(list((tmp_path / "checkpoints").glob("step-*.pt"))) == 1
+    checkpoint = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
+    assert {"format", "step", "epoch", "position", "weights", "ema", "optimizer", "scaler", "schedule", "best", "history",
+            "args", "random"} <= set(checkpoint)
+    assert all(w.dtype == torch.float32 for w in checkpoint["weights"].values()) and len(checkpoint["weights"]) == 64
+
+
+# ------------------------------------------------------------------------------------------------- the rules
+
+def test_each_epoch_sees_every_image_once_in_an_order_of_its_own():
+    orders = [train.order(0, epoch, 50) for epoch in range(3)]
+    assert all(sorted(o) == list(range(50)) for o in orders) and orders[0] != orders[1] != orders[2]
+    assert orders[0] == train.order(0, 0, 50) != train.order(1, 0, 50)
+
+
+def test_draws_depend_on_the_place_in_the_global_batch_alone(setup):
+    args, _, data, _ = setup("--batch-size", 8)
+    whole = train.make_batch(data, 5, range(8), args)
+    parts = [train.make_batch(data, 5, range(k, k + 2), args) for k in (0, 2, 4, 6)]
+    for i in range(3):
+        assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
+    noise = whole[1].flatten(1)
+    assert len({tuple(row.tolist()[:4]) for row in noise}) == 8     # every slot its own noise
+    assert not torch.equal(noise, train.make_batch(data, 6, range(8), args)[1].flatten(1))
+
+
+def test_captions_and_latents_are_never_mispaired(setup):
+    args, loaded, data, _ = setup("--batch-size", 24, "--prompt-dropout", 0)
+    data.std.zero_()
+    latents, _, _, cond = train.make_batch(data, 0, range(24), args)
+    for i in range(24):
+        row = data.rows[[torch.equal(latents[i], mean) for mean in data.mean].index(True)]
+        expected = sample.encode_text(loaded, [row["caption"]])["encoder_hidden_states"][0]
+        torch.testing.assert_close(cond["encoder_hidden_states"][i], expected)
+
+
+def test_latents_are_drawn_afresh_each_time_from_the_posterior(setup):
+    args, _, data, _ = setup("--batch-size", 24)
+    a, b = (train.make_batch(data, step, range(24), args)[0] for step in (0, 1))
+    first = [sorted(x.flatten(1)[:, 0].tolist()) for x in (a, b)]   # both steps see all 24 images
+    assert first[0] != first[1]
+    data.std.zero_()
+    a, b = (train.make_batch(data, step, range(24), args)[0] for step in (0, 1))
+    assert sorted(a.flatten(1)[:, 0].tolist()) == sorted(b.flatten(1)[:, 0].tolist())
+
+
+def test_caption_dropout_gives_the_encoded_empty_caption_at_its_rate(setup):
+    args, loaded, data, _ = setup("--batch-size", 200, "--prompt-dropout", 0.3)
+    empty = sample.encode_text(loaded, [""])["encoder_hidden_states"][0]
+    cond = train.make_batch(data, 0, range(200), args)[3]["encoder_hidden_states"]
+    dropped = [torch.allclose(c, empty, atol=1e-5) for c in cond]
+    assert 40 <= sum(dropped) <= 80
+    again = train.make_batch(data, 1, range(200), args)[3]["encoder_hidden_states"]
+    assert dropped != [torch.allclose(c, empty, atol=1e-5) for c in again]
+
+
+def test_clipping_clips_and_the_norm_told_is_the_one_before(setup):
+    args, _, _, state = setup("--max-grad-norm", 0.5, "--weight-decay", 0, "--ema", 0)
+    weights = list(state.weights.values())
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    seen = []
+    state.optimizer.register_step_pre_hook(lambda *_: seen.append(math.sqrt(sum(w.grad.square().sum().item() for w in weights))))
+    norm = train.apply_gradients(state, weights, args)
+    assert math.isclose(norm.item(), math.sqrt(sum(w.numel() for w in weights)), rel_tol=1e-5)
+    assert math.isclose(seen[0], 0.5, rel_tol=1e-4)
+
+
+def test_the_average_warms_up_and_covers_trainable_weights_only(setup):
+    args, _, _, state = setup("--lr", 0.1)
+    weights = list(state.weights.values())
+    name = next(n for n in state.weights if "lora_B" in n)
+    expected = state.ema[name].clone()
+    for step in range(4):
+        for w in weights:
+            w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(step))
+        train.apply_gradients(state, weights, args)
+        decay = (1 + step) / (10 + step)
+        expected = decay * expected + (1 - decay) * state.weights[name].detach()
+        state.step += 1
+    torch.testing.assert_close(state.ema[name], expected)
+    assert set(state.ema) == set(state.weights) and len(state.ema) == 64
+
+
+def test_a_step_with_nan_changes_nothing_and_three_in_a_row_end_the_run(setup, flags, tmp_path, refused, monkeypatch):
+    args, _, _, state = setup("--lr", 0.1)
+    weights = list(state.weights.values())
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    train.apply_gradients(state, weights, args)
+    before = [w.detach().clone() for w in weights]
+    for w in weights:
+        w.grad = torch.full_like(w, math.nan)
+    train.apply_gradients(state, weights, args)
+    assert all(torch.equal(w, b) for w, b in zip(weights, before))
+    monkeypatch.setattr(train, "denoise", lambda base, noisy, *_: base.unet.conv_in.weight.sum() * math.nan * noisy + sum(
+        w.sum() for w in base.unet.parameters() if w.requires_grad))
+    assert "NaN" in refused(train, *flags, "--out", tmp_path)
+
+
+def test_learning_rate_warms_up_and_ends_near_zero_and_a_long_warm_up_is_capped(setup):
+    args, *_ = setup("--steps", 100, "--warmup", 10, "--lr", 2.0)
+    rates = [train.learning_rate(step, args) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(2 * (0.5 + 0.5 * math.cos(math.pi * 45 / 90))) and rates[99] < 0.01
+    args.warmup = 10_000
+    assert max(train.learning_rate(step, args) for step in range(100)) == pytest.approx(2.0)
+    args.lr_schedule = "constant"
+    assert train.learning_rate(99, args) == 2.0
+
+
+def test_of_steps_and_epochs_the_last_given_wins(setup):
+    assert (setup("--steps", 5, "--epochs", 2)[0].steps, setup("--epochs", 2, "--steps", 5)[0].epochs) == (None, None)
+
+
+def test_validation_loss_is_the_same_each_time_and_uses_the_average(setup):
+    args, loaded, data, state = setup()
+    first = train.validation_loss(loaded, data)
+    assert first == train.validation_loss(loaded, data) and 0.5 < first < 2
+    for name, w in state.weights.items():
+        w.data.add_(1.0)
+    moved = train.validation_loss(loaded, data)
+    with train.ema_weights(state, loaded):
+        assert train.validation_loss(loaded, data) == first != moved
+    assert train.validation_loss(loaded, data) == moved
+
+
+def test_adapter_and_optimizer_stay_fp32_under_bf16_and_learn(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path, "--precision", "bf16")
+    checkpoint = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
+    moments = [v for s in checkpoint["optimizer"]["state"].values() for v in s.values()]
+    assert {v.dtype for v in [*checkpoint["weights"].values(), *moments]} == {torch.float32}
+    assert any(w.any() for name, w in checkpoint["weights"].items() if "lora_B" in name)
+
+
+def test_accumulation_equals_the_larger_batch(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path / "a", "--batch-size", 8)
+    run(train, *flags, "--out", tmp_path / "b", "--batch-size", 2, "--accumulate", 4)
+    for one, other in zip(log_of(tmp_path / "a"), log_of(tmp_path / "b")):
+        assert abs(one["loss"] - other["loss"]) < 1e-5
+    a, b = (load_file(tmp_path / x / "lora-last.safetensors") for x in "ab")
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
+
+
+def test_two_processes_equal_one_with_twice_the_batch(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path / "one", "--batch-size", 8)
+    two = launch(*flags, "--out", tmp_path / "two", "--batch-size", 4, processes=2)
+    assert two.returncode == 0, two.stderr
+    assert len(log_of(tmp_path / "two")) == 12
+    for key in ("loss", "val_loss"):
+        for one, other in zip(log_of(tmp_path / "one", key), log_of(tmp_path / "two", key), strict=True):
+            assert abs(one[key] - other[key]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- nothing is lost
+
+def test_a_run_killed_at_any_instant_ends_with_the_same_bytes_as_one_never_stopped(flags, tmp_path):
+    flags = [*flags, "--dropout", 0.1, "--steps", 60]
+    assert launch(*flags, "--out", tmp_path / "whole").returncode == 0
+    started = time.monotonic()
+    for kill in range(3):
+        process = subprocess.Popen(command(*flags, "--out", tmp_path / "killed"), cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        wanted = 4 + 15 * kill   # kill at a moment after this many steps, wherever in its work the run then is
+        while process.poll() is None and time.monotonic() - started < 120:
+            steps = [int(path.stem[5:]) for path in (tmp_path / "killed" / "checkpoints").glob("step-*.pt")]
+            if max(steps, default=0) >= wanted:
+                time.sleep(0.013 * kill)
+                break
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        for path in (tmp_path / "killed" / "checkpoints").glob("*.pt"):
+            torch.load(path, weights_only=True)
+    assert launch(*flags, "--out", tmp_path / "killed").returncode == 0
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    whole, killed = log_of(tmp_path / "whole"), log_of(tmp_path / "killed")
+    assert [(x["step"], x["loss"]) for x in whole] == [(x["step"], x["loss"]) for x in killed]
+    assert not [path for path in (tmp_path / "killed").rglob(".*.tmp")]
+
+
+def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
+    process = subprocess.Popen(command(*flags, "--steps", 5000, "--out", tmp_path), cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    while not list(tmp_path.glob("checkpoints/step-*.pt")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "saved" in said
+    stopped = int(said.split("stopped at step ")[1].split(",")[0])
+    assert torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["step"] == stopped
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path, "--steps", 5)
+    before = results(tmp_path)
+    limit = (tmp_path / "checkpoints" / "latest.pt").stat().st_size // 2
+    full = launch(*flags, "--out", tmp_path, "--steps", 12,
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert full.returncode == 2 and full.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in full.stderr and str(tmp_path) in full.stderr
+    assert torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["step"] == 5
+    assert results(tmp_path) == before
+
+
+def test_a_second_run_in_one_folder_is_refused(flags, tmp_path, refused):
+    with train.lock(tmp_path):
+        assert "another run" in refused(train, *flags, "--out", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def damage(kind, path):
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "pickle bomb":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "pickle bomb in torch's form":
+        torch.save({"format": 1, "args": Bomb()}, path)
+    elif kind == "of another program":
+        torch.save({"model": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "pickle bomb", "pickle bomb in torch's form", "of another program"])
+def test_a_damaged_checkpoint_is_refused_and_never_unpickled(kind, flags, tmp_path, run, refused, monkeypatch):
+    run(train, *flags, "--out", tmp_path / "run", "--steps", 5)
+    before = results(tmp_path / "run")
+    damage(kind, tmp_path / "run" / "checkpoints" / "latest.pt")
+    monkeypatch.chdir(tmp_path)
+    assert "latest.pt" in refused(train, *flags, "--out", tmp_path / "run", "--steps", 6)
+    assert not (tmp_path / "exploded").exists() and results(tmp_path / "run") == before
+
+
+def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(flags, tmp_path, run, refused):
+    run(train, *flags, "--out", tmp_path)
+    before = results(tmp_path)
+    more = [*flags, "--out", tmp_path, "--steps", 20]
+    assert "--rank 2 there, 4 here" in refused(train, *more, "--rank", 4)
+    assert "--base" in refused(train, *more, "--base", "tiny")
+    assert "effective batch was 8, now it is 6" in refused(train, *more, "--batch-size", 6)
+    assert "no-such.pt" in refused(train, *more, "--resume", "no-such.pt")
+    shutil.copytree(flags[3], tmp_path / "more")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "more" / "sore" / "new.png")
+    assert "have changed" in refused(train, *more, "--data", tmp_path / "more")
+    assert results(tmp_path) == before
+
+
+@pytest.mark.parametrize("change, said", [
+    (["--data", "no-such-folder"], "no-such-folder"),
+    (["--prompt", "a {nonsense}"], "nonsense"),
+    (["--caption-column", "words"], "words"),
+    (["--method", "magic"], "magic"),
+    (["--rank", "-4"], "--rank -4"),
+    (["--rank", "four"], "four"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--resolution", "100"], "--resolution 100"),
+    (["--targets", "to_nowhere"], "to_nowhere"),
+    (["--base", "no/such/base"], "no/such/base"),
+    (["--device", "cuda:7"], "cuda:7"),
+    (["--val-data", "no-such-folder"], "no-such-folder"),
+])
+def test_bad_input_is_one_line(change, said, flags, tmp_path, refused):
+    assert said in refused(train, *flags, "--out", tmp_path / "out", *change)
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_an_empty_folder_and_too_few_images_are_refused(flags, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refused(train, *flags, "--out", tmp_path / "out", "--data", tmp_path / "empty")
+    Image.new("RGB", (64, 64)).save(tmp_path / "empty" / "one.png")
+    assert "not enough for the split" in refused(train, *flags, "--out", tmp_path / "out", "--prompt", "x", "--data",
+                                                 tmp_path / "empty")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(flags, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    said = launch(*flags, "--out", tmp_path / "file" / "run")
+    assert said.returncode == 2 and said.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_unreadable_images_are_named_and_skipped_or_refused(flags, images, tmp_path, run, refused, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, path in enumerate(sorted(Path(images).rglob("*.png"))):
+        (data / f"{i}.png").write_bytes(path.read_bytes())
+    (data / "broken.png").write_bytes(b"\x89PNG not really")
+    flags = [*flags, "--data", data, "--prompt", "x", "--val-split", 0]
+    run(train, *flags, "--out", tmp_path / "a", "--steps", 2)
+    assert "skipped: " in (said := capsys.readouterr().err) and "broken.png" in said
+    assert "broken.png" in refused(train, *flags, "--out", tmp_path / "b", "--strict")
+    (data / "worse.png").write_bytes(b"")
+    assert "cannot be read" in refused(train, *flags, "--out", tmp_path / "c")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "tests" / "recipes").glob("*.txt")), ids=lambda path: path.stem)
+def test_every_recipe_runs(recipe, base, tmp_path, run):
+    labels, places = ["a|b", "b", "", "c"] * 5, tmp_path / "data"
+    places.mkdir()
+    for i in range(20):
+        Image.new("RGB", (64, 64), (i, 2 * i, 90)).save(places / f"{i}.png")
+    table = "file_name,labels,patient_id\n" + "".join(f"{i}.png,{labels[i]},p{i}\n" for i in range(20))
+    (places / "metadata.csv").write_text(table)
+    run(train, f"@{recipe}", "--base", base, "--data", places, "--resolution", 64, "--steps", 2, "--val-samples", 0,
+        "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "lora.safetensors").exists()
