@@ -28,7 +28,7 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.lstrip().startswith("#") else line.strip().split(" ", 1) if line.strip() else []
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
     parser.error = fail
     data = parser.add_argument_group("data")
     data.add_argument("real", metavar="REAL", help="real images: a folder or a table")
@@ -63,12 +63,11 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from PIL import Image  # noqa: E402
 
 from metrics import (FID_WEIGHTS, METRICS, extract, find_weights, generator, guarded, half_draws,  # noqa: E402
                      joint_matrices, kid, list_images, load_features, load_lpips, load_pixels, lpips_files,
-                     lpips_matrix, nearest, page, permutation_draws, pick_device, replacing, same_unit, ssim,
-                     ssim_matrix, table, thumbnail, yardstick)
+                     lpips_matrix, nearest, page, permutation_draws, pick_device, pick_resolution, replacing,
+                     same_unit, ssim, ssim_matrix, table, thumbnail, yardstick)
 
 NOT_COMPARABLE = "not comparable with published figures"
 HALVES = 20  # random halves of the real set
@@ -91,15 +90,6 @@ def read_set(path, args, group_column=None):
         order = torch.randperm(len(rows), generator=generator(args.seed, "max-images"))[:args.max_images]
         rows = [rows[n] for n in sorted(order.tolist())]
     return rows
-
-
-def stored_side(row):
-    """The shorter side of an image as it is stored, in pixels; None where it cannot be read."""
-    try:
-        with Image.open(row["path"]) as image:
-            return min(image.size)
-    except Exception:  # not a raster: load_pixels will say what it is
-        return None
 
 
 def load_set(path, rows, resolution):
@@ -145,7 +135,8 @@ def evaluate_set(path, real, fake, args, names, networks, device):
         lines.append((label, "lower" if lower_is_better else "higher", number(f["value"], 4) + error,
                       f"{number(f['null'])} [{number(f['null_low'])} – {number(f['null_high'])}]",
                       number(f["excess"], sign="+"), *chances, *map(number, at_half)))
-    entry = {"path": path, "n": m, "metrics": figures, "real_n": n, "table": lines}
+    entry = {"path": path, "n": m, "metrics": figures, "real_n": n, "table": lines,
+             "copies": are_copies(figures)}
     entry["verdict"] = verdict(entry)
     entry["section"] = set_section(entry, real, fake, closest_pairs(joint, groups, real, fake), args)
     return entry
@@ -176,24 +167,28 @@ HEADER = ("metric", "better", "value", "by chance: median [95 %]", "excess", "p_
           "same size")
 
 
+def are_copies(figures):
+    """Whether a set lies closer to the real one than chance allows, as a whole or image by image."""
+    whole, single = ([figures[name]["p_low"] <= 0.01 for name in names if name in figures]
+                     for names in (("fid", "frechet", "kid"), ("ssim_nearest", "lpips_nearest")))
+    return any(whole[:1]) or (any(single) and all(single))  # a blurred image is near by SSIM alone
+
+
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    figures, said = entry["metrics"], []
-    main = next((name for name in ("fid", "frechet", "kid") if name in figures), next(iter(figures)))
-    f = figures[main]
-    if f["p_high"] <= 0.05:
-        said.append(f"These images can be told from the real ones: {main} is {number(f['value'])} where chance alone "
-                    f"gives {number(f['null'])} (p_high {f['p_high']:.2g}).")
-    else:
-        said.append(f"At this number of images they cannot be told from the real ones: {main} is {number(f['value'])}, "
-                    f"chance alone gives {number(f['null'])} (p_high {f['p_high']:.2g}).")
-    alike = [figures[name]["p_low"] for name in ("ssim_nearest", "lpips_nearest") if name in figures]
-    if f["p_low"] <= 0.01 or (alike and max(alike) <= 0.01):
-        said.append("They lie closer to the real images than fresh ones would: they may be copies. Look at the nearest "
-                    "pairs.")
-    worse = {name for name in figures if figures[name]["p_high"] <= 0.05}
-    said += ["Many of them look like no real image (precision)."] if "precision" in worse else []
-    said += ["They show less variety than the real ones (recall, coverage)."] if worse & {"recall", "coverage"} else []
+    figures, main, said = entry["metrics"], next(iter(entry["metrics"])), []
+    f, worse = figures[main], {name for name in figures if figures[name]["p_high"] <= 0.05}
+    beside = f"{main} is {number(f['value'])}, chance alone gives {number(f['null'])}"
+    if entry["copies"]:
+        said.append(f"These images lie closer to the real ones than fresh ones would ({beside}): they may be copies. "
+                    "Look at the nearest pairs.")
+    elif main not in worse:
+        said.append(f"At this number of images they cannot be told from the real ones: {beside} (p_high "
+                    f"{f['p_high']:.2g}).")
+    if main in worse:  # only then: of ten figures one is often low by chance
+        said.append(f"These images can be told from the real ones: {beside} (p_high {f['p_high']:.2g}).")
+        said += ["Many of them look like no real image (precision)."] if "precision" in worse else []
+        said += ["They show less variety than the real ones (recall)."] if worse & {"recall", "coverage"} else []
     if min(entry["n"], entry["real_n"]) < 50:
         said.append("With fewer than 50 images only gross differences show.")
     return " ".join(said)
@@ -252,9 +247,10 @@ def write_report(args, settings, real, entries):
     """The report: ranking where there are several sets, a section a set, guide, methods."""
     body = [f'<p class="soft">{html.escape("; ".join(caveats(settings)))}</p>']
     if len(entries) > 1:
-        rows = [(entry["path"], entry["n"], *(number(f["excess"], sign="+") for f in entry["metrics"].values()))
-                for entry in entries]
-        body += ["<h2>Ranking, by excess over chance</h2>", table(("set", "images", *entries[0]["metrics"]), rows)]
+        rows = [(entry["path"], entry["n"], *(number(f["excess"], sign="+") for f in entry["metrics"].values()),
+                 "may be copies" if entry["copies"] else "") for entry in entries]
+        body += ["<h2>Ranking, by excess over chance; copies last</h2>",
+                 table(("set", "images", *entries[0]["metrics"], ""), rows)]
     body += [entry["section"] for entry in entries]
     body += [GUIDE, f"<h2>How it was made</h2><p>{html.escape(methods(args, settings, real, entries))}</p>",
              f'<p class="soft">python evaluate.py {html.escape(shlex.join(sys.argv[1:]))}</p>']
@@ -292,9 +288,10 @@ def describe(args, names, networks, resolution, device):
 
 
 def rank_key(entry):
-    """For sorting: the excess of the first metric, turned so that small is good."""
+    """For sorting: copies last, then the excess of the first metric, turned so that small is good."""
     name, figures = next(iter(entry["metrics"].items()))
-    return figures["excess"] if METRICS["frechet" if name == "fid" else name][1] else -figures["excess"]
+    sign = 1 if METRICS["frechet" if name == "fid" else name][1] else -1
+    return entry["copies"], sign * figures["excess"]
 
 
 def main(args):
@@ -302,8 +299,7 @@ def main(args):
     networks = load_networks(args, names, device)
     real_rows = read_set(args.real, args, args.group_column)
     fake_rows = [read_set(path, args) for path in args.generated]
-    sides = [side for rows in [real_rows, *fake_rows] for side in map(stored_side, rows) if side]
-    resolution = args.resolution or min(256, max(64, min(sides, default=256)))
+    resolution = args.resolution or pick_resolution(sum(fake_rows, real_rows))
     settings = describe(args, names, networks, resolution, device)
     real = load_set(args.real, real_rows, resolution)
     print(f"{len(real[0])} real images at {resolution} px; " + "; ".join(caveats(settings)))

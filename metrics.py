@@ -459,7 +459,7 @@ def pick_resolution(rows):
     """The pixels at which sets are compared: the smallest stored side of their images, from 64 to 256."""
     sides = []
     for row in rows:
-        with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels will name it
+        with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels names it
             sides.append(min(image.size))
     return min(256, max(64, min(sides, default=256)))
 
@@ -469,25 +469,24 @@ def load_pixels(rows, resolution, crop="center", strict=False):
 
     Unreadable images are named on stderr and left out; more than 5 % of them, or any where `strict`, ends in fail().
     """
-    def load(row):
+    pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
+
+    def load(n):
         try:
-            return np.asarray(fit_square(read_image(row["path"]), resolution, crop))
+            square = fit_square(read_image(rows[n]["path"]), resolution, crop)
+            pixels[n] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         except BadImage as error:
             return error
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        shown = tqdm(pool.map(load, rows), total=len(rows), desc="reading", unit="image", leave=False,
-                     disable=None if len(rows) > 200 else True)
-        loaded = list(shown)
-    bad = [item for item in loaded if isinstance(item, BadImage)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
+            contextlib.closing(pool.map(load, range(len(rows)))) as loading:  # closing cancels the rest on Ctrl-C
+        errors = list(tqdm(loading, total=len(rows), desc="reading", unit="image", leave=False,
+                           disable=None if len(rows) > 200 else True))
+    good, bad = [n for n, error in enumerate(errors) if error is None], [error for error in errors if error is not None]
     for error in bad:
         print(f"skipped: {error}", file=sys.stderr)
     if bad and (strict or len(bad) > 0.05 * len(rows)):
         fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
-    good = [(row, item) for row, item in zip(rows, loaded) if not isinstance(item, BadImage)]
-    if not good:
-        return [], torch.empty(0, 3, resolution, resolution, dtype=torch.uint8)
-    pixels = torch.from_numpy(np.stack([item for _, item in good])).permute(0, 3, 1, 2).contiguous()
-    return [row for row, _ in good], pixels
+    return [rows[n] for n in good], pixels[good] if bad else pixels
 
 
 # ---------------------------------------------------------------- features, one vector an image
@@ -778,17 +777,17 @@ def ssim_matrix(first, second, device="cpu", size=64):
         return torch.cat([F.interpolate(to_grey(part.to(device)), (size, size), mode="area")[:, 0]
                           for part in pixels.split(64)])
 
-    def places(grey, y):  # one row of windows: patches (size - 10, N, 121), means, and both terms of the divisor
+    def places(grey, y):  # one row of windows: centred patches (size - 10, N, 121), means, both terms of the divisor
         patches = grey[:, y:y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
         mean = patches @ weights
-        return zip(patches, mean, mean**2 + 0.5e-4, (patches * patches) @ weights - mean**2 + 4.5e-4)
+        patches = patches - mean[:, :, None]
+        return zip(patches, mean, mean**2 + 0.5e-4, patches.square() @ weights + 4.5e-4)
     with torch.inference_mode():
         a, b, total = shrink(first), shrink(second), torch.zeros(len(first), len(second), device=device)
         for y in tqdm(range(size - 10), desc="SSIM", leave=False, disable=None):
             for (x, mean_x, light_x, spread_x), (z, mean_z, light_z, spread_z) in zip(places(a, y), places(b, y)):
-                means = torch.outer(2 * mean_x, mean_z).add_(1e-4)
-                shared = torch.addmm(1e-3 - means, x * (2 * weights), z.T)  # 2 covariance + 9e-4
-                total += means.mul_(shared).div_(light_x[:, None] + light_z).div_(spread_x[:, None] + spread_z)
+                score = torch.outer(2 * mean_x, mean_z).add_(1e-4).mul_((x * (2 * weights) @ z.T).add_(9e-4))
+                total += score.div_(light_x[:, None] + light_z).div_(spread_x[:, None] + spread_z)
     return (total / (size - 10) ** 2).double().cpu().numpy()
 
 
@@ -1015,7 +1014,7 @@ def copy_chances(real, fake, same):
 
     real: (n, n) and fake: (m, n) distances to the real images; same: bool (n, n), images of one patient. Conformal
     p-values, against the real images' own, of the distance and of its ratio to the second nearest of another
-    patient (metrics of near copies fall in the one, of faint copies in the other); the smaller one, doubled.
+    patient (near copies show in the one, faint copies in the other); the smaller one, doubled.
     """
     def nearness(distances, forbidden):
         first, d1 = nearest(distances, forbidden)
@@ -1054,7 +1053,7 @@ def calibrate(real_scores, alpha):
     """The threshold on the largest rank that 1 - alpha of unseen real images pass in all their scores together.
 
     real_scores: name -> (n,) leave-one-out scores of real images, large is bad. The conformal quantile of the
-    maximum of the ranks (metrics of several correlated scores each cut at alpha would refuse too many). Infinite,
+    maximum of the ranks: cutting each of several scores at alpha would refuse too many. Infinite,
     so that everything passes, where n < 1/alpha - 1.
     """
     joint = np.sort(np.max(list(ranks(real_scores, real_scores).values()), axis=0))
@@ -1065,8 +1064,8 @@ def calibrate(real_scores, alpha):
 def judge(real_scores, scores, threshold):
     """(passes, worst): bool (N,) and, for each image, the name of the score that ranks worst among the real ones."""
     u = ranks(real_scores, scores)
-    table = np.stack(list(u.values()))  # (scores, N)
-    return table.max(0) <= threshold, [list(u)[n] for n in table.argmax(0)]
+    stacked = np.stack(list(u.values()))  # (scores, N)
+    return stacked.max(0) <= threshold, [list(u)[n] for n in stacked.argmax(0)]
 
 
 # ---------------------------------------------------------------- the page that train, evaluate and filter share
@@ -1118,7 +1117,7 @@ def curve(series, x_label="", y_label="", width=640, height=260):
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
     low, high = every.min(0), every.max(0)
-    span = np.where(high > low, high - low, 1)
+    span = np.where(high > low, high - low, np.maximum(np.abs(low), 1e-12))
     box = np.array([width - 100, height - 68])
 
     def place(point):
@@ -1131,8 +1130,9 @@ def curve(series, x_label="", y_label="", width=640, height=260):
                      f'<text x="64" y="{height - 36 - share * box[1]:.0f}" text-anchor="end">{y:.4g}</text>')
     for n, (name, points) in enumerate(series.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
-        line = " ".join(map(place, points))
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        line = " ".join(map(place, points[:1] + points))  # twice the first: one point alone is a dot
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
+                     'stroke-linecap="round"/>'
                      f'<text x="{80 + 140 * n}" y="12" fill="{colour}">{html.escape(name)}</text>')
     parts.append(f'<text x="{70 + box[0] / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'
                  f'<text x="0" y="12">{html.escape(y_label)}</text>')

@@ -113,6 +113,7 @@ if __name__ == "__main__":
     args = parse_args()
 
 import csv  # noqa: E402
+import hashlib  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
@@ -124,6 +125,7 @@ from collections import Counter  # noqa: E402
 from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from datetime import timedelta  # noqa: E402
+from functools import lru_cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -258,6 +260,8 @@ def list_data(args):
 def cache(base, rows, args, what):
     """Read, encode and keep on the device what training needs of `rows`; latents as posterior mean and std."""
     rows, pixels = load_pixels(rows, args.resolution, args.crop, args.strict)
+    if not rows:
+        fail(f"{args.data}: none of the {what} can be read")
     parts = [encode(base, pixels[i:i + 8]) for i in
              tqdm(range(0, len(rows), 8), f"encoding {what}", unit="batch", disable=RANK > 0, leave=False)]
     mean, std = (torch.cat(part) for part in zip(*parts))
@@ -270,13 +274,13 @@ def cache(base, rows, args, what):
 
 def fingerprint(rows):
     """One hash of a data set: what is in its files and what its captions say."""
-    import hashlib
     parts = sorted(content_hash(row["path"]) + row["caption"] for row in rows)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------- one step
 
+@lru_cache(4)
 def order(seed, epoch, count):
     """The order of the data in an epoch: a permutation keyed by the epoch, so that the place follows from the step."""
     return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()

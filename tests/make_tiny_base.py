@@ -2,8 +2,8 @@
 
     python tests/phantoms.py POOL --count 16000 --seed 2000000 --processes 2 --kinds "inflammatory ulcer,\
 remodelling ulcer,normal chest,pleural effusion,lung nodule,normal fundus,retinal haemorrhages"
-    python tests/make_tiny_base.py vae       --out TINY --data POOL --minutes 15
-    python tests/make_tiny_base.py text      --out TINY --data POOL --minutes 4
+    python tests/make_tiny_base.py vae       --out TINY --data POOL --steps 2200 --bf16
+    python tests/make_tiny_base.py text      --out TINY --data POOL --steps 1550
     python tests/make_tiny_base.py init-unet --out TINY
     python train.py --base TINY --data POOL --out RUN --method full --snr-gamma 5 --ema 0.999 --prompt-dropout 0.1 \
 --batch-size 32 --lr 5e-4 --precision bf16 --steps 40000
@@ -215,11 +215,15 @@ def make_tokenizer(captions, folder):
     vocab = {word: i for i, word in enumerate(dict.fromkeys(words + ["<|startoftext|>", "<|endoftext|>"]))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
     tokenizer.save_pretrained(folder)
-    # transformers before 5 reads these two files instead.
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2"] + [" ".join(pair) for pair in merges]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
+
+
+def write_vocabulary(tokenizer, folder):
+    """Write vocab.json and merges.txt, which transformers before 5 reads in place of tokenizer.json."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2"] + [" ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def text_encoder_of(tokenizer):
@@ -305,7 +309,7 @@ def init_unet(args):
     out = pathlib.Path(args.out)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(64, 128, 128), layers_per_block=2, norm_num_groups=16,
+        sample_size=16, block_out_channels=(64, 112, 128), layers_per_block=1, norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=128, attention_head_dim=4)
@@ -327,6 +331,10 @@ def pack(args):
     pipeline = StableDiffusionPipeline.from_pretrained(args.trained, torch_dtype=torch.float16, safety_checker=None,
                                                        requires_safety_checker=False)
     pipeline.save_pretrained(args.out)
+    write_vocabulary(pipeline.tokenizer, pathlib.Path(args.out) / "tokenizer")
+    # transformers from 5 on loads in the type the configuration names, diffusers in float32: a plain load must not mix.
+    config = pathlib.Path(args.out) / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     size = sum(path.stat().st_size for path in pathlib.Path(args.out).rglob("*") if path.is_file())
     print(f"{args.out}: {size:,} bytes")
     if size > 16_000_000:

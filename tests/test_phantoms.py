@@ -75,7 +75,7 @@ def test_two_pictures_of_a_patient_share_the_body():
 
 
 def test_kinds_can_be_told_apart_by_their_coarse_look():
-    """Ridge regression on 12 px thumbnails: far above the 1 in 8 of chance for kinds, nearly always right on modality."""
+    """Ridge regression on 12 px thumbnails: far above the 1 in 8 of chance for kinds, nearly sure of modality."""
     kinds = list(phantoms.KINDS)
     flat = np.stack([small(phantoms.draw(kind, seed, 48)[0], 12).ravel() / 255
                      for kind in kinds for seed in range(0, 200, 2)])
