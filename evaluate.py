@@ -46,6 +46,8 @@ def parse_args():
     numbers.add_argument("--permutations", type=int, default=999, help="draws of the null, at least 19")
     numbers.add_argument("--batch-size", type=int, default=32, help="images a forward pass")
     numbers.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    numbers.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                         help="of the feature network; auto is fp32, as published figures are")
     numbers.add_argument("--seed", type=int, default=0)
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="report.html", help="the report")
@@ -103,7 +105,7 @@ def load_set(path, rows, resolution):
 def joint_of(real, fake, names, networks, args, device):
     """Every matrix that the metrics `names` are read from; real, fake: (rows, uint8 pixels (N, 3, H, W))."""
     rows, pixels, n = real[0] + fake[0], torch.cat([real[1], fake[1]]), len(real[0])
-    features = extract(pixels, networks["features"], device, args.batch_size)
+    features = extract(pixels, networks["features"], device, args.batch_size, args.precision)
     for row, vector in zip(rows, features):
         if not np.isfinite(vector).all():
             fail(f"{row['path']}: its features are not finite: are the weights of --features {args.features} sound?")
@@ -282,7 +284,8 @@ def describe(args, names, networks, resolution, device):
     """The settings that the report and --json name."""
     lpips = networks["lpips"] and networks["lpips"]["name"]
     return {"features": networks["features"]["name"], "lpips": lpips, "resolution": resolution, "metrics": names,
-            "comparable": {"features": networks["features"]["published"], "lpips": lpips not in (None, "random")},
+            "precision": args.precision,
+            "comparable": {"features": networks["features"]["published"] and args.precision in ("auto", "fp32"), "lpips": lpips not in (None, "random")},
             "permutations": args.permutations, "seed": args.seed, "max_images": args.max_images, "device": str(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 

@@ -41,6 +41,8 @@ def parse_args():
     how.add_argument("--resolution", type=int, help="pixels at which all are compared (default: the smallest stored side)")
     how.add_argument("--batch-size", type=int, default=32)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the feature network")
+    how.add_argument("--seed", type=int, default=0, help="chooses the images that filter.html shows")
     how.add_argument("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
     args = parser.parse_args()
     if args.calibrate is not None and not 0 < args.calibrate < 1:
@@ -68,10 +70,10 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from metrics import (calibrate, copy_chances, extract, guarded, image_scores, judge, list_images,  # noqa: E402
-                     load_features, load_lpips, load_pixels, lpips_files, lpips_matrix, nearest, page, pick_device,
-                     pick_resolution, ranks, replacing, same_unit, squared_distances, ssim_matrix, table, thumbnail,
-                     two_sided)
+from metrics import (calibrate, copy_chances, extract, generator, guarded, image_scores, judge,  # noqa: E402
+                     list_images, load_features, load_lpips, load_pixels, lpips_files, lpips_matrix, nearest, page,
+                     pick_device, pick_resolution, ranks, replacing, same_unit, squared_distances, ssim_matrix, table,
+                     thumbnail, two_sided)
 
 COPY_CHANCE = 0.01   # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
 
@@ -84,7 +86,7 @@ def feature_distances(real, fake, args, device):
     Those to real images are the smaller of the image's and its mirror image's, so that a flipped copy is near too.
     """
     network = load_features(args.features, device)
-    found = {name: extract(pixels, network, device, args.batch_size)
+    found = {name: extract(pixels, network, device, args.batch_size, args.precision)
              for name, pixels in (("real", real), ("fake", fake), ("mirror", real.flip(3)))}
     if not all(np.isfinite(values).all() for values in found.values()):
         fail(f"--features {args.features}: gives NaN; are its weights sound?")
@@ -174,10 +176,12 @@ def write_csv(path, header, rows):
         file.write(text.getvalue().encode())
 
 
-def report(rows, pixels, real_pixels, reasons, index, said):
-    """filter.html: kept and refused ones, each beside its nearest real image with the reason under it."""
+def report(rows, pixels, real_pixels, reasons, index, said, seed):
+    """filter.html: up to 60 kept and 60 refused ones, each beside its nearest real image with the reason under it."""
+    order = torch.randperm(len(rows), generator=generator(seed, "shown")).tolist()
+
     def figures(refused):
-        shown = [i for i, why in enumerate(reasons) if bool(why) == refused][:60]
+        shown = sorted([i for i in order if bool(reasons[i]) == refused][:60])
         return "".join(f'<figure><div class="grid">{thumbnail(pixels[i])}{thumbnail(real_pixels[index[i]])}</div><figcaption>'
                        f'{html.escape(rows[i]["file_name"])} {html.escape(reasons[i])}</figcaption></figure>' for i in shown)
     counts = Counter(re.sub(r" (of .*|\(.*)", "", why) or "kept" for why in reasons)
@@ -223,7 +227,7 @@ def main(args):
               [[name, int(not why), why, real_rows[j]["file_name"], *(f"{values[i]:.6g}" for values in other.values())]
                for i, (name, why, j) in enumerate(zip(names, reasons, index))] + unreadable)
     with replacing(Path(out, "filter.html")) as file:
-        file.write(report(rows, fake, real, reasons, index, said).encode())
+        file.write(report(rows, fake, real, reasons, index, said, args.seed).encode())
     print("\n".join(said))
     print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html\n"
           f"next: python evaluate.py {args.reference} {args.generated} {args.out}")

@@ -639,19 +639,22 @@ def load_features(name, device):
     return dict(name=f"inception-{digest[:16]}", function=pool3, standardise=False, published=digest == FID_SHA256)
 
 
-def extract(pixels, network, device, batch_size=32):
+def extract(pixels, network, device, batch_size=32, precision="auto"):
     """Features of uint8 pixels (N, 3, H, W) as float64 (N, D); known images come from the disk cache.
 
     The cache's key is the network and the pixels it sees, so that neither an edited file nor another resize can
-    bring up a stale vector; a damaged entry is computed again.
+    bring up a stale vector; a damaged entry is computed again. precision: auto is fp32, as published figures are.
     """
-    keys = [hashlib.sha256(f"{network['name']} {tuple(image.shape)}".encode() + image.numpy().tobytes()).hexdigest()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    name = network["name"] + (f"-{precision}" if dtype != torch.float32 else "")
+    keys = [hashlib.sha256(f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()).hexdigest()
             for image in pixels]
-    paths = [CACHE / "features" / network["name"] / key[:2] / key for key in keys]
+    paths = [CACHE / "features" / name / key[:2] / key for key in keys]
     vectors = [cached_vector(path) for path in paths]
     todo = [n for n, vector in enumerate(vectors) if vector is None]
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):  # TF32 moves FID's third digit
-        for start in tqdm(range(0, len(todo), batch_size), desc=network["name"], leave=False,
+    lower = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode(), lower, torch.backends.cudnn.flags(allow_tf32=False):  # TF32 moves FID's third digit
+        for start in tqdm(range(0, len(todo), batch_size), desc=name, leave=False,
                           disable=None if len(todo) > 100 else True):
             numbers = todo[start:start + batch_size]
             found = network["function"](pixels[numbers].to(device)).float().cpu().numpy()

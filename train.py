@@ -38,6 +38,8 @@ def add_data_and_model(parser):
         data.add_argument(f"--{role}-column", help=f"the table's {role} column (default: found by its name)")
     data.add_argument("--resolution", type=int, help="pixels, a multiple of 8 (default: the base's own)")
     data.add_argument("--crop", choices=["center", "pad"], default="center", help="how a picture becomes square")
+    data.add_argument("--skip-bad", dest="strict", action="store_false", default=False,
+                      help="name and leave out unreadable images, up to 5 %% (the default)")
     data.add_argument("--strict", action="store_true", help="stop at the first unreadable image instead of skipping it")
     model = parser.add_argument_group("model")
     model.add_argument("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, a Hub id or a diffusers folder")
