@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 
 
@@ -99,12 +100,12 @@ def find_targets(model, targets):
     return [name for name in layers if any(("." + name).endswith("." + end) for end in endings)]
 
 
-def inject(model, targets="attention", rank=16, alpha=None, dropout=0.0, generator=None):
+def inject(model, targets="attention", rank=16, alpha=None, dropout=0.0, generator=None, prefix="unet"):
     """Freeze `model` and give each target layer a trainable fp32 pair; the layer's output is unchanged at first.
 
     A (rank, in[, k, k]) is kaiming-uniform with a=√5, that is U(±1/√fan_in), B (out, rank[, 1, 1]) zero: the step
     that lr makes then does not depend on the rank. alpha defaults to the rank (scale 1).
-    Returns {name: parameter} of the new weights, names such as "….to_q.lora_A.weight".
+    Returns {name: parameter} of the new weights, names such as "unet.….to_q.lora_A.weight".
     """
     model.requires_grad_(False)
     for name in find_targets(model, targets):
@@ -124,7 +125,7 @@ def inject(model, targets="attention", rank=16, alpha=None, dropout=0.0, generat
         nn.init.zeros_(layer.lora_B.weight)
         layer.lora_dropout = nn.Dropout(dropout)
         layer.lora_scale = (rank if alpha is None else alpha) / rank
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return {f"{prefix}.{name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 # ---------------------------------------------------------------------------------------------- adapters on disk
@@ -139,19 +140,24 @@ def to_bytes(tensors, metadata):
     return len(header).to_bytes(8, "little") + header + plain[8 + length:]
 
 
-def save(path, weights, metadata, prefix="unet"):
+def on_disk(name):
+    """A weight's name in files: a text encoder's layers lie below `text_model.`, whatever this transformers does."""
+    return re.sub(r"^(text_encoder(?:_2)?)\.(?!text_model\.)", r"\1.text_model.", name)
+
+
+def save(path, weights, metadata):
     """Write {name: tensor} as `inject` names them, atomically; metadata: {"rank": …, "alpha": …, "base": …, …}."""
     scale = float(metadata["alpha"]) / float(metadata["rank"])
-    tensors = {f"{prefix}.{name}": (w.detach().float() * (scale if ".lora_B." in name else 1)).cpu().contiguous()
+    tensors = {on_disk(name): (w.detach().float() * (scale if ".lora_B." in name else 1)).cpu().contiguous()
                for name, w in weights.items()}
     with replacing(path) as file:
         file.write(to_bytes(tensors, metadata))
 
 
 def load(path):
-    """Read an adapter: ({"unet.<module>": (A, B)}, metadata), alpha/rank already folded into B.
+    """Read an adapter: ({"unet.<module>": (A, B)}, metadata, extra), alpha/rank already folded into B.
 
-    Nothing is unpickled. Stops with one line on a file that is missing, truncated, no safetensors, holds NaN, or has
+    extra: what is no pair: the projection of a foreign text encoder, or the vectors of new tokens. Nothing is unpickled. Stops with one line on a file that is missing, truncated, no safetensors, holds NaN, or has
     keys that are no pairs: what does not fit is listed, never dropped in silence.
     """
     if not os.path.isfile(path):
@@ -161,10 +167,12 @@ def load(path):
             tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as why:
         fail(f"{path}: not a readable safetensors adapter ({why}); make it again or copy it again")
+    extra = {key: tensors.pop(key).float() for key in list(tensors)
+             if key.startswith("text_projection.") or key in metadata.get("tokens", "").split()}
     stems = {key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in tensors}
     odd = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
     odd += sorted(s for s in stems if not {s + ".lora_A.weight", s + ".lora_B.weight"} <= set(tensors))
-    if odd or not tensors:
+    if odd or not (tensors or extra):
         fail(f"{path}: not an adapter in diffusers' form: {', '.join(odd[:3]) or 'it is empty'} "
              f"({len(odd)} keys are not of lora_A/lora_B pairs)")
     pairs = {s: (tensors[s + ".lora_A.weight"].float(), tensors[s + ".lora_B.weight"].float()) for s in sorted(stems)}
@@ -173,7 +181,9 @@ def load(path):
             fail(f"{path}: {name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit together")
         if not (a.isfinite().all() and b.isfinite().all()):
             fail(f"{path}: {name} holds NaN or infinity; the training that made it failed")
-    return pairs, metadata
+    if not all(value.isfinite().all() for value in extra.values()):
+        fail(f"{path} holds NaN or infinity; the training that made it failed")
+    return pairs, metadata, extra
 
 
 def delta(a, b):
@@ -228,11 +238,11 @@ def find_layer(models, name):
 
 def info(path):
     """Print what an adapter file holds, a figure a line."""
-    pairs, metadata = load(path)
-    ranks = sorted({len(a) for a, _ in pairs.values()})
+    pairs, metadata, extra = load(path)
+    ranks = sorted({len(a) for a, _ in pairs.values()}) or [0]
     print(f"dialect: diffusers\npairs: {len(pairs)}\nrank: {metadata.get('rank', '/'.join(map(str, ranks)))}\n"
           f"alpha: {metadata.get('alpha', metadata.get('rank', ranks[-1]))}\n"
-          f"parameters: {sum(a.numel() + b.numel() for a, b in pairs.values())}")
+          f"parameters: {sum(a.numel() + b.numel() for a, b in pairs.values()) + sum(e.numel() for e in extra.values())}")
     print(f"norm: {math.sqrt(sum(delta(a, b).square().sum().item() for a, b in pairs.values())):.4g}")
     for key, value in sorted(metadata.items()):
         if key not in ("rank", "alpha", "format"):

