@@ -57,7 +57,7 @@ def test_an_adapter_learns_a_kind_that_the_base_never_saw(tiny, tmp_path, run):
     jobs = [("mpox lesions on the skin", i) for i in range(32)]
     real = features(phantoms.draw("mpox lesion", UNSEEN + 9000 + i)[0] for i in range(96))
     before = features(sample.generate(tiny, jobs, steps=12, guidance_scale=2))
-    pairs, _ = lora.load(tmp_path / "run" / "lora.safetensors")
+    pairs, _, _ = lora.load(tmp_path / "run" / "lora.safetensors")
     with lora.merged({"unet": tiny.unet}, [(pairs, 1.0)]):
         after = features(sample.generate(tiny, jobs, steps=12, guidance_scale=2))
     assert excess(real, after) <= 0.5 * excess(real, before)
