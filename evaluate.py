@@ -285,7 +285,8 @@ def describe(args, names, networks, resolution, device):
     lpips = networks["lpips"] and networks["lpips"]["name"]
     return {"features": networks["features"]["name"], "lpips": lpips, "resolution": resolution, "metrics": names,
             "precision": args.precision,
-            "comparable": {"features": networks["features"]["published"] and args.precision in ("auto", "fp32"), "lpips": lpips not in (None, "random")},
+            "comparable": {"features": networks["features"]["published"] and args.precision in ("auto", "fp32"),
+                           "lpips": lpips not in (None, "random")},
             "permutations": args.permutations, "seed": args.seed, "max_images": args.max_images, "device": str(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 

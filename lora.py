@@ -157,8 +157,9 @@ def save(path, weights, metadata):
 def load(path):
     """Read an adapter: ({"unet.<module>": (A, B)}, metadata, extra), alpha/rank already folded into B.
 
-    extra: what is no pair: the projection of a foreign text encoder, or the vectors of new tokens. Nothing is unpickled. Stops with one line on a file that is missing, truncated, no safetensors, holds NaN, or has
-    keys that are no pairs: what does not fit is listed, never dropped in silence.
+    extra: what is no pair: the projection of a foreign text encoder, or the vectors of new tokens. Nothing is
+    unpickled. Stops with one line on a file that is missing, truncated, no safetensors, holds NaN, or has keys that
+    are no pairs: what does not fit is listed, never dropped in silence.
     """
     if not os.path.isfile(path):
         fail(f"{path}: no such adapter file; give the lora.safetensors of a run")
