@@ -571,7 +571,8 @@ def validate(base, state, val, args, log):
     best, entry = False, {"step": state.step}
     for module in (base.vae, *base.text_encoders):
         module.to(base.device)
-    with ema_weights(state, base):
+    # other batch sizes than the step's would each be compiled anew
+    with ema_weights(state, base), torch.compiler.set_stance("force_eager" if args.compile else "default"):
         if val:
             entry["val_loss"] = validation_loss(base, val)
         if RANK == 0:
