@@ -11,6 +11,7 @@ real_vs_real, band). Each figure stands beside its permutation null: both sets p
 sizes, whole patients together. p_high is how often chance is as bad or worse, p_low how often as good or better.
 """
 import argparse
+import contextlib
 import html
 import json
 import os
@@ -28,7 +29,8 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
+        "\ufeff \t").split(None, 1)
     parser.error = fail
     data = parser.add_argument_group("data")
     data.add_argument("real", metavar="REAL", help="real images: a folder or a table")
@@ -43,7 +45,7 @@ def parse_args():
                          help="PATH: FID's Inception weights (default: inception if the cache has them, else texture)")
     numbers.add_argument("--lpips", choices=("random", "alex", "vgg", "squeeze"),
                          help="distance of two images (default: alex if its weights are there, else random)")
-    numbers.add_argument("--permutations", type=int, default=999, help="draws of the null, at least 19")
+    numbers.add_argument("--permutations", type=int, default=999, help="draws of the null, at least 99")
     numbers.add_argument("--batch-size", type=int, default=32, help="images a forward pass")
     numbers.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     numbers.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -52,10 +54,14 @@ def parse_args():
     output = parser.add_argument_group("output")
     output.add_argument("--out", default="report.html", help="the report")
     output.add_argument("--json", help="the figures for programs")
-    args = parser.parse_args()
-    for flag, least in (("max_images", 2), ("resolution", 64), ("permutations", 19), ("batch_size", 1)):
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be at least {least}")
+    try:
+        args = parser.parse_args()
+    except (UnicodeDecodeError, RecursionError):
+        fail("an @file of flags is no text file, or names itself")
+    for flag, least, most in (("max_images", 2, 10**6), ("resolution", 64, 4096), ("permutations", 99, 10**6),
+                              ("batch_size", 1, 10**6)):
+        if getattr(args, flag) is not None and not least <= getattr(args, flag) <= most:
+            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a number from {least} to {most}")
     return args
 
 
@@ -65,11 +71,12 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from metrics import (FID_WEIGHTS, METRICS, extract, find_weights, generator, guarded, half_draws,  # noqa: E402
                      joint_matrices, kid, list_images, load_features, load_lpips, load_pixels, lpips_files,
                      lpips_matrix, nearest, page, permutation_draws, pick_device, pick_resolution, replacing,
-                     same_unit, ssim, ssim_matrix, table, thumbnail, yardstick)
+                     same_unit, ssim, ssim_matrix, table, thumbnail, whole_groups, yardstick)
 
 NOT_COMPARABLE = "not comparable with published figures"
 HALVES = 20  # random halves of the real set
@@ -205,12 +212,14 @@ def caveats(settings):
 def methods(args, settings, real, entries):
     """The paragraph for a paper or an ethics board."""
     sets = "; ".join(f"{entry['path']}, {entry['n']}" for entry in entries)
-    patients = len({row["group"] for row in real[0]} - {""})
+    groups = [row["group"] for row in real[0]]
+    patients = len(set(groups) - {""})
+    together = whole_groups(groups, len(groups), min(entry["n"] for entry in entries))
+    whole = ", whole patients kept together" if together else ", patients too few to be kept whole" if patients else ""
     return (f"Real images: {args.real}, {len(real[0])} of {patients or 'unknown'} patients. Generated images: {sets}. "
             f"All were cropped to their central square and resized to {settings['resolution']} pixels (Lanczos). "
             f"{'; '.join(caveats(settings))}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density "
-            f"and coverage with 5. Null: {args.permutations} permutations of the pooled images, whole patients kept "
-            f"together, seed {args.seed}; excess is the value less the null's median. “Real halves” is the median over "
+            f"and coverage with 5. Null: {args.permutations} permutations of the pooled images{whole}, seed {args.seed}; excess is the value less the null's median. “Real halves” is the median over "
             f"{HALVES} random halves of the real set against each other, “same size” that of as many generated images "
             f"against a half: these two may be compared. Python {settings['versions']['python']}, torch "
             f"{settings['versions']['torch']}, numpy {settings['versions']['numpy']}, on {settings['device']}. "
@@ -280,12 +289,18 @@ def load_networks(args, names, device):
     return {"features": load_features(args.features, device), "lpips": lpips}
 
 
-def describe(args, names, networks, resolution, device):
-    """The settings that the report and --json name."""
+def has_side(row, side):
+    """True for an image that is stored at side x side pixels: neither cropped nor resized before its features."""
+    with contextlib.suppress(Exception), Image.open(row["path"]) as image:
+        return image.size == (side, side)
+
+
+def describe(args, names, networks, resolution, native, device):
+    """The settings that the report and --json name; native: no image was resized, so that figures can be compared."""
     lpips = networks["lpips"] and networks["lpips"]["name"]
     return {"features": networks["features"]["name"], "lpips": lpips, "resolution": resolution, "metrics": names,
             "precision": args.precision,
-            "comparable": {"features": networks["features"]["published"] and args.precision in ("auto", "fp32"),
+            "comparable": {"features": native and networks["features"]["published"] and args.precision in ("auto", "fp32"),
                            "lpips": lpips not in (None, "random")},
             "permutations": args.permutations, "seed": args.seed, "max_images": args.max_images, "device": str(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
@@ -304,7 +319,8 @@ def main(args):
     real_rows = read_set(args.real, args, args.group_column)
     fake_rows = [read_set(path, args) for path in args.generated]
     resolution = args.resolution or pick_resolution(sum(fake_rows, real_rows))
-    settings = describe(args, names, networks, resolution, device)
+    native = all(has_side(row, resolution) for row in sum(fake_rows, real_rows))
+    settings = describe(args, names, networks, resolution, native, device)
     real = load_set(args.real, real_rows, resolution)
     print(f"{len(real[0])} real images at {resolution} px; " + "; ".join(caveats(settings)))
     entries = []

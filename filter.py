@@ -21,7 +21,8 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
+        "\ufeff \t").split(None, 1)
     parser.error = fail
     parser.add_argument("generated", metavar="GENERATED", help="a folder, CSV or manifest.csv of sample.py")
     parser.add_argument("--reference", required=True, metavar="REAL", help="the real images, in any form of train.py")
@@ -44,13 +45,16 @@ def parse_args():
     how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the feature network")
     how.add_argument("--seed", type=int, default=0, help="chooses the images that filter.html shows")
     how.add_argument("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except (UnicodeDecodeError, RecursionError):
+        fail("an @file of flags is no text file, or names itself")
     if args.calibrate is not None and not 0 < args.calibrate < 1:
         fail(f"--calibrate {args.calibrate:g}: give a share between 0 and 1, usually 0.05")
-    if args.resolution is not None and args.resolution < 64:
-        fail(f"--resolution {args.resolution}: give at least 64")
-    if args.max_lpips is not None and not args.lpips:
-        fail("--max-lpips needs --lpips alex, vgg, squeeze or random: the numbers of different networks differ")
+    for flag, least, most in (("resolution", 64, 4096), ("batch_size", 1, 10**6), ("min_ssim", -1, 1), ("max_lpips", 0, 1e6)):
+        value = getattr(args, flag)
+        if value is not None and not least <= value <= most:
+            fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least:g} to {most:g}")
     if not (args.calibrate or args.drop_copies or args.drop_duplicates) and args.max_lpips is args.min_ssim is None:
         fail("nothing to filter by: give --calibrate 0.05, --max-lpips, --min-ssim, --drop-copies or --drop-duplicates")
     return args
@@ -59,10 +63,9 @@ def parse_args():
 if __name__ == "__main__":
     args = parse_args()
 
-import csv  # noqa: E402
 import html  # noqa: E402
-import io  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
 import shutil  # noqa: E402
 from collections import Counter  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -70,10 +73,10 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from metrics import (calibrate, copy_chances, extract, generator, guarded, image_scores, judge,  # noqa: E402
+from metrics import (calibrate, content_hash, copy_chances, extract, generator, guarded, image_scores, judge,  # noqa: E402
                      list_images, load_features, load_lpips, load_pixels, lpips_files, lpips_matrix, nearest, page,
                      pick_device, pick_resolution, ranks, replacing, same_unit, squared_distances, ssim_matrix, table,
-                     thumbnail, two_sided)
+                     thumbnail, two_sided, write_csv)
 
 COPY_CHANCE = 0.01   # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
 
@@ -104,15 +107,17 @@ def feature_distances(real, fake, args, device):
 def score(real, fake, same, args, device):
     """What is known of each image: scores of the real (each against the others) and of the generated, large is bad.
 
-    Returns ({name: (n,)}, {name: (m,)}, distances as above, nearest real image of each generated one (m,)).
+    Returns ({name: (n,)}, {name: (m,)}, distances as above, `same` with real images that are there twice, nearest real
+    image of each generated one (m,)).
     """
     distances = feature_distances(real, fake, args, device)
+    same = same | (distances[0] < 1e-3 * np.median(distances[0]))   # a picture twice in the reference is one
     index, to_real = nearest(distances[1])
     own, other = {"distance": nearest(distances[0], same)[1]}, {"distance": to_real}
     simple_real, simple_fake = image_scores(real), image_scores(fake)
     for name, reference in simple_real.items():
         own[name], other[name] = two_sided(reference, reference), two_sided(reference, simple_fake[name])
-    if args.lpips or all(lpips_files("alex")):
+    if args.lpips or args.max_lpips is not None or all(lpips_files("alex")):
         both = lpips_matrix(torch.cat([real, fake]), load_lpips(args.lpips or "alex", device), device, args.batch_size)
         own["lpips"] = nearest(both[:len(real), :len(real)], same)[1]
         other["lpips"] = nearest(both[len(real):, :len(real)])[1]
@@ -121,7 +126,7 @@ def score(real, fake, same, args, device):
         other["dissimilarity"] = 1 + nearest(-ssim_matrix(fake, real, device))[1]
     if not all(np.isfinite(values).all() for values in own.values()):
         fail(f"{args.reference}: all its images are of one patient; a calibration needs several")
-    return own, other, distances, index
+    return own, other, distances, same, index
 
 
 def decide(own, other, distances, same, names, args):
@@ -139,7 +144,7 @@ def decide(own, other, distances, same, names, args):
         said.append(f"copies: {(chance <= limit).sum()} at chance ≤ {limit:.2g}, "
                     f"{limit * len(chance):.1f} expected of fresh images")
     for name, limit, shown in (("lpips", args.max_lpips, args.max_lpips),
-                               ("dissimilarity", args.min_ssim and 1 - args.min_ssim, args.min_ssim)):
+                               ("dissimilarity", None if args.min_ssim is None else 1 - args.min_ssim, args.min_ssim)):
         if limit is not None:
             flag = "--max-lpips" if name == "lpips" else "--min-ssim"
             refuse(other[name] > limit, lambda i: f"{flag} {shown:g}")
@@ -158,7 +163,7 @@ def decide(own, other, distances, same, names, args):
         closest = np.quantile(nearest(distances[0], same)[1], 0.01)   # nearer than real images of two patients are
         kept = []
         for i in sorted((i for i, why in enumerate(reasons) if not why), key=lambda i: (quality[i], i)):
-            twin = next((j for j in kept if distances[2][i, j] < closest), None)
+            twin = next((j for j in kept if distances[2][i, j] <= closest), None)
             kept += [i] if twin is None else []
             reasons[i] = "" if twin is None else f"duplicate of {names[twin]}"
         said.append(f"duplicates: {sum(why.startswith('duplicate') for why in reasons)}")
@@ -166,15 +171,6 @@ def decide(own, other, distances, same, names, args):
 
 
 # ------------------------------------------------------------------------------------------------- what is left behind
-
-def write_csv(path, header, rows):
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
-
 
 def report(rows, pixels, real_pixels, reasons, index, said, seed):
     """filter.html: up to 60 kept and 60 refused ones, each beside its nearest real image with the reason under it."""
@@ -191,17 +187,24 @@ def report(rows, pixels, real_pixels, reasons, index, said, seed):
                 + "<h2>Refused</h2>" + figures(True))
 
 
-def copy_kept(rows, out):
-    """The kept images under their own names, and metadata.csv, which train.py reads."""
-    stale = {path.relative_to(out).as_posix() for path in Path(out).rglob("*") if path.is_file()} - {
-        row["file_name"] for row in rows} - {"metadata.csv", "decisions.csv", "filter.html"}
-    if stale:
-        fail(f"{out}: holds {len(stale)} files of something else, such as {sorted(stale)[0]}; give another --out")
-    for row in rows:
+def copy_kept(kept, rows, out):
+    """The kept images under their own names, and metadata.csv, which train.py reads.
+
+    Copies that an earlier filtering left and this one refuses go, as long as their source is still there.
+    """
+    there = {path.relative_to(out).as_posix() for path in out.rglob("[!.]*") if path.is_file()}
+    stale = there - {row["file_name"] for row in kept} - {"metadata.csv", "decisions.csv", "filter.html"}
+    sources = {row["file_name"]: row["path"] for row in rows}
+    foreign = sorted(n for n in stale if n not in sources or content_hash(sources[n]) != content_hash(out / n))
+    if foreign:
+        fail(f"{out}: holds {len(foreign)} files of something else, such as {foreign[0]}; give another --out")
+    for name in stale:
+        (out / name).unlink()
+    for row in kept:
         with replacing(Path(out, row["file_name"])) as file, open(row["path"], "rb") as source:
             shutil.copyfileobj(source, file)
     write_csv(Path(out, "metadata.csv"), ["file_name", "text", "label", "modality"],
-              [[row["file_name"], row["caption"], row["label"], row["fields"].get("modality", "")] for row in rows])
+              [[row["file_name"], row["caption"], row["label"], row["fields"].get("modality", "")] for row in kept])
 
 
 def main(args):
@@ -211,17 +214,20 @@ def main(args):
             fail(f"--out {args.out} lies in {folder}: its images would be read again; give another folder")
     real_rows = list_images(args.reference, group_column=args.group_column)
     all_rows = list_images(args.generated)
+    absolute = [row["file_name"] for row in all_rows if Path(row["file_name"]).is_absolute()]
+    if absolute:
+        fail(f"{args.generated}: names absolute paths, such as {absolute[0]}; kept images need names below --out")
     resolution = args.resolution or pick_resolution(real_rows + all_rows)
     real_rows, real = load_pixels(real_rows, resolution)
     rows, fake = load_pixels(all_rows, resolution)
     if len(real_rows) < 3 or not rows:
         fail(f"{len(real_rows)} readable images in {args.reference} and {len(rows)} in {args.generated}: too few to filter")
     same, names = same_unit([row["group"] for row in real_rows]), [row["file_name"] for row in rows]
-    own, other, distances, index = score(real, fake, same, args, device)
+    own, other, distances, same, index = score(real, fake, same, args, device)
     reasons, said = decide(own, other, distances, same, names, args)
     kept = [row for row, why in zip(rows, reasons) if not why]
     if not args.dry_run:
-        copy_kept(kept, out)
+        copy_kept(kept, all_rows, out)
     unreadable = [[row["file_name"], 0, "unreadable", "", *[""] * len(other)] for row in all_rows if row not in rows]
     write_csv(Path(out, "decisions.csv"), ["file", "kept", "reason", "nearest", *other],
               [[name, int(not why), why, real_rows[j]["file_name"], *(f"{values[i]:.6g}" for values in other.values())]
@@ -230,7 +236,7 @@ def main(args):
         file.write(report(rows, fake, real, reasons, index, said, args.seed).encode())
     print("\n".join(said))
     print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html\n"
-          f"next: python evaluate.py {args.reference} {args.generated} {args.out}")
+          f"next: python evaluate.py {shlex.join([args.reference, args.generated, args.out])}")
 
 
 if __name__ == "__main__":

@@ -25,13 +25,17 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
+        "\ufeff \t").split(None, 1)
     parser.error = fail
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="base, rank, alpha, pairs, parameters and norms of an adapter file")
     info.add_argument("file", help="an adapter, .safetensors")
     info.error = fail
-    return parser.parse_args()
+    try:
+        return parser.parse_args()
+    except (UnicodeDecodeError, RecursionError):
+        fail("an @file of flags is no text file, or names itself")
 
 
 if __name__ == "__main__":
@@ -60,7 +64,8 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save wraps a full disk
+        wrapped = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)   # torch.save: a full disk
+        cause = error.__context__ if wrapped else error
         if isinstance(cause, OSError) and cause.filename is None:
             cause.filename = str(path)
         raise cause

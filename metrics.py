@@ -5,13 +5,14 @@ numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
     errors, files, seeds   fail, replacing, need, generator, guarded, pick_device
     reading and listing    read_image, list_images, split_rows, fit_square, load_pixels
     features               texture, fid_inception, load_features, extract
-    image against image    lpips_matrix, ssim, ssim_matrix, nearest_ssim
+    image against image    lpips_matrix, ssim, ssim_matrix
     set against set        frechet, kid, precision_recall, joint_matrices and the table METRICS
     yardstick              permutation_draws, half_draws, yardstick
     calibration            nearest, image_scores, calibrate, judge
     the page               page, table, thumbnail, curve
 """
 import base64
+import collections
 import contextlib
 import csv
 import hashlib
@@ -60,7 +61,8 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save wraps a full disk
+        wrapped = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)   # torch.save: a full disk
+        cause = error.__context__ if wrapped else error
         if isinstance(cause, OSError) and cause.filename is None:
             cause.filename = str(path)
         raise cause
@@ -96,6 +98,10 @@ def guarded(main, args):
         others = [name for name in ("gradient_checkpointing", "precision") if name in vars(args)]
         flags = " or --".join(["a smaller --batch-size", *others]).replace("_", "-")
         fail(f"the GPU's memory is full: try {flags}")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        fail("the memory is full: try a smaller --resolution or --batch-size")
     except OSError as error:
         fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error)
 
@@ -353,7 +359,7 @@ def read_table(path):
         fail(f"{path}: is not a UTF-8 text file: give a folder of images, a .csv or a .jsonl")
     if str(path).lower().endswith((".jsonl", ".json", ".ndjson")):
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except ValueError:
@@ -362,7 +368,7 @@ def read_table(path):
             fail(f"{path}: every line must be one JSON object")
     else:
         header = text.split("\n", 1)[0]
-        reader = csv.DictReader(text.splitlines(keepends=True), delimiter=max(",;\t", key=header.count))
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
         rows = []
         try:
             for row in reader:
@@ -431,8 +437,21 @@ def fill_captions(data, rows, columns, prompt):
 
 def content_hash(path):
     """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        for part in iter(lambda: file.read(2**20), b""):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def write_csv(path, header, rows):
+    """Write a CSV file, atomically."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def split_rows(rows, val_share, test_share=0.0):
@@ -464,16 +483,31 @@ def pick_resolution(rows):
     return min(256, max(64, min(sides, default=256)))
 
 
+def find_range(rows):
+    """{path: (low, high)} for the 16-bit and float rasters of a set: one range for all, so that a dim film stays dim."""
+    ends = {}
+    for row in rows:
+        with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels will name it
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                values = np.asarray(image)
+                ends[row["path"]] = float(np.nanmin(values)), float(np.nanmax(values))
+    low, high = (pick(end[n] for end in ends.values()) for n, pick in enumerate((min, max))) if ends else (0, 0)
+    if ends:
+        print(f"{len(ends)} images of 16 bits or of floats: {low:g} is black and {high:g} white in all of them")
+    return dict.fromkeys(ends, (low, high))
+
+
 def load_pixels(rows, resolution, crop="center", strict=False):
     """Read the images of `rows`: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
-    Unreadable images are named on stderr and left out; more than 5 % of them, or any where `strict`, ends in fail().
+    16-bit and float ones are scaled by the range of them all. Unreadable images are named on stderr and left out;
+    more than 5 % of them, or any where `strict`, ends in fail().
     """
-    pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
+    ranges, pixels = find_range(rows), torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
 
     def load(n):
         try:
-            square = fit_square(read_image(rows[n]["path"]), resolution, crop)
+            square = fit_square(read_image(rows[n]["path"], value_range=ranges.get(rows[n]["path"])), resolution, crop)
             pixels[n] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
         except BadImage as error:
             return error
@@ -653,7 +687,7 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
     vectors = [cached_vector(path) for path in paths]
     todo = [n for n, vector in enumerate(vectors) if vector is None]
     lower = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), lower, torch.backends.cudnn.flags(allow_tf32=False):  # TF32 moves FID's third digit
+    with torch.inference_mode(), lower, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 moves FID's third digit
         for start in tqdm(range(0, len(todo), batch_size), desc=name, leave=False,
                           disable=None if len(todo) > 100 else True):
             numbers = todo[start:start + batch_size]
@@ -732,7 +766,7 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29):
     def vectors(numbers):
         return torch.cat([lpips_vectors(network, part.to(device) / 127.5 - 1)
                           for part in pixels[numbers].split(batch_size)])
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         width = max(1, memory // (4 * vectors([0]).shape[1]))
         blocks = [list(range(start, min(start + width, len(pixels)))) for start in range(0, len(pixels), width)]
         result = np.zeros((len(pixels), len(pixels)))
@@ -792,20 +826,6 @@ def ssim_matrix(first, second, device="cpu", size=64):
                 score = torch.outer(2 * mean_x, mean_z).add_(1e-4).mul_((x * (2 * weights) @ z.T).add_(9e-4))
                 total += score.div_(light_x[:, None] + light_z).div_(spread_x[:, None] + spread_z)
     return (total / (size - 10) ** 2).double().cpu().numpy()
-
-
-def nearest_ssim(first, second, matrix, top=20):
-    """For each of `first` the index of, and the full-size SSIM with, its nearest in `second`.
-
-    matrix: ssim_matrix(first, second); its `top` best candidates are compared again at full size, in colour.
-    """
-    candidates = np.argsort(-matrix, axis=1)[:, :top]  # (N, top)
-    with torch.inference_mode():
-        exact = torch.stack([ssim((image / 255.0).expand(len(found), -1, -1, -1), second[found] / 255.0)
-                             for image, found in zip(first, torch.from_numpy(candidates))]).double().numpy()
-    best = exact.argmax(1)
-    rows = np.arange(len(first))
-    return candidates[rows, best], exact[rows, best]
 
 
 # ---------------------------------------------------------------- set against set, from one Gram matrix
@@ -945,13 +965,19 @@ METRICS = {
 # ---------------------------------------------------------------- the yardstick: what chance alone would give
 
 
+def whole_groups(groups, n, m):
+    """`groups`, or None where a permutation cannot keep them whole: under five of them, or one that fills half a set."""
+    sizes = collections.Counter(name for name in groups or () if name)
+    return groups if len(sizes) >= 5 and 2 * max(sizes.values()) <= min(n, m) else None
+
+
 def permutation_draws(n, m, count, seed, groups=None):
     """int8 (1 + count, n + m): 1 for the first set, -1 for the second; row 0 is the sets as they are.
 
     The others share out the pooled images anew in the same sizes. groups: a name an image, "" for an image on its
     own; a group stays together, and an image that no longer fits is left out (0).
     """
-    names = [name or n for n, name in enumerate(groups or [""] * (n + m))]
+    names = [name or n for n, name in enumerate(whole_groups(groups, n, m) or [""] * (n + m))]
     units = {name: [] for name in names}
     for index, name in enumerate(names):
         units[name].append(index)
@@ -976,8 +1002,9 @@ def half_draws(n, m, count, seed, groups=None):
     for row, split in enumerate(splits):
         order = torch.randperm(m, generator=generator(seed, "half of the second set", row)).numpy() + n
         first, rest = np.flatnonzero(split == 1), np.flatnonzero(split == -1)
-        against_real[row, first], against_fake[row, first] = 1, 1
-        against_real[row, rest[:half]], against_fake[row, order[:half]] = -1, -1
+        size = min(len(first), len(rest), m)   # whole patients can leave a half short
+        against_real[row, first[:size]], against_fake[row, first[:size]] = 1, 1
+        against_real[row, rest[:size]], against_fake[row, order[:size]] = -1, -1
     return against_real, against_fake
 
 

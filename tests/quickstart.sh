@@ -11,7 +11,7 @@ if [ -n "${PROMPT:-}" ]; then set -- --prompt "$PROMPT"; fi
 
 python train.py --base "$BASE" --data "$DATA" "$@" --steps "$STEPS" --out "$OUT/train"
 python sample.py --lora "$OUT/train/lora.safetensors" --labels-from "$DATA" "$@" --num-images "$NUM_IMAGES" --grid \
-    --out "$OUT/samples"
+    --overwrite --out "$OUT/samples"
 python evaluate.py "$DATA" "$OUT/samples" --out "$OUT/report.html" --json "$OUT/report.json"
 python filter.py "$OUT/samples" --reference "$DATA" --calibrate 0.05 --drop-copies --drop-duplicates --out "$OUT/kept"
 

@@ -84,6 +84,15 @@ def test_what_cannot_work_is_refused(base, sd21, images, tmp_path, refused):
     assert "pure noise" in refused(train, *flags, "--base", broken)
 
 
+@pytest.mark.parametrize("part, damage", [
+    ("text_encoder/model.safetensors", lambda data: data[:500]), ("unet/config.json", lambda data: b"{"),
+    ("unet/diffusion_pytorch_model.safetensors", lambda data: b""), ("vae/config.json", lambda data: b"[]")])
+def test_a_damaged_base_is_one_line(part, damage, base, tmp_path, refused):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / part).write_bytes(damage((tmp_path / "base" / part).read_bytes()))
+    refused(sample, "--base", tmp_path / "base", "--prompt", "x", "--steps", 1, "--out", tmp_path / "out")
+
+
 def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_had_says_what_to_do(refused, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"/downloaded/{name}")
     assert sample.find_base("runwayml/stable-diffusion-v1-5") == f"/downloaded/{sample.BASES['sd15']}"

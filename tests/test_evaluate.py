@@ -42,7 +42,7 @@ def run(monkeypatch, *argv):
 def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp_path):
     real, fake = draw(tmp_path / "real", 24, 1), draw(tmp_path / "fake", 20, 2, name="<b>{:03}.png")
     done = subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), real, fake, "--json", "new/figures.json",
-                           "--permutations", "49"], capture_output=True, text=True,
+                           "--permutations", "99"], capture_output=True, text=True,
                           env=os.environ | {"MEDLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0 and done.stderr == ""
     assert "24 real images at 64 px" in done.stdout and "not comparable with published figures" in done.stdout
@@ -113,7 +113,7 @@ def test_sets_of_other_sizes_are_compared_at_the_smallest_stored_one(tmp_path, m
 
 def test_patients_are_permuted_whole(tmp_path, monkeypatch):
     real, fake = draw(tmp_path / "real", 24, 1), draw(tmp_path / "fake", 24, 2)
-    table = "file_name,case\n" + "".join(f"{n:03}.png,{n // 6}\n" for n in range(24))
+    table = "file_name,case\n" + "".join(f"{n:03}.png,{n // 4}\n" for n in range(24))
     (tmp_path / "real" / "metadata.csv").write_text(table)
     alone = run(monkeypatch, real, fake, "--metrics", "kid")["generated"][0]["metrics"]["kid"]
     whole = run(monkeypatch, real, fake, "--metrics", "kid", "--group-column", "case")["generated"][0]["metrics"]["kid"]
@@ -142,8 +142,8 @@ def test_identical_pictures_give_numbers_not_a_crash(tmp_path, monkeypatch):
     (["nowhere"], "nowhere: no such file or folder"), (["empty"], "no images"), (["one"], "at least 2"),
     (["broken"], "cannot be read"), (["fake", "--metrics", "kid,fud"], "no metric 'fud'"),
     (["fake", "--features", "weights.pth"], "weights.pth: no such weight file"),
-    (["fake", "--lpips", "best"], "--lpips"), (["fake", "--permutations", "5"], "at least 19"),
-    (["fake", "--resolution", "8"], "at least 64"), (["fake", "--group-column", "case"], "--group-column"),
+    (["fake", "--lpips", "best"], "--lpips"), (["fake", "--permutations", "5"], "from 99"),
+    (["fake", "--resolution", "8"], "from 64"), (["fake", "--group-column", "case"], "--group-column"),
     (["fake", "--device", "tpu"], "--device tpu"), ([], "GENERATED"), (["fake", "--out", "real"], "directory")])
 def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
     draw(tmp_path / "real", 4, 1), draw(tmp_path / "fake", 4, 2), draw(tmp_path / "one", 1, 3), draw(tmp_path / "broken", 3, 4)

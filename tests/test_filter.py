@@ -53,7 +53,7 @@ def test_the_calibrated_filter_keeps_fresh_images_and_refuses_what_is_not_like_t
     assert share_kept(tmp_path / "kept", "fresh") >= 0.8 and share_kept(tmp_path / "kept", "bad") == 0
     assert "calibrated on 80 real images" in capsys.readouterr().out
     row = decisions(tmp_path / "kept")["bad-noise-0.png"]
-    assert list(row) == ["file", "kept", "reason", "nearest", "distance", "sharpness", "contrast", "colour"]
+    assert list(row)[:8] == ["file", "kept", "reason", "nearest", "distance", "sharpness", "contrast", "colour"]
     assert row["kept"] == "0" and "unlike the real images" in row["reason"] and row["nearest"].endswith(".png")
 
 
@@ -73,6 +73,24 @@ def test_a_fixed_threshold_says_what_share_of_real_images_it_would_refuse(sets, 
     run(filter_script, sets[1], "--reference", sets[0], "--max-lpips", 1e6, "--lpips", "random", "--out", tmp_path / "all")
     assert "--max-lpips 1e+06 would refuse 0% of the real images" in capsys.readouterr().out
     assert share_kept(tmp_path / "all", "") == 1
+
+
+def test_a_picture_that_is_twice_in_the_reference_does_not_hide_its_copies(sets, tmp_path, run):
+    shutil.copytree(sets[0], tmp_path / "real")
+    for i in range(5):
+        shutil.copy(tmp_path / "real" / f"{60 + i}.png", tmp_path / "real" / f"again-{i}.png")
+    run(filter_script, sets[1], "--reference", tmp_path / "real", "--drop-copies", "--drop-duplicates", "--out",
+        tmp_path / "kept")
+    assert share_kept(tmp_path / "kept", "copy") == 0 and share_kept(tmp_path / "kept", "twin") == 0.5
+
+
+def test_filtering_again_by_other_rules_leaves_no_copy_of_what_is_refused_now(sets, tmp_path, run):
+    flags = [sets[1], "--reference", sets[0], "--out", tmp_path / "kept"]
+    run(filter_script, *flags, "--min-ssim", 0)
+    run(filter_script, *flags, "--calibrate", 0.05)
+    kept = {name for name, row in decisions(tmp_path / "kept").items() if row["kept"] == "1"}
+    there = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert there == kept | {"metadata.csv", "decisions.csv", "filter.html"} and len(kept) < 54
 
 
 def test_the_kept_folder_is_ready_for_training_and_nothing_is_deleted(sets, tmp_path, run):
@@ -119,7 +137,8 @@ def test_patients_are_not_compared_with_themselves(tmp_path):
     (["--calibrate", "2"], "--calibrate 2"),
     (["--calibrate", "0.05", "--features", "no-such-file"], "no-such-file"),
     (["--calibrate", "0.001"], "needs at least 999 real images"),
-    (["--max-lpips", "0.3"], "needs --lpips"),
+    (["--min-ssim", "nan"], "--min-ssim nan"),
+    (["--calibrate", "0.05", "--batch-size", "0"], "--batch-size 0"),
     (["--drop-copies", "--group-column", "patient"], "--group-column patient"),
 ])
 def test_bad_flags_are_one_line(flags, said, sets, tmp_path, refused):

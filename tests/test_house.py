@@ -70,16 +70,3 @@ def test_help_answers_without_loading_torch(name):
 def test_a_wrong_flag_is_one_line_and_status_2(name):
     said = subprocess.run([sys.executable, f"{name}.py", "--no-such-flag"], cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 2 and said.stderr.startswith("error: ") and len(said.stderr.splitlines()) == 1
-
-
-def test_lines_of_code_of_each_file(capsys):
-    """Printed, not judged: a file that outgrows its place tells something."""
-    with capsys.disabled():
-        for name in IMPORTS:
-            source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-            strings = {line for node in ast.walk(TREES[name]) if isinstance(node, ast.Expr)
-                       and isinstance(node.value, ast.Constant) for line in range(node.lineno, node.end_lineno + 1)}
-            bearing = [line for number, line in enumerate(source.splitlines(), 1)
-                       if line.strip() and not line.strip().startswith("#") and number not in strings]
-            print(f"\n{name}.py: {len(bearing)} lines of code", end="")
-    assert len(TREES) == 6

@@ -1,7 +1,6 @@
 """Numbers against values from outside: published packages run once (named beside each value) and closed forms."""
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 
@@ -120,7 +119,7 @@ def test_a_shift_is_called_worse_than_chance_and_copies_closer_than_chance():
 
 
 def test_draws_have_the_sets_sizes_and_keep_a_patient_together():
-    groups = ["a"] * 4 + ["b"] * 3 + [""] * 13
+    groups = ["a"] * 4 + ["b"] * 3 + ["c", "d", "e"] + [""] * 10
     draws = permutation_draws(12, 8, 50, 0, groups)
     assert (draws[0] == [1] * 12 + [-1] * 8).all()
     assert ((draws == 1).sum(1) == 12).all() and ((draws == -1).sum(1) == 8).all()
@@ -161,10 +160,26 @@ def test_the_ssim_matrix_is_ssim_of_every_pair_at_64_pixels():
     assert metrics.ssim_matrix(first, second) == pytest.approx(np.array(slow), abs=2e-5)
 
 
-def test_the_nearest_image_by_ssim_is_the_copy_with_its_full_size_value():
-    real = noise(30, size=96)
-    index, value = metrics.nearest_ssim(real[[7, 3]], real, metrics.ssim_matrix(real[[7, 3]], real), top=5)
-    assert index.tolist() == [7, 3] and value == pytest.approx([1, 1], abs=1e-6)
+def test_patients_that_a_permutation_cannot_keep_whole_are_dealt_out_singly():
+    """One patient of 20 films against 8 drawn ones: whole, he fits no group, and every draw would be the same."""
+    assert metrics.whole_groups(["a"] * 20 + [""] * 8, 20, 8) is None
+    draws = metrics.permutation_draws(20, 8, 50, 0, ["a"] * 20 + [""] * 8)
+    assert all((row == 1).sum() == 20 and (row == -1).sum() == 8 for row in draws) and len({r.tobytes() for r in draws}) > 40
+    for real, fake in zip(*metrics.half_draws(24, 12, 9, 0, [str(i // 3) for i in range(24)] + [""] * 12)):
+        assert (real == 1).sum() == (real == -1).sum() == (fake == -1).sum() == (fake == 1).sum() > 0
+
+
+def test_chances_of_copies_are_small_for_copies_and_uniform_for_fresh_images():
+    draw = np.random.RandomState(0)
+    chances = []
+    for _ in range(30):
+        real, fresh = draw.randn(100, 20), draw.randn(40, 20)
+        near = np.sqrt(metrics.squared_distances(real, real)), np.sqrt(metrics.squared_distances(fresh, real))
+        chances += metrics.copy_chances(*near, np.eye(100, dtype=bool)).tolist()
+    assert 0.01 < np.mean(np.array(chances) <= 0.05) < 0.09
+    copies = real[:10] + 0.05 * draw.randn(10, 20)
+    near = near[0], np.sqrt(metrics.squared_distances(copies, real))
+    assert (metrics.copy_chances(*near, np.eye(100, dtype=bool)) <= 2 / 101 + 1e-9).all()
 
 
 LPIPS_VALUES = {"alex": 0.027844432555, "vgg": 0.048296213661, "squeeze": 0.030263287327}  # lpips 0.1.4, float64

@@ -1,10 +1,12 @@
 """Drawing: the pictures are keyed, the files are safe, and diffusers' own pipeline agrees."""
 import csv
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample
 
@@ -109,6 +111,22 @@ def test_other_settings_in_the_same_folder_are_refused_unless_overwrite(base, tm
     assert (tmp_path / "a-wound-0000.png").read_bytes() != before
 
 
+def test_a_base_trained_on_is_another_setting(base, tmp_path, run, refused):
+    shutil.copytree(base, tmp_path / "base")
+    flags = ["--base", tmp_path / "base", "--prompt", "a wound", "--num-images", 1, "--steps", 2, "--out", tmp_path / "out"]
+    run(sample, *flags)
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.1 for name, value in load_file(weights).items()}, weights)
+    assert "other settings" in refused(sample, *flags)
+
+
+def test_somebody_elses_picture_is_not_overwritten(base, tmp_path, run, refused):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0000.png")
+    flags = ["--base", base, "--prompt", "a wound", "--num-images", 1, "--steps", 1, "--out", tmp_path]
+    assert "a-wound-0000.png" in refused(sample, *flags)
+    assert Image.open(tmp_path / "a-wound-0000.png").size == (9, 9)
+
+
 def test_prompts_come_from_a_text_file_or_a_data_set_and_labels_travel(base, images, tmp_path, run):
     (tmp_path / "prompts.txt").write_text("a wound\n\nWound: größe ø\nA wound!\n", encoding="utf-8")
     run(sample, "--base", base, "--prompts", tmp_path / "prompts.txt", "--num-images", 1, "--steps", 1, "--out",
@@ -130,6 +148,8 @@ def test_a_prompt_cannot_leave_the_folder(base, tmp_path, run):
 @pytest.mark.parametrize("flags, said", [
     (["--prompt", "x", "--steps", "0"], "--steps 0"),
     (["--prompt", "x", "--height", "65"], "--height 65"),
+    (["--prompt", "x", "--steps", "1001"], "--steps 1001"),
+    (["--prompt", "x", "--guidance-scale", "nan"], "--guidance-scale nan"),
     (["--prompt", "x", "--scheduler", "magic"], "magic"),
     (["--num-images", "2"], "nothing to draw"),
     (["--prompts", "no-such-file.txt"], "no-such-file.txt"),

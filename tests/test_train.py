@@ -60,7 +60,7 @@ def setup(base, images, monkeypatch):
         args.resolution = 64
         loaded = sample.load_base(args.base, CPU, "fp32", args.method)
         rows = train.list_images(args.data, prompt=args.prompt)
-        data = train.cache(loaded, rows, args, "images")
+        data = train.cache(loaded, *train.load_pixels(rows, 64), args, "images")
         return args, loaded, data, train.start(loaded, args, None)
     return make
 
@@ -221,14 +221,14 @@ def test_of_steps_and_epochs_the_last_given_wins(setup):
 
 def test_validation_loss_is_the_same_each_time_and_uses_the_average(setup):
     args, loaded, data, state = setup()
-    first = train.validation_loss(loaded, data)
-    assert first == train.validation_loss(loaded, data) and 0.5 < first < 2
+    first = train.validation_loss(loaded, data, 8)
+    assert first == train.validation_loss(loaded, data, 8) and 0.5 < first < 2
     for name, w in state.weights.items():
         w.data.add_(1.0)
-    moved = train.validation_loss(loaded, data)
+    moved = train.validation_loss(loaded, data, 8)
     with train.ema_weights(state, loaded):
-        assert train.validation_loss(loaded, data) == first != moved
-    assert train.validation_loss(loaded, data) == moved
+        assert train.validation_loss(loaded, data, 8) == first != moved
+    assert train.validation_loss(loaded, data, 8) == moved
 
 
 def test_adapter_and_optimizer_stay_fp32_under_bf16_and_learn(flags, tmp_path, run):
@@ -275,7 +275,7 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes_as_one_never_stopp
                 break
             time.sleep(0.002)
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         for path in (tmp_path / "killed" / "checkpoints").glob("*.pt"):
             torch.load(path, weights_only=True)
     assert launch(*flags, "--out", tmp_path / "killed").returncode == 0
@@ -422,7 +422,7 @@ def test_unreadable_images_are_named_and_skipped_or_refused(flags, images, tmp_p
     for i, path in enumerate(sorted(Path(images).rglob("*.png"))):
         (data / f"{i}.png").write_bytes(path.read_bytes())
     (data / "broken.png").write_bytes(b"\x89PNG not really")
-    flags = [*flags, "--data", data, "--prompt", "x", "--val-split", 0]
+    flags = [*flags, "--data", data, "--prompt", "x", "--val-split", 0.3]   # one of 25, wherever it falls
     run(train, *flags, "--out", tmp_path / "a", "--steps", 2)
     assert "skipped: " in (said := capsys.readouterr().err) and "broken.png" in said
     assert "broken.png" in refused(train, *flags, "--out", tmp_path / "b", "--strict")
