@@ -286,7 +286,7 @@ class Data:
     text: dict
     caption: torch.Tensor
     live: bool
-    hash: str
+    hash: str = ""   # of the files and captions that were asked for
 
 
 def cond_of(base, data, part):
@@ -295,7 +295,7 @@ def cond_of(base, data, part):
 
 
 def list_data(args):
-    """Rows for training and for validation, by --val-data or by a hash of patient or content; writes split.csv."""
+    """All rows, each with its split, by --val-data or by a hash of patient or content."""
     columns = {f"{role}_column": getattr(args, f"{role}_column") for role in ("image", "caption", "label", "group")}
     rows = list_images(args.data, prompt=args.prompt, **columns)
     if Path(args.data).resolve() in [Path(args.out).resolve(), *Path(args.out).resolve().parents] and not rows[0]["fields"]:
@@ -307,13 +307,10 @@ def list_data(args):
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none fell to {part}; "
                  "add images or give --val-split 0")
     if args.val_data:
-        parts["val"] = [{**row, "split": "val"} for row in list_images(args.val_data, prompt=args.prompt, **columns)]
-    if RANK == 0:
-        write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"],
-                  [[row["file_name"], row["group"], row["split"]] for row in rows])
-        if not any(row["caption"] for row in rows):
-            print("no captions: no --prompt and no caption column, so every image gets the empty one")
-    return parts["train"], parts["val"]
+        rows += [{**row, "split": "val"} for row in list_images(args.val_data, prompt=args.prompt, **columns)]
+    if RANK == 0 and not any(row["caption"] for row in rows):
+        print("no captions: no --prompt and no caption column, so every image gets the empty one")
+    return rows
 
 
 def cache(base, rows, pixels, args, what):
@@ -340,7 +337,7 @@ def cache(base, rows, pixels, args, what):
         parts = tokens if live else [text_states(base, part) for part in tokens]
     place = {caption: i for i, caption in enumerate(captions)}
     return Data(rows, mean, std, {key: torch.cat([part[key] for part in parts]) for key in parts[0]},
-                torch.tensor([place[row["caption"]] for row in rows], device=base.device), live, fingerprint(rows))
+                torch.tensor([place[row["caption"]] for row in rows], device=base.device), live)
 
 
 def class_images(base, count, args):
@@ -968,7 +965,8 @@ def prepare_base(args, device):
 
 
 def run(args, device):
-    train_rows, val_rows = list_data(args)
+    listed = list_data(args)
+    train_rows, val_rows = ([row for row in listed if row["split"] == part] for part in ("train", "val"))
     args.resolution = args.resolution or own_resolution(find_base(args.base))
     batch = args.batch_size * args.accumulate * WORLD
     args.steps = args.steps or math.ceil(args.epochs * len(train_rows) / batch)
@@ -976,7 +974,8 @@ def run(args, device):
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
              "means something at any number")
     args.val_prompts = args.val_prompts or [caption for caption, _ in Counter(r["caption"] for r in train_rows).most_common(4)]
-    checkpoint = find_checkpoint(args, fingerprint(train_rows))
+    data_hash = fingerprint(train_rows)
+    checkpoint = find_checkpoint(args, data_hash)
     if checkpoint and finished(args.out) == checkpoint["step"] and (
             checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)):
         RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --steps")
@@ -990,8 +989,11 @@ def run(args, device):
     held = torch.tensor([row["split"] == "val" for row in rows])
     data, val = (cache(base, [row for row in rows if (row["split"] == "val") == which], pixels[held == which], args, what)
                  if which in held else None for which, what in ((False, "training images"), (True, "validation images")))
+    data.hash = data_hash
     rest_encoders(base, args)
     if RANK == 0:
+        write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"],
+                  [[row["file_name"], row["group"], row["split"]] for row in listed])
         write_args(args)
         describe(state, data, val, args)
     log = Log(args, state.step)

@@ -370,8 +370,9 @@ def test_a_damaged_checkpoint_is_refused_and_never_unpickled(kind, flags, tmp_pa
 
 def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(flags, tmp_path, run, refused):
     run(train, *flags, "--out", tmp_path)
-    before = results(tmp_path)
+    before = [*results(tmp_path), (tmp_path / "split.csv").read_bytes(), (tmp_path / "args.json").read_bytes()]
     more = [*flags, "--out", tmp_path, "--steps", 20]
+    assert "--val-split" in refused(train, *more, "--val-split", 0.5)
     assert "--rank 2 there, 4 here" in refused(train, *more, "--rank", 4)
     assert "--base" in refused(train, *more, "--base", "tiny")
     assert "effective batch was 8, now it is 6" in refused(train, *more, "--batch-size", 6)
@@ -379,7 +380,7 @@ def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(flag
     shutil.copytree(flags[3], tmp_path / "more")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "more" / "sore" / "new.png")
     assert "have changed" in refused(train, *more, "--data", tmp_path / "more")
-    assert results(tmp_path) == before
+    assert [*results(tmp_path), (tmp_path / "split.csv").read_bytes(), (tmp_path / "args.json").read_bytes()] == before
 
 
 @pytest.mark.parametrize("change, said", [
@@ -425,6 +426,8 @@ def test_unreadable_images_are_named_and_skipped_or_refused(flags, images, tmp_p
     flags = [*flags, "--data", data, "--prompt", "x", "--val-split", 0.3]   # one of 25, wherever it falls
     run(train, *flags, "--out", tmp_path / "a", "--steps", 2)
     assert "skipped: " in (said := capsys.readouterr().err) and "broken.png" in said
+    run(train, *flags, "--out", tmp_path / "a", "--steps", 4)   # and the run goes on, though the file is bad as before
+    assert log_of(tmp_path / "a")[-1]["step"] == 4
     assert "broken.png" in refused(train, *flags, "--out", tmp_path / "b", "--strict")
     (data / "worse.png").write_bytes(b"")
     assert "cannot be read" in refused(train, *flags, "--out", tmp_path / "c")
