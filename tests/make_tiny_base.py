@@ -3,6 +3,7 @@
     python tests/phantoms.py POOL --count 16000 --seed 2000000 --processes 2 --kinds "inflammatory ulcer,\
 remodelling ulcer,normal chest,pleural effusion,lung nodule,normal fundus,retinal haemorrhages"
     python tests/make_tiny_base.py vae       --out TINY --data POOL --steps 2200 --bf16
+    python tests/make_tiny_base.py decoder   --out TINY --data POOL --minutes 8
     python tests/make_tiny_base.py text      --out TINY --data POOL --steps 1550
     python tests/make_tiny_base.py init-unet --out TINY
     python train.py --base TINY --data POOL --out RUN --method full --snr-gamma 5 --ema 0.999 --prompt-dropout 0.1 \
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -32,7 +34,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import phantoms
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import phantoms  # noqa: E402
 
 LATENT_STD = 1 / 0.18215  # as in Stable Diffusion, so that a forgotten scaling factor shows
 UNSEEN = {  # wordings that no caption uses, to see what the text encoder makes of a user's own
@@ -153,6 +156,40 @@ def make_vae(args):
 
     fit(args, "vae", {"vae": vae}, loss_of_batch, 2e-3)
     standardise(vae, images)
+    vae.eval().save_pretrained(pathlib.Path(args.out) / "vae")
+    check_vae(vae)
+
+
+def make_decoder(args):
+    """Sharpen the decoder alone, so that latents, and a UNet trained on them, stay what they are.
+
+    To absolute error and slopes comes the distance in log energies of oriented textures (metrics.texture): what a blur
+    loses first, and what squared error hardly sees.
+    """
+    from diffusers import AutoencoderKL
+    from metrics import texture
+
+    vae = AutoencoderKL.from_pretrained(pathlib.Path(args.out) / "vae").eval()
+    vae.encoder.requires_grad_(False)
+    images, _, _ = read_pool(args.data)
+    latents, test = encode(vae, images), unseen(4)[0]
+
+    def loss_of_batch(step):
+        draw = torch.Generator().manual_seed(step)
+        rows = torch.randint(len(images), (8,), generator=draw)
+        z = latents[rows] + 0.02 * LATENT_STD * torch.randn(8, *latents.shape[1:], generator=draw)
+        x = images[rows].float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            y = vae.decode(z).sample
+        y = y.float()
+        error = y - x
+        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        top, left = torch.randint(65, (2,), generator=draw).tolist()
+        a, b = (texture(part[..., top:top + 64, left:left + 64] * 127.5 + 127.5) for part in (y, x))
+        loss = error.abs().mean() + 0.5 * slopes + 0.05 * (a - b).abs().mean()
+        return loss, lambda: f"texture {(a - b).abs().mean().item():.3f} psnr {psnr(vae, test).mean():.2f}"
+
+    fit(args, "decoder", {"decoder": vae.decoder}, loss_of_batch, 1e-3)
     vae.eval().save_pretrained(pathlib.Path(args.out) / "vae")
     check_vae(vae)
 
@@ -335,6 +372,8 @@ def pack(args):
     # transformers from 5 on loads in the type the configuration names, diffusers in float32: a plain load must not mix.
     config = pathlib.Path(args.out) / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for path in pathlib.Path(args.out).rglob("*.json"):   # diffusers notes the folder it loaded from
+        path.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", path.read_text(encoding="utf-8")), encoding="utf-8")
     size = sum(path.stat().st_size for path in pathlib.Path(args.out).rglob("*") if path.is_file())
     print(f"{args.out}: {size:,} bytes")
     if size > 16_000_000:
@@ -352,7 +391,7 @@ def check(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "text", "init-unet", "pack", "check"])
+    parser.add_argument("stage", choices=["vae", "decoder", "text", "init-unet", "pack", "check"])
     parser.add_argument("--out", required=True, help="pipeline folder to write (check: to read)")
     parser.add_argument("--data", help="pool of phantoms, for vae and text")
     parser.add_argument("--trained", help="pipeline folder with the trained UNet, for pack")
@@ -360,7 +399,7 @@ def main():
     parser.add_argument("--steps", type=int, help="length of a fit in steps instead")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, for CPUs that have it in hardware")
     args = parser.parse_args()
-    {"vae": make_vae, "text": make_text, "init-unet": init_unet, "pack": pack, "check": check}[args.stage](args)
+    {"vae": make_vae, "decoder": make_decoder, "text": make_text, "init-unet": init_unet, "pack": pack, "check": check}[args.stage](args)
 
 
 if __name__ == "__main__":
