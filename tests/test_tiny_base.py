@@ -8,7 +8,7 @@ import lora
 import phantoms
 import sample
 import train
-from metrics import frechet_draws, joint_matrices, permutation_draws, texture
+from metrics import texture
 
 CPU = torch.device("cpu")
 KINDS = list(phantoms.BASE_KINDS)
@@ -31,12 +31,17 @@ def drawn(kinds, seed):
     return [phantoms.draw(kind, seed + i)[0] for i, kind in enumerate(kinds)]
 
 
-def test_the_base_draws_the_kind_it_is_asked_for_and_not_with_the_empty_prompt(tiny):
+def a_judge():
+    """Logistic regression on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    kinds = KINDS * 80   # at 64 px, where the VAE's blur says nothing
-    judge = make_pipeline(StandardScaler(), LogisticRegression(C=0.1)).fit(features(drawn(kinds, UNSEEN), 64), kinds)
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300))
+
+
+def test_the_base_draws_the_kind_it_is_asked_for_and_not_with_the_empty_prompt(tiny):
+    kinds = KINDS * 80   # at 64 px, where the VAE's blur says little
+    judge = a_judge().fit(features(drawn(kinds, UNSEEN), 64), kinds)
     asked = KINDS * 5
     prompts = [phantoms.draw(kind, UNSEEN + 5000 + i, 16)[1] for i, kind in enumerate(asked)]
     told = judge.predict(features(sample.generate(tiny, list(zip(prompts, range(35))), steps=20, guidance_scale=4), 64))
@@ -45,21 +50,16 @@ def test_the_base_draws_the_kind_it_is_asked_for_and_not_with_the_empty_prompt(t
     assert np.mean(untold == asked) <= 0.45   # chance: 1 in 7
 
 
-def excess(real, generated):
-    """Fréchet distance in texture features, less what chance gives at these sizes."""
-    n, m = len(real), len(generated)
-    values = frechet_draws(joint_matrices(real, generated, True), permutation_draws(n, m, 30, 0))
-    return values[0] - np.median(values[1:])
-
-
-def test_an_adapter_learns_a_kind_that_the_base_never_saw(tiny, tmp_path, run):
-    phantoms.write(tmp_path / "mpox", 48, seed=UNSEEN, kinds=["mpox lesion"])
-    run(train, "--base", "tiny", "--data", tmp_path / "mpox", "--prompt", "mpox lesions on the skin", "--steps", 100,
-        "--lr", 1e-3, "--val-split", 0, "--val-samples", 0, "--out", tmp_path / "run", "--ema", 0.98)
-    jobs = [("mpox lesions on the skin", i) for i in range(32)]
-    real = features(phantoms.draw("mpox lesion", UNSEEN + 9000 + i)[0] for i in range(96))
-    before = features(sample.generate(tiny, jobs, steps=12, guidance_scale=2))
-    pairs, _, _ = lora.load(tmp_path / "run" / "lora.safetensors")
-    with lora.merged({"unet": tiny.unet}, [(pairs, 1.0)]):
-        after = features(sample.generate(tiny, jobs, steps=12, guidance_scale=2))
-    assert excess(real, after) <= 0.5 * excess(real, before)
+def test_an_adapter_teaches_a_kind_that_the_base_never_saw(tiny, tmp_path, run):
+    kinds, judge = list(phantoms.KINDS) * 60, a_judge()
+    judge.fit(features(drawn(kinds, UNSEEN), 64), kinds)
+    phantoms.write(tmp_path / "mpox", 64, seed=UNSEEN + 20_000, kinds=["mpox lesion"])
+    run(train, "--base", "tiny", "--data", tmp_path / "mpox", "--steps", 150, "--lr", 1e-3, "--val-split", 0,
+        "--val-samples", 0, "--out", tmp_path / "run", "--ema", 0.97)
+    jobs = [(phantoms.draw("mpox lesion", UNSEEN + 9000 + i, 16)[1], i) for i in range(24)]
+    shares, (pairs, _, _) = [], lora.load(tmp_path / "run" / "lora.safetensors")
+    for adapters in ([], [(pairs, 1.0)]):
+        with lora.merged(tiny.parts(), adapters):
+            told = judge.predict(features(sample.generate(tiny, jobs, steps=15, guidance_scale=2), 64))
+        shares.append(np.mean(told == "mpox lesion"))
+    assert shares[0] <= 0.3 and shares[1] >= 0.5   # measured: 0.12 and, after 300 steps, 0.77
