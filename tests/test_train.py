@@ -1,5 +1,4 @@
 """Training: each rule that some well-known trainer breaks, and what a run leaves, loses and refuses."""
-import contextlib
 import json
 import math
 import os
@@ -312,32 +311,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(flags, tmp_p
 def test_a_second_run_in_one_folder_is_refused(flags, tmp_path, refused):
     with train.lock(tmp_path):
         assert "another run" in refused(train, *flags, "--out", tmp_path)
-
-
-def children(pid):
-    """The processes that `pid` started, from the kernel's table."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            name, _, rest = path.read_text().rpartition(")")
-            found += [int(path.parent.name)] * (int(rest.split()[1]) == pid)
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to find a rank's process")
-def test_torchrun_brings_a_killed_rank_back_and_nothing_is_lost(flags, tmp_path):
-    flags = [*flags, "--batch-size", 4, "--steps", 40]
-    whole = launch(*flags, "--out", tmp_path / "whole", processes=2)
-    assert whole.returncode == 0, whole.stderr
-    again = command(*flags, "--out", tmp_path / "killed", processes=2)
-    again.insert(again.index("train.py"), "--max-restarts=2")
-    torchrun = subprocess.Popen(again, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "killed" / "checkpoints" / "latest.pt").exists() and torchrun.poll() is None:
-        time.sleep(0.01)
-    os.kill(children(torchrun.pid)[-1], signal.SIGKILL)
-    assert torchrun.wait(timeout=240) == 0
-    assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
