@@ -230,7 +230,7 @@ HARMLESS = ("steps epochs out resume device precision save_every keep_last log_e
             "tensorboard wandb compile gradient_checkpointing").split()
 
 
-def find_checkpoint(args, data_hash):
+def find_checkpoint(args, data_hash, weights_hash):
     """The checkpoint that --resume means, read, or None to start afresh. Nothing is unpickled."""
     names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
     path = Path(args.out, "checkpoints", names[args.resume]) if args.resume in names else Path(args.resume)
@@ -252,7 +252,7 @@ def find_checkpoint(args, data_hash):
     if then_batch != batch:
         fail(f"{path}: the effective batch was {then_batch}, now it is {batch} = --batch-size {args.batch_size} × "
              f"--accumulate {args.accumulate} × {WORLD} processes; change one of them")
-    if checkpoint["base_hash"] != base_hash(find_base(args.base)):
+    if checkpoint["base_hash"] != weights_hash:
         fail(f"{path}: the weights of --base {args.base} have changed since; give another --out")
     if checkpoint["data"] != data_hash:
         fail(f"{path}: the training images or captions of {args.data} have changed since; give another --out")
@@ -287,6 +287,7 @@ class Data:
     caption: torch.Tensor
     live: bool
     hash: str = ""   # of the files and captions that were asked for
+    weights_hash: str = ""   # of the base that encoded them
 
 
 def cond_of(base, data, part):
@@ -503,7 +504,7 @@ def save_checkpoint(state, args, data, best=False):
                "weights": {name: w.detach() for name, w in state.weights.items()}, "ema": state.ema,
                "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "effective_batch": batch,
                "schedule": {"lr": learning_rate(state.step, args)}, "best": state.best, "history": state.history,
-               "args": vars(args), "data": data.hash, "base_hash": base_hash(find_base(args.base)), "random": torch.get_rng_state()}
+               "args": vars(args), "data": data.hash, "base_hash": data.weights_hash, "random": torch.get_rng_state()}
     with replacing(path) as file:
         torch.save(content, file)
     if best:   # before latest.pt: a run killed between the two then does this step again
@@ -974,8 +975,8 @@ def run(args, device):
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
              "means something at any number")
     args.val_prompts = args.val_prompts or [caption for caption, _ in Counter(r["caption"] for r in train_rows).most_common(4)]
-    data_hash = fingerprint(train_rows)
-    checkpoint = find_checkpoint(args, data_hash)
+    data_hash, weights_hash = fingerprint(train_rows), base_hash(find_base(args.base))
+    checkpoint = find_checkpoint(args, data_hash, weights_hash)
     if checkpoint and finished(args.out) == checkpoint["step"] and (
             checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)):
         RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --steps")
@@ -989,7 +990,7 @@ def run(args, device):
     held = torch.tensor([row["split"] == "val" for row in rows])
     data, val = (cache(base, [row for row in rows if (row["split"] == "val") == which], pixels[held == which], args, what)
                  if which in held else None for which, what in ((False, "training images"), (True, "validation images")))
-    data.hash = data_hash
+    data.hash, data.weights_hash = data_hash, weights_hash
     rest_encoders(base, args)
     if RANK == 0:
         write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"],

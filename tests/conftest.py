@@ -58,27 +58,26 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"{path.name}: {len(bearing)} lines of code")
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """The folder of a base of SD 1.5's kind with random weights: 64 px, 8 x 8 latents."""
+def save_base(folder, *prediction_type, **unet_flags):
+    """Save these parts as a Stable Diffusion pipeline; returns the folder's name."""
     from diffusers import StableDiffusionPipeline
-    vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts()
-    folder = tmp_path_factory.mktemp("base")
+    vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts(*prediction_type, **unet_flags)
     StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, schedule, None, None,
                             requires_safety_checker=False).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a base of SD 1.5's kind with random weights: 64 px, 8 x 8 latents."""
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")
 def sd21(tmp_path_factory):
     """The same of SD 2.1-768's kind: v-prediction, linear projections, heads by level, attention that is upcast."""
-    from diffusers import StableDiffusionPipeline
-    vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts(
-        "v_prediction", attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True)
-    folder = tmp_path_factory.mktemp("sd21")
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, schedule, None, None,
-                            requires_safety_checker=False).save_pretrained(folder)
-    return str(folder)
+    return save_base(tmp_path_factory.mktemp("sd21"), "v_prediction", attention_head_dim=(2, 4),
+                     use_linear_projection=True, upcast_attention=True)
 
 
 @pytest.fixture(scope="session")

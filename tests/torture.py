@@ -36,11 +36,8 @@ CONFIGURATIONS = {
 
 def make_input(folder):
     """A random base and 24 random images in two classes below `folder`."""
-    from conftest import tiny_parts
-    from diffusers import StableDiffusionPipeline
-    vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts()
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, schedule, None, None,
-                            requires_safety_checker=False).save_pretrained(folder / "base")
+    from conftest import save_base
+    save_base(folder / "base")
     draw = np.random.RandomState(0)
     for i in range(24):
         place = folder / "images" / ("calm", "sore")[i % 2]
