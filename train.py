@@ -159,6 +159,7 @@ import hashlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import platform  # noqa: E402
+import secrets  # noqa: E402
 import shlex  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
@@ -201,8 +202,30 @@ def start_processes(args):
         torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
         # A rank that dies takes the others down through torchrun; a long grid on rank 0 must not.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=fresh_store(), rank=RANK,
+                                world_size=WORLD, timeout=timedelta(hours=2))
     return device
+
+
+def fresh_store():
+    """A part of torchrun's key-value store that only the processes of this attempt use.
+
+    After a restart the store still holds the addresses of the dead, and a rank that reads one hangs. So each process
+    leaves a name of its own, rank 0 strings them together, and the string that all of them have signed is the part.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
+    mine, signed = secrets.token_hex(8), set()
+    store.set(f"medlora-{RANK}", mine)
+    while True:
+        if RANK == 0:
+            store.set("medlora-all", " ".join(store.get(f"medlora-{rank}").decode() for rank in range(WORLD)))
+        names = store.get("medlora-all").decode()
+        if mine in names and names not in signed:
+            signed.add(names)
+            store.add(names, 1)
+        if names in signed and store.add(names, 0) == WORLD:
+            return dist.PrefixStore(names, store)
+        time.sleep(0.02)
 
 
 @contextmanager

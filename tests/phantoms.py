@@ -22,6 +22,7 @@ import string
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.ndimage import gaussian_filter
 
 KINDS = {
     "inflammatory ulcer": "wound photograph",
@@ -266,7 +267,7 @@ def remodelling(body, random, size):
 
 
 def mpox(body, random, size):
-    """Umbilicated papules or pustules, some crusted, each on its own red base."""
+    """Umbilicated papules or pustules, some crusted, each on its own red base; a close-up, so softly focused."""
     x, y = plane(size)
     image, attributes = skin(body, random, size)
     count, light = int(random.integers(1, 12)), attributes["light"]
@@ -294,7 +295,7 @@ def mpox(body, random, size):
     attributes.update(count=len(placed), stage=stage, redness=redness, largest=largest,
                       amount="a few" if len(placed) < 5 else "many", ruler=random.random() < 0.12)
     photograph(image, random, light, attributes["ruler"])
-    return image, attributes
+    return gaussian_filter(image, (size / 128, size / 128, 0)), attributes
 
 
 # ---- chest films

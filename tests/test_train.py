@@ -1,4 +1,5 @@
 """Training: each rule that some well-known trainer breaks, and what a run leaves, loses and refuses."""
+import contextlib
 import json
 import math
 import os
@@ -6,6 +7,7 @@ import pickle
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -311,6 +313,52 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(flags, tmp_p
 def test_a_second_run_in_one_folder_is_refused(flags, tmp_path, refused):
     with train.lock(tmp_path):
         assert "another run" in refused(train, *flags, "--out", tmp_path)
+
+
+def children(pid):
+    """The processes that `pid` started, from the kernel's table."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = path.read_text().rpartition(")")
+            found += [int(path.parent.name)] * (int(rest.split()[1]) == pid)
+    return found
+
+
+def agent(*torchrun_flags):
+    """Start torchrun in the background, as README's job does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, torchrun_flags)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to find a rank's process")
+@pytest.mark.parametrize("dies", ["a rank", "a machine"])
+def test_torchrun_brings_back_what_was_killed_and_nothing_is_lost(dies, flags, tmp_path):
+    flags = [*flags, "--batch-size", 4, "--steps", 40]
+    whole = launch(*flags, "--out", tmp_path / "whole", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    run = ["--max-restarts=3", "train.py", *flags, "--out", tmp_path / "killed"]
+    if dies == "a rank":
+        running = [agent("--nproc_per_node=2", *run)]
+    else:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            meet = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
+        machine = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", meet]
+        running = [agent(*machine, f"--rdzv_conf=is_host={host}", *run) for host in (1, 0)]
+    while not (tmp_path / "killed" / "checkpoints" / "latest.pt").exists() and running[0].poll() is None:
+        time.sleep(0.01)
+    if dies == "a rank":
+        os.kill(children(running[0].pid)[-1], signal.SIGKILL)
+    else:   # the one that does not hold the meeting place, and what runs on it; then it comes back
+        gone = running.pop()
+        for pid in (*children(gone.pid), gone.pid):
+            os.kill(pid, signal.SIGKILL)
+        gone.wait()
+        running.append(agent(*machine, "--rdzv_conf=is_host=0", *run))
+    assert [each.wait(timeout=200) for each in running] == [0] * len(running)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
