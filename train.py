@@ -53,7 +53,8 @@ def add_data_and_model(parser):
                        "captions, behind a trained projection")
     model.add_argument("--text-length", type=int, default=256, help="tokens of --text-encoder, at most 512")
     model.add_argument("--init-lora", metavar="PATH", help="start from an adapter, also one of another resolution")
-    model.add_argument("--class-data", help="dreambooth: a folder of images of the class; drawn by the base if short")
+    model.add_argument("--class-data", help="dreambooth: a folder of images of the class, by the base where there are too "
+                       "few (default: class-images in --out)")
     model.add_argument("--class-prompt", help="dreambooth: what the base calls the class, such as \"a skin lesion\"")
     model.add_argument("--prior-weight", type=float, default=1.0, help="dreambooth: weight of the class images' loss")
     model.add_argument("--token", default="<concept>", help="textual-inversion: the new word, as --prompt uses it")
@@ -141,8 +142,10 @@ def parse_args():
 
 def check_together(args):
     """Flags that contradict one another, or that would be ignored."""
-    if args.method == "dreambooth" and not (args.class_data and args.class_prompt):
-        fail("--method dreambooth needs --class-data FOLDER and --class-prompt \"what the base calls the class\"")
+    if args.method == "dreambooth" and not args.class_prompt:
+        fail("--method dreambooth needs --class-prompt, what the base calls the class, such as \"a skin lesion\"")
+    if args.method == "dreambooth":
+        args.class_data = args.class_data or os.path.join(args.out, "class-images")
     if args.method == "textual-inversion" and (not args.prompt or args.token not in args.prompt):
         fail(f"--method textual-inversion needs --prompt with the new word in it, such as \"a photo of {args.token}\"")
     lora_only = [f"--{name.replace('_', '-')}" for name in ("text_lora", "init_lora", "text_encoder") if getattr(args, name)]
@@ -253,6 +256,11 @@ HARMLESS = ("steps epochs out resume device precision save_every keep_last log_e
             "tensorboard wandb compile gradient_checkpointing").split()
 
 
+def effective_batch(args):
+    """Images an optimizer step."""
+    return args.batch_size * args.accumulate * WORLD
+
+
 def find_checkpoint(args, data_hash, weights_hash):
     """The checkpoint that --resume means, read, or None to start afresh. Nothing is unpickled."""
     names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
@@ -271,7 +279,7 @@ def find_checkpoint(args, data_hash, weights_hash):
         fail(f"{path} was made with other flags: " + "; ".join(
             f"--{name.replace('_', '-')} {then.get(name)} there, {getattr(args, name)} here" for name in changed)
             + "; give the same, or another --out")
-    then_batch, batch = checkpoint["effective_batch"], args.batch_size * args.accumulate * WORLD
+    then_batch, batch = checkpoint["effective_batch"], effective_batch(args)
     if then_batch != batch:
         fail(f"{path}: the effective batch was {then_batch}, now it is {batch} = --batch-size {args.batch_size} × "
              f"--accumulate {args.accumulate} × {WORLD} processes; change one of them")
@@ -367,7 +375,7 @@ def cache(base, rows, pixels, args, what):
 def class_images(base, count, args):
     """Fill --class-data up to `count` images of --class-prompt, drawn by the base as it is; what is there stays.
     Returns them, encoded."""
-    there = len(list_images(args.class_data)) if any(Path(args.class_data).glob("*.*")) else 0
+    there = len(list_images(args.class_data)) if any(Path(args.class_data).glob("[!.]*")) else 0
     free = [i for i in range(count) if not Path(args.class_data, f"class-{i:05d}.png").exists()]
     missing = [(args.class_prompt, i) for i in free[:max(0, count - there)]]
     if RANK == 0:
@@ -396,11 +404,11 @@ def order(seed, epoch, count):
 
 
 def make_batch(data, step, slots, args, stream="data"):
-    """What step `step` sees at global batch positions `slots`: latents, noise, timesteps, part of data.text.
+    """What step `step` sees at global batch positions `slots`: latents, noise, timesteps (on the CPU), part of data.text.
 
     Every draw is keyed by (purpose, step, slot): the same whatever the number of processes and forward passes.
     """
-    count, batch = len(data.rows), args.batch_size * args.accumulate * WORLD
+    count, batch = len(data.rows), effective_batch(args)
     places = [step * batch + slot for slot in slots]
     orders = {epoch: order((args.seed, stream), epoch, count) for epoch in {place // count for place in places}}
     shape, device = data.mean.shape[1:], data.mean.device
@@ -413,7 +421,8 @@ def make_batch(data, step, slots, args, stream="data"):
     if args.noise_offset:
         noise += args.noise_offset * draw("noise-offset", lambda g: torch.randn(shape[0], 1, 1, generator=g))
     latents = data.mean[index] + data.std[index] * draw("posterior", lambda g: torch.randn(shape, generator=g))
-    timesteps = draw("timestep", lambda g: torch.randint(1000, (), generator=g))
+    timesteps = torch.stack([torch.randint(1000, (), generator=generator(args.seed, stream, "timestep", step, slot))
+                             for slot in slots])
     dropped = draw("caption-dropout", lambda g: torch.rand((), generator=g)) < args.prompt_dropout
     caption = torch.where(dropped, len(next(iter(data.text.values()))) - 1, data.caption[index])
     return latents, noise, timesteps, {key: value[caption] for key, value in data.text.items()}
@@ -522,7 +531,7 @@ def save_checkpoint(state, args, data, best=False):
         return
     folder = Path(args.out, "checkpoints")
     path = folder / f"step-{state.step:08d}.pt"
-    batch = args.batch_size * args.accumulate * WORLD
+    batch = effective_batch(args)
     content = {"format": 1, "step": state.step, "epoch": state.step * batch // len(data.rows), "position": state.step * batch,
                "weights": {name: w.detach() for name, w in state.weights.items()}, "ema": state.ema,
                "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "effective_batch": batch,
@@ -764,7 +773,8 @@ def compute_gradients(base, data, classes, features, state, args):
         first = (micro * WORLD + RANK) * args.batch_size
         for stream, part, share in streams:
             slots = range(first, first + args.batch_size)
-            latents, noise, timesteps, text = make_batch(part, state.step, slots, args, stream)
+            latents, noise, planned, text = make_batch(part, state.step, slots, args, stream)
+            timesteps = planned.to(base.device, non_blocking=True)
             noisy, target, weight = noised_and_target(base, latents, noise, timesteps, args.snr_gamma)
             if args.dropout:  # the one hidden state: nn.Dropout draws from the global generator
                 torch.manual_seed(generator(args.seed, "dropout", stream, state.step, micro, RANK).initial_seed())
@@ -772,8 +782,8 @@ def compute_gradients(base, data, classes, features, state, args):
             error = (prediction - target).square().mean((1, 2, 3)) * weight   # (B,)
             if features:
                 clean = predicted_latents(base, noisy, prediction, timesteps)
-                error = error + args.perceptual_weight * perceptual_loss(base, features, clean, latents, timesteps)
-            loss = share * error.sum() / (args.batch_size * args.accumulate * WORLD)
+                error = error + args.perceptual_weight * perceptual_loss(features, clean, latents, planned)
+            loss = share * error.sum() / effective_batch(args)
             state.scaler.scale(loss).backward()
             total += loss.detach()
     for w in state.weights.values():
@@ -783,11 +793,13 @@ def compute_gradients(base, data, classes, features, state, args):
 
 
 def perceptual_features(base, args):
-    """The function, latents → features, of --perceptual; None where it is off."""
+    """The function, latents → features, of --perceptual and the first timestep at which noise outweighs the signal, where
+    the prediction is a blur that features would punish; None where it is off."""
     if not args.perceptual_weight:
         return None
+    blur = int((base.alphas_cumprod >= 0.5).sum())
     if args.perceptual == "vae":
-        return lambda latents: decode_with_gradient(base, latents, features=True)
+        return lambda latents: decode_with_gradient(base, latents, features=True), blur
     path = find_weights("vgg16-397923af.pth")
     if path is None:
         fail("--perceptual vgg: needs torchvision's vgg16-397923af.pth in ~/.cache/torch/hub/checkpoints; "
@@ -796,20 +808,22 @@ def perceptual_features(base, args):
     trunk = trunk_of("vgg16", state).to(base.device)
     mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours), ImageNet's mean and deviation
-    return lambda latents: taps(trunk, ((decode_with_gradient(base, latents) + 1) / 2 - mean) / std, (15,))[0]
+    return lambda latents: taps(trunk, ((decode_with_gradient(base, latents) + 1) / 2 - mean) / std, (15,))[0], blur
 
 
-def perceptual_loss(base, features, clean, latents, timesteps):
-    """Squared distance in features between the predicted clean latents and the true ones, (B,).
+def perceptual_loss(features, clean, latents, timesteps):
+    """Squared distance in features between the predicted clean latents and the true ones, (B,); 0 where blurred.
 
-    Zero where the signal is weaker than the noise: there the prediction is a blur, which features would punish.
+    timesteps: on the CPU, so that the choice of rows keeps no GPU waiting.
     """
-    seen = base.alphas_cumprod[timesteps] >= 0.5
+    function, blur = features
+    seen = (timesteps < blur).nonzero().flatten()
     loss = torch.zeros(len(latents), device=latents.device)
-    if seen.any():
+    if len(seen):
+        seen = seen.to(latents.device, non_blocking=True)
         with torch.no_grad():
-            wanted = features(latents[seen])
-        loss[seen] = (features(clean[seen]) - wanted).square().mean((1, 2, 3))
+            wanted = function(latents[seen])
+        loss = loss.index_add(0, seen, (function(clean[seen]) - wanted).square().mean((1, 2, 3)))
     return loss
 
 
@@ -824,7 +838,7 @@ def estimate(state, seen, clock, device, args):
 
 def write_log(log, seen, clock, device, state, args, data):
     """A line for each step since the last look; returns their mean loss; counts steps with NaN, in a row."""
-    values, batch = torch.stack(seen).tolist(), args.batch_size * args.accumulate * WORLD
+    values, batch = torch.stack(seen).tolist(), effective_batch(args)
     speed = round(len(seen) * batch / (time.perf_counter() - clock), 2)
     first = state.step - len(seen) + 1
     log(*({"step": step, "epoch": round(step * batch / len(data.rows), 3), "loss": loss,
@@ -967,7 +981,7 @@ def write_report(state, args):
 
 def describe(state, data, val, args):
     """Before anything long starts: what will be trained on what."""
-    batch, size = args.batch_size * args.accumulate * WORLD, sum(w.numel() for w in state.weights.values())
+    batch, size = effective_batch(args), sum(w.numel() for w in state.weights.values())
     groups = len({row["group"] for row in data.rows} - {""})
     print(f"{len(data.rows)} training images" + f" of {groups} patients" * (groups > 0)
           + f", {len(val.rows) if val else 0} for validation, {len(next(iter(data.text.values()))) - 1} captions")
@@ -992,8 +1006,7 @@ def run(args, device):
     listed = list_data(args)
     train_rows, val_rows = ([row for row in listed if row["split"] == part] for part in ("train", "val"))
     args.resolution = args.resolution or own_resolution(find_base(args.base))
-    batch = args.batch_size * args.accumulate * WORLD
-    args.steps = args.steps or math.ceil(args.epochs * len(train_rows) / batch)
+    args.steps = args.steps or math.ceil(args.epochs * len(train_rows) / effective_batch(args))
     if args.select_by != "val-loss" and len(val_rows) < 50:
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
              "means something at any number")
@@ -1005,14 +1018,14 @@ def run(args, device):
         RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --steps")
         return
     base = prepare_base(args, device)
-    classes = class_images(base, len(train_rows), args) if args.class_data else None
+    classes = class_images(base, len(train_rows), args) if args.method == "dreambooth" else None
     state = start(base, args, checkpoint)   # before captions are encoded: a new word must exist by then
     if args.compile:
         base.unet.compile()
     rows, pixels = load_pixels(train_rows + val_rows, args.resolution, args.crop, args.strict)
-    held = torch.tensor([row["split"] == "val" for row in rows])
-    data, val = (cache(base, [row for row in rows if (row["split"] == "val") == which], pixels[held == which], args, what)
-                 if which in held else None for which, what in ((False, "training images"), (True, "validation images")))
+    count = sum(row["split"] == "train" for row in rows)
+    data = cache(base, rows[:count], pixels[:count], args, "training images")
+    val = cache(base, rows[count:], pixels[count:], args, "validation images") if val_rows else None
     data.hash, data.weights_hash = data_hash, weights_hash
     rest_encoders(base, args)
     if RANK == 0:

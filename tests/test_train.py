@@ -249,13 +249,17 @@ def test_accumulation_equals_the_larger_batch(flags, tmp_path, run):
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-4
 
 
-def test_two_processes_equal_one_with_twice_the_batch(flags, tmp_path, run):
+@pytest.mark.parametrize("processes, batch, accumulate", [(2, 4, 1), (4, 1, 2)])
+def test_several_processes_equal_one_with_their_batches_together(processes, batch, accumulate, flags, tmp_path, run):
     run(train, *flags, "--out", tmp_path / "one", "--batch-size", 8)
-    two = launch(*flags, "--out", tmp_path / "two", "--batch-size", 4, processes=2)
-    assert two.returncode == 0, two.stderr
-    assert len(log_of(tmp_path / "two")) == 12
+    several = [*flags, "--out", tmp_path / "several", "--batch-size", batch, "--accumulate", accumulate]
+    done = launch(*several, processes=processes)
+    assert done.returncode == 0, done.stderr
+    run(train, *flags, "--out", tmp_path / "one", "--batch-size", 8, "--steps", 15)
+    run(train, *flags, "--out", tmp_path / "several", "--batch-size", 8, "--steps", 15)   # go on in one process
+    assert len(log_of(tmp_path / "several")) == 15
     for key in ("loss", "val_loss"):
-        for one, other in zip(log_of(tmp_path / "one", key), log_of(tmp_path / "two", key), strict=True):
+        for one, other in zip(log_of(tmp_path / "one", key), log_of(tmp_path / "several", key), strict=True):
             assert abs(one[key] - other[key]) < 1e-5
 
 
@@ -456,15 +460,15 @@ def test_unreadable_images_are_named_and_skipped_or_refused(flags, images, tmp_p
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "tests" / "recipes").glob("*.txt")), ids=lambda path: path.stem)
 def test_every_recipe_runs(recipe, base, tmp_path, run):
-    labels, places = ["a|b", "b", "", "c"] * 5, tmp_path / "data"
-    places.mkdir()
+    labels, data = ["a|b", "b", "", "c"] * 5, tmp_path / "data"
+    data.mkdir()
     for i in range(20):
-        Image.new("RGB", (64, 64), (i, 2 * i, 90)).save(places / f"{i}.png")
-    table = "file_name,labels,patient_id\n" + "".join(f"{i}.png,{labels[i]},p{i}\n" for i in range(20))
-    (places / "metadata.csv").write_text(table)
-    run(train, f"@{recipe}", "--base", base, "--data", places, "--resolution", 64, "--steps", 2, "--val-samples", 0,
-        "--out", tmp_path / "run")
-    assert (tmp_path / "run" / "lora.safetensors").exists()
+        Image.new("RGB", (64, 64), (i, 2 * i, 90)).save(data / f"{i}.png")
+    rows = [f"{i}.png,{labels[i]},p{i},OCT,thick retina number {i}" for i in range(20)]
+    (data / "metadata.csv").write_text("\n".join(["path,labels,patient_id,modality,Text", *rows]))
+    run(train, f"@{recipe}", "--base", base, "--data", data, "--resolution", 64, "--steps", 2, "--val-samples", 0,
+        "--val-steps", 1, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "model" if "--method full" in recipe.read_text() else tmp_path / "run" / "lora.safetensors").exists()
 
 
 # ------------------------------------------------------------------------------------------------- methods
@@ -573,12 +577,12 @@ def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(
     noisy, _, _ = sample.noised_and_target(loaded, latents, noise, t)
     cond = train.cond_of(loaded, data, {key: value[data.caption[:4]] for key, value in data.text.items()})
     clean = sample.predicted_latents(loaded, noisy, sample.denoise(loaded, noisy, t, cond), t)
-    loss = train.perceptual_loss(loaded, features, clean, latents, t)
+    loss = train.perceptual_loss(features, clean, latents, t)
     assert (loss[:2] > 0).all() and not loss[2:].any()
     loss.sum().backward()
     assert all(w.grad is not None and w.grad.abs().max() > 0 for w in state.weights.values())
     torch.testing.assert_close(sample.predicted_latents(loaded, noisy, noise, t), latents, rtol=1e-3, atol=1e-3)
-    assert train.perceptual_loss(loaded, features, latents, latents, t).abs().max() < 1e-8
+    assert train.perceptual_loss(features, latents, latents, t).abs().max() < 1e-8
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(flags, tmp_path, run, monkeypatch, capsys):
@@ -602,7 +606,7 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
 
 
 @pytest.mark.parametrize("change, said", [
-    (["--method", "dreambooth"], "--class-data"),
+    (["--method", "dreambooth"], "--class-prompt"),
     (["--method", "textual-inversion"], "--prompt with the new word"),
     (["--method", "full", "--text-lora"], "--text-lora goes with"),
     (["--text-lora", "--text-encoder", "x"], "give one of them"),
