@@ -240,6 +240,63 @@ def test_adapter_and_optimizer_stay_fp32_under_bf16_and_learn(flags, tmp_path, r
     assert any(w.any() for name, w in checkpoint["weights"].items() if "lora_B" in name)
 
 
+def test_a_step_asks_no_tensor_for_its_value(setup, monkeypatch):
+    args, loaded, data, state = setup("--snr-gamma", 5, "--noise-offset", 0.1)
+    train.compute_gradients(loaded, data, None, None, state, args)   # once, for what is worked out only once
+    train.apply_gradients(state, list(state.weights.values()), args)
+    with monkeypatch.context() as patch:   # on a GPU each of these waits for all that was asked of it so far
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"the step calls Tensor.{name}"))
+        loss = train.compute_gradients(loaded, data, None, None, state, args)
+        norm = train.apply_gradients(state, list(state.weights.values()), args)
+    assert loss.item() > 0 and norm.item() > 0
+
+
+@pytest.mark.parametrize("more, stays", [([], ()), (["--text-lora"], ("text",)), (["--perceptual-weight", 0.1], ("vae",))])
+def test_vae_and_text_encoder_leave_the_device_once_cached_unless_they_are_needed(more, stays, flags, tmp_path, run, monkeypatch):
+    places, loading = {}, train.load_base
+
+    def watched(*of):
+        base = loading(*of)
+        for name, module in (("vae", base.vae), ("text", base.text_encoders[0])):
+            places[name] = ["device"]
+            monkeypatch.setattr(module, "to", lambda where, name=name: places[name].append(str(where)))
+        return base
+    monkeypatch.setattr(train, "load_base", watched)
+
+    def begin(*_):
+        raise EOFError
+    monkeypatch.setattr(train, "fit", begin)
+    with pytest.raises(EOFError):
+        run(train, *flags, "--out", tmp_path, *more)
+    assert {name: where[-1] for name, where in places.items()} == {n: "device" if n in stays else "cpu" for n in places}
+
+
+@pytest.mark.parametrize("figure", ["kid", "fid"])
+def test_the_best_is_chosen_by_pictures_where_there_are_fifty_to_compare_with(figure, flags, tmp_path, run, monkeypatch):
+    for i in range(110):
+        place = tmp_path / "data" / ("train", "val")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 64), 30 + i).convert("RGB").save(place / f"{i}.png")
+    texture = train.load_features("texture", CPU)
+    monkeypatch.setattr(train, "load_features", lambda name, device: texture)   # Inception's weights are not at hand
+    run(train, *flags, "--data", tmp_path / "data" / "train", "--val-data", tmp_path / "data" / "val", "--prompt", "noise",
+        "--steps", 4, "--validate-every", 2, "--select-by", figure, "--val-steps", 1, "--out", tmp_path / "run")
+    seen = log_of(tmp_path / "run", figure)
+    best = min(seen, key=lambda line: line[figure])["step"]
+    assert [line["step"] for line in seen] == [2, 4] and all(math.isfinite(line[figure]) for line in seen)
+    assert lora.load(tmp_path / "run" / "lora.safetensors")[1]["steps"] == str(best)
+
+
+def test_tensorboard_gets_what_the_log_gets(flags, tmp_path, run):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(train, *flags, "--out", tmp_path, "--tensorboard", "--val-samples", 1, "--val-steps", 1)
+    board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("loss")] == list(range(1, 13))
+    assert [e.value for e in board.Scalars("lr")] == pytest.approx([line["lr"] for line in log_of(tmp_path)])
+    assert board.Images("samples")
+
+
 def test_accumulation_equals_the_larger_batch(flags, tmp_path, run):
     run(train, *flags, "--out", tmp_path / "a", "--batch-size", 8)
     run(train, *flags, "--out", tmp_path / "b", "--batch-size", 2, "--accumulate", 4)
