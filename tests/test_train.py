@@ -94,6 +94,16 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(flags, tmp_path, run, c
     assert log_of(tmp_path)[-1]["step"] == 15 and results(tmp_path) != before
 
 
+def test_the_adapter_file_holds_the_averaged_weights_of_the_best_validation_or_of_the_end(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path / "a")
+    run(train, *flags, "--out", tmp_path / "b", "--val-split", 0)
+    for out, which in (("a", "best.pt"), ("b", "latest.pt")):
+        kept = torch.load(tmp_path / out / "checkpoints" / which, weights_only=True)
+        found = load_file(tmp_path / out / "lora.safetensors")
+        assert all(torch.equal(found[name], value) for name, value in kept["ema"].items()) and len(found) == len(kept["ema"])
+        assert not all(torch.equal(found[name], value) for name, value in kept["weights"].items())
+
+
 def test_full_training_leaves_a_folder_that_serves_as_a_base(flags, tmp_path, run):
     run(train, *flags, "--out", tmp_path / "full", "--method", "full")
     run(sample, "--base", tmp_path / "full" / "model", "--prompt", "x", "--num-images", 1, "--steps", 1, "--out",
