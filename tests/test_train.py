@@ -381,6 +381,18 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(flags, tmp_p
     assert results(tmp_path) == before
 
 
+def test_a_full_gpu_is_one_line_that_names_the_flags_to_try(flags, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr(train, "fit", full)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)   # guarded's handler is not this process's
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        train.guarded(train.main, train.parse_args())
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("error: ") and "--batch-size" in line and "--gradient-checkpointing" in line
+
+
 def test_a_second_run_in_one_folder_is_refused(flags, tmp_path, refused):
     with train.lock(tmp_path):
         assert "another run" in refused(train, *flags, "--out", tmp_path)
