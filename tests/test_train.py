@@ -357,6 +357,13 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes_as_one_never_stopp
     assert not [path for path in (tmp_path / "killed").rglob(".*.tmp")]
 
 
+def test_going_back_to_an_earlier_checkpoint_cuts_the_log_back_and_ends_with_the_same_bytes(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path)
+    before, lines = results(tmp_path), [(line["step"], line["loss"]) for line in log_of(tmp_path)]
+    run(train, *flags, "--out", tmp_path, "--resume", tmp_path / "checkpoints" / "step-00000010.pt")
+    assert [(line["step"], line["loss"]) for line in log_of(tmp_path)] == lines and results(tmp_path) == before
+
+
 def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
     process = subprocess.Popen(command(*flags, "--steps", 5000, "--out", tmp_path), cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
