@@ -100,3 +100,9 @@ def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_h
     monkeypatch.undo()
     line = refused(sample, "--base", "some-owner/some-model", "--prompt", "x")   # the tests run with HF_HUB_OFFLINE=1
     assert "hf download some-owner/some-model" in line
+
+
+def test_in_fp16_the_vae_of_sdxl_stays_fp32_for_it_overflows(base, sdxl):
+    found = [sample.load_base(name, torch.device("cpu"), "fp16") for name in (base, sdxl)]
+    assert [each.unet.dtype for each in found] == [torch.float16] * 2
+    assert [each.vae.dtype for each in found] == [torch.float16, torch.float32]
