@@ -1,18 +1,24 @@
 """Low-rank adapters: put them into a model, save and load them, add them to its weights, look inside a file.
 
     python lora.py info runs/dfu/lora.safetensors
+    python lora.py convert runs/dfu/lora.safetensors --to kohya --out dfu.safetensors
+    python lora.py merge a.safetensors:0.7 b.safetensors:0.3 --out both.safetensors
+    python lora.py extract runs/full/model bases/sd15 --rank 32 --out full.safetensors
 
 An adapter file is safetensors in the dialect diffusers' `load_lora_weights` reads: `unet.<module>.lora_A.weight`
 (rank, in[, k, k]) and `….lora_B.weight` (out, rank[, 1, 1]). alpha/rank is folded into B, because that dialect has no
 alpha tensor and every loader then gives the same picture; the true rank and alpha stand in the metadata.
+Read as well: diffusers' two older dialects, and kohya's (A1111, ComfyUI), which `convert` also writes.
 Method: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". Imports none of our files.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
+import shlex
 import sys
 
 
@@ -29,13 +35,30 @@ def parse_args():
         "\ufeff \t").split(None, 1)
     parser.error = fail
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="base, rank, alpha, pairs, parameters and norms of an adapter file")
-    info.add_argument("file", help="an adapter, .safetensors")
-    info.error = fail
+    made = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False) for name, text in (
+        ("info", "dialect, base, rank, alpha, pairs, parameters and norms of an adapter"),
+        ("convert", "write an adapter in another dialect"),
+        ("merge", "one adapter that acts as several at once: exact, unless --rank is given"),
+        ("extract", "the adapter nearest to what sets a tuned model apart from its base"))}
+    for name in ("info", "convert"):
+        made[name].add_argument("file", help="an adapter, .safetensors")
+    made["convert"].add_argument("--to", required=True, choices=["diffusers", "kohya"], help="kohya: A1111 and ComfyUI")
+    made["merge"].add_argument("files", nargs="+", metavar="FILE[:WEIGHT]")
+    made["merge"].add_argument("--rank", type=int, help="recompress to this rank, and say the error")
+    made["extract"].add_argument("tuned", help="a diffusers folder, such as runs/NAME/model of train.py --method full")
+    made["extract"].add_argument("base", help="the diffusers folder it was tuned from")
+    made["extract"].add_argument("--rank", type=int, required=True)
+    for name, command in made.items():
+        command.error = fail
+        if name != "info":
+            command.add_argument("--out", required=True, metavar="FILE", help="the adapter to write, .safetensors")
     try:
-        return parser.parse_args()
+        args = parser.parse_args()
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
+    if getattr(args, "rank", None) is not None and args.rank < 1:
+        fail(f"--rank {args.rank}: give a number from 1")
+    return args
 
 
 if __name__ == "__main__":
@@ -45,6 +68,7 @@ import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save as serialize  # noqa: E402
 from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -133,7 +157,90 @@ def inject(model, targets="attention", rank=16, alpha=None, dropout=0.0, generat
     return {f"{prefix}.{name}": weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+# ---------------------------------------------------------------------------------------------- names of layers
+
+# The names that have an underscore of their own: with them a kohya name, whose dots became underscores, is read again.
+WORDS = re.compile("(?:" + "|".join((
+    "(?:down|up|input|output|transformer)_blocks|(?:mid|middle)_block|to_(?:[qkv]|out)|(?:proj|conv)_(?:in|out)",
+    "conv_shortcut|time_emb_proj|(?:time|add)_embedding|linear_[12]|in_layers|out_layers|emb_layers|skip_connection",
+    "time_embed|label_emb|text_model|self_attn|[qkv]_proj|out_proj|text_projection")) + ")(?=_|$)|[^_]+")
+PAIR = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](A|B|down|up)\.weight|(?:[._]lora)?\.(alpha))")
+KOHYA = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2"}
+REFUSED = {r"\.(dora_scale|lora_magnitude_vector)": "DoRA", r"\.lokr_": "LoKr", r"\.hada_": "LoHa", r"\.oft_": "OFT",
+           r"\.lora_mid": "LoCon with a Tucker core", r"\.diff(_b)?$": "an adapter of whole differences"}
+
+
+def on_disk(name):
+    """A weight's name in files: a text encoder's layers lie below `text_model.`, whatever this transformers does."""
+    return re.sub(r"^(text_encoder(?:_2)?)\.(?!text_model\.|text_projection)", r"\1.text_model.", name)
+
+
+def layer_name(stem):
+    """What any trainer calls a layer → "unet.<path>", "text_encoder.<path>" or "text_encoder_2.<path>"."""
+    kohya = re.fullmatch(r"lora_(unet|te1?|te2)_(.+)", stem)
+    if kohya:
+        stem = f"{KOHYA[kohya[1]]}.{'.'.join(WORDS.findall(kohya[2]))}"
+    elif not stem.startswith(("unet.", "text_encoder.", "text_encoder_2.")):
+        stem = "unet." + stem.removeprefix("diffusion_model.")
+    stem = re.sub(r"\.processor(?=\.)", "", stem)
+    stem = re.sub(r"(\.self_attn\.)to_(?:([qkv])|out)$", lambda m: f"{m[1]}{m[2] or 'out'}_proj", stem)
+    return on_disk(re.sub(r"\.to_out$", ".to_out.0", stem))
+
+
+def sgm_names(layers):
+    """Stability's names of a UNet's layers → diffusers', of `layers` resnets a level (2 in every Stable Diffusion)."""
+    resnet = {"in_layers.2": "conv1", "out_layers.3": "conv2", "emb_layers.1": "time_emb_proj",
+              "skip_connection": "conv_shortcut"}
+    table = {"input_blocks.0.0": "conv_in", "out.2": "conv_out", "middle_block.1": "mid_block.attentions.0"}
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    for n in (1, 2):
+        table[f"time_embed.{2 * n - 2}"] = f"time_embedding.linear_{n}"
+        table[f"label_emb.0.{2 * n - 2}"] = f"add_embedding.linear_{n}"
+    for level, j in itertools.product(range(4), range(layers + 1)):
+        n, down, up = level * (layers + 1) + j, f"down_blocks.{level}", f"up_blocks.{level}"
+        resnets[f"output_blocks.{n}.0"], table[f"output_blocks.{n}.1"] = f"{up}.resnets.{j}", f"{up}.attentions.{j}"
+        if j < layers:
+            resnets[f"input_blocks.{n + 1}.0"] = f"{down}.resnets.{j}"
+            table[f"input_blocks.{n + 1}.1"] = f"{down}.attentions.{j}"
+        else:
+            table[f"input_blocks.{n + 1}.0.op"] = f"{down}.downsamplers.0.conv"
+            for k in (1, 2):   # 2 after an attention
+                table[f"output_blocks.{n}.{k}.conv"] = f"{up}.upsamplers.0.conv"
+    return table | {f"{theirs}.{x}": f"{ours}.{y}" for theirs, ours in resnets.items() for x, y in resnet.items()}
+
+
+def translate(path, table):
+    """A dotted path with the longest beginning that `table` knows in the table's words; None where it knows none."""
+    parts = path.split(".")
+    for k in range(len(parts), 0, -1):
+        if ".".join(parts[:k]) in table:
+            return ".".join([table[".".join(parts[:k])], *parts[k:]])
+    return None
+
+
+def from_sgm(names):
+    """{name: itself, in diffusers' words}.
+
+    Where the samplers stand tells the number of resnets a level: a name that 2 makes impossible means 1.
+    """
+    sgm = re.compile(r"unet\.((?:input_blocks|middle_block|output_blocks|time_embed|label_emb|out)\..+)")
+    paths = {found[0]: found[1] for found in map(sgm.fullmatch, names) if found}
+    tables = [sgm_names(2), sgm_names(1)]
+    table = next((t for t in tables if all(translate(path, t) for path in paths.values())), tables[0])
+    return {name: f"unet.{translate(paths[name], table) or paths[name]}" if name in paths else name for name in names}
+
+
+def listed(names, most=5):
+    """Names for an error line: all of them, or the first and how many more."""
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
+
+
 # ---------------------------------------------------------------------------------------------- adapters on disk
+
+# base → what kohya's files call it; the width of the text an attn2.to_k reads tells the family
+VERSIONS = {"sd15": "sd_v1", "sd21-base": "sd_v2", "sd21": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
+WIDTHS = {768: "sd15", 1024: "sd21-base", 2048: "sdxl"}
+
 
 def to_bytes(tensors, metadata):
     """A safetensors file as bytes, the same ones every time: the library writes its metadata in random order."""
@@ -145,11 +252,6 @@ def to_bytes(tensors, metadata):
     return len(header).to_bytes(8, "little") + header + plain[8 + length:]
 
 
-def on_disk(name):
-    """A weight's name in files: a text encoder's layers lie below `text_model.`, whatever this transformers does."""
-    return re.sub(r"^(text_encoder(?:_2)?)\.(?!text_model\.)", r"\1.text_model.", name)
-
-
 def save(path, weights, metadata):
     """Write {name: tensor} as `inject` names them, atomically; metadata: {"rank": …, "alpha": …, "base": …, …}."""
     scale = float(metadata["alpha"]) / float(metadata["rank"])
@@ -159,37 +261,138 @@ def save(path, weights, metadata):
         file.write(to_bytes(tensors, metadata))
 
 
-def load(path):
-    """Read an adapter: ({"unet.<module>": (A, B)}, metadata, extra), alpha/rank already folded into B.
-
-    extra: what is no pair: the projection of a foreign text encoder, or the vectors of new tokens. Nothing is
-    unpickled. Stops with one line on a file that is missing, truncated, no safetensors, holds NaN, or has keys that
-    are no pairs: what does not fit is listed, never dropped in silence.
-    """
+def open_file(path):
+    """A safetensors file, its header read. Nothing is unpickled."""
     if not os.path.isfile(path):
-        fail(f"{path}: no such adapter file; give the lora.safetensors of a run")
+        fail(f"{path}: no such file; give an adapter (.safetensors) or, to extract, two diffusers folders")
     try:
-        with safe_open(path, "pt") as file:
-            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        return safe_open(path, "pt")
     except (SafetensorError, OSError) as why:
-        fail(f"{path}: not a readable safetensors adapter ({why}); make it again or copy it again")
+        fail(f"{path}: not a readable safetensors file ({why}); make it again or copy it again")
+
+
+def load(path):
+    """Read an adapter: ({"unet.<module>": (A, B)}, metadata, extra), alpha/rank already folded into B, all fp32.
+
+    The dialects of diffusers (three) and kohya are told by their keys; metadata gains "dialect", "rounding" (the
+    relative error of folding alpha in) and, where it lacks them, "rank", "alpha" and "base".
+    extra: what is no pair: the projection of a foreign text encoder, or the vectors of new tokens. Stops with one line
+    on a file that is missing, truncated, no safetensors, of another method (DoRA, LoKr, LoHa, …), holds NaN, or has
+    keys that are no pairs: what does not fit is listed, never dropped in silence.
+    """
+    file = open_file(path)
+    tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     extra = {key: tensors.pop(key).float() for key in list(tensors)
              if key.startswith("text_projection.") or key in metadata.get("tokens", "").split()}
-    stems = {key.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for key in tensors}
-    odd = sorted(key for key in tensors if not key.endswith((".lora_A.weight", ".lora_B.weight")))
-    odd += sorted(s for s in stems if not {s + ".lora_A.weight", s + ".lora_B.weight"} <= set(tensors))
-    if odd or not (tensors or extra):
-        fail(f"{path}: not an adapter in diffusers' form: {', '.join(odd[:3]) or 'it is empty'} "
-             f"({len(odd)} keys are not of lora_A/lora_B pairs)")
-    pairs = {s: (tensors[s + ".lora_A.weight"].float(), tensors[s + ".lora_B.weight"].float()) for s in sorted(stems)}
-    for name, (a, b) in pairs.items():
-        if a.ndim < 2 or b.ndim < 2 or a.shape[0] != b.shape[1]:
+    found, odd = sort_keys(path, tensors)
+    if odd or not (found or extra):
+        fail(f"{path}: not an adapter: {f'{len(odd)} keys are of no pair: {listed(odd)}' if odd else 'it is empty'}")
+    pairs, alphas, rounding = {}, {}, 0.0
+    for name in sorted({name for name, _ in found}):
+        a, b = found[name, "A"], found[name, "B"]
+        if min(a.ndim, b.ndim) < 2 or not len(a) == b.shape[1] == b[0].numel() or not a.numel():
             fail(f"{path}: {name}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit together")
-        if not (a.isfinite().all() and b.isfinite().all()):
+        alpha = found.get((name, "alpha"), header_alpha(path, metadata, name, len(a)))
+        alphas[name] = float(alpha)
+        exact = b.double() * (alphas[name] / len(a))
+        pairs[name] = a, b = a.float(), exact.float()
+        rounding = max(rounding, ((exact - b).norm() / exact.norm().clamp(min=1e-30)).item())
+    for name, value in [*extra.items(), *((name, half) for name, pair in pairs.items() for half in pair)]:
+        if not value.isfinite().all():
             fail(f"{path}: {name} holds NaN or infinity; the training that made it failed")
-    if not all(value.isfinite().all() for value in extra.values()):
-        fail(f"{path} holds NaN or infinity; the training that made it failed")
-    return pairs, metadata, extra
+    own = {"rank": "/".join(map(str, sorted({len(a) for a, _ in pairs.values()}))),
+           "alpha": "/".join(f"{alpha:g}" for alpha in sorted(set(alphas.values()))),
+           "base": {theirs: ours for ours, theirs in VERSIONS.items()}.get(metadata.get("ss_base_model_version"), "")}
+    return pairs, {**own, **metadata, "dialect": dialect(tensors), "rounding": f"{rounding:.2g}"}, extra
+
+
+def dialect(keys):
+    """The name of the dialect that these keys are in."""
+    text = " ".join(keys)
+    if re.search(r"\blora_(unet|te)", text):
+        return "kohya" + " sgm" * bool(re.search("_(in|out)put_blocks|_middle_block", text))
+    old = re.search(r"(\.lora|_layer)\.down", text)
+    return "diffusers" + " processor" * ("_lora." in text) + " lora.down" * bool(old)
+
+
+def sort_keys(path, tensors):
+    """What the keys of a file mean: {(layer, "A", "B" or "alpha"): tensor}, and the keys that belong to no pair."""
+    for key, (pattern, method) in itertools.product(tensors, REFUSED.items()):
+        if re.search(pattern, key):
+            fail(f"{path}: {method} ({key}) is not supported, only LoRA of linear and convolution layers; train again "
+                 "without it, or merge it into a base with the tool that made it")
+    keys = {key: match for key, match in zip(tensors, map(PAIR.fullmatch, tensors))
+            if match and tensors[key].is_floating_point() and (not match[3] or tensors[key].numel() == 1)}
+    names, places = from_sgm({layer_name(match[1]) for match in keys.values()}), {}
+    for key, match in keys.items():
+        part = {"down": "A", "up": "B"}.get(match[2], match[2] or "alpha")
+        places.setdefault((names[layer_name(match[1])], part), []).append(key)
+    good = {place: found[0] for place, found in places.items()
+            if (place[0], "A") in places and (place[0], "B") in places and len(found) == 1}
+    return {place: tensors[key] for place, key in good.items()}, sorted(set(tensors) - set(good.values()))
+
+
+def header_alpha(path, metadata, name, rank):
+    """A layer's alpha as newer diffusers writes it into the header (peft's settings of each model), else its rank."""
+    root, layer = name.split(".", 1)
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        alpha = config.get(f"{root}.lora_alpha", rank)
+        for ending, other in config.get(f"{root}.alpha_pattern", {}).items():
+            alpha = other if ("." + layer).endswith("." + ending) else alpha
+        return alpha * (math.sqrt(rank) if config.get(f"{root}.use_rslora") else 1.0)   # rank-stabilised: alpha/√rank
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        fail(f"{path}: its header's lora_adapter_metadata cannot be read; save the adapter again")
+
+
+def kohya_tensors(pairs, metadata):
+    """An adapter in kohya's words, and what its header says: SDXL's UNet by Stability's names, others by diffusers'.
+
+    .alpha is the true one where taking it out of B again loses no bit (alpha/rank is a power of two), else the rank,
+    with alpha/rank left in B.
+    """
+    text = " ".join(pairs)
+    xl = metadata["base"] == "sdxl" or re.search(r"text_encoder_2\.|\.transformer_blocks\.1\.|add_embedding", text)
+    down, up = (set(re.findall(rf"{side}_blocks\.\d+\.[ra]\w+\.(\d+)", text)) for side in ("down", "up"))
+    layers = 1 if (down, up) == ({"0"}, {"0", "1"}) else 2
+    table = {ours: theirs for theirs, ours in sgm_names(layers).items()} if xl else {}
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if xl else "lora_te_", "text_encoder_2": "lora_te2_"}
+    tensors, ranks, scale = {}, {len(a) for a, _ in pairs.values()}, 1.0
+    with contextlib.suppress(ValueError, ZeroDivisionError):   # "4/8", or what another program wrote there
+        told = float(metadata["alpha"]) / float(metadata["rank"])
+        scale = told if math.frexp(told)[0] == 0.5 and ranks == {float(metadata["rank"])} else 1.0
+    for name, (a, b) in pairs.items():
+        root, path = name.split(".", 1)
+        stem = prefixes[root] + (translate(path, table) or path).replace(".", "_")
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b / scale,
+                    f"{stem}.alpha": torch.tensor(len(a) * scale)}
+    base = metadata["base"] if metadata["base"] in VERSIONS else family(pairs)
+    return tensors, {"ss_network_module": "networks.lora", "ss_network_args": "{}", "ss_network_dim": max(ranks),
+                     "ss_network_alpha": f"{max(ranks) * scale:g}", "ss_v2": base.startswith("sd21"),
+                     "ss_base_model_version": VERSIONS.get(base, "")}
+
+
+def family(pairs):
+    """The base an adapter was made for, by the width of the text that its layers read; "" where none tells."""
+    return next((WIDTHS[a.shape[1]] for name, (a, _) in pairs.items()
+                 if re.search(r"attn2\.to_[kv]$", name) and a.shape[1] in WIDTHS), "")
+
+
+def write(path, pairs, metadata, extra, to="diffusers"):
+    """Write what `load` gave, atomically. In diffusers' dialect all pairs get one rank, the smaller ones by zeros:
+    of mixed ranks without alphas some releases of it make a wrong scale."""
+    about, tensors, rank = metadata, dict(extra), max((len(a) for a, _ in pairs.values()), default=0)
+    if to == "kohya":
+        tensors, more = kohya_tensors(pairs, metadata)
+        about = metadata | more
+    else:
+        for name, (a, b) in pairs.items():
+            tensors[f"{name}.lora_A.weight"] = torch.cat([a, a.new_zeros(rank - len(a), *a.shape[1:])])
+            tensors[f"{name}.lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), rank - len(a), *b.shape[2:])], 1)
+    stale = ("dialect", "rounding", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
+    with replacing(path) as file:
+        file.write(to_bytes({key: value.contiguous() for key, value in tensors.items()},
+                            {key: value for key, value in about.items() if key not in stale and value != ""}))
 
 
 def delta(a, b):
@@ -213,8 +416,8 @@ def merged(models, adapters):
             else:
                 updates.setdefault(layer, []).append((a, b, weight))
     if missing:
-        fail(f"the adapter does not fit this base: {len(missing)} of its layers are absent or of another shape, "
-             f"first {', '.join(missing[:3])}; was it trained on another --base?")
+        fail(f"the adapter does not fit this base: {len(missing)} of its layers are absent or of another shape: "
+             f"{listed(missing)}; was it trained on another --base?")
     originals = {layer: layer.weight.data for layer in updates}
     try:
         for layer, parts in updates.items():
@@ -240,20 +443,140 @@ def find_layer(models, name):
     return None
 
 
-# ---------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------- the commands
+
+def split_weight(text):
+    """"PATH:0.7" → (PATH, 0.7); "PATH" → (PATH, 1.0)."""
+    path, colon, weight = text.rpartition(":")
+    with contextlib.suppress(ValueError):
+        if colon and not os.path.exists(text) and math.isfinite(float(weight)):
+            return path, float(weight)
+    return text, 1.0
+
+
+def low_rank(a, b, rank):
+    """The pair of `rank` nearest to B·A (Eckart & Young 1936), and the squared norms of what is lost and of all.
+
+    By QR of both factors, so that the SVD is of their inner size and the full matrix is never made.
+    """
+    q_b, r_b = torch.linalg.qr(b.double().flatten(1))
+    q_a, r_a = torch.linalg.qr(a.double().flatten(1).T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T)
+    root = s[:rank].sqrt()
+    near_a, near_b = (q_a @ v[:rank].T * root).T.float(), (q_b @ u[:, :rank] * root).float()
+    lost, total = s[rank:].square().sum().item(), s.square().sum().item()
+    return near_a.reshape(-1, *a.shape[1:]), near_b.reshape(len(b), -1, *b.shape[2:]), lost, total
+
+
+def nearest(change, rank):
+    """The same for a weight's whole change, fp64: what lies along the first eigenvectors of its smaller Gram matrix."""
+    flat, tall = change.flatten(1), len(change) > change[0].numel()
+    flat = flat.T if tall else flat
+    axes = torch.linalg.eigh(flat @ flat.T)[1][:, -rank:]
+    along, total = axes.T @ flat, flat.square().sum().item()
+    a, b = (axes.T, along.T) if tall else (along, axes)
+    pair = a.float().reshape(-1, *change.shape[1:]), b.float().reshape(*b.shape, *[1] * (change.ndim - 2))
+    return *pair, max(total - along.square().sum().item(), 0.0), total
+
+
+def merge(args):
+    """Write one adapter that adds what several would: A's one below the other, weighted B's side by side."""
+    pairs, headers, lost, total = {}, [], 0.0, 0.0
+    for path, weight in map(split_weight, args.files):
+        found, metadata, extra = load(path)
+        headers.append(metadata)
+        if extra:
+            fail(f"{path} holds {listed(sorted(extra))}, which cannot be added up; give sample.py --lora twice")
+        for name, (a, b) in found.items():
+            first_a, first_b = pairs.get(name, (a[:0], b[:, :0]))
+            if (a[0].numel(), len(b)) != (first_a.shape[1:].numel(), len(first_b)):
+                fail(f"{path}: {name} has another shape than in the files before; the adapters are of different bases")
+            pairs[name] = (torch.cat([first_a, a.reshape(-1, *first_a.shape[1:])]),
+                           torch.cat([first_b, weight * b.reshape(*b.shape[:2], *first_b.shape[2:])], 1))
+    for name, (a, b) in pairs.items() if args.rank else ():
+        *pairs[name], missed, whole = low_rank(a, b, args.rank)
+        lost, total = lost + missed, total + whole
+    about = dict(set.intersection(*({*header.items()} for header in headers)))   # what they agree on
+    about["merged"] = " ".join(map(os.path.basename, args.files))
+    finish(args, pairs, about, math.sqrt(lost / total) if total else 0)
+
+
+def extract(args):
+    """Write the adapter of --rank nearest to TUNED minus BASE, for the UNet and the text encoders that differ."""
+    pairs, lost, total, beside = {}, 0.0, 0.0, 0.0
+    for root, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"), ("text_encoder_2", "model")):
+        paths = [os.path.join(folder, root, file + ".safetensors") for folder in (args.tuned, args.base)]
+        if root != "unet" and not any(map(os.path.isfile, paths)):
+            continue
+        tuned, base = ({on_disk(f"{root}.{key}"): part.get_slice(key) for key in part.keys()
+                        if not key.endswith("position_ids")} for part in map(open_file, paths))
+        if {name: w.get_shape() for name, w in tuned.items()} != {name: w.get_shape() for name, w in base.items()}:
+            fail(f"{args.tuned} and {args.base}: the layers of their {root} differ; give the base it was tuned from")
+        for name in tqdm(sorted(tuned), root, disable=None):
+            change = tuned[name][:].double() - base[name][:].double()
+            if not change.isfinite().all():
+                fail(f"{name} of {args.tuned} or {args.base} holds NaN or infinity: the model is broken")
+            if change.ndim < 2 or "_embedding." in name and root != "unet":
+                beside += change.square().sum().item()
+            elif change.any():
+                *pairs[name.removesuffix(".weight")], missed, whole = nearest(change, args.rank)
+                lost, total = lost + missed, total + whole
+    if not pairs:
+        fail(f"{args.tuned} and {args.base}: no linear or convolution layer differs: there is nothing to extract")
+    lost, total = lost + beside, total + beside
+    print(f"biases, norms and embeddings, which no adapter holds: {math.sqrt(beside / total):.3g} of the change")
+    finish(args, pairs, {"base": args.base, "extracted": os.path.basename(args.tuned)}, math.sqrt(lost / total))
+
+
+def finish(args, pairs, about, error):
+    """Write a new adapter with alpha 1/1 and say what it is: relative error in the Frobenius norm over all layers."""
+    rank = max(len(a) for a, _ in pairs.values())
+    about = {key: value for key, value in about.items() if not key.startswith("ss_")}
+    write(args.out, pairs, {**about, "rank": rank, "alpha": rank}, {})
+    print(f"pairs: {len(pairs)}\nrank: {rank}\nrelative error: {error:.3g}")
+
+
+def convert(args):
+    """Write an adapter in another dialect; what has no place there is refused."""
+    pairs, metadata, extra = load(args.file)
+    if args.to == "kohya" and extra:
+        fail(f"{args.file} holds {listed(sorted(extra))}, for which kohya's dialect has no place")
+    write(args.out, pairs, metadata, extra, args.to)
+    print(f"pairs: {len(pairs)}\nfrom: {metadata['dialect']}\nto: {args.to}\nrelative error: {metadata['rounding']}")
+
 
 def info(path):
     """Print what an adapter file holds, a figure a line."""
     pairs, metadata, extra = load(path)
-    ranks = sorted({len(a) for a, _ in pairs.values()}) or [0]
-    print(f"dialect: diffusers\npairs: {len(pairs)}\nrank: {metadata.get('rank', '/'.join(map(str, ranks)))}\n"
-          f"alpha: {metadata.get('alpha', metadata.get('rank', ranks[-1]))}\n"
-          f"parameters: {sum(a.numel() + b.numel() for a, b in pairs.values()) + sum(e.numel() for e in extra.values())}")
-    print(f"norm: {math.sqrt(sum(delta(a, b).square().sum().item() for a, b in pairs.values())):.4g}")
+    base = metadata.pop("base") or (f"of the {family(pairs)} family" if family(pairs) else "unknown")
+    count = sum(a.numel() + b.numel() for a, b in pairs.values()) + sum(e.numel() for e in extra.values())
+    print(f"dialect: {metadata.pop('dialect')}\nbase: {base}\nrank: {metadata.pop('rank')}\n"
+          f"alpha: {metadata.pop('alpha')}\npairs: {len(pairs)}\nparameters: {count}")
+    blocks = {"": 0.0}
+    for name, (a, b) in pairs.items():   # |B·A|² = tr(BᵀB · AAᵀ): the full matrix is never made
+        a, b = a.double().flatten(1), b.double().flatten(1)
+        block = re.match(r"unet\.(?:down|up)_blocks\.\d+|unet\.\w+|\w+", name)[0]
+        square = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).item()
+        blocks[block], blocks[""] = blocks.get(block, 0.0) + square, blocks[""] + square
+    for block, square in sorted(blocks.items()):
+        print(f"norm{' ' * bool(block)}{block}: {math.sqrt(square):.4g}")
     for key, value in sorted(metadata.items()):
-        if key not in ("rank", "alpha", "format"):
-            print(f"{key}: {json.dumps(value) if chr(10) in value else value}")
+        if key not in ("format", "rounding"):
+            print(f"{key}: {json.dumps(value, ensure_ascii=False) if not value.isprintable() else value}"[:200])
+
+
+def main(args):
+    try:
+        if args.command == "info":
+            return info(args.file)
+        {"convert": convert, "merge": merge, "extract": extract}[args.command](args)
+    except OSError as why:
+        fail(f"{getattr(args, 'out', args.command)}: {why.strerror or why}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    print(f"written: {args.out}\nnext: python lora.py info {shlex.quote(args.out)}")
 
 
 if __name__ == "__main__":
-    info(args.file)
+    main(args)
