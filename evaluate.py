@@ -2,22 +2,32 @@
 
     python evaluate.py REAL GENERATED
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
-    python evaluate.py REAL GENERATED --features pt_inception-2015-12-05-6726825d.pth --lpips alex
+    python evaluate.py REAL GENERATED --split runs/dfu/split.csv --utility --by sex
+    python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
+    torchrun --nproc_per_node=2 evaluate.py REAL GENERATED --features pt_inception-2015-12-05-6726825d.pth --lpips alex
 
 REAL and GENERATED are folders of images, folders with metadata.csv or manifest.csv, or such tables. Prints a table,
-writes a report that opens in any browser without a network (--out) and the same figures for programs (--json:
-format, settings, real, generated: path, n, metrics: value, null, null_low, null_high, excess, p_high, p_low,
-real_vs_real, band). Each figure stands beside its permutation null: both sets pooled and shared out anew in the same
-sizes, whole patients together. p_high is how often chance is as bad or worse, p_low how often as good or better.
+writes a report that opens in any browser without a network (--out) and the same figures for programs (--json). Each
+figure stands beside its permutation null: both sets pooled and shared out anew in the same sizes, whole patients
+together. p_high is how often chance is as bad or worse, p_low how often as good or better.
+
+The JSON: {"format": 1, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "metrics": {NAME: {"value",
+"null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real", "band"}}, "memorisation": {"likely_copies",
+"pairs": [{"generated", "train", "distance", "p"}]}, "utility": [{"share", "auroc", "low", "high"}]}]}; with --utility also
+"classifiers", with --by or labels "subgroups". share is in percent, low and high hold 95 %. A figure that does not apply
+is null. kid and lpips are plain, cmmd x 1000; ssim, lpips: _nearest is the mean over generated images of the most similar
+real one, _pairs the mean over pairs of generated images; colour is the Frechet distance of chroma statistics.
 """
 import argparse
 import contextlib
+import hashlib
 import html
 import json
 import os
 import platform
 import shlex
 import sys
+from pathlib import Path
 
 
 def fail(message):
@@ -34,17 +44,31 @@ def parse_args():
     parser.error = fail
     data = parser.add_argument_group("data")
     data.add_argument("real", metavar="REAL", help="real images: a folder or a table")
-    data.add_argument("generated", metavar="GENERATED", nargs="+", help="generated images: folders or tables")
+    data.add_argument("generated", metavar="GENERATED", nargs="*", help="generated images: folders or tables")
+    data.add_argument("--checkpoint", metavar="PATH|DIR", help="draw from a checkpoint, or from each of a folder, and rank")
+    data.add_argument("--num-samples", type=int, default=200, help="images drawn from each checkpoint")
+    data.add_argument("--steps", type=int, default=50, help="denoising steps for --checkpoint")
+    data.add_argument("--guidance-scale", type=float, default=7.5, help="for --checkpoint")
+    data.add_argument("--train-data", metavar="DIR", help="what the generator learnt from, searched for copies (default: "
+                      "the training part of --split, else REAL)")
+    data.add_argument("--split", metavar="CSV", help="split.csv of the run: REAL's held-out images become the reference")
     data.add_argument("--group-column", help="column of REAL's table that names the patient (default: found by name)")
     data.add_argument("--max-images", type=int, default=1000, help="at most so many of each set, drawn by the seed")
     data.add_argument("--resolution", type=int,
                       help="pixels a side at which all are compared (default: the smallest stored one, 64 to 256)")
     numbers = parser.add_argument_group("numbers")
-    numbers.add_argument("--metrics", help="comma list (default: all); fid is another word for frechet")
-    numbers.add_argument("--features", metavar="texture|inception|vgg-random|PATH",
-                         help="PATH: FID's Inception weights (default: inception if the cache has them, else texture)")
+    numbers.add_argument("--metrics", help="comma list (default: all but ms_ssim_pairs, inception_score, clip_score); fid is "
+                         "another word for frechet")
+    numbers.add_argument("--features", metavar="texture|inception|dinov2|clip|vgg-random|PATH", help="PATH: FID's Inception "
+                         "weights or a transformers folder (default: inception if the cache has it, else texture)")
+    numbers.add_argument("--resize", choices=("legacy", "clean"), default="legacy",
+                         help="how the feature network's input is resized: as pytorch-fid and CMMD, or as clean-fid")
     numbers.add_argument("--lpips", choices=("random", "alex", "vgg", "squeeze"),
                          help="distance of two images (default: alex if its weights are there, else random)")
+    numbers.add_argument("--clip", default="openai/clip-vit-base-patch32", metavar="HUB-ID|FOLDER", help="for clip_score")
+    numbers.add_argument("--bands", metavar="CSV", help="metric,excellent,good,fair: replaces the table of bands")
+    numbers.add_argument("--utility", action="store_true", help="do the images help a classifier? needs labels on both sides")
+    numbers.add_argument("--by", metavar="COLUMN", help="also by subgroup: a column such as sex, age, view (default: label)")
     numbers.add_argument("--permutations", type=int, default=999, help="draws of the null, at least 99")
     numbers.add_argument("--batch-size", type=int, default=32, help="images a forward pass")
     numbers.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -59,9 +83,11 @@ def parse_args():
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
     for flag, least, most in (("max_images", 2, 10**6), ("resolution", 64, 4096), ("permutations", 99, 10**6),
-                              ("batch_size", 1, 10**6)):
+                              ("batch_size", 1, 10**6), ("num_samples", 2, 10**6)):
         if getattr(args, flag) is not None and not least <= getattr(args, flag) <= most:
             fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a number from {least} to {most}")
+    if not args.generated and not args.checkpoint:
+        fail("nothing to compare REAL with: give GENERATED, one or more folders, or --checkpoint")
     return args
 
 
@@ -72,28 +98,59 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image  # noqa: E402
+from scipy.stats import binom  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from metrics import (FID_WEIGHTS, METRICS, extract, find_weights, generator, guarded, half_draws,  # noqa: E402
-                     joint_matrices, kid, list_images, load_features, load_lpips, load_pixels, lpips_files,
-                     lpips_matrix, nearest, page, permutation_draws, pick_device, pick_resolution, replacing,
-                     same_unit, ssim, ssim_matrix, table, thumbnail, whole_groups, yardstick)
+from metrics import (FID_WEIGHTS, METRICS, OPT_IN, caption_scores, colour, content_hash, copy_chances,  # noqa: E402
+                     copy_distances, curve, extract, find_range, find_weights, generator, guarded, half_draws, joint_matrices, kid,
+                     large_values, list_images, load_features, load_lpips, load_pixels, load_weights, lpips_files,
+                     lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws, pick_device,
+                     pick_resolution, read_split, read_table, replacing, same_unit, split_rows, ssim, ssim_matrix,
+                     table, thumbnail, to_grey, whole_groups, yardstick)
 
 NOT_COMPARABLE = "not comparable with published figures"
-HALVES = 20  # random halves of the real set
+HALVES = 20          # random halves of the real set
+LARGE = 5000         # images in all above which no matrix holds them, and the null is that of DRAWN of each set
+DRAWN = 1000
+SHARES = (0, 10, 25, 50, 100, 200)   # per cent of generated images that are added for --utility
+SEEDS = 5
+BANDS = {"fid": (30, 50, 100), "ssim_nearest": (0.8, 0.7, 0.6), "lpips_nearest": (0.2, 0.3, 0.4),
+         "inception_score": (3, 2, 1.5)}
 
+
+# ------------------------------------------------------------------------------------------------- what is compared
 
 def chosen_metrics(text):
     """The names to compute, from --metrics."""
-    names = [name.strip().replace("fid", "frechet") for name in text.split(",")] if text else list(METRICS)
+    usual = [name for name, row in METRICS.items() if row[2] not in OPT_IN]
+    words = [name.strip().replace("-", "_") for name in text.split(",")] if text else usual
+    names = ["frechet" if name == "fid" else name for name in words]
     for name in names:
         if name not in METRICS:
             fail(f"--metrics: no metric {name!r}; there are {', '.join(METRICS)}")
     return list(dict.fromkeys(names))
 
 
-def read_set(path, args, group_column=None):
-    """The rows of a set, at most --max-images of them."""
-    rows = list_images(path, group_column=group_column)
+def read_bands(path):
+    """{metric: (excellent, good, fair)} from --bands, or the table built in."""
+    if path is None:
+        return BANDS
+    try:
+        return {row["metric"].replace("-", "_"): tuple(float(row[word]) for word in ("excellent", "good", "fair"))
+                for row in read_table(path)}
+    except (KeyError, ValueError):
+        fail(f"--bands {path}: needs the columns metric,excellent,good,fair and numbers in the last three")
+
+
+def band(limits, value, lower_is_better):
+    """excellent, good, fair or poor; None where there is no table for it."""
+    words = [word for word, limit in zip(("excellent", "good", "fair"), limits or ())
+             if (value <= limit if lower_is_better else value >= limit)]
+    return (words + ["poor"])[0] if limits else None
+
+
+def at_most(path, rows, args):
+    """At most --max-images of the rows, drawn by the seed."""
     if len(rows) > args.max_images:
         print(f"{path}: {args.max_images} of {len(rows)} images, drawn by seed {args.seed}")
         order = torch.randperm(len(rows), generator=generator(args.seed, "max-images"))[:args.max_images]
@@ -101,67 +158,380 @@ def read_set(path, args, group_column=None):
     return rows
 
 
-def load_set(path, rows, resolution):
-    """(rows, uint8 pixels) of the readable images; fail() where there are not two."""
-    rows, pixels = load_pixels(rows, resolution)
-    if len(rows) < 2:
-        fail(f"{path}: {len(rows)} readable image; a comparison of sets needs at least 2, and says little under 50")
-    return rows, pixels
+def list_real(args):
+    """(the rows to compare with, the rows that the generator learnt from) by --split and --train-data."""
+    rows, known = list_images(args.real, group_column=args.group_column), None
+    if args.by not in (None, "label", *rows[0]["fields"]):
+        fail(f"--by {args.by}: {args.real} has no such column; it has {', '.join(rows[0]['fields']) or 'no table'}")
+    if args.split:
+        read_split(rows, args.split)
+        known, rows = ([row for row in rows if (row["split"] in ("val", "test")) == held] for held in (False, True))
+        known = [row for row in known if row["split"] == "train"]
+        print(f"{args.split}: {len(rows)} held-out images are the reference, {len(known)} were trained on")
+        if len(rows) < 2:
+            fail(f"--split {args.split}: holds out {len(rows)} images; a comparison needs at least 2")
+    elif len(rows) > args.max_images:   # copies are looked for among them all
+        known = rows
+    known = list_images(args.train_data) if args.train_data else known
+    return at_most(args.real, rows, args), known
 
+
+def draw_checkpoints(args):
+    """Folders of images, one a checkpoint, drawn with the prompts that validated the run; they are kept."""
+    import sample
+    found = [Path(args.checkpoint)]
+    if os.path.isdir(args.checkpoint):
+        found = [path for place in (".", "checkpoints") for path in sorted(Path(args.checkpoint, place).glob("step-*.pt"))]
+    if not found or not found[0].is_file():
+        fail(f"--checkpoint {args.checkpoint}: no checkpoint there; give a file, a run's folder or its checkpoints/")
+    folders, typed = [], sys.argv
+    for path in found:
+        prompts = load_weights(path).get("args", {}).get("val_prompts") or [""]
+        folders.append(str(Path(args.out).with_suffix("")) + f"-samples/{path.parent.parent.name}-{path.stem}")
+        sys.argv = ["sample.py", "--checkpoint", str(path), *(f"--prompt={prompt}" for prompt in prompts), "--num-images",
+                    str(-(-args.num_samples // len(prompts))), "--steps", str(args.steps), "--guidance-scale",
+                    str(args.guidance_scale), "--batch-size", str(args.batch_size), "--device", args.device, "--seed",
+                    str(args.seed), "--out", folders[-1]]
+        sample.main(sample.parse_args())
+    sys.argv = typed
+    return folders
+
+
+def load_set(path, rows, resolution, networks, args, device, drawn=None):
+    """A set: {"path", "rows", "pixels" uint8 (N, 3, S, S), "features" (N, D), "every": (all, D) or None}.
+
+    drawn: how many of a large set keep their pixels; all of it is read in parts, and "every" has its features.
+    """
+    shown = set(torch.randperm(len(rows), generator=generator(args.seed, "drawn"))[:drawn].tolist())
+    size, kept, pixels, features, every = len(rows) if drawn is None else 500, [], [], [], []
+    value_range = next(iter(find_range(rows).values()), None) if drawn else None  # one for all parts
+    for start in range(0, len(rows), size):
+        good, part = load_pixels(rows[start:start + size], resolution, value_range=value_range)
+        if not good:
+            continue
+        found = extract(part, networks["features"], device, args.batch_size, args.precision)
+        for row, vector in zip(good, found):
+            if not np.isfinite(vector).all():
+                fail(f"{row['path']}: its features are not finite: are the weights of --features {args.features} sound?")
+        paths = {row["path"] for n, row in enumerate(rows[start:start + size], start) if n in shown}
+        which = [n for n, row in enumerate(good) if row["path"] in paths]
+        kept += [good[n] for n in which]
+        pixels.append(part if len(which) == len(part) else part[which])
+        features.append(found[which])
+        every.append(found.astype(np.float32))
+    if len(kept) < 2:
+        fail(f"{path}: {len(kept)} readable image; a comparison of sets needs at least 2, and says little under 50")
+    return {"path": path, "rows": kept, "pixels": torch.cat(pixels) if len(pixels) > 1 else pixels[0],
+            "features": np.concatenate(features), "every": None if drawn is None else np.concatenate(every)}
+
+
+# ------------------------------------------------------------------------------------------------- the figures
 
 def joint_of(real, fake, names, networks, args, device):
-    """Every matrix that the metrics `names` are read from; real, fake: (rows, uint8 pixels (N, 3, H, W))."""
-    rows, pixels, n = real[0] + fake[0], torch.cat([real[1], fake[1]]), len(real[0])
-    features = extract(pixels, networks["features"], device, args.batch_size, args.precision)
-    for row, vector in zip(rows, features):
-        if not np.isfinite(vector).all():
-            fail(f"{row['path']}: its features are not finite: are the weights of --features {args.features} sound?")
-    joint = joint_matrices(features[:n], features[n:], networks["features"]["standardise"])
-    if any(METRICS[name][2] == "ssim" for name in names):
+    """Every matrix that the metrics `names` are read from."""
+    pixels, needs = torch.cat([real["pixels"], fake["pixels"]]), {METRICS[name][2] for name in names}
+    joint = joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
+    joint["colour"] = joint_matrices(colour(real["pixels"]), colour(fake["pixels"]), True)
+    if "ssim" in needs:
         joint["ssim"] = ssim_matrix(pixels, pixels, device)
-    if networks["lpips"]:
+    if "ms_ssim" in needs:
+        joint["ms_ssim"] = sampled_ms_ssim(pixels, args, device)
+    if "logits" in needs:
+        joint["logits"] = joint["features"] @ networks["features"]["head"].T
+    if "captions" in needs:
+        captions = [row["caption"] for row in fake["rows"]]
+        if not any(captions):
+            fail(f"--metrics clip_score: {fake['path']} has no captions: it needs sample.py's manifest.csv, or metadata.csv")
+        joint["captions"] = caption_scores(fake["pixels"], captions, args.clip, device, args.batch_size)
+    if "lpips" in needs:
         if networks["lpips"]["name"] == "random":  # its filters know no scale: the smallest size serves
             pixels = F.interpolate(pixels.float(), (64, 64), mode="area").round().byte()
         joint["lpips"] = lpips_matrix(pixels, networks["lpips"], device, args.batch_size)
     return joint
 
 
-def evaluate_set(path, real, fake, args, names, networks, device):
-    """One generated set against the real one: its entry of the report, `metrics` as --json has them."""
-    n, m, joint = len(real[0]), len(fake[0]), joint_of(real, fake, names, networks, args, device)
-    groups = [row["group"] for row in real[0] + fake[0]]
+def sampled_ms_ssim(pixels, args, device, count=4000):
+    """(N, N): MS-SSIM of `count` random pairs, in grey, NaN elsewhere; the diversity measure of Odena et al. 2017."""
+    if pixels.shape[2] < 161:
+        fail(f"--metrics ms_ssim_pairs: images of {pixels.shape[2]} pixels are too small for it: --resolution 161 or more")
+    found = torch.full((len(pixels), len(pixels)), float("nan"))
+    pairs = torch.randint(len(pixels), (2, count), generator=generator(args.seed, "pairs"))
+    pairs = pairs[:, pairs[0] != pairs[1]]
+    for i, j in tqdm(list(zip(pairs[0].split(50), pairs[1].split(50))), desc="MS-SSIM", leave=False, disable=None):
+        found[i, j] = found[j, i] = ms_ssim(*(to_grey(pixels[which].to(device)) for which in (i, j))).cpu()
+    return found.double().numpy()
+
+
+HEADER = ("metric", "better", "value", "band", "by chance: median [95 %]", "excess", "p_high", "p_low", "real halves",
+          "same size")
+
+
+def evaluate_set(real, fake, known, args, names, networks, device):
+    """One generated set against the real one: its entry of the report; known: the set searched for copies."""
+    n, m, joint = len(real["rows"]), len(fake["rows"]), joint_of(real, fake, names, networks, args, device)
+    groups = [row["group"] for row in real["rows"] + fake["rows"]]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups)
-    halves = half_draws(n, m, HALVES, args.seed, groups) if min(n // 2, m) > 1 else ()
-    figures, lines = {}, []
+    halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else ()
+    large = large_figures(real, fake, networks) if real["every"] is not None else {}
+    entry = {"path": fake["path"], "n": m, "real_n": n, "metrics": {}, "table": [], "halves": None}
     for name in names:
-        function, lower_is_better, _ = METRICS[name]
+        function, lower_is_better, need = METRICS[name]
         f = yardstick(function(joint, draws), lower_is_better)
-        at_half = [float(np.median(function(joint, half))) for half in halves] or [None, None]
-        label = "fid" if name == "frechet" and networks["features"]["published"] else name
-        figures[label] = f | {"real_vs_real": at_half[0], "band": None}
+        f["value"] = float(large.get(name, f["value"]))
+        at_half = [function(joint, half) for half in halves if need != "captions"]
+        entry["halves"] = at_half if name == names[0] else entry["halves"]
+        middle = [float(np.median(values)) for values in at_half] or [None, None]
+        label = "fid" if name == "frechet" and networks["features"].get("head") is not None and \
+            networks["features"]["published"] else name
+        limits = None if label == "lpips_nearest" and args.lpips == "random" and not args.bands else args.limits.get(label)
+        f |= {"real_vs_real": middle[0], "band": band(limits, f["value"], lower_is_better)}
+        entry["metrics"][label] = f
         error = f" ± {number(kid(joint['features'][:n], joint['features'][n:])[1], 2)}" if name == "kid" else ""
         chances = [("≤" if f[p] <= 1 / (1 + args.permutations) else "") + f"{f[p]:.2g}" for p in ("p_high", "p_low")]
-        lines.append((label, "lower" if lower_is_better else "higher", number(f["value"], 4) + error,
-                      f"{number(f['null'])} [{number(f['null_low'])} – {number(f['null_high'])}]",
-                      number(f["excess"], sign="+"), *chances, *map(number, at_half)))
-    entry = {"path": path, "n": m, "metrics": figures, "real_n": n, "table": lines,
-             "copies": are_copies(figures)}
+        entry["table"].append((label, "lower" if lower_is_better else "higher", number(f["value"], 4) + error,
+                               f["band"] or "–",
+                               f"{number(f['null'])} [{number(f['null_low'])} – {number(f['null_high'])}]",
+                               number(f["excess"], sign="+"), *chances, *map(number, middle)))
+    entry["n"] = m if fake["every"] is None else len(fake["every"])
+    entry["real_n"] = n if real["every"] is None else len(real["every"])
+    entry["memorisation"] = memorisation(known, fake, known is real)
+    entry["copies"] = are_copies(entry)
+    entry["subgroups"] = subgroups(joint, real, fake, args)
+    if args.utility:
+        entry["utility"] = utility(real, known, fake, networks, args, device)
     entry["verdict"] = verdict(entry)
-    entry["section"] = set_section(entry, real, fake, closest_pairs(joint, groups, real, fake), args)
+    entry["section"] = set_section(entry, real, fake, known, joint, args)
     return entry
 
 
-def closest_pairs(joint, groups, real, fake, count=12):
-    """The generated images that lie nearest to a real one: [(number, number of the real one, distance, SSIM)], and
-    the median distance of a real image to the nearest of another patient."""
-    n = len(real[0])
-    index, squared = nearest(joint["distance"][n:, :n])
-    _, own = nearest(joint["distance"][:n, :n], same_unit(groups[:n]))
-    order = np.argsort(squared, kind="stable")[:count]
-    values = ssim(fake[1][order] / 255, real[1][index[order]] / 255).tolist()
-    pairs = [(int(i), int(index[i]), float(squared[i]) ** 0.5, value) for i, value in zip(order, values)]
-    return pairs, float(np.median(own)) ** 0.5
+def large_figures(real, fake, networks):
+    """{name: value} of all images of two large sets, in blocks."""
+    first, second = (x["every"].astype(np.float64) for x in (real, fake))
+    if networks["features"]["standardise"]:
+        total = len(first) + len(second)
+        mean = (first.sum(0) + second.sum(0)) / total
+        for x in (first, second):
+            x -= mean
+        spread = np.sqrt((np.square(first).sum(0) + np.square(second).sum(0)) / total)
+        for x in (first, second):
+            x /= np.where(spread > 1e-9, spread, 1)
+    return large_values(first, second)
 
+
+def memorisation(known, fake, is_real):
+    """The generated images that lie nearer to a training image than training images of two patients to one another.
+
+    {"likely_copies": how many are that near in one of a hundred fresh images or fewer, "pairs": the 12 nearest}, and what
+    the report needs: "expected", "chance" (binomial, of so many), "limit".
+    """
+    pixels, m = known["pixels"], len(fake["rows"])
+    same = same_unit([row["group"] for row in known["rows"]])
+    for i, j, _ in near_duplicates(pixels):   # a picture that is there twice is one
+        same[i, j] = same[j, i] = True
+    if len(pixels) < 3 or same.all(1).any():
+        return {"likely_copies": None, "pairs": []}
+    to_known = copy_distances(fake["pixels"], pixels)
+    p, limit = copy_chances(copy_distances(pixels, pixels), to_known, same), max(0.01, 2 / (len(pixels) + 1))
+    index, distance = nearest(to_known)
+    count = int((p <= limit).sum())
+    pairs = [{"generated": fake["rows"][i]["file_name"], "train": known["rows"][index[i]]["file_name"],
+              "distance": float(distance[i]), "p": float(p[i]), "numbers": (int(i), int(index[i]))}
+             for i in np.lexsort((distance, p))[:12]]
+    return {"likely_copies": count, "pairs": pairs, "expected": limit * m, "chance": float(binom.sf(count - 1, m, limit)),
+            "limit": limit, "n": len(pixels), "m": m, "is_real": is_real}
+
+
+def are_copies(entry):
+    """Whether a set lies closer to the real one than chance allows, as a whole or image by image."""
+    figures, found = entry["metrics"], entry["memorisation"]
+    whole, single = ([figures[name]["p_low"] <= 0.01 for name in names if name in figures]
+                     for names in (("fid", "frechet", "kid"), ("ssim_nearest", "lpips_nearest")))
+    many = found["likely_copies"] and found["chance"] <= 0.001 and found["likely_copies"] > 0.1 * entry["n"]
+    return bool(any(whole[:1]) or many or (any(single) and all(single)))  # a blurred image is near by SSIM alone
+
+
+def values_of(row, column):
+    """The subgroups that an image belongs to: findings one by one, an age as its decade."""
+    text = row["label"] if column == "label" else row["fields"].get(column, "")
+    if column != "age":
+        return [part.strip() for part in text.split("|") if part.strip()]
+    digits = "".join(c for c in text.split(".")[0] if c.isdigit())
+    return [f"{int(digits) // 10 * 10}–{int(digits) // 10 * 10 + 9}"] if digits else []
+
+
+def subgroups(joint, real, fake, args, least=10):
+    """KID by subgroup: [{"group", "real", "generated", "kid", "error", "real_vs_rest"}], those with 10 real images.
+
+    Against the generated images of the same subgroup where they say theirs, else against all; beside it the KID of these
+    real images and the other real ones: how special they are.
+    """
+    column, n = args.by or "label", len(real["rows"])
+    own, other = ([values_of(row, column) for row in part["rows"]] for part in (real, fake))
+    said, found = any(other), []
+    for group in sorted({value for values in own for value in values}):
+        inside = np.array([group in values for values in own])
+        same = np.array([group in values for values in other]) if said else np.ones(len(other), bool)
+        if inside.sum() >= least and same.sum() >= least:
+            features, drawn = joint["features"][:n], joint["features"][n:][same]
+            value, error = kid(features[inside], drawn)
+            rest = kid(features[inside], features[~inside])[0] if (~inside).sum() > 2 else None
+            found.append({"group": group, "real": int(inside.sum()), "generated": int(same.sum()), "kid": float(value),
+                          "error": float(error), "real_vs_rest": rest if rest is None else float(rest)})
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- utility
+
+def small_cnn(images, targets, steps, seed):
+    """Train three convolutions of stride 2 (16, 32, 64 maps) and a linear layer on (N, 3, 64, 64), (N, classes) in {0, 1}.
+
+    Returns a function: images -> scores (N, classes). The number of steps is the same whatever N is.
+    """
+    sizes = [(16, 3), (32, 16), (64, 32)]
+    weights = [torch.randn(*size, 3, 3, generator=generator(seed, "init", k)) * (2 / (9 * size[1])) ** 0.5
+               for k, size in enumerate(sizes)] + [torch.zeros(64, targets.shape[1]), torch.zeros(targets.shape[1])]
+    weights = [w.to(images.device).requires_grad_() for w in weights]
+    optimizer = torch.optim.Adam(weights, 2e-3)
+    share = targets.mean(0).clamp(0.02, 0.98)
+
+    def scores(x):
+        for w in weights[:3]:
+            x = F.group_norm(F.relu(F.conv2d(x, w, stride=2, padding=1)), 4)
+        return x.mean((2, 3)) @ weights[3] + weights[4]
+    for step in range(steps):
+        picked = torch.randint(len(images), (32,), generator=generator(seed, "order", step)).to(images.device)
+        F.binary_cross_entropy_with_logits(scores(images[picked]), targets[picked], pos_weight=(1 - share) / share).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def predict(x):
+        with torch.inference_mode():
+            return torch.cat([scores(part) for part in x.split(256)]).double().cpu().numpy()
+    return predict
+
+
+def linear_probe(features, targets):
+    """Ridge regression on z-scored features (N, D) of (N, classes) in {0, 1}: a function, features -> scores (M, classes),
+    0 half way between the training scores of both kinds."""
+    mean, spread = features.mean(0), features.std(0) + 1e-6
+    x = (features - mean) / spread
+    weights = np.linalg.solve(x.T @ x + x.shape[1] * np.eye(x.shape[1]), x.T @ (targets - targets.mean(0)))
+    middle = sum((x @ weights * part).sum(0) / part.sum(0) for part in (targets, 1 - targets)) / 2
+    return lambda other: (other - mean) / spread @ weights - middle
+
+
+def utility_parts(real, known, fake, networks, args, device, least=5):
+    """(training, test, generated), each {"rows", "small" (N, 3, 64, 64), "features", "targets" (N, classes)}, and the
+    classes: every finding that all three show in `least` images and lack in as many (generated ones need not lack it)."""
+    if args.split:
+        parts = [known, real, fake]
+    else:
+        split_rows(real["rows"], 0.3)
+        parts = [{"rows": [real["rows"][n] for n in which], "pixels": real["pixels"][which]} for which in (
+            [n for n, row in enumerate(real["rows"]) if row["split"] == kind] for kind in ("train", "val"))] + [fake]
+    labels = [[set(values_of(row, "label")) for row in part["rows"]] for part in parts]
+
+    def common(name):
+        counts = [sum(name in values for values in part) for part in labels]
+        return min(counts) >= least and all(len(part) - count >= least for part, count in zip(labels[:2], counts))
+    classes = [name for name in sorted(set().union(*labels[0])) if common(name)]
+    if not classes:
+        fail(f"--utility: no label that {least} training, {least} held-out and {least} generated images have, and others "
+             f"lack; {args.real} has {', '.join(sorted(set().union(*labels[0])))[:200] or 'no labels'}")
+    for part, values in zip(parts, labels):
+        part["targets"] = np.array([[float(name in own) for name in classes] for own in values])
+        part["small"] = F.interpolate(part["pixels"].to(device).float() / 64 - 2, (64, 64), mode="area")
+        if part.get("features") is None:
+            part["features"] = extract(part["pixels"], networks["features"], device, args.batch_size, args.precision)
+    return parts, classes
+
+
+def fit_arms(parts, args, steps=200):
+    """{classifier: {share: (orders, balanced accuracy)}}: orders, a class each, hold how often a positive test image scores
+    above a negative one, (positive, negative), the mean over seeds; their weighted mean is the AUROC."""
+    train, test, fake = parts
+    shares = [share for share in SHARES if share * len(train["rows"]) <= 100 * len(fake["rows"])]
+    found = {name: {share: [0, 0] for share in shares} for name in ("linear probe", "small CNN")}
+    for seed, share in tqdm([(seed, share) for seed in range(SEEDS) for share in shares], desc="utility", disable=None):
+        added = torch.randperm(len(fake["rows"]), generator=generator(args.seed, "added", seed))
+        added = added[:share * len(train["rows"]) // 100]
+        targets = np.concatenate([train["targets"], fake["targets"][added]])
+        probe = linear_probe(np.concatenate([train["features"], fake["features"][added]]), targets)
+        cnn = small_cnn(torch.cat([train["small"], fake["small"][added]]),
+                        torch.from_numpy(targets).float().to(train["small"].device), steps, (args.seed, seed))
+        for name, scores in (("linear probe", probe(test["features"])), ("small CNN", cnn(test["small"]))):
+            total, right = found[name][share]
+            orders, rates = [], []
+            for s, y in zip(scores.T, test["targets"].T > 0):
+                orders.append((s[y][:, None] > s[~y]) + 0.5 * (s[y][:, None] == s[~y]))
+                rates.append(((s[y] > 0).mean() + (s[~y] <= 0).mean()) / 2)
+            found[name][share] = [[o / SEEDS + (total[k] if total else 0) for k, o in enumerate(orders)],
+                                  right + np.mean(rates) / SEEDS]
+    return found
+
+
+def aurocs(orders, targets, weights):
+    """AUROC under each row of weights (B, test images): (B,), the classes' mean."""
+    each = []
+    for order, y in zip(orders, targets.T > 0):
+        first, second = weights[:, y], weights[:, ~y]
+        each.append(((first @ order) * second).sum(1) / np.maximum(first.sum(1) * second.sum(1), 1e-12))
+    return np.mean(each, 0)
+
+
+def resamples(rows, args, count=1000):
+    """(1 + count, N): how often each image counts; row 0 all once, the others bootstrap whole patients."""
+    names = [row["group"] or str(n) for n, row in enumerate(rows)]
+    units = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    drawn = torch.randint(len(units), (count, len(units)), generator=generator(args.seed, "bootstrap")).numpy()
+    counts = np.stack([np.bincount(row, minlength=len(units)) for row in drawn])
+    return np.concatenate([np.ones((1, len(names))), counts[:, [units[name] for name in names]]]).astype(float)
+
+
+def utility(real, known, fake, networks, args, device):
+    """What generated images add to a classifier: {"rows": {classifier: [...]}, "classes", "groups", "said"}."""
+    parts, classes = utility_parts(real, known, fake, networks, args, device)
+    test, weights, found = parts[1], resamples(parts[1]["rows"], args), {"rows": {}, "said": [], "classes": [], "groups": []}
+    column = args.by or "label"
+    for name, arms in fit_arms(parts, args).items():
+        boots = {share: aurocs(orders, test["targets"], weights) for share, (orders, _) in arms.items()}
+        found["rows"][name] = rows = []
+        for share, values in boots.items():
+            (low, high), gains = np.quantile(values[1:], (0.025, 0.975)).tolist(), values - boots[0]
+            gain_low, gain_high = np.quantile(gains[1:], (0.005, 0.995)).tolist()
+            rows.append({"share": share, "auroc": float(values[0]), "low": low, "high": high, "gain": float(gains[0]),
+                         "gain_low": gain_low, "gain_high": gain_high, "balanced_accuracy": float(arms[share][1])})
+        found["said"].append(f"{name}: " + dose_sentence(rows, boots))
+        best = max(arms, key=lambda share: boots[share][0])
+        for k, label in enumerate(classes):
+            pair = [aurocs([arms[share][0][k]], test["targets"][:, [k]], weights[:1])[0] for share in (0, best)]
+            found["classes"].append((name, label, int(test["targets"][:, k].sum()), number(pair[0]),
+                                     f"{number(pair[1])} at {best} %"))
+        for group in sorted({value for row in test["rows"] for value in values_of(row, column)} if args.by else ()):
+            inside = weights[:1] * [group in values_of(row, column) for row in test["rows"]]
+            pair = [aurocs(arms[share][0], test["targets"], inside)[0] for share in (0, best)]
+            found["groups"].append((name, group, int(inside.sum()), number(pair[0]), f"{number(pair[1])} at {best} %"))
+    found["sizes"] = [len(part["rows"]) for part in parts]
+    return found
+
+
+def dose_sentence(rows, boots):
+    """"no gain", or what helps and where more of it stops helping; intervals of 99 %, as several doses are tried."""
+    best = max(rows[1:], key=lambda row: row["gain"], default=None)
+    if best is None:
+        return "too few generated images for a dose"
+    if best["gain_low"] <= 0:
+        harm = [row["share"] for row in rows[1:] if row["gain_high"] < 0]
+        return (f"no gain (AUROC {rows[0]['auroc']:.3f} on real images alone, at best {best['auroc']:.3f} with "
+                f"{best['share']} % generated ones, within chance)"
+                + (f"; from {harm[0]} % on they do harm" if harm else ""))
+    enough = next(row["share"] for row in rows[1:] if np.quantile(boots[best["share"]] - boots[row["share"]], 0.005) <= 0)
+    return (f"AUROC rises from {rows[0]['auroc']:.3f} to {best['auroc']:.3f} with {best['share']} % generated images (gain "
+            f"{best['gain']:.3f}, 99 % interval {best['gain_low']:.3f} to {best['gain_high']:.3f})"
+            + (f"; more than {enough} % adds nothing: stop at {enough} %" if enough < rows[-1]["share"] else ""))
+
+
+# ------------------------------------------------------------------------------------------------- what they say
 
 def number(value, digits=3, sign=""):
     """A figure for a table: `digits` significant digits, no exponent for everyday sizes."""
@@ -172,22 +542,21 @@ def number(value, digits=3, sign=""):
     return f"{value:{sign}.1e}" if 0 < abs(value) < 1e-4 else f"{value:{sign}.{digits}g}"
 
 
-HEADER = ("metric", "better", "value", "by chance: median [95 %]", "excess", "p_high", "p_low", "real halves",
-          "same size")
-
-
-def are_copies(figures):
-    """Whether a set lies closer to the real one than chance allows, as a whole or image by image."""
-    whole, single = ([figures[name]["p_low"] <= 0.01 for name in names if name in figures]
-                     for names in (("fid", "frechet", "kid"), ("ssim_nearest", "lpips_nearest")))
-    return any(whole[:1]) or (any(single) and all(single))  # a blurred image is near by SSIM alone
+def copies_sentence(found):
+    """The count of likely copies beside the count that chance gives."""
+    if found["likely_copies"] is None:
+        return "Copies were not looked for: it takes images of at least three patients."
+    said = (f"{found['likely_copies']} of {found['m']} generated images lie as near to one of {found['n']} "
+            f"{'real' if found['is_real'] else 'training'} images as 1 in {1 / found['limit']:.0f} fresh ones would; "
+            f"{number(found['expected'], 2)} expected (p {number(found['chance'], 2)})")
+    return said + (": likely copies, look at the pairs." if found["chance"] <= 0.01 else ": no sign of copying.")
 
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
     figures, main, said = entry["metrics"], next(iter(entry["metrics"])), []
     f, worse = figures[main], {name for name in figures if figures[name]["p_high"] <= 0.05}
-    beside = f"{main} is {number(f['value'])}, chance alone gives {number(f['null'])}"
+    beside = f"{main} is {number(f['excess'] + f['null'])}, chance alone gives {number(f['null'])}"
     if entry["copies"]:
         said.append(f"These images lie closer to the real ones than fresh ones would ({beside}): they may be copies. "
                     "Look at the nearest pairs.")
@@ -198,9 +567,32 @@ def verdict(entry):
         said.append(f"These images can be told from the real ones: {beside} (p_high {f['p_high']:.2g}).")
         said += ["Many of them look like no real image (precision)."] if "precision" in worse else []
         said += ["They show less variety than the real ones (recall)."] if worse & {"recall", "coverage"} else []
+    if "colour" in figures and figures["colour"]["p_high"] <= 0.01:
+        said.append("Their colours differ from the real ones'.")
+    said += ["Do they help a classifier? " + "; ".join(entry["utility"]["said"]) + "."] if entry.get("utility") else []
+    said.append(copies_sentence(entry["memorisation"]))
     if min(entry["n"], entry["real_n"]) < 50:
         said.append("With fewer than 50 images only gross differences show.")
     return " ".join(said)
+
+
+def compare(entries, names):
+    """Rows of the ranking: excess of the first metric with a 95 % interval, and whether the first set is really better.
+
+    The spread over random halves of a set is the delete-half jackknife's error of the whole; all sets meet the same halves
+    of the real one, so that differences are paired.
+    """
+    def steps(entry):
+        return entry["halves"][1] - entry["halves"][0] if entry["halves"] else np.full(HALVES, np.nan)
+    rows, first = [], entries[0]
+    for entry in entries:
+        excess, *others = (f["excess"] for f in entry["metrics"].values())
+        gap = abs(excess - next(iter(first["metrics"].values()))["excess"])
+        worse = gap > 1.96 * np.std(steps(entry) - steps(first))
+        note = "the first" if entry is first else "worse" if worse else "noise: not told apart from the first"
+        rows.append((entry["path"], entry["n"], f"{number(excess, sign='+')} ± {number(1.96 * np.std(steps(entry)), 2)}",
+                     "may be copies" if entry["copies"] else note, *(number(value, sign="+") for value in others)))
+    return ("set", "images", f"{names[0]}: excess ± 95 %", "", *list(entries[0]["metrics"])[1:]), rows
 
 
 def caveats(settings):
@@ -211,57 +603,138 @@ def caveats(settings):
 
 def methods(args, settings, real, entries):
     """The paragraph for a paper or an ethics board."""
-    sets = "; ".join(f"{entry['path']}, {entry['n']}" for entry in entries)
-    groups = [row["group"] for row in real[0]]
+    sets = "; ".join(f"{entry['path']}, {entry['n']} (SHA-256 {entry['hash'][:12]})" for entry in entries)
+    groups = [row["group"] for row in real["rows"]]
     patients = len(set(groups) - {""})
     together = whole_groups(groups, len(groups), min(entry["n"] for entry in entries))
     whole = ", whole patients kept together" if together else ", patients too few to be kept whole" if patients else ""
-    return (f"Real images: {args.real}, {len(real[0])} of {patients or 'unknown'} patients. Generated images: {sets}. "
-            f"All were cropped to their central square and resized to {settings['resolution']} pixels (Lanczos). "
-            f"{'; '.join(caveats(settings))}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density "
-            f"and coverage with 5. Null: {args.permutations} permutations of the pooled images{whole}, seed {args.seed}; excess is the value less the null's median. “Real halves” is the median over "
-            f"{HALVES} random halves of the real set against each other, “same size” that of as many generated images "
-            f"against a half: these two may be compared. Python {settings['versions']['python']}, torch "
+    large = (f" Values are those of all images; null, excess, p, SSIM, LPIPS and copies those of {DRAWN} drawn from each set."
+             if real["every"] is not None else "")
+    used = ("" if not args.utility else " Utility: ridge regression on the features and a convolutional network of three "
+            f"layers (200 steps of 32 images at 64 pixels, whatever the dose), {SEEDS} paired seeds, held-out real images"
+            + ("" if args.split else ", 30 % by patient, which the generator may have learnt from (no --split)")
+            + "; intervals from 1000 bootstraps of the held-out patients.")
+    return (f"Real images: {args.real}, {entries[0]['real_n']} of {patients or 'unknown'} patients (SHA-256 "
+            f"{settings['real_hash'][:12]}). Generated images: {sets}. All were cropped to their central square and resized to "
+            f"{settings['resolution']} pixels (Lanczos); {args.resize} resizing before the network. "
+            f"{'; '.join(caveats(settings))}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and "
+            "coverage with 5; Inception Score in one split. Copies: correlation of 16-pixel thumbnails over mirror images "
+            "and 90 % crops, conformal p-values of the distance and of its ratio to the second nearest. Null: "
+            f"{args.permutations} permutations of the pooled images{whole}, seed {args.seed}; excess is the value less the "
+            f"null's median. “Real halves” is the median over {HALVES} random halves of the real set against each other, "
+            "“same size” that of as many generated images against a half: these two may be compared; the ranking's "
+            f"intervals come from the spread over these halves.{large}{used} Python {settings['versions']['python']}, torch "
             f"{settings['versions']['torch']}, numpy {settings['versions']['numpy']}, on {settings['device']}. "
             "Not for diagnosis.")
 
 
-def set_section(entry, real, fake, pairs, args):
-    """One generated set's part of the report: verdict, table, pictures, nearest pairs."""
+def pictures(pairs, captions):
+    """Figures of two pictures side by side with a caption under them."""
+    return "".join(f'<figure><div class="grid">{"".join(thumbnail(pixels, 128) for pixels in pair)}</div><figcaption>'
+                   f'{"<br>".join(html.escape(line) for line in lines)}</figcaption></figure>'
+                   for pair, lines in zip(pairs, captions))
+
+
+def best_and_worst(real, fake, joint, count=4):
+    """The generated images nearest to and farthest from the real ones by each score, each beside its nearest real one."""
+    n, parts = len(real["rows"]), []
+    matrices = {"features": np.sqrt(joint["distance"]), "SSIM": 1 - joint["ssim"] if "ssim" in joint else None,
+                "LPIPS": joint.get("lpips")}
+    for name, matrix in matrices.items():
+        if matrix is None:
+            continue
+        index, distance = nearest(matrix[n:, :n])
+        order = np.argsort(distance, kind="stable")
+        for word, which in (("Most", order[:count]), ("Least", order[::-1][:count])):
+            parts.append(f"<h4>{word} like a real image by {name}</h4>" + pictures(
+                [(fake["pixels"][i], real["pixels"][index[i]]) for i in which],
+                [(fake["rows"][i]["file_name"], f"{'SSIM' if name == 'SSIM' else 'distance'} "
+                  + number(1 - distance[i] if name == "SSIM" else distance[i])) for i in which]))
+    return parts
+
+
+def feature_map(joint, n, width=560, height=360):
+    """Both sets on the first two principal axes of their pooled features, as inline SVG."""
+    shown = np.linspace(0, len(joint["gram"]) - 1, min(len(joint["gram"]), 1000)).astype(int)
+    values, axes = np.linalg.eigh(joint["gram"][np.ix_(shown, shown)])
+    places = axes[:, :-3:-1] * np.sqrt(np.maximum(values[:-3:-1], 0))
+    low, span = places.min(0), np.maximum(np.ptp(places, axis=0), 1e-12)
+    x, y = ((places - low) / span * (width - 20, height - 40) + (10, 30)).T
+    dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="var(--{"mark" if k < n else "two"})" fill-opacity=".6"/>'
+                   for k, a, b in zip(shown, x, y))
+    share = np.maximum(values[-2:], 0).sum() / max(values.sum(), 1e-12)
+    return (f'<h3>Map of the features</h3><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+            'role="img" font-size="13"><text x="10" y="16" fill="var(--mark)">real</text><text x="60" y="16" '
+            f'fill="var(--two)">generated</text>{dots}</svg><p class="soft">The two main axes hold {share:.0%} of the '
+            "variation: sets apart here are apart; sets that overlap here may still differ.</p>")
+
+
+def utility_section(found):
+    """Dose curve and tables of --utility."""
+    lines = {name: [(row["share"], row["auroc"]) for row in rows] for name, rows in found["rows"].items()}
+    parts = [f"<h3>Do they help a classifier?</h3><p>Trained on {found['sizes'][0]} real images and generated ones, tested on "
+             f"{found['sizes'][1]} held-out real ones.</p>", *(f"<p>{html.escape(line)}.</p>" for line in found["said"]),
+             curve(lines, "generated images added, % of the real ones", "AUROC")]
+    for name, rows in found["rows"].items():
+        parts.append("<br>" + table((name, "AUROC [95 %]", "gain [99 %]", "balanced accuracy"), [
+            (f"{row['share']} %", f"{row['auroc']:.3f} [{row['low']:.3f} – {row['high']:.3f}]",
+             f"{row['gain']:+.3f} [{row['gain_low']:+.3f} – {row['gain_high']:+.3f}]", f"{row['balanced_accuracy']:.3f}")
+            for row in rows]))
+    for title, key in (("label", "classes"), ("subgroup", "groups")):
+        if found[key]:
+            parts.append(table(("classifier", title, "test images", "AUROC, real alone", "with generated ones"), found[key]))
+    return "".join(parts)
+
+
+def set_section(entry, real, fake, known, joint, args):
+    """One generated set's part of the report: verdict, table, utility, nearest pairs, pictures, subgroups, map."""
+    found = entry["memorisation"]
     parts = [f"<h2>{html.escape(entry['path'])}</h2>", f'<p class="verdict">{html.escape(entry["verdict"])}</p>',
-             table(HEADER, entry["table"])]
-    for title, (rows, pixels) in (("Real", real), ("Generated", fake)):
-        shown = torch.randperm(len(rows), generator=generator(args.seed, "shown"))[:24].sort().values
-        pictures = "".join(thumbnail(pixels[n], 128) for n in shown)
-        parts.append(f'<h3>{title}: {len(shown)} of {len(rows)}</h3><div class="grid">{pictures}</div>')
-    pairs, usual = pairs
-    parts.append("<h3>Nearest pairs: generated left, real right</h3><p>The generated images that lie nearest to a "
-                 "real one by features. From a real image to the nearest of another patient it is "
-                 f"{usual:.3g} in the median: pairs far below that, or with an SSIM near 1, are copies.</p>")
-    for i, j, distance, value in pairs:
-        names = "<br>".join(html.escape(rows[n]["file_name"]) for (rows, _), n in ((fake, i), (real, j)))
-        parts.append(f'<figure><div class="grid">{thumbnail(fake[1][i], 128)}{thumbnail(real[1][j], 128)}</div>'
-                     f"<figcaption>distance {distance:.3g}, SSIM {value:.2f}<br>{names}</figcaption></figure>")
-    return "\n".join(parts)
+             table(HEADER, entry["table"]), utility_section(entry["utility"]) if entry.get("utility") else ""]
+    parts.append("<h3>Nearest pairs: generated left, "
+                 f"{'real' if found.get('is_real', True) else 'training image'} right</h3><p>{html.escape(copies_sentence(found))} "
+                 "“No sign” is no guarantee of privacy. p: how often a fresh image would be as near.</p>")
+    pairs = [(fake["pixels"][i], known["pixels"][j]) for i, j in (pair.pop("numbers") for pair in found["pairs"])]
+    parts.append(pictures(pairs, [
+        (f"distance {number(said['distance'])}, p {number(said['p'], 2)}, SSIM {likeness(*pair):.2f}", said["generated"],
+         said["train"]) for said, pair in zip(found["pairs"], pairs)]))
+    for title, part in (("Real", real), ("Generated", fake)):
+        shown = torch.randperm(len(part["rows"]), generator=generator(args.seed, "shown"))[:24].sort().values
+        grid = "".join(thumbnail(part["pixels"][n], 128) for n in shown)
+        parts.append(f'<h3>{title}: {len(shown)} of {len(part["rows"])}</h3><div class="grid">{grid}</div>')
+    parts += ["<h3>Best and worst, generated left, its nearest real right</h3>", *best_and_worst(real, fake, joint)]
+    if entry["subgroups"]:
+        rows = [(row["group"], row["real"], row["generated"], f"{number(row['kid'])} ± {number(row['error'], 2)}",
+                 number(row["real_vs_rest"])) for row in entry["subgroups"]]
+        header = ("", "real", "generated", "kid", "kid to the other real ones")
+        parts.append(f"<h3>By {html.escape(args.by or 'label')}</h3>" + table(header, rows))
+    return "\n".join([*parts, feature_map(joint, len(real["rows"]))])
+
+
+def likeness(a, b):
+    """SSIM of two uint8 pictures at the smaller one's size."""
+    side = min(a.shape[1], b.shape[1])
+    return ssim(*(F.interpolate(x[None].float(), (side, side), mode="area") / 255 for x in (a, b))).item()
 
 
 GUIDE = """<h2>How to read the table</h2><p>Two samples of the same patients' images never score zero: at a hundred
 images chance alone moves every figure. So each value stands beside what chance gives when both sets are pooled and
 shared out anew. <b>excess</b> is what is left. <b>p_high</b> is how often chance is as bad or worse: under 0.05, the
 sets differ. <b>p_low</b> is how often chance is as good or better: under 0.01, the images are closer than fresh ones
-would be, as copies are. frechet, kid: distance of the two sets. precision, density: generated images that look real.
-recall, coverage: real variety that is reached. ssim, lpips: likeness to the nearest real image, and of generated images
-to one another.</p>"""
+would be, as copies are. <b>frechet, kid, cmmd</b>: distance of the two sets; <b>colour</b>: the same of their colours, which
+the texture descriptor does not see. <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
+real variety that is reached; <b>vendi</b>: how many different images the generated ones amount to. <b>ssim, lpips</b>:
+likeness to the nearest real image, and of generated images to one another. <b>clip_score</b>: images and their captions,
+beside shuffled captions (there a small p_low is good). <b>band</b>: excellent, good, fair or poor by a fixed table; read it
+beside what the real images score against one another (real halves).</p>"""
 
 
-def write_report(args, settings, real, entries):
+def write_report(args, settings, real, entries, names):
     """The report: ranking where there are several sets, a section a set, guide, methods."""
     body = [f'<p class="soft">{html.escape("; ".join(caveats(settings)))}</p>']
     if len(entries) > 1:
-        rows = [(entry["path"], entry["n"], *(number(f["excess"], sign="+") for f in entry["metrics"].values()),
-                 "may be copies" if entry["copies"] else "") for entry in entries]
-        body += ["<h2>Ranking, by excess over chance; copies last</h2>",
-                 table(("set", "images", *entries[0]["metrics"], ""), rows)]
+        header, rows = compare(entries, names)
+        body += ["<h2>Ranking, by excess over chance; copies last</h2>", table(header, rows)]
     body += [entry["section"] for entry in entries]
     body += [GUIDE, f"<h2>How it was made</h2><p>{html.escape(methods(args, settings, real, entries))}</p>",
              f'<p class="soft">python evaluate.py {html.escape(shlex.join(sys.argv[1:]))}</p>']
@@ -269,16 +742,16 @@ def write_report(args, settings, real, entries):
         file.write(page("Generated against real images", "\n".join(body)).encode())
 
 
-def print_table(entry):
-    """One generated set's figures as plain text."""
-    rows = [HEADER, *entry["table"]]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(HEADER))]
-    print(f"\n{entry['path']}: {entry['n']} generated against {entry['real_n']} real images")
+def print_rows(header, rows, left=2):
+    """A table as plain text."""
+    rows = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(header))]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
-        print("  ".join(cells + [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]))
-    print(entry["verdict"])
+        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths)]
+        print("  ".join(cells + [cell.rjust(width) for cell, width in zip(row[left:], widths[left:])]))
 
+
+# ------------------------------------------------------------------------------------------------- the whole
 
 def load_networks(args, names, device):
     """The feature network and, where a metric needs it, LPIPS; fills in the defaults of --features and --lpips."""
@@ -286,7 +759,10 @@ def load_networks(args, names, device):
     args.lpips = args.lpips or ("alex" if all(lpips_files("alex")) else "random")
     wanted = any(METRICS[name][2] == "lpips" for name in names)
     lpips = load_lpips(args.lpips, device) if wanted else None
-    return {"features": load_features(args.features, device), "lpips": lpips}
+    features = load_features(args.features, device, args.resize)
+    if "inception_score" in names and features.get("head") is None:
+        fail("--metrics inception_score: needs the Inception's classes: --features inception or its weight file")
+    return {"features": features, "lpips": lpips}
 
 
 def has_side(row, side):
@@ -298,12 +774,28 @@ def has_side(row, side):
 def describe(args, names, networks, resolution, native, device):
     """The settings that the report and --json name; native: no image was resized, so that figures can be compared."""
     lpips = networks["lpips"] and networks["lpips"]["name"]
-    return {"features": networks["features"]["name"], "lpips": lpips, "resolution": resolution, "metrics": names,
-            "precision": args.precision,
+    return {"features": networks["features"]["name"], "lpips": lpips, "resolution": resolution, "resize": args.resize,
+            "metrics": names, "precision": args.precision,
             "comparable": {"features": native and networks["features"]["published"] and args.precision in ("auto", "fp32"),
                            "lpips": lpips not in (None, "random")},
             "permutations": args.permutations, "seed": args.seed, "max_images": args.max_images, "device": str(device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def share_out(rows, resolution, networks, args, device):
+    """Under torchrun every process computes the features of its part into the cache; True for the one that goes on."""
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1:
+        extract(load_pixels(rows[rank::world], resolution)[1], networks["features"], device, args.batch_size, args.precision)
+        torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return rank == 0
+
+
+def set_hash(rows):
+    """One SHA-256 for the files of a set, whatever their names and order."""
+    return hashlib.sha256("".join(sorted(content_hash(row["path"]) for row in rows)).encode()).hexdigest()
 
 
 def rank_key(entry):
@@ -313,30 +805,64 @@ def rank_key(entry):
     return entry["copies"], sign * figures["excess"]
 
 
+def load_known(rows, real, resolution, args):
+    """The set that is searched for copies, read small: the training images, or REAL itself."""
+    if rows is None:
+        return real
+    rows, pixels = load_pixels(rows, resolution if args.utility else min(128, resolution))
+    return {"path": args.train_data or args.split, "rows": rows, "pixels": pixels}
+
+
+def write_json(args, settings, real, entries):
+    """The figures for programs, in the form that the docstring gives."""
+    def figures(entry):
+        kept = {key: entry[key] for key in ("path", "n", "metrics")}
+        kept["memorisation"] = {key: entry["memorisation"][key] for key in ("likely_copies", "pairs")}
+        if entry.get("utility"):
+            rows = entry["utility"]["rows"]
+            kept["utility"] = [{key: row[key] for key in ("share", "auroc", "low", "high")} for row in rows["linear probe"]]
+            kept["classifiers"] = rows
+        return kept | ({"subgroups": entry["subgroups"]} if entry["subgroups"] else {})
+    with replacing(args.json) as file:
+        file.write(json.dumps({"format": 1, "settings": settings, "real": {"path": args.real, "n": entries[0]["real_n"]},
+                               "generated": [figures(entry) for entry in entries]}, indent=1).encode())
+
+
 def main(args):
-    device, names = pick_device(args.device), chosen_metrics(args.metrics)
+    device, names, args.limits = pick_device(args.device), chosen_metrics(args.metrics), read_bands(args.bands)
     networks = load_networks(args, names, device)
-    real_rows = read_set(args.real, args, args.group_column)
-    fake_rows = [read_set(path, args) for path in args.generated]
-    resolution = args.resolution or pick_resolution(sum(fake_rows, real_rows))
-    native = all(has_side(row, resolution) for row in sum(fake_rows, real_rows))
-    settings = describe(args, names, networks, resolution, native, device)
-    real = load_set(args.real, real_rows, resolution)
-    print(f"{len(real[0])} real images at {resolution} px; " + "; ".join(caveats(settings)))
+    real_rows, known_rows = list_real(args)
+    args.generated = args.generated + (draw_checkpoints(args) if args.checkpoint else [])
+    fake_rows = [at_most(path, list_images(path), args) for path in args.generated]
+    everything = sum(fake_rows, real_rows)
+    resolution = args.resolution or pick_resolution(everything)
+    if not share_out(everything, resolution, networks, args, device):
+        return
+    native = all(has_side(row, resolution) for row in everything)
+    settings = describe(args, names, networks, resolution, native, device) | {"real_hash": set_hash(real_rows)}
+    drawn = DRAWN if max(len(rows) for rows in fake_rows) + len(real_rows) > LARGE else None
+    real = load_set(args.real, real_rows, resolution, networks, args, device, drawn)
+    known = load_known(known_rows, real, resolution, args)
+    print(f"{len(real_rows)} real images at {resolution} px; " + "; ".join(caveats(settings)))
+    if drawn:
+        print(f"values of all images; null, excess, p, SSIM, LPIPS and copies of {DRAWN} drawn from each set")
     entries = []
     for path, rows in zip(args.generated, fake_rows):
         if os.path.realpath(path) == os.path.realpath(args.real):
             print(f"{path} is the REAL set itself: these are the figures of perfect copies")
-        entries.append(evaluate_set(path, real, load_set(path, rows, resolution), args, names, networks, device))
-        print_table(entries[-1])
+        fake = load_set(path, rows, resolution, networks, args, device, drawn)
+        entries.append(evaluate_set(real, fake, known, args, names, networks, device) | {"hash": set_hash(rows)})
+        print(f"\n{path}: {entries[-1]['n']} generated against {entries[-1]['real_n']} real images")
+        print_rows(HEADER, entries[-1]["table"])
+        print(entries[-1]["verdict"])
     entries.sort(key=rank_key)
-    summary = {"path": args.real, "n": len(real[0])}
-    write_report(args, settings, real, entries)
+    if len(entries) > 1:
+        print("\nranking:")
+        header, rows = compare(entries, names)
+        print_rows(header[:4], [row[:4] for row in rows], left=1)
+    write_report(args, settings, real, entries, names)
     if args.json:
-        figures = {"format": 1, "settings": settings, "real": summary,
-                   "generated": [{key: entry[key] for key in ("path", "n", "metrics")} for entry in entries]}
-        with replacing(args.json) as file:
-            file.write(json.dumps(figures, indent=1).encode())
+        write_json(args, settings, real, entries)
     print(f"\nreport: {os.path.abspath(args.out)}" + (f"\nfigures: {os.path.abspath(args.json)}" if args.json else ""))
     print(f"next: python filter.py {shlex.quote(entries[0]['path'])} --reference {shlex.quote(args.real)} --out kept "
           "--calibrate 0.05")

@@ -1,12 +1,21 @@
-"""Keep the generated images that are as good as real ones, and say of each other one why not.
+"""Keep the generated images that are as good as real ones, say of each other one why not, and learn from experts.
 
-    python filter.py runs/samples --reference wounds/ --calibrate 0.05 --drop-copies --drop-duplicates --out runs/kept
-    python filter.py runs/samples --reference wounds/ --max-lpips 0.30 --min-ssim 0.40 --lpips alex --out runs/kept
+    python filter.py runs/new --reference wounds/ --calibrate 0.05 --drop-copies --drop-duplicates --out runs/kept
+    python filter.py runs/new --reference wounds/ --max-lpips 0.30 --min-ssim 0.40 --lpips alex --out runs/kept
+    python filter.py runs/new --rating-page rate.html --suggest 60 --blind wounds/
+    python filter.py --agreement anna.csv ben.csv
+    python filter.py --fit anna.csv ben.csv --reference wounds/ --out selector.safetensors
+    python filter.py runs/new --reference wounds/ --selector selector.safetensors --keep 200 --out runs/kept
+    python filter.py runs/new --reference wounds/ --calibrate 0.05 --mix wounds/ --share 25 --out runs/mixed
 
 --calibrate 0.05 takes its threshold from the real images themselves, so that 95 % of unseen real ones would pass all
-scores together; a fixed threshold prints the share of real images that it would refuse.
-Leaves in --out: the kept images, metadata.csv (ready for train.py), decisions.csv and filter.html. Nothing is deleted.
-From metrics: reading, features, distances, the calibration, the page.
+scores together (a label with enough real images has its own); a fixed threshold prints the share of real images that
+it would refuse. Leaves in --out: the kept images, metadata.csv (ready for train.py), decisions.csv and filter.html.
+Nothing is deleted, and what --move took away --undo runs/kept/decisions.csv puts back.
+--rating-page leaves a page for any browser, no server: keys 1 (bad), 2 (usable) and 3 (good); it saves ratings.csv.
+--fit turns ratings into a selector: ridge regression on what `hand` and `texture` of metrics.py see, cross-validated
+with whole patients or prompts left out, calibrated to a probability. Ratings that it cannot predict better than chance,
+or that merely repeat who rated or what, give none. From metrics: reading, features, the quality head, the page.
 """
 import argparse
 import sys
@@ -24,46 +33,96 @@ def parse_args():
     parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
         "\ufeff \t").split(None, 1)
     parser.error = fail
-    parser.add_argument("generated", metavar="GENERATED", help="a folder, CSV or manifest.csv of sample.py")
-    parser.add_argument("--reference", required=True, metavar="REAL", help="the real images, in any form of train.py")
+    parser.add_argument("generated", nargs="?", metavar="GENERATED", help="a folder, CSV or manifest.csv of sample.py")
+    parser.add_argument("--reference", metavar="REAL", help="the real images, in any form of train.py")
     parser.add_argument("--group-column", help="the reference's column of patients (default: found by its name)")
-    parser.add_argument("--out", default="runs/kept", help="a folder")
+    parser.add_argument("--split", metavar="CSV", help="split.csv of a run: real images of its test part stay out")
+    parser.add_argument("--out", help="a folder, default runs/kept; with --fit a file, default selector.safetensors")
     keep = parser.add_argument_group("what stays")
     keep.add_argument("--calibrate", type=float, metavar="ALPHA", help="refuse what looks less real than all but this "
                       "share of the real images, usually 0.05")
     keep.add_argument("--max-lpips", type=float, help="refuse a distance to the nearest real image above this")
     keep.add_argument("--min-ssim", type=float, help="refuse a similarity to the nearest real image below this")
-    keep.add_argument("--drop-copies", action="store_true", help="refuse what is closer to a real image than real ones are")
+    keep.add_argument("--drop-copies", action="store_true", help="refuse what is nearer to a real image than real ones")
     keep.add_argument("--drop-duplicates", action="store_true", help="of near-equal generated images keep the best")
+    keep.add_argument("--selector", metavar="FILE", help="judge by what --fit wrote")
+    keep.add_argument("--min-quality", type=float, help="probability of a good rating (default: the selector's own)")
+    keep.add_argument("--min-alignment", type=float, help="probability that the image shows its label")
+    keep.add_argument("--keep", type=int, metavar="N", help="of what passes only the best and most diverse N")
+    left = parser.add_argument_group("how it is left")
+    how = left.add_mutually_exclusive_group()
+    how.add_argument("--link", action="store_true", help="hard links instead of copies")
+    how.add_argument("--move", action="store_true", help="move the kept images; --undo puts them back")
+    how.add_argument("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
+    left.add_argument("--mix", metavar="REAL", help="put these real images beside the kept ones")
+    left.add_argument("--share", type=float, default=25, help="per cent of a --mix that is generated (25)")
+    left.add_argument("--undo", metavar="DECISIONS", help="put back what --move took away")
+    rate = parser.add_argument_group("experts' ratings")
+    rate.add_argument("--rating-page", metavar="HTML", help="write a page on which an expert rates GENERATED")
+    rate.add_argument("--suggest", type=int, metavar="N", help="only N: half where --selector doubts, half far apart")
+    rate.add_argument("--blind", metavar="REAL", help="mix real images in, one in five")
+    rate.add_argument("--rated", nargs="+", default=[], metavar="CSV", help="leave out what these ratings hold")
+    rate.add_argument("--agreement", nargs="+", metavar="CSV", help="weighted kappa; real and generated told apart?")
+    rate.add_argument("--fit", nargs="+", metavar="CSV", help="learn a selector from ratings")
+    rate.add_argument("--good", type=int, choices=[2, 3], default=3, help="from which rating on an image is good (3)")
+    rate.add_argument("--force", action="store_true", help="write a selector in spite of objections, and mark it")
     how = parser.add_argument_group("how")
     how.add_argument("--features", default="texture", help="texture, vgg-random, inception or a weight file's path")
     how.add_argument("--lpips", choices=["alex", "vgg", "squeeze", "random"], help="network of the perceptual distance "
                      "(default: alex where its weights are, else none)")
-    how.add_argument("--resolution", type=int, help="pixels at which all are compared (default: the smallest stored side)")
+    how.add_argument("--resolution", type=int, help="pixels at which all are compared (default: the smallest side)")
     how.add_argument("--batch-size", type=int, default=32)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the feature network")
-    how.add_argument("--seed", type=int, default=0, help="chooses the images that filter.html shows")
-    how.add_argument("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
+    how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the network")
+    how.add_argument("--seed", type=int, default=0, help="of folds, permutations, and what the pages show")
     try:
         args = parser.parse_args()
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuse values and flags that do not go together; fill in what --suggest and --out leave open."""
     if args.calibrate is not None and not 0 < args.calibrate < 1:
         fail(f"--calibrate {args.calibrate:g}: give a share between 0 and 1, usually 0.05")
-    for flag, least, most in (("resolution", 64, 4096), ("batch_size", 1, 10**6), ("min_ssim", -1, 1), ("max_lpips", 0, 1e6)):
+    for flag, least, most in (("resolution", 64, 4096), ("batch_size", 1, 10**6), ("min_ssim", -1, 1),
+                              ("max_lpips", 0, 1e6), ("min_quality", 0, 1), ("min_alignment", 0, 1), ("keep", 1, 1e9),
+                              ("suggest", 1, 10**6), ("share", 0.1, 99.9)):
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least:g} to {most:g}")
-    if not (args.calibrate or args.drop_copies or args.drop_duplicates) and args.max_lpips is args.min_ssim is None:
-        fail("nothing to filter by: give --calibrate 0.05, --max-lpips, --min-ssim, --drop-copies or --drop-duplicates")
-    return args
+    args.rating_page = args.rating_page or ("rate.html" if args.suggest else None)
+    modes = [flag for flag in ("rating_page", "agreement", "fit", "undo") if getattr(args, flag)]
+    args.out = args.out or ("selector.safetensors" if args.fit else "runs/kept")
+    if len(modes) > 1 or (modes and modes != ["rating_page"] and args.generated):
+        fail(f"--{modes[-1].replace('_', '-')}: is a command of its own, without "
+             + (args.generated if len(modes) == 1 else f"--{modes[0].replace('_', '-')}"))
+    if modes == ["rating_page"] and not args.generated or not modes and not (args.generated and args.reference):
+        fail("give GENERATED, a folder of images" + ("" if modes else ", and --reference, the real ones"))
+    for flag in ("min_quality", "min_alignment"):
+        if getattr(args, flag) is not None and not args.selector:
+            fail(f"--{flag.replace('_', '-')}: needs --selector, a file that --fit wrote")
+    if args.mix and (args.move or args.dry_run):
+        fail("--mix copies or links: it goes with neither --move nor --dry-run")
+    if not (modes or args.calibrate or args.drop_copies or args.drop_duplicates or args.selector or args.keep
+            or args.mix) and args.max_lpips is args.min_ssim is None:
+        fail("nothing to filter by: give --calibrate 0.05, --max-lpips, --min-ssim, --drop-copies, --drop-duplicates, "
+             "--selector or --keep")
 
 
 if __name__ == "__main__":
     args = parse_args()
 
+import base64  # noqa: E402
+import errno  # noqa: E402
+import hashlib  # noqa: E402
 import html  # noqa: E402
+import io  # noqa: E402
+import itertools  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
 import shutil  # noqa: E402
@@ -72,43 +131,44 @@ from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from scipy import optimize, special, stats  # noqa: E402
 
-from metrics import (calibrate, content_hash, copy_chances, extract, generator, guarded, image_scores, judge,  # noqa: E402
-                     list_images, load_features, load_lpips, load_pixels, lpips_files, lpips_matrix, nearest, page,
-                     pick_device, pick_resolution, ranks, replacing, same_unit, squared_distances, ssim_matrix, table,
-                     thumbnail, two_sided, write_csv)
+from metrics import (COLUMNS, QUALITY_FEATURES, apply_selector, calibrate, content_hash, copy_chances,  # noqa: E402
+                     copy_distances, extract, generator, guarded, image_scores, judge, list_images, load_features,
+                     load_lpips, load_pixels, load_selector, lpips_files, lpips_matrix, nearest, page, pick_device,
+                     pick_resolution, quality_features, ranks, read_table, replacing, same_unit, save_selector,
+                     squared_distances, ssim_matrix, standardised, table, text_key, thumbnail, two_sided, write_csv)
 
 COPY_CHANCE = 0.01   # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
+PENALTIES = np.logspace(-2, 2.5, 10)   # of the ridge; the rows of its features have a squared length near 2
+
+
+def draw_order(count, seed, *key):
+    """A permutation of range(count), int64, the same everywhere."""
+    return torch.randperm(count, generator=generator(seed, *key)).numpy()
 
 
 # ------------------------------------------------------------------------------------------------- scores
 
 def feature_distances(real, fake, args, device):
-    """Distances in features, in units of the real images' spread: real to real, fake to real, fake to fake.
-
-    Those to real images are the smaller of the image's and its mirror image's, so that a flipped copy is near too.
-    """
+    """Distances in features, in units of the real ones' spread: real to real, fake to real; and the fake's vectors."""
     network = load_features(args.features, device)
-    found = {name: extract(pixels, network, device, args.batch_size, args.precision)
-             for name, pixels in (("real", real), ("fake", fake), ("mirror", real.flip(3)))}
-    if not all(np.isfinite(values).all() for values in found.values()):
+    a, b = (extract(pixels, network, device, args.batch_size, args.precision) for pixels in (real, fake))
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
         fail(f"--features {args.features}: gives NaN; are its weights sound?")
     if network["standardise"]:
-        spread = found["real"].std(0)
+        spread = a.std(0)
         spread[spread < 1e-9] = 1
-        found = {name: values / spread for name, values in found.items()}
-
-    def between(a, b):
-        return np.sqrt(squared_distances(found[a], found[b]))
-    return (np.minimum(between("real", "real"), between("real", "mirror")),
-            np.minimum(between("fake", "real"), between("fake", "mirror")), between("fake", "fake"))
+        a, b = a / spread, b / spread
+    return np.sqrt(squared_distances(a, a)), np.sqrt(squared_distances(b, a)), b
 
 
 def score(real, fake, same, args, device):
     """What is known of each image: scores of the real (each against the others) and of the generated, large is bad.
 
-    Returns ({name: (n,)}, {name: (m,)}, distances as above, `same` with real images that are there twice, nearest real
-    image of each generated one (m,)).
+    Returns ({name: (n,)}, {name: (m,)}, distances and vectors as above, `same` with real images that are there twice,
+    nearest real image of each generated one (m,)).
     """
     distances = feature_distances(real, fake, args, device)
     same = same | (distances[0] < 1e-3 * np.median(distances[0]))   # a picture twice in the reference is one
@@ -118,9 +178,11 @@ def score(real, fake, same, args, device):
     for name, reference in simple_real.items():
         own[name], other[name] = two_sided(reference, reference), two_sided(reference, simple_fake[name])
     if args.lpips or args.max_lpips is not None or all(lpips_files("alex")):
-        both = lpips_matrix(torch.cat([real, fake]), load_lpips(args.lpips or "alex", device), device, args.batch_size)
-        own["lpips"] = nearest(both[:len(real), :len(real)], same)[1]
-        other["lpips"] = nearest(both[len(real):, :len(real)])[1]
+        network = load_lpips(args.lpips or "alex", device)
+        parts = [lpips_matrix(torch.cat([real, part]), network, device, args.batch_size)
+                 for part in fake.split(max(64, len(real)))]   # never all generated ones by all
+        own["lpips"] = nearest(parts[0][:len(real), :len(real)], same)[1]
+        other["lpips"] = np.concatenate([nearest(part[len(real):, :len(real)])[1] for part in parts])
     if args.min_ssim is not None:
         own["dissimilarity"] = 1 + nearest(-ssim_matrix(real, real, device), same)[1]
         other["dissimilarity"] = 1 + nearest(-ssim_matrix(fake, real, device))[1]
@@ -129,17 +191,28 @@ def score(real, fake, same, args, device):
     return own, other, distances, same, index
 
 
-def decide(own, other, distances, same, names, args):
-    """The reason to refuse each generated image, "" to keep it: [str] (m,), and the lines that say what was done."""
-    reasons, said = [""] * len(names), []
+def thresholds(own, real_rows, rows, args):
+    """The calibrated threshold of each generated image, its label's or all's; the labels with enough real images."""
+    enough = int(np.ceil(1 / args.calibrate - 1e-9)) - 1
+    labels = np.array([text_key(row["label"]) for row in real_rows])
+    if len(labels) < enough:
+        fail(f"--calibrate {args.calibrate:g} needs at least {enough} real images, {args.reference} has {len(labels)}")
+    sizes = {label: (labels == label).sum() for label in {text_key(row["label"]) for row in rows} - {""}}
+    of = {label: calibrate(own, args.calibrate, labels == label) for label, size in sizes.items() if size >= enough}
+    common = calibrate(own, args.calibrate)
+    return np.array([of.get(text_key(row["label"]), common) for row in rows]), sorted(of)
+
+
+def refuse_worse(own, other, given, chance, rows, real_rows, args):
+    """Why each generated image is refused for what it is itself, "" otherwise: [str] (m,), and what was done: [str]."""
+    reasons, said = [""] * len(rows), []
 
     def refuse(which, why):
         for i in np.flatnonzero(which):
             reasons[i] = reasons[i] or why(i)
 
     if args.drop_copies:
-        chance = copy_chances(distances[0], distances[1], same)
-        limit = max(COPY_CHANCE, 2 / (len(same) + 1))   # the smallest chance that few real images can show
+        limit = max(COPY_CHANCE, 1 / (len(real_rows) + 1))   # the smallest chance that few real images can show
         refuse(chance <= limit, lambda i: f"copy of a real image (chance {chance[i]:.2g})")
         said.append(f"copies: {(chance <= limit).sum()} at chance ≤ {limit:.2g}, "
                     f"{limit * len(chance):.1f} expected of fresh images")
@@ -150,93 +223,710 @@ def decide(own, other, distances, same, names, args):
             refuse(other[name] > limit, lambda i: f"{flag} {shown:g}")
             said.append(f"{flag} {shown:g} would refuse {np.mean(own[name] > limit):.0%} of the real images")
     if args.calibrate:
-        threshold = calibrate(own, args.calibrate)
-        if not np.isfinite(threshold):
-            fail(f"--calibrate {args.calibrate:g} needs at least {int(np.ceil(1 / args.calibrate - 1e-9)) - 1} real images, "
-                 f"{args.reference} has {len(same)}")
+        threshold, labels = thresholds(own, real_rows, rows, args)
         passes, worst = judge(own, other, threshold)
         refuse(~passes, lambda i: f"{worst[i]} unlike the real images")
-        said.append(f"calibrated on {len(same)} real images by {', '.join(own)}: {passes.mean():.0%} of the generated "
-                    f"ones pass, about {1 - args.calibrate:.0%} of unseen real ones would")
-    if args.drop_duplicates:
-        quality = np.max(list(ranks(own, other).values()), axis=0)
-        closest = np.quantile(nearest(distances[0], same)[1], 0.01)   # nearer than real images of two patients are
-        kept = []
-        for i in sorted((i for i, why in enumerate(reasons) if not why), key=lambda i: (quality[i], i)):
-            twin = next((j for j in kept if distances[2][i, j] <= closest), None)
-            kept += [i] if twin is None else []
-            reasons[i] = "" if twin is None else f"duplicate of {names[twin]}"
-        said.append(f"duplicates: {sum(why.startswith('duplicate') for why in reasons)}")
+        said.append(f"calibrated on {len(real_rows)} real images by {', '.join(own)}: {passes.mean():.0%} of the "
+                    f"generated ones pass, about {1 - args.calibrate:.0%} of unseen real ones would")
+        said += [f"thresholds of their own: {', '.join(labels)}"] * bool(labels)
+    for name, least in (("quality", args.min_quality), ("alignment", args.min_alignment)):
+        if least is not None:
+            low = ~(given[name] >= least)   # an alignment that is not known passes nothing
+            refuse(low, lambda i: f"{name} {given[name][i]:.2f} below {least:.2f}")
+            said.append(f"{name} below {least:.2f}: {low.sum()}")
     return reasons, said
+
+
+def refuse_doubles(reasons, names, vectors, quality, closest):
+    """Of generated images nearer than `closest` to one another refuse all but the best, in place; says how many."""
+    passed = np.array([i for i, why in enumerate(reasons) if not why], int)
+    passed = passed[np.argsort(-quality[passed], kind="stable")]
+    kept, twins = np.ones(len(passed), bool), {}
+    for start in range(0, len(passed), 1000):   # never all pairs at once
+        near = squared_distances(vectors[passed[start:start + 1000]], vectors[passed]) <= closest**2
+        for i, j in np.argwhere(near):
+            if j < i + start:
+                twins.setdefault(i + start, []).append(j)
+    for i in sorted(twins):
+        better = next((j for j in twins[i] if kept[j]), None)
+        if better is not None:
+            kept[i], reasons[passed[i]] = False, f"duplicate of {names[passed[better]]}"
+    return f"duplicates: {(~kept).sum()}"
+
+
+def best_and_diverse(vectors, quality, count):
+    """The numbers of `count` images of high quality in (0, 1] that are unlike one another.
+
+    The greedy mode of a determinantal point process (Chen et al. 2018) with kernel q_i q_j exp(-|x_i - x_j|^2 / 2s),
+    s the median squared distance. Deterministic; ties go to the first.
+    """
+    x = (vectors / np.sqrt(np.median(squared_distances(vectors[:500], vectors[:500])) + 1e-12)).astype(np.float32)
+    halves, gain, chosen = np.square(x).sum(1) / 2, 2 * np.log(quality), []
+    left, rows = np.ones(len(x), np.float32), np.zeros((count, len(x)), np.float32)
+    for t in range(count):
+        i = int(np.argmax(gain + np.log(left)))
+        kernel = np.exp(x @ x[i] - halves - halves[i])
+        rows[t] = (kernel - rows[:t, i] @ rows[:t]) / np.sqrt(left[i])
+        left = np.maximum(left - rows[t] ** 2, 1e-6)
+        gain[i] = -np.inf
+        chosen.append(i)
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------- what is left behind
 
 def report(rows, pixels, real_pixels, reasons, index, said, seed):
-    """filter.html: up to 60 kept and 60 refused ones, each beside its nearest real image with the reason under it."""
-    order = torch.randperm(len(rows), generator=generator(seed, "shown")).tolist()
+    """filter.html: kept and refused ones side by side, each by its nearest real image with the reason under it."""
+    order = draw_order(len(rows), seed, "shown")
 
     def figures(refused):
         shown = sorted([i for i in order if bool(reasons[i]) == refused][:60])
-        return "".join(f'<figure><div class="grid">{thumbnail(pixels[i])}{thumbnail(real_pixels[index[i]])}</div><figcaption>'
-                       f'{html.escape(rows[i]["file_name"])} {html.escape(reasons[i])}</figcaption></figure>' for i in shown)
-    counts = Counter(re.sub(r" (of .*|\(.*)", "", why) or "kept" for why in reasons)
+        return "".join(f'<figure><div class="grid">{thumbnail(pixels[i])}{thumbnail(real_pixels[index[i]])}</div>'
+                       f'<figcaption>{html.escape(rows[i]["file_name"])}<br>{html.escape(reasons[i])}</figcaption>'
+                       '</figure>' for i in shown)
+    counts = Counter(re.sub(r" (of .*|\(.*|\d.*)", "", why) or "kept" for why in reasons)
     return page("What the filter kept", table(["decision", "images"], counts.most_common())
                 + "".join(f"<p>{html.escape(line)}</p>" for line in said)
-                + "<h2>Kept, each beside its nearest real image</h2>" + figures(False)
-                + "<h2>Refused</h2>" + figures(True))
+                + "<p>Each beside its nearest real image; up to 60 of a kind.</p><div style='display:grid;gap:1rem;"
+                "grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))'>"
+                f"<div><h2>Kept</h2>{figures(False)}</div><div><h2>Refused</h2>{figures(True)}</div></div>")
 
 
-def copy_kept(kept, rows, out):
-    """The kept images under their own names, and metadata.csv, which train.py reads.
+def place(source, target, how):
+    """Copy, link or move one file; where the file system cannot link or move, a copy does it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if how == "move":
+            return os.replace(source, target)
+        if how == "link":
+            target.unlink(missing_ok=True)
+            return os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+    with replacing(target) as file, open(source, "rb") as original:
+        shutil.copyfileobj(original, file)
+    if how == "move":
+        os.unlink(source)
 
-    Copies that an earlier filtering left and this one refuses go, as long as their source is still there.
+
+def put_back(decisions):
+    """Move back what the --move that left this decisions.csv took away; returns how many."""
+    moved = [row for row in read_table(decisions) if row.get("kept") == "1" and row.get("moved_from")]
+    if any(Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts for row in moved):
+        fail(f"{decisions}: names files outside its folder")
+    count, out = 0, Path(decisions).resolve().parent
+    for row in moved:
+        source, target = out / row["file"], out / row["moved_from"] / row["file"]
+        if source.is_file() and not target.exists():
+            place(source, target, "move")
+            count += 1
+    return count
+
+
+def clear(wanted, candidates, out):
+    """Remove from `out` the copies that an earlier filtering left and this one refuses; fail() where it holds more.
+
+    wanted: set of names below out; candidates: such name -> where it comes from. Only what is still there elsewhere
+    goes, and only what an earlier metadata.csv lists may be overwritten by something else.
     """
     there = {path.relative_to(out).as_posix() for path in out.rglob("[!.]*") if path.is_file()}
-    stale = there - {row["file_name"] for row in kept} - {"metadata.csv", "decisions.csv", "filter.html"}
-    sources = {row["file_name"]: row["path"] for row in rows}
-    foreign = sorted(n for n in stale if n not in sources or content_hash(sources[n]) != content_hash(out / n))
+    listed = {row.get("file_name") for row in read_table(out / "metadata.csv")} if "metadata.csv" in there else set()
+    there -= {"metadata.csv", "decisions.csv", "filter.html"}
+    foreign = sorted(name for name in there - (wanted & listed)
+                     if name not in candidates or content_hash(candidates[name]) != content_hash(out / name))
     if foreign:
         fail(f"{out}: holds {len(foreign)} files of something else, such as {foreign[0]}; give another --out")
-    for name in stale:
+    for name in there - wanted:
         (out / name).unlink()
-    for row in kept:
-        with replacing(Path(out, row["file_name"])) as file, open(row["path"], "rb") as source:
-            shutil.copyfileobj(source, file)
-    write_csv(Path(out, "metadata.csv"), ["file_name", "text", "label", "modality"],
-              [[row["file_name"], row["caption"], row["label"], row["fields"].get("modality", "")] for row in kept])
 
 
-def main(args):
-    device, out = pick_device(args.device), Path(args.out).resolve()
-    for folder in (args.generated, args.reference):
-        if out == Path(folder).resolve() or Path(folder).resolve() in out.parents:
-            fail(f"--out {args.out} lies in {folder}: its images would be read again; give another folder")
-    real_rows = list_images(args.reference, group_column=args.group_column)
-    all_rows = list_images(args.generated)
+def leave_images(entries, out, how):
+    """Put the images into `out` with their metadata.csv. entries: [(name below out, row, is it generated)]."""
+    for name, row, _ in entries:
+        place(row["path"], out / name, how)
+    roles = {"synthetic", *itertools.chain(*COLUMNS.values())}
+    extra = list(dict.fromkeys(field for _, row, _ in entries for field in row["fields"] if field.lower() not in roles))
+    write_csv(out / "metadata.csv", ["file_name", "text", "label", "patient_id", "synthetic", *extra],
+              [[name, row["caption"], row["label"], row["group"], int(synthetic),
+                *(row["fields"].get(field, "") for field in extra)] for name, row, synthetic in entries])
+
+
+def list_real(data, args):
+    """The rows of a real set without those that --split keeps for testing."""
+    rows = list_images(data, group_column=args.group_column)
+    if not args.split:
+        return rows
+    part = {row.get("file_name"): row.get("split") for row in read_table(args.split)}
+    if not any(row["file_name"] in part for row in rows):
+        fail(f"--split {args.split}: names no image of {data}")
+    return [row for row in rows if part.get(row["file_name"]) != "test"]
+
+
+def read_sets(args):
+    """(selector or None, real rows, their pixels, all generated rows, the readable ones, their pixels)."""
+    selector = load_selector(args.selector) if args.selector else None
+    size = selector["spec"]["features"][0]["size"] if selector else None
+    if size and args.resolution not in (None, size):
+        fail(f"--resolution {args.resolution}: the selector judges at {size} pixels")
+    real_rows, all_rows = list_real(args.reference, args), list_images(args.generated)
     absolute = [row["file_name"] for row in all_rows if Path(row["file_name"]).is_absolute()]
     if absolute:
         fail(f"{args.generated}: names absolute paths, such as {absolute[0]}; kept images need names below --out")
-    resolution = args.resolution or pick_resolution(real_rows + all_rows)
+    resolution = size or args.resolution or pick_resolution(real_rows + all_rows)
     real_rows, real = load_pixels(real_rows, resolution)
     rows, fake = load_pixels(all_rows, resolution)
     if len(real_rows) < 3 or not rows:
-        fail(f"{len(real_rows)} readable images in {args.reference} and {len(rows)} in {args.generated}: too few to filter")
-    same, names = same_unit([row["group"] for row in real_rows]), [row["file_name"] for row in rows]
+        fail(f"{len(real_rows)} readable images in {args.reference}, {len(rows)} in {args.generated}: too few")
+    return selector, real_rows, real, all_rows, rows, fake
+
+
+def decide(selector, real_rows, real, rows, fake, wanted, args):
+    """All decisions: (reasons, lines that say what was done, nearest real image, {score: (m,)}); "" keeps an image."""
+    device, names = pick_device(args.device), [row["file_name"] for row in rows]
+    same = same_unit([row["group"] for row in real_rows])
     own, other, distances, same, index = score(real, fake, same, args, device)
-    reasons, said = decide(own, other, distances, same, names, args)
+    given, said = {}, []
+    if selector:
+        spec = selector["spec"]
+        given = apply_selector(selector, quality_features(fake, device), rows)
+        args.min_quality = spec["thresholds"]["quality"] if args.min_quality is None else args.min_quality
+        if args.min_alignment is not None and np.isnan(given["alignment"]).all():
+            fail(f"--min-alignment: {args.selector} knows none of these images' labels; --fit it with --reference")
+        said = [f"the selector was written in spite of: {line}" for line in spec["warnings"]]
+    chance = copy_chances(copy_distances(real, real), copy_distances(fake, real), same) if args.drop_copies else None
+    reasons, more = refuse_worse(own, other, given, chance, rows, real_rows, args)
+    quality = given["quality"] if selector else 1.001 - np.max(list(ranks(own, other).values()), axis=0)
+    quality, said = np.clip(quality, 1e-6, None), said + more
+    if args.drop_duplicates:
+        closest = np.quantile(nearest(distances[0], same)[1], 0.01)   # nearer than real images of two patients are
+        said.append(refuse_doubles(reasons, names, distances[2], quality, closest))
+    passed = np.array([i for i, why in enumerate(reasons) if not why], int)
+    if len(passed) > wanted:
+        best = set(passed[best_and_diverse(distances[2][passed], quality[passed], wanted)])
+        for i in set(passed) - best:
+            reasons[i] = f"not among the best {wanted}"
+        said.append(f"the best and most diverse {wanted} of {len(passed)} that pass")
+    return reasons, said, index, other | given
+
+
+def filter_images(args):
+    """The main job: read both sets, decide, leave the kept images and say why the others went."""
+    out, root = Path(args.out).resolve(), Path(args.generated if os.path.isdir(args.generated) else
+                                               Path(args.generated).parent).resolve()
+    for folder in filter(None, (args.generated, args.reference, args.mix)):
+        if out == Path(folder).resolve() or Path(folder).resolve() in out.parents:
+            fail(f"--out {args.out} lies in {folder}: its images would be read again; give another folder")
+    if (out / "decisions.csv").is_file() and any(row.get("moved_from") for row in read_table(out / "decisions.csv")):
+        if args.dry_run:
+            fail(f"{args.out}: holds what a --move took: --undo {args.out}/decisions.csv, or give another --out")
+        print(f"put back: {put_back(out / 'decisions.csv')} images that the filtering before had moved")
+    selector, real_rows, real, all_rows, rows, fake = read_sets(args)
+    mixed = list_real(args.mix, args) if args.mix else []
+    most = round(args.share / (100 - args.share) * len(mixed)) if args.mix else len(rows)
+    wanted = min(args.keep or len(rows), most)
+    reasons, said, index, scores = decide(selector, real_rows, real, rows, fake, wanted, args)
     kept = [row for row, why in zip(rows, reasons) if not why]
+    if args.mix:
+        said.append(f"mixed: {len(kept)} generated with {len(mixed)} real images"
+                    + (f"; --share {args.share:g} wants {most} generated ones" if len(kept) < most else ""))
+    prefix = ("generated/", "real/") if args.mix else ("", "")
+    entries = [(prefix[0] + row["file_name"], row, True) for row in kept]
+    entries += [(prefix[1] + row["file_name"], row, False) for row in mixed]
+    candidates = {p + row["file_name"]: row["path"] for p in ("", "generated/") for row in all_rows}
+    candidates |= {"real/" + row["file_name"]: row["path"] for row in mixed}
     if not args.dry_run:
-        copy_kept(kept, all_rows, out)
-    unreadable = [[row["file_name"], 0, "unreadable", "", *[""] * len(other)] for row in all_rows if row not in rows]
-    write_csv(Path(out, "decisions.csv"), ["file", "kept", "reason", "nearest", *other],
-              [[name, int(not why), why, real_rows[j]["file_name"], *(f"{values[i]:.6g}" for values in other.values())]
-               for i, (name, why, j) in enumerate(zip(names, reasons, index))] + unreadable)
-    with replacing(Path(out, "filter.html")) as file:
+        clear({name for name, _, _ in entries}, candidates, out)
+    moved_from = [os.path.relpath(root, out)] if args.move else []
+    readable = {row["file_name"] for row in rows}
+    unreadable = [[row["file_name"], 0, "unreadable", "", *[""] * (len(scores) + len(moved_from))] for row in all_rows
+                  if row["file_name"] not in readable]
+    write_csv(out / "decisions.csv", ["file", "kept", "reason", "nearest", *scores, *["moved_from"] * args.move],
+              [[row["file_name"], int(not why), why, real_rows[j]["file_name"],
+                *(f"{values[i]:.6g}" for values in scores.values()), *moved_from]
+               for i, (row, why, j) in enumerate(zip(rows, reasons, index))] + unreadable)
+    if not args.dry_run:
+        leave_images(entries, out, "move" if args.move else "link" if args.link else "copy")
+    with replacing(out / "filter.html") as file:
         file.write(report(rows, fake, real, reasons, index, said, args.seed).encode())
     print("\n".join(said))
-    print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html\n"
+    print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html")
+    print("nothing passes: is --reference of the same kind? filter.html shows why" if not kept else
+          f"put them back: python filter.py --undo {shlex.quote(args.out)}/decisions.csv" if args.move else
           f"next: python evaluate.py {shlex.join([args.reference, args.generated, args.out])}")
+
+
+# ------------------------------------------------------------------------------------------------- experts rate
+
+RATING_COLUMNS = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real"
+RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--line:#30363d;--paper:#05070a;
+--mark:#6cb0ff}h1{display:none}body{text-align:center;touch-action:manipulation}
+#picture{display:block;margin:.5rem auto;width:min(94vw,62vh)}
+button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--line);border-radius:.4rem;
+padding:.6rem 1rem;margin:.2rem;min-height:3rem}button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}
+progress{width:min(94vw,62vh)}#guesses,#marks{display:inline-block}
+[hidden]{display:none!important}#note{width:min(94vw,62vh)}</style>"""
+RATING_BODY = """<form id="start"><p>Your name <input id="name" required> <select id="level">
+<option value="3">specialist<option value="2">resident<option value="1">student</select></p><button>Start</button>
+</form><main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div><img id="picture" alt="">
+<p id="text"></p><div id="guesses"><button data-key="r">real (r)</button><button data-key="g">generated (g)</button>
+</div><div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
+<button data-key="3">3 good</button></div><input id="note" placeholder="note (n), Enter ends it"><div>
+<button data-key="u">undo (u)</button>
+<button data-key="s">skip (s)</button><button id="save">save ratings.csv</button>
+<button id="next">another rater</button></div></main>"""
+RATING_SCRIPT = r"""<script>
+const $ = id => document.getElementById(id), store = "medlora-" + PAGE;
+const facts = JSON.parse(new TextDecoder().decode(Uint8Array.from(atob(FACTS), c => c.charCodeAt(0))));
+let state = null, safe = true;
+function keep() { try { localStorage.setItem(store, JSON.stringify(state)); } catch { safe = false; } }
+function shuffled(name) {  // the same order for the same name, another for another
+  let seed = 2166136261;
+  for (const c of PAGE + name) seed = Math.imul(seed ^ c.codePointAt(0), 16777619);
+  const next = () => { for (const n of [13, -17, 5]) seed ^= n < 0 ? seed >>> -n : seed << n; return seed; };
+  return facts.map((_, i) => [next(), i]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]);
+}
+function show() {
+  const i = state.order[state.at], answer = state.answers[i] || {};
+  const rated = Object.values(state.answers).filter(a => a.rating);
+  $("start").hidden = true; $("rate").hidden = false; $("bar").max = facts.length; $("bar").value = state.at;
+  $("where").textContent = (i === undefined ? "Done" : `${state.at + 1} of ${facts.length}`) + `, ${rated.length} rated`
+    + (safe ? "" : "; this browser keeps nothing: save before you close");
+  for (const id of ["picture", "text", "guesses", "marks", "note"])
+    $(id).hidden = i === undefined || id == "guesses" && !BLIND;
+  if (i === undefined) return;
+  $("picture").src = IMAGES[i]; $("text").textContent = BLIND ? "" : facts[i][1];
+  $("note").value = answer.comment || "";
+  for (const b of document.querySelectorAll("[data-key]")) b.setAttribute("aria-pressed",
+    b.dataset.key == answer.rating || b.dataset.key == (answer.guess || "-")[0]);
+}
+function press(key) {
+  const i = state.order[state.at], answer = state.answers[i] || {};
+  if (key == "u") { if (state.at) { state.at--; delete (state.answers[state.order[state.at]] || {}).rating; } }
+  else if (i === undefined) return;
+  else if (key == "s") { delete answer.rating; state.at++; }
+  else if (key == "r" || key == "g") { if (BLIND) answer.guess = key == "r" ? "real" : "generated"; }
+  else { answer.rating = key; state.at++; }
+  if (i !== undefined && key != "u") state.answers[i] = answer;
+  keep(); show();
+}
+function table() {
+  const cell = t => /[",\n\r]/.test(t) ? '"' + String(t).replaceAll('"', '""') + '"' : t;
+  const lines = state.order.filter(i => (state.answers[i] || {}).rating).map(i => {
+    const a = state.answers[i], f = facts[i];
+    return [f[0], a.rating, f[2], state.level, f[1], state.name, f[3], a.comment || "", a.guess || "", f[4]]; });
+  return [COLUMNS.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
+}
+document.addEventListener("keydown", e => {
+  if (e.target.id == "note" ? e.key != "Enter" && e.key != "Escape" : e.target.tagName == "INPUT") return;
+  if (e.ctrlKey || e.metaKey || e.altKey || !state) return;
+  const key = e.key == "Backspace" ? "u" : e.key.toLowerCase();
+  if (e.target.id == "note") $("note").blur();
+  else if (key == "n") $("note").focus();
+  else if (/^[123usrg]$/.test(key)) press(key);
+  else return;
+  e.preventDefault();
+});
+for (const b of document.querySelectorAll("[data-key]")) b.onclick = () => { press(b.dataset.key); b.blur(); };
+$("note").oninput = () => { (state.answers[state.order[state.at]] ||= {}).comment = $("note").value; keep(); };
+$("start").onsubmit = e => { e.preventDefault(); const name = $("name").value.trim();
+  state = {name, level: $("level").value, order: shuffled(name), at: 0, answers: {}}; keep(); show(); };
+$("save").onclick = () => { const a = document.createElement("a");
+  a.href = URL.createObjectURL(new Blob([table()], {type: "text/csv"})); a.download = "ratings.csv"; a.click(); };
+$("next").onclick = () => { if (confirm("Is ratings.csv saved? This clears the page.")) {
+  localStorage.removeItem(store); location.reload(); } };
+try { state = JSON.parse(localStorage.getItem(store)); } catch { safe = false; }
+if (state) show();
+</script>"""
+
+
+def suggest(vectors, quality, known, count):
+    """The numbers of `count` images to rate next: half where the selector is least sure, half far from all rated ones.
+
+    vectors (N, D); quality (N,) or None without a selector: then all far apart; known: numbers of rated images.
+    """
+    left = [i for i in range(len(vectors)) if i not in known]
+    unsure = sorted(left, key=lambda i: abs(quality[i] - 0.5))[:count // 2] if quality is not None else []
+    chosen, far = list(unsure), squared_distances(vectors, vectors.mean(0)[None])[:, 0]   # the usual is as if rated
+    for i in [*known, *unsure]:
+        far = np.minimum(far, squared_distances(vectors, vectors[i:i + 1])[:, 0])
+    for _ in range(min(count, len(left)) - len(unsure)):
+        far[[*known, *chosen]] = -1
+        chosen.append(int(far.argmax()))
+        far = np.minimum(far, squared_distances(vectors, vectors[chosen[-1:]])[:, 0])
+    return chosen
+
+
+def write_rating_page(args):
+    """One HTML file with the images in it: rated with the keys 1 2 3, kept by the browser, saved as ratings.csv."""
+    device, selector = pick_device(args.device), load_selector(args.selector) if args.selector else None
+    rows, real = list_images(args.generated), list_real(args.blind, args) if args.blind else []
+    size = selector["spec"]["features"][0]["size"] if selector else args.resolution
+    resolution = size or pick_resolution(rows + real)
+    rows, pixels = load_pixels(rows, resolution)
+    done = {os.path.realpath(row["path"]) for row in read_ratings(args.rated)}
+    known = [i for i, row in enumerate(rows) if os.path.realpath(row["path"]) in done]
+    count = min(args.suggest or len(rows), len(rows) - len(known))
+    if args.suggest and real:
+        count = min(count, args.suggest - args.suggest // 5)
+    if not 0 < count <= 500:
+        fail(f"{args.generated}: {count} images to rate: " + ("--suggest 60 picks some" if count else "all --rated"))
+    chosen = [i for i in range(len(rows)) if i not in known]
+    if args.suggest:
+        vectors = quality_features(pixels, device)
+        quality = apply_selector(selector, vectors, rows)["quality"] if selector else None
+        chosen = suggest(vectors / np.maximum(vectors.std(0), 1e-9), quality, known, count)
+    mixed = [real[i] for i in draw_order(len(real), args.seed, "blind")]
+    mixed = [row for row in mixed if os.path.realpath(row["path"]) not in done]
+    mixed, real_pixels = load_pixels(mixed[:max(1, round(count / 4))], resolution)
+    shown = [(rows[i], 0) for i in chosen] + [(row, 1) for row in mixed]
+    facts = json.dumps([[row["path"], row["caption"], row["fields"].get("modality", ""), row["group"],
+                         is_real if args.blind else ""] for row, is_real in shown]).encode()
+    texts = dict(PAGE=hashlib.sha256(facts).hexdigest()[:16], COLUMNS=RATING_COLUMNS, BLIND=bool(args.blind),
+                 FACTS=base64.b64encode(facts).decode(), IMAGES=[picture(p) for p in [*pixels[chosen], *real_pixels]])
+    constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in texts.items())
+    with replacing(args.rating_page) as file:
+        file.write(page("Rate", RATING_STYLE + RATING_BODY + f"<script>{constants}</script>" + RATING_SCRIPT).encode())
+    print(f"{args.rating_page}: {count} generated and {len(mixed)} real images at {resolution} pixels; open it in a "
+          "browser\nnext: python filter.py --fit ratings.csv --out selector.safetensors")
+
+
+def picture(pixels):
+    """uint8 (3, H, W) as the address of a fine JPEG: one encoding for all, so that none gives itself away."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def read_ratings(paths):
+    """All rows of ratings files: dicts of RATING_COLUMNS with "path" (image_path beside its file), "rating" int and
+    "level" float; fail() names the rows whose rating is not 1, 2 or 3."""
+    found = []
+    for path in paths:
+        if not os.path.isfile(path):
+            fail(f"{path}: no such file")
+        rows = read_table(path)
+        if not rows or not {"image_path", "rating"} <= set(rows[0]):
+            fail(f"{path}: a ratings file has rows and at least the columns image_path and rating")
+        for name, sort in (("rating", r"[123](\.0*)?"), ("expert_level", r"(\d+(\.\d*)?)?")):
+            wrong = [str(n) for n, row in enumerate(rows, 2) if not re.fullmatch(sort, row.get(name, ""))]
+            if wrong:
+                fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be "
+                     + ("1, 2 or 3" if name == "rating" else "a number"))
+        for row in rows:
+            found.append({name: row.get(name, "") for name in RATING_COLUMNS.split(",")} | dict(
+                path=os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])),
+                rating=int(row["rating"][0]), level=float(row.get("expert_level") or 3),
+                expert=row.get("expert") or Path(path).stem))
+    return found
+
+
+def kappa(first, second):
+    """Quadratically weighted kappa of two raters' ratings of the same images, (n,) each."""
+    chance = np.square(np.subtract.outer(first, second)).mean()
+    return 1 - np.square(np.subtract(first, second)).mean() / chance if chance else float("nan")
+
+
+def shared_ratings(rows):
+    """{(rater, rater): (n, 2) ratings of the images that both rated}."""
+    raters = {}
+    for row in rows:
+        raters.setdefault(row["expert"], {})[row["path"]] = row["rating"]
+    return {(a, b): np.array([[raters[a][p], raters[b][p]] for p in raters[a] if p in raters[b]]).reshape(-1, 2)
+            for a, b in itertools.combinations(raters, 2)}
+
+
+def agreement(args):
+    """Print how far raters agree, and whether they can tell real from generated."""
+    rows = [row for path in args.agreement for row in read_ratings([path])]
+    raters = list(dict.fromkeys(row["expert"] for row in rows))
+    if len(args.agreement) > 1 and len(raters) < len(args.agreement):   # one expert twice: the files are the raters
+        rows = [row | {"expert": path} for path in args.agreement for row in read_ratings([path])]
+        raters = args.agreement
+    for (a, b), both in shared_ratings(rows).items():
+        if len(both) < 2:
+            print(f"{a}, {b}: {len(both)} shared images, too few")
+            continue
+        draws = torch.randint(len(both), (1000, len(both)), generator=generator(args.seed, "kappa", a, b)).numpy()
+        low, high = np.nanpercentile([kappa(*both[draw].T) for draw in draws], (2.5, 97.5))
+        print(f"{a}, {b}: weighted kappa {kappa(*both.T):.2f}, 95 % {low:.2f} to {high:.2f}, {len(both)} shared images")
+    for rater in raters:
+        told = [(row["real"] == "1", row["guess"] == "real") for row in rows
+                if row["expert"] == rater and row["real"] and row["guess"]]
+        count = Counter(told)
+        if told:
+            p = stats.fisher_exact([[count[r, g] for g in (True, False)] for r in (True, False)])[1]
+            print(f"{rater}: real taken for real {count[True, True]}, for generated {count[True, False]}; generated "
+                  f"taken for real {count[False, True]}, for generated {count[False, False]}; p {p:.2g} of guessing")
+
+
+# ---------------------------------------------------------------------------------------------- a selector from ratings
+
+def cramers_v(first, second):
+    """How far one name tells the other, 0 to 1, corrected for chance (Bergsma 2013)."""
+    a, b = (np.unique(names, return_inverse=True)[1] for names in (first, second))
+    counts = np.zeros((a.max() + 1, b.max() + 1))
+    np.add.at(counts, (a, b), 1)
+    n, (r, k) = len(a), counts.shape
+    expected = np.outer(counts.sum(1), counts.sum(0)) / n
+    phi = max(0, (np.square(counts - expected) / expected).sum() / n - (r - 1) * (k - 1) / (n - 1))
+    least = min(side - (side - 1) ** 2 / (n - 1) for side in (r, k)) - 1
+    return np.sqrt(phi / least) if least > 1e-9 else 0.0
+
+
+def objections(rows, images, good):
+    """What speaks against fitting these ratings, before a single image is looked at: [str]."""
+    found, minority = [], int(min(good.sum(), len(good) - good.sum()))
+    for name in ("modality", "expert", "expert_level", "prompt", "real"):
+        v = cramers_v([row["rating"] for row in rows], [row[name] for row in rows]) if len(rows) > 2 else 0
+        if v > 0.6:
+            found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
+    for pair, both in shared_ratings(rows).items():
+        if len(both) >= 10 and not kappa(*both.T) >= 0.2:
+            found.append(f"{pair[0]} and {pair[1]} do not agree (weighted kappa {kappa(*both.T):.2f})")
+    found += [f"{len(images)} rated images are fewer than 30"] * (len(images) < 30)
+    kind = "good" if good.mean() < 0.5 else "not good"
+    return found + [f"only {minority} images are {kind}, at least 8 are needed"] * (minority < 8)
+
+
+def ridge(x, weights, penalty):
+    """Weighted ridge regression with an intercept, as linear maps of the ratings y (n,): returns (A (D, n), p (n,)).
+
+    The prediction for z is p·y + (z - p·x)·(A y). In the dual, because there are fewer images than features.
+    """
+    share, root = weights / weights.sum(), np.sqrt(weights / weights.mean())[:, None]
+    rows = root * (x - share @ x)
+    return rows.T @ np.linalg.solve(rows @ rows.T + penalty * np.eye(len(x)), root * (np.eye(len(x)) - share)), share
+
+
+def out_of_fold(x, weights, groups, seed):
+    """Five-fold predictions as linear maps, one for each of PENALTIES: (penalties, n, n); no group is on both sides.
+
+    Being linear, a map serves the ratings and all their permutations at once.
+    """
+    names, numbers, sizes = *np.unique(groups, return_inverse=True), np.zeros(5)
+    fold = np.zeros(len(names), int)
+    for group in draw_order(len(names), seed, "folds"):
+        fold[group] = sizes.argmin()
+        sizes[fold[group]] += (numbers == group).sum()
+    maps = np.zeros((len(PENALTIES), len(x), len(x)))
+    for number in np.unique(fold):
+        test, train = np.flatnonzero(fold[numbers] == number), np.flatnonzero(fold[numbers] != number)
+        for k, penalty in enumerate(PENALTIES):
+            inner, share = ridge(x[train], weights[train], penalty)
+            maps[k][np.ix_(test, train)] = share + (x[test] - share @ x[train]) @ inner
+    return maps
+
+
+def best_prediction(maps, y, weights):
+    """Out-of-fold predictions (n, m) of y (n, m) with each column's best penalty, and which that is (m,)."""
+    found = maps @ y
+    best = (weights[:, None] * np.square(found - y)).sum(1).argmin(0)
+    return np.take_along_axis(found, best[None, None], 0)[0], best
+
+
+def auroc(scores, good, strata):
+    """Share of (good, bad) pairs of one stratum that the scores order right, ties half: scores, good (n, m) -> (m,)."""
+    right, pairs = np.zeros(scores.shape[1]), np.zeros(scores.shape[1])
+    for stratum in np.unique(strata):
+        s, g = scores[strata == stratum], good[strata == stratum]
+        positive = g.sum(0)
+        right += (stats.rankdata(s, axis=0) * g).sum(0) - positive * (positive + 1) / 2
+        pairs += positive * (len(g) - positive)
+    return right / np.maximum(pairs, 1)
+
+
+def cross_validate(x, y, weights, good, groups, strata, seed):
+    """({"auroc", "ci", "perm_p", "spearman"}, out-of-fold scores (n,), penalty).
+
+    499 permutations within the strata go through the whole cross-validation; the interval is a bootstrap over groups.
+    """
+    maps = out_of_fold(x, weights, groups, seed)
+    orders = np.stack([np.arange(len(y))] * 500, 1)
+    for column, stratum in itertools.product(range(1, 500), np.unique(strata)):
+        inside = np.flatnonzero(strata == stratum)
+        orders[inside, column] = inside[draw_order(len(inside), seed, "permuted", column, stratum)]
+    scores, best = best_prediction(maps, y[orders], weights)
+    values, own = auroc(scores, good[orders], strata), scores[:, 0]
+    names, numbers = np.unique(groups, return_inverse=True)
+    draws = torch.randint(len(names), (500, len(names)), generator=generator(seed, "interval")).numpy()
+    members = [np.flatnonzero(numbers == n) for n in range(len(names))]
+    again = [auroc(own[i][:, None], good[i][:, None], strata[i])[0]
+             for i in (np.concatenate([members[n] for n in draw]) for draw in draws)]
+    measured = dict(auroc=float(values[0]), ci=[float(v) for v in np.percentile(again, (2.5, 97.5))],
+                    perm_p=float((values[1:] >= values[0]).sum() + 1) / 500, spearman=float(stats.spearmanr(own, y)[0]))
+    return measured, own, PENALTIES[best[0]]
+
+
+def cumulative_logit(scores, ratings, weights):
+    """(slope, cut of 2, cut of 3) of P(rating >= k) = 1 / (1 + exp(-slope score - cut_k)), by maximum likelihood."""
+    def loss(p):
+        two, three = (special.expit(np.exp(p[0]) * scores + cut) for cut in (p[1], p[1] - np.exp(p[2])))
+        likely = np.choose(ratings - 1, (1 - two, two - three, three))
+        return -(weights * np.log(likely + 1e-12)).mean() + 1e-4 * np.square(p).sum()
+    slope, cut, step = optimize.minimize(loss, (1.0, -2.0, 0.0), method="Nelder-Mead", options={"maxiter": 4000}).x
+    return np.exp(slope), cut, cut - np.exp(step)
+
+
+def reliability(chance, good):
+    """(Brier score, expected calibration error over ten bins) of probabilities (n,) against good (n,)."""
+    bins = np.minimum((chance * 10).astype(int), 9)
+    return np.square(chance - good).mean(), sum(abs((chance - good)[bins == b].sum()) for b in range(10)) / len(good)
+
+
+def shell(z):
+    """Mean, whitening (D, P) and radius of 99.5 % of the rated images z (n, D), each as if it were not among them."""
+    mean, n = z.mean(0), len(z)
+    _, sizes, directions = np.linalg.svd(z - mean, full_matrices=False)
+    kept = max(1, min(16, n // 8))
+    whiten = directions[:kept].T / np.maximum(sizes[:kept], 1e-9) * np.sqrt(n - 1)
+    squares = np.square((z - mean) @ whiten).sum(1)
+    radius = np.sqrt(np.quantile(squares / np.maximum(1 - 1 / n - squares / (n - 1), 0.05), 0.995))
+    return {"shell.mean": mean, "shell.whiten": whiten, "shell.q": [radius]}
+
+
+def fit_alignment(rows, z, seed):
+    """The part that tells labels apart, from real images z (n, D): (tensors, class names, {"hard", "easy"} AUROC).
+
+    Ridge regression to each class, the softmax of which is sharpened by maximum likelihood on left-out patients. easy:
+    against classes of other modalities, hard: against those of the same. Classes with fewer than 8 images are left out.
+    """
+    keys = [text_key(row["label"] or row["caption"]) for row in rows]
+    classes = sorted(key for key, count in Counter(keys).items() if key and count >= 8)
+    if len(classes) < 2:
+        return {"align.proto": np.zeros((0, z.shape[1])), "align.bias": [], "align.logit": [1.0]}, [], {}
+    used = [i for i, key in enumerate(keys) if key in classes]
+    own, z, weights = np.array([classes.index(keys[i]) for i in used]), z[used], np.ones(len(used))
+    y = np.eye(len(classes))[own]
+    maps = out_of_fold(z, weights, [rows[i]["group"] or f"\0{i}" for i in used], seed)
+    best = int(np.square(maps @ y - y).sum((1, 2)).argmin())
+    scores, inside = maps[best] @ y, (np.arange(len(own)), own)
+    sharp = np.exp(optimize.minimize_scalar(
+        lambda t: -special.log_softmax(np.exp(t) * scores, 1)[inside].mean(), bounds=(-3, 5), method="bounded").x)
+    chances, measured = special.softmax(sharp * scores, 1), {}
+    kinds = np.array([text_key(rows[i]["fields"].get("modality", "")) for i in used])
+    alike = np.array([[kinds[own == c][0] == kind for c in range(len(classes))] for kind in kinds])
+    for name, which in (("hard", alike), ("easy", ~alike)):
+        values = np.append(chances[y == 1], chances[which & (y == 0)])
+        if len(values) > len(own):
+            measured[name] = float(auroc(values[:, None], np.arange(len(values))[:, None] < len(own), values * 0)[0])
+    inner, share = ridge(z, weights, PENALTIES[best])
+    proto = (inner @ y).T
+    return ({"align.proto": proto, "align.bias": share @ y - proto @ (share @ z), "align.logit": [sharp]}, classes,
+            measured)
+
+
+def gather(rows):
+    """The rated images: (rows as list_images gives, mean ratings by level (n,), weights (n,), groups, strata).
+
+    An image that several experts rated is one row, which for least squares is the same as several.
+    """
+    by_path = {}
+    for row in rows:
+        by_path.setdefault(row["path"], []).append(row)
+    missing = [path for path in by_path if not os.path.isfile(path)]
+    if missing:
+        fail(f"{len(missing)} of {len(by_path)} rated images are not there, such as {missing[0]}")
+    levels = [np.array([row["level"] for row in same]) / max(row["level"] for row in rows) for same in by_path.values()]
+    means = [np.average([row["rating"] for row in same], weights=level)
+             for same, level in zip(by_path.values(), levels)]
+    first = [same[0] for same in by_path.values()]
+    groups = next(([row[name] or row["path"] for row in first] for name in ("group", "prompt")
+                   if len({row[name] for row in first}) >= 5), list(by_path))
+    return ([dict(path=row["path"], file_name=row["path"], fields=row) for row in first], np.array(means),
+            np.array([level.sum() for level in levels]), np.array(groups),
+            np.array([text_key(row["modality"]) for row in first]))
+
+
+def refuse_fit(worries, args):
+    """Stop for what speaks against a selector, unless --force."""
+    if worries and not args.force:
+        fail(f"no selector written: {'; '.join(worries)} (--force writes it and marks it)")
+
+
+def fit(args):
+    """Learn a selector from ratings; write it only where it predicts them better than chance."""
+    rows, device = read_ratings(args.fit), pick_device(args.device)
+    images, y, weights, groups, strata = gather(rows)
+    good = y >= args.good - 0.5
+    worries = objections(rows, images, good)
+    refuse_fit(worries + ["fewer than 10 images cannot be fitted"] * (len(images) < 10 and not args.force), args)
+    resolution = args.resolution or pick_resolution(images)
+    features = quality_features(load_pixels(images, resolution, strict=True)[1], device)
+    mean, scale = units(features)
+    z, modalities = standardised(features, mean, scale), sorted(set(strata))
+    x = np.hstack([z, (strata[:, None] == modalities) * (len(modalities) > 1)])   # an intercept for each modality
+    measured, own, penalty = cross_validate(x, y, weights, good, groups, strata, args.seed)
+    figures = (f"AUROC {measured['auroc']:.2f}, 95 % {measured['ci'][0]:.2f} to {measured['ci'][1]:.2f}, "
+               f"p {measured['perm_p']:.2g}, n {len(y)}")
+    if measured["perm_p"] > 0.05 or measured["ci"][0] <= 0.5:
+        worries.append(f"the ratings do not predict quality better than chance ({figures}): rate more images")
+    refuse_fit(worries, args)
+    index = {image["path"]: i for i, image in enumerate(images)}
+    of = [index[row["path"]] for row in rows]
+    slope, *cuts = cumulative_logit(own[of], *(np.array([row[name] for row in rows]) for name in ("rating", "level")))
+    measured["brier"], measured["ece"] = reliability(special.expit(slope * own + cuts[args.good - 2]), good)
+    tensors = {"feat.mean": mean, "feat.scale": scale, "head.cut": cuts, "cal.platt": [slope, cuts[args.good - 2]],
+               **heads(x, y, weights, groups, penalty, z.shape[1], args.seed), **shell(z)}
+    real, pixels = load_pixels(list_real(args.reference, args), resolution) if args.reference else ([], None)
+    seen = quality_features(pixels, device) if real else features[:0]
+    aligned, classes, measured["alignment"] = fit_alignment(real, standardised(seen, mean, scale), args.seed)
+    spec = dict(features=[dict(name=name, dim=dim, size=resolution) for name, dim in QUALITY_FEATURES], head="ridge",
+                rating_range=[1, 3], good=args.good, calibration="platt", modalities=modalities, classes=classes,
+                groups=len(set(groups)), n=dict(rows=len(rows), images=len(y), good=int(good.sum()),
+                                                experts=len({row["expert"] for row in rows})),
+                cv=measured, thresholds={"quality": 0.5}, warnings=worries,
+                ratings_sha256=[content_hash(path) for path in args.fit])
+    spec["lambda"] = float(penalty)
+    known = [i for i, row in enumerate(real)
+             if len(modalities) < 2 or text_key(row["fields"].get("modality", "")) in modalities]
+    judged = apply_selector(dict(spec=spec, **tensors, **aligned), seen[known], [real[i] for i in known])
+    measured["real_pass"] = passing = float((judged["quality"] >= 0.5).mean()) if known else None
+    save_selector(args.out, spec, tensors | aligned)
+    lines = [f"{len(rows)} ratings, {len(set(groups))} groups: {figures}; Brier score {measured['brier']:.3f}, "
+             f"calibration error {measured['ece']:.3f}, rank correlation {measured['spearman']:.2f}"]
+    lines += [f"warning: {worry}" for worry in worries]
+    lines += [f"alignment, {name} cases: AUROC {value:.2f}" for name, value in measured["alignment"].items()]
+    few = ": few; do the ratings mark disease, or were other kinds rated?" if known and passing < 0.8 else ""
+    lines += [f"{passing:.0%} of the real images pass{few}"] if known else []
+    print("\n".join(lines) + f"\nnext: python filter.py GENERATED --reference REAL --selector {shlex.quote(args.out)} "
+          "--out runs/kept")
+
+
+def units(features):
+    """Mean and scale (410,) for `standardised`: a block of many features weighs no more than one of few."""
+    (_, few), (_, many), _ = QUALITY_FEATURES
+    mean = np.append(features.mean(0), np.zeros(few))
+    weight = np.sqrt(np.repeat([few, 4 * many], [few, many]))
+    scale = np.append(np.maximum(features.std(0), 1e-6) * weight, np.ones(few))
+    squares = standardised(features, mean, scale)[:, -few:]
+    mean[-few:], scale[-few:] = squares.mean(0), np.maximum(squares.std(0), 1e-6) * np.sqrt(4 * few)
+    return mean, scale
+
+
+def heads(x, y, weights, groups, penalty, dim, seed):
+    """The fitted head and 20 more with the groups drawn anew, as a selector's tensors."""
+    names, numbers = np.unique(groups, return_inverse=True)
+    draws = torch.randint(len(names), (20, len(names)), generator=generator(seed, "heads")).numpy()
+    counts = [np.ones(len(y)), *(np.bincount(draw, minlength=len(names))[numbers] for draw in draws)]
+    fitted = [(inner @ y, share @ (y - x @ (inner @ y))) for inner, share in
+              (ridge(x, weights * count, penalty) for count in counts)]
+    slopes, offsets = (np.array(part) for part in zip(*fitted))
+    return {"head.weight": slopes[0, :dim], "head.modality_bias": slopes[0, dim:], "head.bias": offsets[:1],
+            "boot.weight": slopes[1:, :dim], "boot.bias": offsets[1:]}
+
+
+def main(args):
+    if args.fit:
+        fit(args)
+    elif args.agreement:
+        agreement(args)
+    elif args.rating_page:
+        write_rating_page(args)
+    elif args.undo:
+        print(f"put back: {put_back(args.undo)} images")
+    else:
+        filter_images(args)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,26 @@
 Everything above imports from here; this file imports none of ours. Files, pixels or features go in; pixels, features,
 numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
     errors, files, seeds   fail, replacing, need, generator, guarded, pick_device
-    reading and listing    read_image, list_images, split_rows, fit_square, load_pixels
+    reading and listing    read_image, list_images, split_rows, fit_square, load_pixels, near_duplicates
     features               texture, fid_inception, load_features, extract
-    image against image    lpips_matrix, ssim, ssim_matrix
-    set against set        frechet, kid, precision_recall, joint_matrices and the table METRICS
+    image against image    lpips_matrix, ssim, ms_ssim, ssim_matrix
+    set against set        frechet, kid, precision_recall, joint_matrices, large_values and the table METRICS
     yardstick              permutation_draws, half_draws, yardstick
-    calibration            nearest, image_scores, calibrate, judge
+    calibration            nearest, copy_distances, copy_chances, image_scores, calibrate, judge
+    the quality head       quality_features, apply_selector, load_selector
     the page               page, table, thumbnail, curve
 """
 import base64
 import collections
 import contextlib
 import csv
+import functools
 import hashlib
 import html
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -35,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import ndimage
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- errors, files, seeds, devices
@@ -126,8 +130,15 @@ FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # ne
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
                   ".dcm", ".dicom", *VOLUME_SUFFIXES)
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # read_image has its own limit
-warnings.filterwarnings("ignore", module="pydicom")  # these quote the header, names included
+NEEDS = {"pydicom": "DICOM files need pydicom: pip install pydicom",
+         "nibabel": "NIfTI and .mgz files need nibabel: pip install nibabel"}
+CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "mediastinum": (50, 350), "brain": (40, 80), "stroke": (35, 30),
+           "subdural": (75, 215), "bone": (400, 1800), "liver": (60, 160), "angio": (300, 600)}  # Hounsfield units
+JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+for quiet in ("PIL", "pydicom", "nibabel"):  # they tell of every oddity; pydicom quotes the header, names included
+    warnings.filterwarnings("ignore", module=quiet)
 
 
 class BadImage(Exception):
@@ -141,32 +152,43 @@ class BadImage(Exception):
         return f"{self.path}: {self.why}"
 
 
-def read_image(path, slice=None, window=None, value_range=None):
+def read_image(path, slice=None, window=None, value_range=None, allow_burned_in=False):
     """Read one image of any kind as an upright 8-bit PIL image of mode "RGB".
 
-    The content decides the kind, not the suffix. slice: frame of a multi-frame DICOM or slice of a volume (default:
-    the middle one); window: (centre, width) in the file's units, e.g. Hounsfield; value_range: (low, high) that become
-    black and white in 16-bit and float images (default: the image's own range; 8-bit images are never rescaled).
-    Raises BadImage.
+    The content decides the kind, not the suffix. slice: frame of a multi-frame DICOM or slice of a volume, a number or
+    "coronal", "sagittal:12" (default: the middle one, axial); of a 4-D volume the first is taken. window: what becomes
+    black to white, (centre, width) in the file's units, "40,400", or a name of WINDOWS, which only CTs and volumes obey
+    (default: the DICOM's own, else percentiles). value_range: (low, high) that become black and white where no window is
+    asked for, in all but 8-bit rasters and colours (default of 16-bit and float rasters: the image's own range). A DICOM
+    with BurnedInAnnotation YES may show a name: refused unless allow_burned_in. Raises BadImage.
     """
+    return read_upright(path, slice, window, value_range, allow_burned_in).convert("RGB")
+
+
+@np.errstate(all="ignore")  # damaged numbers overflow
+def read_upright(path, slice=None, window=None, value_range=None, allow_burned_in=False):
+    """What read_image does, but grey images stay of mode "L": a third of the work for what comes after."""
+    raster = False
     try:
         if os.path.isdir(path):
             raise BadImage(path, "is a folder, not an image")
+        if not os.path.getsize(path):
+            raise BadImage(path, "is empty")
         if str(path).lower().endswith(VOLUME_SUFFIXES):
             return read_volume(path, slice, window, value_range)
         if looks_like_dicom(path):
-            return read_dicom(path, slice, window, value_range)
+            return read_dicom(path, slice, window, value_range, allow_burned_in)
+        raster = True
         return read_raster(path, value_range)
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(path, "is not an image" if os.path.getsize(path) else "is empty") from None
+        raise BadImage(path, "is not an image") from None
     except Image.DecompressionBombError:
         raise BadImage(path, TOO_LARGE) from None
-    except OSError as error:
-        raise BadImage(path, error.strerror or f"is damaged ({error})") from None
-    except Exception as error:  # decoders raise nearly anything on damaged files, with header text in the message
-        raise BadImage(path, f"is damaged ({type(error).__name__})") from None
+    except Exception as error:  # decoders raise nearly anything on damaged files, pydicom's quoting the header
+        why = getattr(error, "strerror", None) or f"is damaged ({raster and str(error) or type(error).__name__})"
+        raise BadImage(path, " ".join(why.split())) from None
 
 
 def read_raster(path, value_range):
@@ -175,20 +197,25 @@ def read_raster(path, value_range):
         if image.format == "PNG":  # Pillow decodes pixels whose checksum is wrong; verify() is where it looks
             with Image.open(path, formats=("PNG",)) as twin:
                 twin.verify()
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # convert("RGB") would clip these at 255
+        ImageOps.exif_transpose(image, in_place=True)
+        if is_deep(image):  # convert would clip these at 255
             values = np.asarray(image).astype(np.float64)
-            return grey_image(values, *(value_range or (np.nanmin(values), np.nanmax(values))))
+            return grey_image(values, *(value_range or percentile_range(values, 0, 100)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-        return image.convert("RGB")
+        return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def is_deep(image):
+    """True for grey images of 16 or 32 bits or of floats."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def grey_image(values, low, high):
-    """(H, W) numbers -> RGB image: `low` and below is black, `high` and above white."""
+    """(H, W) numbers -> image of mode "L": `low` and below is black, `high` and above white."""
     unit = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-12)
-    return Image.fromarray((unit.clip(0, 1) * 255 + 0.5).astype(np.uint8)).convert("RGB")
+    return Image.fromarray((unit.clip(0, 1) * 255 + 0.5).astype(np.uint8))
 
 
 def percentile_range(values, low, high):
@@ -196,6 +223,19 @@ def percentile_range(values, low, high):
     finite = values[np.isfinite(values)]
     ends = np.percentile(finite, (low, high)) if finite.size else (0, 1)
     return ends if ends[1] > ends[0] else (finite.min(initial=0), finite.max(initial=1))
+
+
+def pick_window(window):
+    """(centre, width) of a window: a name of WINDOWS, "centre,width" or such a pair; None stays None."""
+    if window is None or not isinstance(window, str):
+        return window
+    try:
+        centre, width = WINDOWS.get(window) or map(float, window.split(","))
+    except ValueError:
+        width = 0
+    if not width > 0:
+        fail(f"--window {window}: give centre,width in the files' units, such as 40,400, or {', '.join(WINDOWS)}")
+    return centre, width
 
 
 def square_pixels(image, row_spacing, column_spacing):
@@ -221,52 +261,89 @@ def pick_slice(path, wanted, count):
     return count // 2 if wanted is None else wanted
 
 
-def read_dicom(path, slice, window, value_range):
-    """One frame of a DICOM file: rescale, then window, then MONOCHROME1, then square pixels (DICOM PS3.3 C.11)."""
+def open_dicom(path, **how):
+    """A DICOM file as a pydicom Dataset, read leniently and without a word of its header said."""
     if importlib.util.find_spec("pydicom") is None:
-        raise BadImage(path, "DICOM files need pydicom: pip install pydicom")
+        raise BadImage(path, NEEDS["pydicom"])
     import pydicom
-    from pydicom.pixels import apply_color_lut, apply_rescale, apply_voi, pixel_array
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    data = pydicom.dcmread(path, force=True)
+    data = pydicom.dcmread(path, force=True, **how)
+    if "TransferSyntaxUID" not in data.file_meta:  # no preamble: implicit or explicit, little endian
+        data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (".1" if not data.original_encoding[0] else "")
+    return data
+
+
+def read_dicom(path, slice, window, value_range, allow_burned_in):
+    """One frame of a DICOM file: rescale, then window, then MONOCHROME1, then square pixels (DICOM PS3.3 C.11)."""
+    data = open_dicom(path)
     if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise BadImage(path, "is a DICOM file without pixels")
     if data.Rows * data.Columns > MAX_PIXELS:
         raise BadImage(path, TOO_LARGE)
-    if "TransferSyntaxUID" not in data.file_meta:  # no preamble: implicit or explicit, little endian
-        data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (".1" if not data.original_encoding[0] else "")
-    syntax = data.file_meta.TransferSyntaxUID
-    frame = pick_slice(path, slice, int(data.get("NumberOfFrames") or 1))
-    for groups, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
-        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
-            if len(data.get(groups) or ()) > index and data[groups][index].get(name):
-                data.update(data[groups][index][name][0])  # enhanced objects keep these tags per frame
-    if syntax == "1.2.840.10008.1.2.4.51":  # some 12-bit encoders end the scan at coefficient 0; it has all 64
-        data.PixelData = re.sub(rb"(?s)(\xff\xda\0\x08\x01..\0)\0\0", b"\\1?\0", data.PixelData)
-    try:
-        values = pixel_array(data, index=frame)
-    except RuntimeError:  # every decoder there is gave up, or there is none
-        raise BadImage(path, f"no decoder here reads its {syntax.name}: "
-                             "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg") from None
-    if data.PhotometricInterpretation == "PALETTE COLOR":
-        values = apply_color_lut(values, data)
+    if str(data.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
+        raise BadImage(path, "says that text is burnt in, maybe a name: refused without --allow-burned-in")
+    count = int(data.get("NumberOfFrames") or 1)
+    values, padding = dicom_frame(path, data, pick_slice(path, split_slice(slice)[1], count))
     if values.ndim == 3:
         bits = 8 * values.itemsize if "PALETTE" in data.PhotometricInterpretation else data.BitsStored
         image = Image.fromarray((values >> max(bits - 8, 0)).astype(np.uint8))
     else:
-        image = dicom_grey(data, apply_rescale(values, data), apply_voi, window, value_range)
+        if window in WINDOWS and data.get("Modality", "CT") != "CT":
+            window = None
+        elif window and data.get("Modality") == "CT" and not ("RescaleSlope" in data or "ModalityLUTSequence" in data):
+            raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units for a --window")
+        own = window or value_range or "WindowCenter" in data or "VOILUTSequence" in data
+        if count > 1 and not own:
+            value_range = frames_range(path, os.path.getmtime(path))
+        image = dicom_grey(data, values, padding, pick_window(window), value_range)
     spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing") or data.get("PixelAspectRatio") or (1, 1)
     return square_pixels(image, *spacing)
 
 
-def dicom_grey(data, values, apply_voi, window, value_range):
-    """Rescaled (H, W) values -> RGB image by the window asked for, else the file's own, else percentiles."""
-    function, voi = data.get("VOILUTFunction") or "LINEAR", data.get("WindowCenter") is not None
-    if window is None and data.get("VOILUTSequence"):
+def dicom_frame(path, data, frame):
+    """One frame: (rescaled (H, W) values, True where the scanner wrote nothing), or (colours (H, W, 3), None)."""
+    from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
+    for groups, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
+            if len(data.get(groups) or ()) > index and data[groups][index].get(name):
+                data.update(data[groups][index][name][0])  # enhanced objects keep these tags per frame
+    syntax = data.file_meta.TransferSyntaxUID
+    if syntax == JPEG_EXTENDED:  # some 12-bit encoders end the scan at coefficient 0; it has all 64
+        data.PixelData = re.sub(rb"(?s)(\xff\xda\0\x08\x01..\0)\0\0", b"\\1?\0", data.PixelData)
+    try:
+        values = pixel_array(data, index=frame)
+    except RuntimeError:  # every decoder there is gave up, or there is none
+        known = syntax.name if syntax.is_transfer_syntax else "transfer syntax"
+        raise BadImage(path, f"no decoder here reads its {known}: {CODECS}") from None
+    if data.PhotometricInterpretation == "PALETTE COLOR":
+        values = apply_color_lut(values, data)
+    if values.ndim == 3:
+        return values, None
+    first = data.get("PixelPaddingValue")
+    ends = sorted((first, data.get("PixelPaddingRangeLimit", first))) if first is not None else (1, 0)
+    return apply_rescale(values, data), (values >= ends[0]) & (values <= ends[1])
+
+
+@functools.lru_cache(maxsize=64)
+def frames_range(path, modified):
+    """Percentiles over at most 16 frames of a DICOM file without a window; `modified` is its time, for the cache."""
+    data = open_dicom(path)
+    count, step = int(data.NumberOfFrames), 1 + 16 * data.Rows * data.Columns // 2**23
+    frames = [dicom_frame(path, data, n) for n in np.linspace(0, count - 1, min(count, 16)).astype(int).tolist()]
+    return percentile_range(np.concatenate([values[~padding][::step] for values, padding in frames]), 0.5, 99.5)
+
+
+def dicom_grey(data, values, padding, window, value_range):
+    """Rescaled (H, W) values -> image of mode "L": as asked for, else by the file's own window, else by percentiles."""
+    from pydicom.pixels import apply_voi
+    function = data.get("VOILUTFunction") or "LINEAR"
+    if window is None and value_range is not None:
+        low, high = value_range
+    elif window is None and data.get("VOILUTSequence"):
         values = apply_voi(values, data, index=0)
         low, high = 0, 2 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
-    elif window is not None or voi:
+    elif window is not None or data.get("WindowCenter") is not None:
         centre, width = window or (np.ravel(data.WindowCenter)[0], np.ravel(data.WindowWidth)[0])
         centre, width = float(centre), float(width)
         low, high = centre - width / 2, centre - 1 + width / 2
@@ -275,46 +352,80 @@ def dicom_grey(data, values, apply_voi, window, value_range):
         if window is None and function == "SIGMOID":
             values, low, high = 1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1
     else:
-        known = values[values != data.PixelPaddingValue] if "PixelPaddingValue" in data else values
-        low, high = value_range or percentile_range(known.astype(np.float64), 0.5, 99.5)
+        low, high = percentile_range(values[~padding].astype(np.float64), 0.5, 99.5)
     image = grey_image(values.astype(np.float64), low, high)
-    return ImageOps.invert(image) if data.PhotometricInterpretation == "MONOCHROME1" else image
+    image = ImageOps.invert(image) if data.PhotometricInterpretation == "MONOCHROME1" else image
+    image.paste(0, mask=Image.fromarray(padding))
+    return image
 
 
 def read_volume(path, slice, window, value_range):
-    """One axial slice of a NIfTI or FreeSurfer volume: anterior up, the patient's left on the image's left."""
-    if importlib.util.find_spec("nibabel") is None:
-        raise BadImage(path, "NIfTI and .mgz files need nibabel: pip install nibabel")
-    import nibabel
-    volume = nibabel.as_closest_canonical(nibabel.load(path))
-    if volume.ndim < 2 or np.prod(volume.shape[:3]) > 8 * MAX_PIXELS:
-        raise BadImage(path, f"has shape {volume.shape}")
-    values = np.asanyarray(volume.dataobj[(Ellipsis, *[0] * (volume.ndim - 3))] if volume.ndim > 3 else volume.dataobj)
-    values = np.atleast_3d(values)  # (X, Y, Z)
-    chosen = values[:, :, pick_slice(path, slice, values.shape[2])].astype(np.float64)
+    """One slice of a NIfTI or FreeSurfer volume: anterior or superior up, the patient's left on the image's left."""
+    axis, number = split_slice(slice)
+    values, zooms, ends = load_volume(path, os.path.getmtime(path))
+    chosen = values.take(pick_slice(path, number, values.shape[axis]), axis).astype(np.float64)
     if window:
-        low, high = window[0] - window[1] / 2, window[0] + window[1] / 2
-    else:  # one range for the volume: a range for each slice flickers
-        low, high = value_range or percentile_range(values.astype(np.float32), 1, 99)
-    zooms = volume.header.get_zooms()
-    return square_pixels(grey_image(np.rot90(chosen), low, high), zooms[1], zooms[0])
+        centre, width = pick_window(window)
+        value_range = centre - width / 2, centre + width / 2
+    column_spacing, row_spacing = (zooms[n] for n in range(3) if n != axis)
+    return square_pixels(grey_image(np.rot90(chosen), *(value_range or ends)), row_spacing, column_spacing)
+
+
+def split_slice(wanted):
+    """(axis, number) of a slice: 12, "coronal:12" or "coronal"; the number may be None, for the middle one."""
+    words = "" if wanted is None else str(wanted)
+    name = next((name for name in AXES if words.startswith(name)), "")
+    number = words[len(name):].lstrip(":")
+    return AXES[name or "axial"], int(number) if number else None
+
+
+def open_volume(path):
+    """The header of a NIfTI or FreeSurfer file; its values are read when asked for."""
+    if importlib.util.find_spec("nibabel") is None:
+        raise BadImage(path, NEEDS["nibabel"])
+    import nibabel
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    volume = nibabel.load(path)
+    if volume.ndim < 2 or not 0 < np.prod(volume.shape[:3], dtype=float) <= 2 * MAX_PIXELS:
+        raise BadImage(path, f"has shape {volume.shape}")
+    return volume.slicer[(*np.s_[:, :, :], *[0] * (volume.ndim - 3))] if volume.ndim > 3 else volume
+
+
+@functools.lru_cache(maxsize=2)
+def load_volume(path, modified):
+    """(values (right, anterior, superior), their three spacings, (black, white)): one range for all of its slices.
+
+    Black is the 1st percentile, white the 99th of what is brighter than the mean, which leaves the air out.
+    """
+    import nibabel
+    volume = nibabel.as_closest_canonical(open_volume(path))
+    values, zooms = np.atleast_3d(np.asanyarray(volume.dataobj)), (*volume.header.get_zooms(), 1.0)[:3]
+    if values.dtype.kind not in "biuf":
+        raise BadImage(path, "holds colours or complex numbers, not grey values")
+    sample = values[tuple([np.s_[::1 + int((values.size / 2**23) ** (1 / 3))]] * 3)].astype(np.float32)
+    bright = sample[sample > sample[np.isfinite(sample)].mean()]
+    low, high = percentile_range(sample, 1, 99)
+    return values, zooms, (low, max(high, percentile_range(bright, 1, 99)[1]) if bright.size else high)
 
 
 # ---------------------------------------------------------------- listing a data set
 
-IMAGE_COLUMNS = ("file_name", "path", "image", "image_path", "file")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-LABEL_COLUMNS = ("label", "labels", "class")
-GROUP_COLUMNS = ("patient_id", "patient", "subject", "group")
+COLUMNS = {"image": ("file_name", "path", "image", "image_path", "file"), "caption": ("text", "caption", "prompt"),
+           "label": ("label", "labels", "class"), "group": ("patient_id", "patient", "subject", "group")}
+BAD_SHARE = 0.05  # of a data set's images may be missing or unreadable; more is a mistake to mend first
 
 
-def list_images(data, image_column=None, caption_column=None, label_column=None, group_column=None, prompt=None):
+def list_images(data, image_column=None, caption_column=None, label_column=None, group_column=None, prompt=None,
+                slices="middle", strict=False):
     """List a data set: a folder, class subfolders, a folder with metadata.csv/.jsonl/manifest.csv, or such a table.
 
     Returns a list of rows, sorted by file name for folders and in the table's order for tables: {"path": absolute,
     "file_name": as in the table or relative to the folder, "caption", "label", "group": str, "" when unknown,
-    "fields": the row's columns, {} in folders}. The caption is `prompt` with its {fields} filled in, else the caption
-    column, else "". A wrong path, column, field or table ends in fail().
+    "fields": the row's columns, {} in folders, "slice": for read_image}. The caption is `prompt` with its {fields}
+    filled in, else the caption column, else "". slices: middle, every:N or all of a volume or multi-frame DICOM, each a
+    row; behind "coronal:" or "sagittal:" those of that plane. Where no group is known, slices get their file as one and
+    DICOM files one that keeps a patient's together. Files that are not there, and those for which a package is missing,
+    are told of and left out up to 5 %; more, or any where `strict`, end in fail(), as do a wrong path, column, field.
     """
     if not os.path.exists(data):
         fail(f"{data}: no such file or folder")
@@ -322,7 +433,7 @@ def list_images(data, image_column=None, caption_column=None, label_column=None,
     tables = [os.path.join(data, name) for name in ("metadata.csv", "metadata.jsonl", "manifest.csv")]
     table = next((name for name in tables if os.path.isfile(name)), None) if os.path.isdir(data) else data
     if table:
-        rows, columns = list_table(table, flags)
+        rows, columns = list_table(table, flags, strict)
     else:
         rows, columns = list_folder(data), {}
         for role, name in flags.items():
@@ -331,7 +442,19 @@ def list_images(data, image_column=None, caption_column=None, label_column=None,
     if not rows:
         fail(f"{data}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     fill_captions(data, rows, columns, prompt)
-    return rows
+    return spread_slices(*check_medical(data, rows, strict), slices)
+
+
+def note(message):
+    """Say something on stderr, once under torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def leave_out(bad, count, strict, message):
+    """Say that `bad` of `count` images are left out; fail() where that is more than 5 %, or any and `strict`."""
+    if bad:
+        (fail if strict or bad > BAD_SHARE * count else note)(message)
 
 
 def list_folder(folder):
@@ -351,12 +474,12 @@ def list_folder(folder):
     return sorted(rows, key=lambda row: row["file_name"])
 
 
-def read_table(path):
-    """The rows of a CSV or JSONL file as dicts of strings."""
+def read_table(path, caption_column=None):
+    """The rows of a CSV or JSONL file as dicts of strings. Commas that should have been quoted are the caption's."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        fail(f"{path}: is not a UTF-8 text file: give a folder of images, a .csv or a .jsonl")
+        fail(f"{path}: is not a UTF-8 text file: save the table as CSV UTF-8, or give a folder of images")
     if str(path).lower().endswith((".jsonl", ".json", ".ndjson")):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -367,46 +490,76 @@ def read_table(path):
         if not all(isinstance(row, dict) for row in rows):
             fail(f"{path}: every line must be one JSON object")
     else:
-        header = text.split("\n", 1)[0]
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-        rows = []
-        try:
-            for row in reader:
-                if None in row:
-                    fail(f"{path}: line {reader.line_num} has more cells than the header: quote texts with commas")
-                rows.append(row)
-        except csv.Error as error:
-            fail(f"{path}: line {reader.line_num}: {error}")
+        rows = read_csv(path, text, caption_column)
     return [{str(key).strip(): str("" if cell is None else cell).strip() for key, cell in row.items()} for row in rows]
 
 
-def list_table(table, flags):
+def read_csv(path, text, caption_column):
+    """The rows of a CSV text as dicts; surplus cells are joined to the caption's where that reading is safe.
+
+    It is safe where the caption is the last column, or where a space follows each of these commas, as in prose.
+    """
+    first = text.split("\n", 1)[0]
+    mark = max(",;\t", key=first.count)
+    reader, rows, joined = csv.reader(io.StringIO(text, newline=""), delimiter=mark), [], {}
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        name = caption_column or find_column(header, "caption")
+        place = header.index(name) if name in header else None
+        for cells in filter(None, reader):
+            surplus = len(cells) - len(header)
+            if surplus > 0 and not any(cells[len(header):]):  # a spreadsheet's empty columns
+                cells = cells[:len(header)]
+            elif surplus > 0:
+                parts = [] if place is None else cells[place:place + surplus + 1]
+                if not parts or place < len(header) - 1 and not all(part.startswith(" ") for part in parts[1:]):
+                    fail(f"{path}: line {reader.line_num} has more cells than the header: quote texts with {mark!r}")
+                joined[reader.line_num] = mark.join(parts)
+                cells[place:place + surplus + 1] = [joined[reader.line_num]]
+            rows.append(dict(itertools.zip_longest(header, cells, fillvalue="")))
+    except csv.Error as error:
+        fail(f"{path}: line {reader.line_num}: {error}")
+    if joined:
+        lines, example = ", ".join(map(str, joined)), next(iter(joined.values()))
+        note(f"{path}: more cells than the header in line {lines[:99]}: read as {mark!r} in {name}: \"{example[:99]}\"")
+    return rows
+
+
+def find_column(names, role):
+    """The first of a table's columns that usually plays a role, or None."""
+    return next((name for usual in COLUMNS[role] for name in names if name.lower() == usual), None)
+
+
+def list_table(table, flags, strict):
     """Rows of the images that a table names, and the dict of its columns: role -> name."""
-    cells = read_table(table)
+    cells = read_table(table, flags["caption"])
     if not cells:
         fail(f"{table}: has no rows")
     names = list(dict.fromkeys(name for row in cells for name in row))
-    usual = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS, "group": GROUP_COLUMNS}
-    columns = {}
     for role, wanted in flags.items():
         if wanted is not None and wanted not in names:
             fail(f"--{role}-column {wanted}: {table} has the columns {', '.join(names)}")
-        found = [name for usual_name in usual[role] for name in names if name.lower() == usual_name]
-        columns[role] = wanted or (found[0] if found else None)
+    columns = {role: wanted or find_column(names, role) for role, wanted in flags.items()}
     if columns["image"] is None:
         fail(f"{table}: no column of file names among {', '.join(names)}: name it with --image-column")
-    folder, rows, missing = os.path.dirname(os.path.abspath(table)), [], []
-    for number, fields in enumerate(cells, 2):
+    folder, rows, missing, seen = os.path.dirname(os.path.abspath(table)), [], [], set()
+    for fields in cells:
         file_name = fields.get(columns["image"], "")
         path = os.path.normpath(os.path.join(folder, file_name))
-        if not os.path.isabs(file_name) and not path.startswith(folder.rstrip(os.sep) + os.sep):
-            fail(f"{table}: row {number}: {file_name or 'an empty file name'} is not inside {folder}")
-        missing += [] if os.path.isfile(path) else [file_name]
+        if "\\" in file_name and not os.path.exists(path):  # written on Windows
+            path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))
+        if file_name and not os.path.isabs(file_name) and not path.startswith(folder.rstrip(os.sep) + os.sep):
+            fail(f"{table}: {file_name} is not inside {folder}")
         roles = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
-        rows.append(dict(path=path, file_name=file_name, fields=fields, **roles))
-    if missing:
-        fail(f"{table}: {len(missing)} of {len(rows)} files are not there: {', '.join(missing[:5])}"
-             + ("…" if len(missing) > 5 else ""))
+        if not os.path.isfile(path):
+            missing.append(file_name or "(no name)")
+        elif (path, *fields.values()) not in seen:
+            rows.append(dict(path=path, file_name=file_name, fields=fields, **roles))
+        seen.add((path, *fields.values()))
+    some = ", ".join(missing[:5]) + "…" * (len(missing) > 5)
+    leave_out(len(missing), len(cells), strict, f"{table}: {len(missing)} of {len(cells)} files are not there: {some}")
+    if len(rows) + len(missing) < len(cells):
+        note(f"{table}: {len(cells) - len(rows) - len(missing)} of {len(cells)} rows repeat another: left out")
     return rows, columns
 
 
@@ -417,22 +570,100 @@ def in_english(labels):
 
 
 def fill_captions(data, rows, columns, prompt):
-    """Set each row's caption from the format string `prompt`; without one the captions stay as they are."""
-    if prompt is None:
-        return
+    """Set each row's caption from the format string `prompt`, if any; say how many lack what it or the column wants."""
     try:
-        pieces = list(string.Formatter().parse(prompt))
+        pieces = list(string.Formatter().parse("{caption}" if prompt is None else prompt))
     except ValueError as error:
         fail(f"--prompt {prompt!r}: {error} (fields look like {{label}}, braces themselves like {{{{ }}}})")
     roles = {"label": ("label", "labels"), "caption": ("caption", "text", "Text")}
     known = {role for role in roles if columns.get(role) or (role == "label" and any(row["label"] for row in rows))}
-    for row in rows:
+    lacking = []
+    for row in rows if prompt is not None or "caption" in known else ():
         values = {alias: row[role] for role in sorted(known) for alias in roles[role]} | row["fields"]
         for _, name, _, _ in pieces:
             if name is not None and name not in values:
                 fail(f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(values) or 'none'}")
-        row["caption"] = "".join(
-            literal + ("" if name is None else in_english(values[name])) for literal, name, _, _ in pieces).strip()
+        lacking += [row] * any(name is not None and not values[name] for _, name, _, _ in pieces)
+        if prompt is not None:
+            row["caption"] = "".join(
+                literal + ("" if name is None else in_english(values[name])) for literal, name, _, _ in pieces).strip()
+    if lacking:
+        names = " or ".join(sorted({name for _, name, _, _ in pieces if name is not None}))
+        note(f"{data}: {len(lacking)} of {len(rows)} rows have no {names}, such as {lacking[0]['file_name']}")
+
+
+def medical_header(path):
+    """(why not to read it or "", slices along each axis, patient's id) of a DICOM or volume; of other files nothing."""
+    is_volume = path.lower().endswith(VOLUME_SUFFIXES)
+    package = "nibabel" if is_volume else "pydicom" if looks_like_dicom(path) else None
+    if package is None or importlib.util.find_spec(package) is None:
+        return NEEDS.get(package, ""), (1, 1, 1), ""
+    if is_volume:
+        volume = open_volume(path)
+        from nibabel import io_orientation
+        order = np.argsort(io_orientation(volume.affine)[:, 0])
+        return "", [(*volume.shape, 1)[n] for n in order], ""
+    data = open_dicom(path, stop_before_pixels=True,
+                      specific_tags=["Rows", "NumberOfFrames", "ImageType", "PatientID", "BitsAllocated"])
+    from pydicom.pixels import get_decoder
+    syntax, why = data.file_meta.TransferSyntaxUID, ""
+    decoders = set(get_decoder(syntax).available_plugins) if syntax.is_encapsulated else {"pydicom"}
+    if syntax == JPEG_EXTENDED and data.get("BitsAllocated") == 16:
+        decoders -= {"pillow"}  # it reads 8 bits of them
+    if "Rows" not in data:
+        why = "DICOM files without a picture: reports, plans and the like"
+    elif "LOCALIZER" in (data.get("ImageType") or ()):
+        why = "localizers, which only show where the slices of a study lie"
+    elif not decoders:
+        why = f"no decoder here reads {syntax.name}: {CODECS}"
+    return why, (1, 1, int(data.get("NumberOfFrames") or 1)), str(data.get("PatientID") or "").strip()
+
+
+def check_medical(data, rows, strict):
+    """Look at the headers of DICOM files and volumes: (the rows that can be read, {path: slices along each axis}).
+
+    Left out, counted in a line for each reason: files for which a package or codec is missing, and those without a
+    picture of the patient. DICOMs get a group: 16 bits of a hash of the patient's id, enough to keep one's images
+    together, too few to tell who it is.
+    """
+    headers, reasons = {}, collections.Counter()
+    for row in rows:
+        headers[row["path"]] = "", (1, 1, 1), ""
+        with contextlib.suppress(Exception):  # damaged: load_pixels will name it
+            headers[row["path"]] = medical_header(row["path"])
+        reasons[headers[row["path"]][0]] += 1
+    for why, count in reasons.items():
+        message = f"{data}: {count} of {len(rows)} files left out: {why}"
+        if "pip install" in why:
+            leave_out(count, len(rows), strict, message)
+        elif why:
+            note(message)
+    several = len({patient for _, _, patient in headers.values()} - {""}) > 1  # one for all is none: anonymised
+    for row in rows:
+        patient = headers[row["path"]][2]
+        if patient and several and not row["group"]:
+            row["group"] = "patient-" + hashlib.blake2b(patient.encode(), digest_size=2).hexdigest()
+    kept = [row for row in rows if not headers[row["path"]][0]]
+    if not kept:
+        fail(f"{data}: no images left")
+    return kept, {path: shape for path, (_, shape, _) in headers.items()}
+
+
+def spread_slices(rows, shapes, slices):
+    """A row for each slice wanted, with its "slice" for read_image; slices of one file share a group."""
+    match = re.fullmatch(r"(?:(axial|coronal|sagittal):)?(?:middle|all|every:([1-9]\d*))", slices)
+    if not match:
+        fail(f"--slices {slices}: give middle, every:N or all; of another plane coronal:middle, sagittal:every:5, …")
+    plane, step = match[1], int(match[2] or 1)
+    spread = []
+    for row in rows:
+        count = shapes[row["path"]][AXES[plane or "axial"]]
+        numbers = [None] if count == 1 or slices.endswith("middle") else range(step // 2, count, step) or [count // 2]
+        group = row["group"] or row["file_name"] * (len(numbers) > 1)
+        for n in numbers:
+            named = n if plane is None else plane if n is None else f"{plane}:{n}"
+            spread.append({**row, "group": group, "slice": named})
+    return spread
 
 
 def content_hash(path):
@@ -457,21 +688,67 @@ def write_csv(path, header, rows):
 def split_rows(rows, val_share, test_share=0.0):
     """Set row["split"] to "train", "val" or "test" by a hash of the group, else of the file's content.
 
-    The split is the same on every machine, does not depend on order, and adding files moves none.
+    The split is the same on every machine, does not depend on order, and adding files moves none. Says so where no
+    groups are known but file names look as if one patient had several.
     """
+    series = collections.defaultdict(list)
     for row in rows:
         key = row["group"] or content_hash(row["path"])
         u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
         row["split"] = "test" if u < test_share else "val" if u < test_share + val_share else "train"
+        stem = re.fullmatch(r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem)
+        if stem and not row["group"]:
+            series[stem[1]].append(row["file_name"])
+    several = [names for names in series.values() if len(names) > 1]
+    if len(several) > 1 and val_share + test_share > 0:
+        note(f"{sum(map(len, several))} files are named as if {len(several)} patients had several each, such as "
+             f"{' and '.join(several[0][:2])}: a column patient_id in a table keeps a patient on one side of the split")
+
+
+def read_split(rows, path):
+    """Set row["split"] as a run's split.csv (file_name, group, split) has it; fail() where it names none of the images."""
+    known = {cells.get("file_name"): cells.get("split") for cells in read_table(path)}
+    for row in rows:
+        row["split"] = known.get(row["file_name"]) or ""
+    if not any(row["split"] for row in rows):
+        fail(f"--split {path}: names none of these {len(rows)} images, such as {rows[0]['file_name']}; "
+             "give the same data folder as train.py had")
 
 
 # ---------------------------------------------------------------- from files to pixels
 
 
-def fit_square(image, resolution, crop="center"):
-    """An RGB image resized to resolution x resolution: its centre ("center") or all of it on black ("pad")."""
+def fit_square(image, resolution, crop="center", gen=None):
+    """An image resized to resolution x resolution, by one of four crops.
+
+    center: its largest central square; random: such a square anywhere, drawn by the torch.Generator gen; pad: all of it
+    on black; fundus: the square round the lit disc, black where that reaches beyond the image, or "pad" without a disc.
+    """
     size, method = (resolution, resolution), Image.Resampling.LANCZOS
-    return ImageOps.fit(image, size, method) if crop == "center" else ImageOps.pad(image, size, method, "black")
+    disc = find_disc(image) if crop == "fundus" else None
+    if crop == "pad" or crop == "fundus" and disc is None:
+        return ImageOps.pad(image, size, method, 0)
+    image = image.crop(disc) if disc else image
+    place = torch.rand((), generator=gen).item() if crop == "random" else 0.5
+    return ImageOps.fit(image, size, method, centering=(place, place))
+
+
+def find_disc(image):
+    """The square (left, top, right, bottom) round the largest lit part of a fundus photograph, its top and bottom often
+    cut off; None where that is under 20 % of the image, or longer than 1.6 times its width."""
+    small = image.convert("L")
+    small.thumbnail((256, 256))
+    parts, count = ndimage.label(np.asarray(small) > 10)
+    part = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else parts > 0
+    if part.mean() < 0.2:
+        return None
+    rows, columns = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    if max(height, width) > 1.6 * min(height, width):
+        return None
+    scale, half = image.width / small.width, max(height, width) / 2
+    middle = (columns[0] + width / 2, rows[0] + height / 2)
+    return tuple(round((at + by) * scale) for by in (-half, half) for at in middle)
 
 
 def pick_resolution(rows):
@@ -484,31 +761,46 @@ def pick_resolution(rows):
 
 
 def find_range(rows):
-    """{path: (low, high)} for the 16-bit and float rasters of a set: one range for all, so that a dim film stays dim."""
-    ends = {}
+    """{path: (low, high)} for the 16-bit and float rasters of a set: one range for all, so that a dim film stays dim.
+
+    Floats have a range of their own: they are rarely in the same units.
+    """
+    kinds, ranges = {"16 bits": {}, "floats": {}}, {}
     for row in rows:
-        with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels will name it
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                values = np.asarray(image)
-                ends[row["path"]] = float(np.nanmin(values)), float(np.nanmax(values))
-    low, high = (pick(end[n] for end in ends.values()) for n, pick in enumerate((min, max))) if ends else (0, 0)
-    if ends:
-        print(f"{len(ends)} images of 16 bits or of floats: {low:g} is black and {high:g} white in all of them")
-    return dict.fromkeys(ends, (low, high))
+        with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels names it
+            if is_deep(image):
+                kind = "floats" if image.mode == "F" else "16 bits"
+                kinds[kind][row["path"]] = percentile_range(np.asarray(image), 0, 100)
+    for kind, ends in kinds.items():
+        if ends:
+            low, high = (float(pick(end[n] for end in ends.values())) for n, pick in enumerate((min, max)))
+            print(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
+            ranges |= dict.fromkeys(ends, (low, high))
+    return ranges
 
 
-def load_pixels(rows, resolution, crop="center", strict=False):
+def load_pixels(rows, resolution, crop="center", strict=False, window=None, value_range=None, allow_burned_in=False,
+                seed=0):
     """Read the images of `rows`: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
-    16-bit and float ones are scaled by the range of them all. Unreadable images are named on stderr and left out;
-    more than 5 % of them, or any where `strict`, ends in fail().
+    window, value_range, allow_burned_in: as read_image; a row's own "range" comes before value_range, and without either
+    16-bit and float images are scaled by the range of them all. seed: of crop "random", with the file's name. Unreadable
+    images are named on stderr and left out; more than 5 % of them, or any where `strict`, ends in fail().
     """
-    ranges, pixels = find_range(rows), torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
+    pick_window(window)  # a wrong one ends here
+    ranges, discless = {} if value_range else find_range([row for row in rows if "range" not in row]), []
+    pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
 
     def load(n):
+        row = rows[n]
+        path, slice = row["path"], row.get("slice")
         try:
-            square = fit_square(read_image(rows[n]["path"], value_range=ranges.get(rows[n]["path"])), resolution, crop)
-            pixels[n] = torch.from_numpy(np.array(square)).permute(2, 0, 1)
+            own = row.get("range") or ranges.get(path, value_range)
+            image = read_upright(path, slice, window, own, allow_burned_in)
+            discless.extend([path] * (crop == "fundus" and find_disc(image) is None))
+            gen = generator(seed, "crop", row["file_name"], slice) if crop == "random" else None
+            square = np.array(fit_square(image, resolution, crop, gen))
+            pixels[n] = torch.from_numpy(square if square.ndim == 2 else square.transpose(2, 0, 1))
         except BadImage as error:
             return error
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
@@ -517,10 +809,34 @@ def load_pixels(rows, resolution, crop="center", strict=False):
                            disable=None if len(rows) > 200 else True))
     good, bad = [n for n, error in enumerate(errors) if error is None], [error for error in errors if error is not None]
     for error in bad:
-        print(f"skipped: {error}", file=sys.stderr)
-    if bad and (strict or len(bad) > 0.05 * len(rows)):
+        note(f"skipped: {error}")
+    if bad and (strict or len(bad) > BAD_SHARE * len(rows)):
         fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
+    if discless:
+        note(f"{len(discless)} of {len(rows)} images show no disc of a fundus: padded whole, such as {min(discless)}")
     return [rows[n] for n in good], pixels[good] if bad else pixels
+
+
+def near_duplicates(pixels, alike=0.95):
+    """Pairs of pictures that are the same: [(i, j, kind)], i < j, for uint8 pixels (N, 3, S, S).
+
+    "exact" has equal pixels; "near" survives re-saving, resizing, gamma; "flipped" is near its left-right mirror image.
+    Two are near where the differences between neighbours in their 16 x 16 thumbnails (dHash, but not cut down to signs)
+    correlate above `alike`. Of 230 chest films, copies saved anew did above .98, films of other patients below .91.
+    """
+    small = torch.cat([F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)])
+    hashes = [F.normalize(torch.cat([grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)], 1))
+              for grey in (small, small.flip(2))]
+    same = collections.defaultdict(list)
+    for n, picture in enumerate(pixels):
+        same[hashlib.sha256(picture.numpy().tobytes()).digest()].append(n)
+    found = {pair: "exact" for group in same.values() for pair in itertools.combinations(group, 2)}
+    for kind, other in zip(("near", "flipped"), hashes):
+        for start in range(0, len(pixels), 1024):
+            for i, j in (hashes[0][start:start + 1024] @ other.T > alike).nonzero().tolist():
+                if start + i < j:
+                    found.setdefault((start + i, j), kind)
+    return [(*pair, kind) for pair, kind in sorted(found.items())]
 
 
 # ---------------------------------------------------------------- features, one vector an image
@@ -528,6 +844,9 @@ def load_pixels(rows, resolution, crop="center", strict=False):
 CACHE = Path(os.environ.get("MEDLORA_CACHE") or Path.home() / ".cache" / "medlora")
 FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+HUB = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
+CLIP_SCALE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # mean, sd
+IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -587,7 +906,7 @@ def fid_inception(state):
     """The Inception of FID (Heusel et al. 2017; pytorch-fid's port) on torchvision's blocks: state dict -> module.
 
     It differs from torchvision's in its pools: averages leave out the border, and the last block takes the maximum.
-    The module maps (B, 3, 299, 299) in [-1, 1] to pool3 features (B, 2048).
+    The module maps (B, 3, 299, 299) in [-1, 1] to pool3 features (B, 2048); `head` is its last layer (1008, 2048).
     """
     from torchvision.models import Inception3
     net, seen = Inception3(num_classes=1008, aux_logits=False, init_weights=False), {}
@@ -600,7 +919,7 @@ def fid_inception(state):
         getattr(net, name).branch_pool.register_forward_pre_hook(without_border)
     net.Mixed_7c.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
     net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda *_: F.max_pool2d(seen.pop("x"), 3, 1, 1))
-    net.fc = torch.nn.Identity()
+    net.head, net.fc = net.fc.weight, torch.nn.Identity()
     return net.eval().requires_grad_(False)
 
 
@@ -642,11 +961,51 @@ def taps(trunk, images, indices):
             return found
 
 
-def load_features(name, device):
+def resized(pixels, side, mode):
+    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 255]. mode: torch's bilinear or bicubic as they are, which
+    leave out pixels when they shrink, or clean: bicubic over all pixels, clamped (Parmar et al. 2022)."""
+    images, clean = pixels.float(), mode == "clean"
+    images = F.interpolate(images, (side, side), mode="bicubic" if clean else mode, align_corners=False, antialias=clean)
+    return images.clamp(0, 255) if clean else images
+
+
+def transformer(name, kind, **parts):
+    """A model of transformers from a folder or the Hub, safetensors only; fail() where it cannot be had."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, kind).from_pretrained(name, **parts)
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"{name}: cannot be loaded as a {kind} ({str(error).splitlines()[0][:120]}): name a folder, or a model of "
+             "the Hub while there is a network")
+
+
+def transformer_features(name, device, clean):
+    """CLIP's image embedding as CMMD takes it, else the CLS token of a vision transformer as dgm-eval takes DINOv2's."""
+    config = transformer(name, "AutoConfig")
+    clip, vision = config.model_type.startswith("clip"), getattr(config, "vision_config", config)
+    model = transformer(name, "CLIPVisionModelWithProjection" if clip else "AutoModel", use_safetensors=True)
+    model = model.to(device).eval().requires_grad_(False)
+    side = 224 if config.model_type.startswith("dinov2") else vision.image_size
+    mean, sd = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_SCALE if clip else IMAGENET_SCALE))
+
+    def function(pixels):
+        seen = model((resized(pixels, side, "bicubic" if clip and not clean else "clean") / 255 - mean) / sd)
+        return seen.image_embeds if clip else seen.last_hidden_state[:, 0]
+    weights = hashlib.sha256(b"".join(v.cpu().float().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
+    return dict(name=f"{config.model_type}-{weights[:16]}{'-clean' * clean}", function=function, standardise=False,
+                published=name in HUB.values())
+
+
+def load_features(name, device, resize="legacy"):
     """A feature network by name: {"name", "function": uint8 (B, 3, H, W) -> (B, D), "standardise", "published"}.
 
-    name: texture, vgg-random, inception (its weights in the cache), or the path of an Inception weight file.
+    name: texture, vgg-random, inception (its weights in the cache), the path of an Inception weight file; dinov2, clip or
+    the folder of such a model. resize: "legacy" resizes as pytorch-fid and CMMD do, "clean" as clean-fid does.
     """
+    if name in HUB or os.path.isdir(name):
+        return transformer_features(HUB.get(name, name), device, resize == "clean")
     if name == "texture":
         return dict(name="texture-1", function=texture, standardise=True, published=False)
     if name == "vgg-random":
@@ -660,7 +1019,7 @@ def load_features(name, device):
     path = find_weights(FID_WEIGHTS) if name == "inception" else name
     if path is None or not os.path.isfile(path):
         fail(f"--features {name}: no such weight file: put {FID_WEIGHTS} (github.com/mseitzer/pytorch-fid, release "
-             f"fid_weights) into {CACHE}, name its path, or use texture or vgg-random, which need none")
+             f"fid_weights) into {CACHE}, name its path or a model's folder, or use texture or vgg-random, which need none")
     try:
         net = fid_inception(load_weights(path, FID_SHA256 if name == "inception" else "")).to(device)
     except RuntimeError:
@@ -668,9 +1027,11 @@ def load_features(name, device):
     digest = content_hash(path)
 
     def pool3(pixels):
-        images = F.interpolate(pixels.float() / 255, (299, 299), mode="bilinear", align_corners=False)
-        return net(2 * images - 1)
-    return dict(name=f"inception-{digest[:16]}", function=pool3, standardise=False, published=digest == FID_SHA256)
+        if resize == "clean":
+            return net((resized(pixels, 299, "clean") - 128) / 128)
+        return net(resized(pixels, 299, "bilinear") / 127.5 - 1)
+    return dict(name=f"inception-{digest[:16]}{'-clean' * (resize == 'clean')}", function=pool3, standardise=False,
+                published=digest == FID_SHA256, head=net.head.cpu().double().numpy())
 
 
 def extract(pixels, network, device, batch_size=32, precision="auto"):
@@ -697,6 +1058,19 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
                 with contextlib.suppress(OSError), replacing(paths[n]) as file:  # a full disk costs only time
                     file.write(hashlib.sha256(vector.tobytes()).digest() + vector.tobytes())
     return np.stack(vectors).astype(np.float64)
+
+
+def caption_scores(pixels, captions, name, device, batch_size=32):
+    """CLIP score (Hessel et al. 2021) of every image with every caption: uint8 (N, 3, H, W), N texts -> (N, N), 100 x the
+    cosine of CLIP's embeddings, at least 0. name: a CLIP folder or Hub id; texts end at 77 tokens."""
+    images = extract(pixels, transformer_features(name, device, clean=True), device, batch_size)
+    model = transformer(name, "CLIPTextModelWithProjection", use_safetensors=True).to(device).eval()
+    distinct = list(dict.fromkeys(captions))
+    tokens = transformer(name, "AutoTokenizer")(distinct, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.inference_mode():
+        texts = model(**tokens.to(device)).text_embeds.double().cpu().numpy()
+    cosines = (images / np.linalg.norm(images, axis=1)[:, None]) @ (texts / np.linalg.norm(texts, axis=1)[:, None]).T
+    return np.maximum(0, 100 * cosines)[:, [distinct.index(caption) for caption in captions]]
 
 
 def cached_vector(path):
@@ -787,18 +1161,38 @@ def gauss_window(like):
     return (window / window.sum()).to(like)
 
 
-def ssim(a, b):
-    """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11 -> (B,): valid region, channels' mean."""
-    window = gauss_window(a)
+def ssim_maps(a, b):
+    """SSIM and its contrast-structure term (Wang et al. 2004) of images in [0, 1], (B, C, H, W) -> two (B, C), over the
+    valid region."""
+    window = gauss_window(a.double()).tolist()
 
-    def smooth(x):
-        x = F.conv2d(x.flatten(0, 1)[:, None], window[None, None, :, None])
-        return F.conv2d(x, window[None, None, None, :]).reshape(*a.shape[:2], x.shape[2], -1)
+    def smooth(x):  # sums of shifted pictures: several times faster than conv2d of one channel
+        for axis in (2, 3):
+            size, whole = x.shape[axis] - 10, x
+            x = window[0] * whole.narrow(axis, 0, size)
+            for k in range(1, 11):
+                x.add_(whole.narrow(axis, k, size), alpha=window[k])
+        return x
     mean_a, mean_b = smooth(a), smooth(b)
     variances = smooth(a * a) + smooth(b * b) - mean_a**2 - mean_b**2
-    covariance = smooth(a * b) - mean_a * mean_b
-    score = (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
-    return (score / ((mean_a**2 + mean_b**2 + 1e-4) * (variances + 9e-4))).mean((1, 2, 3))
+    structure = (2 * (smooth(a * b) - mean_a * mean_b) + 9e-4) / (variances + 9e-4)
+    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    return (luminance * structure).mean((2, 3)), structure.mean((2, 3))
+
+
+def ssim(a, b):
+    """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11 -> (B,): the channels' mean."""
+    return ssim_maps(a, b)[0].mean(1)
+
+
+def ms_ssim(a, b):
+    """MS-SSIM (Wang et al. 2003) of images in [0, 1], (B, C, H, W), H, W >= 161 -> (B,); as pytorch-msssim has it."""
+    product = 1.0
+    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        whole, structure = ssim_maps(a, b)
+        product = product * (whole if scale == 4 else structure).relu() ** weight
+        a, b = (F.avg_pool2d(x, 2, padding=[side % 2 for side in x.shape[2:]]) for x in (a, b))
+    return product.mean(1)
 
 
 def ssim_matrix(first, second, device="cpu", size=64):
@@ -840,8 +1234,9 @@ def frechet(first, second):
     mean_term = np.square(first.mean(0) - second.mean(0)).sum()
     roots, traces = [], 0.0
     for x in (first, second):
-        centred = (x - x.mean(0)) / np.sqrt(len(x) - 1)
-        traces += np.square(centred).sum()
+        centred = x - x.mean(0)
+        centred /= np.sqrt(len(x) - 1)
+        traces += np.vdot(centred, centred)
         roots.append(np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred)
     return max(0.0, mean_term + traces - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
 
@@ -894,8 +1289,23 @@ def joint_matrices(real, fake, standardise):
         spread = features.std(0)
         features = (features - features.mean(0)) / np.where(spread > 1e-9, spread, 1)
     centred = features - features.mean(0)  # a large common mean costs digits
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return {"features": features, "gram": centred @ centred.T, "distance": squared_distances(centred, centred),
-            "kernel": (features @ features.T / features.shape[1] + 1) ** 3}
+            "kernel": (features @ features.T / features.shape[1] + 1) ** 3, "cosine": 1 - squared_distances(unit, unit) / 2}
+
+
+def colour(pixels):
+    """uint8 (N, 3, H, W) -> (N, 8): mean, spread, covariance, size and fine detail of the two chroma channels; what the
+    texture descriptor, which is grey, cannot see: other colours, and the coarse chroma of JPEG."""
+    found = []
+    for part in pixels.split(64):
+        red, green, blue = part.float().div(255).unbind(1)
+        chroma = torch.stack([red - green, (red + green) / 2 - blue], 1)
+        centred = chroma - chroma.mean((2, 3), keepdim=True)
+        both, size = centred.prod(1).mean((1, 2)), chroma.norm(dim=1).mean((1, 2))
+        detail = (chroma.diff(dim=2).diff(dim=3).abs().mean((2, 3)) + 1e-3).log()
+        found.append(torch.cat([chroma.mean((2, 3)), chroma.std((2, 3)), both[:, None], size[:, None], detail], 1))
+    return torch.cat(found).double().numpy()
 
 
 def frechet_draws(joint, draws):
@@ -942,24 +1352,106 @@ def neighbour_draws(joint, draws, number):
     return joint[key][:, number]
 
 
+def cmmd_draws(joint, draws):
+    """CMMD (Jayasumana et al. 2024) of each draw: Gaussian kernel of sigma 10, unit vectors, diagonals included, x 1000."""
+    first, second, between = pair_means(np.exp((joint["cosine"] - 1) / 100), draws)
+    n, m = (draws == 1).sum(1), (draws == -1).sum(1)
+    return 1000 * (first + (1 - first) / n + second + (1 - second) / m - 2 * between)
+
+
+def vendi_draws(joint, draws):
+    """Vendi score (Friedman & Dieng 2023) of the second set of each draw: how many different images it amounts to."""
+    def one(draw):
+        j = np.flatnonzero(draw == -1)
+        found = np.linalg.eigvalsh(joint["cosine"][np.ix_(j, j)] / len(j))
+        found = found[found > 1e-12]
+        return np.exp(-(found * np.log(found)).sum())
+    return np.array([one(draw) for draw in tqdm(draws, desc="Vendi", leave=False, disable=None)])
+
+
+def inception_draws(joint, draws):
+    """Inception Score (Salimans et al. 2016) of the second set of each draw, in one split; joint["logits"]: (n + m, 1008),
+    without bias, all columns, as torch-fidelity has them."""
+    logits = joint["logits"] - joint["logits"].max(1, keepdims=True)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    share = (draws == -1) / (draws == -1).sum(1, keepdims=True)
+    mean = share @ np.exp(logs)
+    return np.exp(share @ (np.exp(logs) * logs).sum(1) - (mean * np.log(np.maximum(mean, 1e-300))).sum(1))
+
+
+def caption_draws(joint, draws):
+    """CLIP score of images with their captions (row 0) and with shuffled ones; joint["captions"]: (m, m) image, caption."""
+    m = len(joint["captions"])
+    orders = [torch.randperm(m, generator=generator(0, "captions", row)).numpy() for row in range(1, len(draws))]
+    return np.array([joint["captions"][np.arange(m), order].mean() for order in [np.arange(m), *orders]])
+
+
+def sampled_pair_draws(matrix, draws):
+    """Mean over the pairs within the second set of each draw whose entry of `matrix` is known, not NaN."""
+    second = (draws == -1).astype(float)
+    sums = [(second @ part * second).sum(1) for part in (np.nan_to_num(matrix), np.isfinite(matrix).astype(float))]
+    return sums[0] / np.maximum(sums[1], 1)
+
+
 def nearest_draws(matrix, draws):
     """Mean over the second set of the smallest entry towards the first, for each draw."""
     return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
 
 
-# name: (function of the joint matrices and the draws, lower is better, the matrix it needs)
+def large_values(first, second, width=1000):
+    """The metrics of features that have too many rows for one matrix, (N, D), (M, D), N, M > 5: {name: value}, in blocks.
+
+    frechet, kid, cmmd, precision, recall, density, coverage and vendi, as in METRICS.
+    """
+    (n, d), m, sets = first.shape, len(second), (first, second)
+    squares, sums, radii = [np.square(x).sum(1) for x in sets], {}, [[], []]
+
+    def blocks(a, b):  # squared distances, `width` rows at a time; the kernels' sums on the way
+        for start in tqdm(range(0, len(sets[a]), width), desc="blocks", leave=False, disable=None):
+            product, own = sets[a][start:start + width] @ sets[b].T, squares[a][start:start + width, None]
+            for name, kernel in (("kid", (product / d + 1) ** 3),
+                                 ("cmmd", np.exp((product / np.sqrt(own * squares[b] + 1e-24) - 1) / 100))):
+                diagonal = np.trace(kernel, start) if a == b and name == "kid" else 0
+                sums[name, a, b] = sums.get((name, a, b), 0) + kernel.sum() - diagonal
+            yield start, np.maximum(own + squares[b] - 2 * product, 0)
+    for a in (0, 1):
+        radii[a] = np.concatenate([np.partition(block, (3, 5), axis=1)[:, [3, 5]] for _, block in blocks(a, a)])
+    reached, counted, recalled, covered = np.zeros(m, bool), 0, [], []
+    for start, block in blocks(0, 1):
+        near, wide = (block <= radii[0][start:start + width, k, None] for k in (0, 1))
+        reached, counted = reached | near.any(0), counted + wide.sum()
+        recalled.append((block <= radii[1][:, 0]).any(1))
+        covered.append(wide.any(1))
+    kid, cmmd = ([sums[name, a, b] for a, b in ((0, 0), (1, 1), (0, 1))] for name in ("kid", "cmmd"))
+    unit = second / np.sqrt(squares[1] + 1e-24)[:, None]
+    shares = np.linalg.eigvalsh(unit.T @ unit / m)
+    shares = shares[shares > 1e-12]
+    return {"frechet": frechet(first, second), "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
+            "cmmd": 1000 * (cmmd[0] / n**2 + cmmd[1] / m**2 - 2 * cmmd[2] / (n * m)), "precision": reached.mean(),
+            "recall": np.concatenate(recalled).mean(), "density": counted / (5 * m),
+            "coverage": np.concatenate(covered).mean(), "vendi": np.exp(-(shares * np.log(shares)).sum())}
+
+
+# name: (function of the joint matrices and the draws, lower is better, what it needs: evaluate.py brings it)
 METRICS = {
     "frechet": (frechet_draws, True, "features"),
     "kid": (kid_draws, True, "features"),
+    "cmmd": (cmmd_draws, True, "features"),
     "precision": (lambda joint, draws: neighbour_draws(joint, draws, 0), False, "features"),
     "recall": (lambda joint, draws: neighbour_draws(joint, draws, 1), False, "features"),
     "density": (lambda joint, draws: neighbour_draws(joint, draws, 2), False, "features"),
     "coverage": (lambda joint, draws: neighbour_draws(joint, draws, 3), False, "features"),
+    "vendi": (vendi_draws, False, "features"),
+    "colour": (lambda joint, draws: frechet_draws(joint["colour"], draws), True, "colour"),
     "ssim_nearest": (lambda joint, draws: -nearest_draws(-joint["ssim"], draws), False, "ssim"),
     "ssim_pairs": (lambda joint, draws: pair_means(joint["ssim"], draws)[1], True, "ssim"),
     "lpips_nearest": (lambda joint, draws: nearest_draws(joint["lpips"], draws), True, "lpips"),
     "lpips_pairs": (lambda joint, draws: pair_means(joint["lpips"], draws)[1], False, "lpips"),
+    "ms_ssim_pairs": (lambda joint, draws: sampled_pair_draws(joint["ms_ssim"], draws), True, "ms_ssim"),
+    "inception_score": (inception_draws, False, "logits"),
+    "clip_score": (caption_draws, False, "captions"),
 }
+OPT_IN = ("ms_ssim", "logits", "captions")   # what is brought only for metrics that are asked for by name
 
 
 # ---------------------------------------------------------------- the yardstick: what chance alone would give
@@ -996,7 +1488,7 @@ def permutation_draws(n, m, count, seed, groups=None):
 def half_draws(n, m, count, seed, groups=None):
     """Two kinds of int8 (count, n + m) draws at equal sizes: half of the real set against its other half, and the
     first of these halves against as many of the second set."""
-    half = min(n // 2, m)
+    half = min(n, m) // 2
     splits = permutation_draws(half, n - half, count, (seed, "halves"), groups[:n] if groups else None)[1:]
     against_real, against_fake = (np.zeros((count, n + m), np.int8) for _ in range(2))
     for row, split in enumerate(splits):
@@ -1039,12 +1531,33 @@ def nearest(distances, forbidden=None):
     return found, distances[np.arange(len(found)), found]
 
 
+def copy_distances(first, real):
+    """How far apart pictures are whatever was done to a copy: uint8 pixels (N, 3, S, S), (M, 3, S, S) -> (N, M), 0 to 2.
+
+    sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, nine crops of 90 % and all
+    their mirror images. Real pictures are to be measured against one another in the same way.
+    """
+    def thumbnails(pixels, y=0, x=0, share=1.0):
+        side = round(share * pixels.shape[2])
+        y, x = (round(place * (pixels.shape[2] - side) / 2) for place in (y, x))
+        grey = torch.cat([F.interpolate(to_grey(part[:, :, y:y + side, x:x + side]), (16, 16), mode="bilinear",
+                                        antialias=True) for part in pixels.split(256)])
+        return F.normalize((grey - grey.mean((2, 3), keepdim=True)).flatten(1)).reshape(grey.shape)
+    asked, best = thumbnails(first).flatten(1), torch.full((len(first), len(real)), -1.0)
+    for y, x, share in [(0, 0, 1.0), *((y, x, 0.9) for y in range(3) for x in range(3))]:
+        known = thumbnails(real, y, x, share)
+        for view in (known, known.flip(3)):
+            for part, found in zip(asked.split(1024), best.split(1024)):  # found is a view: filled in place
+                torch.maximum(found, part @ view.flatten(1).T, out=found)
+    return best.mul_(-2).add_(2).clamp_(min=0).sqrt_().numpy()
+
+
 def copy_chances(real, fake, same):
     """How likely a fresh image is as near to a real one as each generated image is: (m,), small for copies.
 
     real: (n, n) and fake: (m, n) distances to the real images; same: bool (n, n), images of one patient. Conformal
     p-values, against the real images' own, of the distance and of its ratio to the second nearest of another
-    patient (near copies show in the one, faint copies in the other); the smaller one, doubled.
+    patient (near copies show in the one, faint copies in the other), combined as Simes (1986) does.
     """
     def nearness(distances, forbidden):
         first, d1 = nearest(distances, forbidden)
@@ -1052,19 +1565,13 @@ def copy_chances(real, fake, same):
         return d1, d1 / np.maximum(d2, 1e-12)
     known, asked = nearness(real, same), nearness(fake, np.zeros_like(fake, bool))
     chances = [(1 + np.searchsorted(np.sort(a), b, "right")) / (len(real) + 1) for a, b in zip(known, asked)]
-    return np.minimum(1, 2 * np.minimum(*chances))
+    return np.minimum(2 * np.minimum(*chances), np.maximum(*chances))
 
 
 def image_scores(pixels):
     """Scores of uint8 pixels (N, 3, H, W), each (N,): log variance of the Laplacian, contrast, mean chroma."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    scores = {"sharpness": [], "contrast": [], "colour": []}
-    for part in pixels.split(64):
-        grey = to_grey(part)
-        scores["sharpness"].append((F.conv2d(grey, kernel).var((1, 2, 3)) + 1e-8).log())
-        scores["contrast"].append(grey.std((1, 2, 3)))
-        scores["colour"].append((part.amax(1).float() - part.amin(1).float()).mean((1, 2)) / 255)
-    return {name: torch.cat(values).double().numpy() for name, values in scores.items()}
+    values = torch.cat([hand(part)[:, :3] for part in pixels.split(64)]).double().numpy()
+    return dict(zip(("sharpness", "contrast", "colour"), values.T))
 
 
 def two_sided(reference, values):
@@ -1079,23 +1586,151 @@ def ranks(real_scores, scores):
             for name, values in scores.items()}
 
 
-def calibrate(real_scores, alpha):
+def calibrate(real_scores, alpha, members=slice(None)):
     """The threshold on the largest rank that 1 - alpha of unseen real images pass in all their scores together.
 
-    real_scores: name -> (n,) leave-one-out scores of real images, large is bad. The conformal quantile of the
-    maximum of the ranks: cutting each of several scores at alpha would refuse too many. Infinite,
-    so that everything passes, where n < 1/alpha - 1.
+    real_scores: name -> (n,) leave-one-out scores of real images, large is bad; members: those it is taken from, all
+    or the ones of a label. The conformal quantile of the maximum of the ranks: cutting each of several scores at alpha
+    would refuse too many. Infinite, so that everything passes, where there are fewer than 1/alpha - 1.
     """
-    joint = np.sort(np.max(list(ranks(real_scores, real_scores).values()), axis=0))
+    joint = np.sort(np.max(list(ranks(real_scores, real_scores).values()), axis=0)[members])
     k = int(np.ceil((1 - alpha) * (len(joint) + 1) - 1e-9))
     return float(joint[k - 1]) if k <= len(joint) else float("inf")
 
 
 def judge(real_scores, scores, threshold):
-    """(passes, worst): bool (N,) and, for each image, the name of the score that ranks worst among the real ones."""
+    """(passes, worst): bool (N,) and, for each image, the name of the score that ranks worst among the real ones.
+
+    threshold: one number, or (N,).
+    """
     u = ranks(real_scores, scores)
     stacked = np.stack(list(u.values()))  # (scores, N)
     return stacked.max(0) <= threshold, [list(u)[n] for n in stacked.argmax(0)]
+
+
+# ---------------------------------------------------------------- the quality head, fitted on experts' ratings
+
+QUALITY_FEATURES = (("hand-1", 21), ("texture-1", 368), ("hand-1-squared", 21))
+QUALITY_TENSORS = {"feat.mean", "feat.scale", "head.weight", "head.bias", "head.modality_bias", "head.cut", "cal.platt",
+                   "shell.mean", "shell.whiten", "shell.q", "boot.weight", "boot.bias", "align.proto", "align.bias",
+                   "align.logit"}
+
+
+def hand(pixels):
+    """What spoils a picture technically: uint8 (B, 3, H, W), H, W >= 32 -> (B, 21).
+
+    Sharpness (log variance of the Laplacian), contrast, mean chroma; both gradients; noise (Immerkaer 1996), signal to
+    noise; 5-95 % range; shares of black and white; 5 % point, log red and blue over green; steps of the log power
+    spectrum over six bands; steps at 8-pixel borders over those elsewhere, both ways; checkerboards.
+    """
+    grey, (red, green, blue) = to_grey(pixels), (pixels.float().mean((2, 3)) / 255 + 0.01).log().T
+    kernels = torch.tensor([[[0, 1, 0], [1, -4, 1], [0, 1, 0]], [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]],
+                            [[-1, -2, -1], [0, 0, 0], [1, 2, 1]], [[1, -2, 1], [-2, 4, -2], [1, -2, 1]]]).to(grey)
+    filtered = F.conv2d(grey, kernels[:, None])   # Laplacian, both Sobels, Immerkaer's
+    mean, strength = grey.mean((1, 2, 3)), filtered[:, 1:].abs().mean((2, 3)) + 1e-4
+    noise = strength[:, 2] / 6 * (np.pi / 2) ** 0.5
+    low, high = grey[..., ::2, ::2].flatten(1).quantile(torch.tensor([0.05, 0.95]).to(grey), 1)
+    y, x = torch.meshgrid(torch.fft.fftfreq(grey.shape[2]), torch.fft.rfftfreq(grey.shape[3]), indexing="ij")
+    edges = torch.logspace(np.log10(1.5 / min(grey.shape[2:])), np.log10(0.5), 7)
+    bands = torch.bucketize(torch.hypot(x, y), edges).flatten() == torch.arange(1, 7)[:, None]   # (6, frequencies)
+    bands = (bands / bands.sum(1, keepdim=True)).to(grey)
+    power = (torch.fft.rfft2(grey[:, 0]).abs().square().flatten(1) / grey[0].numel() @ bands.T + 1e-6).log()
+    across, down = grey.diff(dim=3), grey.diff(dim=2)
+    blocks = [(steps[..., 7::8].abs().mean((1, 2, 3)) + 1e-3).log() - (steps.abs().mean((1, 2, 3)) + 1e-3).log()
+              for steps in (across, down.transpose(2, 3))]
+    return torch.stack([(filtered[:, 0].var((1, 2)) + 1e-8).log(), grey.std((1, 2, 3)),
+                        (pixels.amax(1).float() - pixels.amin(1).float()).mean((1, 2)) / 255, *strength[:, :2].log().T,
+                        noise.log(), (mean + 1e-4).log() - noise.log(), high - low, (grey < 0.02).float().mean((1, 2, 3)),
+                        (grey > 0.98).float().mean((1, 2, 3)), low, red - green, blue - green,
+                        *power.diff(dim=1).T, *blocks, (across.diff(dim=2).abs().mean((1, 2, 3)) + 1e-4).log()], 1)
+
+
+def quality_features(pixels, device):
+    """What the quality head sees of uint8 pixels (N, 3, H, W): float64 (N, 389), `hand` and `texture`."""
+    plain = torch.cat([hand(part.to(device)).cpu() for part in pixels.split(64)]).double().numpy()
+    return np.concatenate([plain, extract(pixels, load_features("texture", device), device)], 1)
+
+
+def standardised(features, mean, scale):
+    """quality_features (N, 389) in the units of mean and scale (410,), the squares of `hand` behind them: (N, 410).
+
+    Too much is as bad as too little, which a line alone cannot say.
+    """
+    count, hand_count = features.shape[1], QUALITY_FEATURES[0][1]
+    z = (features - mean[:count]) / scale[:count]
+    squares = np.minimum(np.square(z[:, :hand_count]) * hand_count, 9)
+    return np.hstack([z, (squares - mean[count:]) / scale[count:]])
+
+
+def save_selector(path, spec, tensors):
+    """Write a fitted head: safetensors, fp32, `spec` as JSON in the metadata; no paths, no patients.
+
+    For D = 410 `standardised` features: feat.mean, feat.scale, head.weight (D), head.bias (1), head.modality_bias (one
+    for each of spec["modalities"], none for one), head.cut (2) and cal.platt (slope, cut) of the logistic calibration,
+    shell.mean (D), shell.whiten (D, P), shell.q (1) beyond which an image is unlike all rated ones, boot.weight (20, D),
+    boot.bias (20), align.proto (C, D), align.bias (C), align.logit (1) of the softmax over spec["classes"].
+    """
+    from safetensors.torch import save
+    metadata = {"format": "medlora-selector", "version": "1", "tool": "medlora", "spec": json.dumps(spec, sort_keys=True)}
+    data = save({name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()}, metadata)
+    with replacing(path) as file:
+        file.write(data)
+
+
+def load_selector(path):
+    """A selector that filter.py --fit wrote: its spec and float64 arrays in one dict. fail() for anything else."""
+    from safetensors import safe_open
+    try:
+        with safe_open(path, "np") as file:
+            found = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}
+            metadata = file.metadata() or {}
+        spec = json.loads(metadata.get("spec", "{}"))
+    except Exception:   # a missing file, damaged safetensors, damaged JSON
+        fail(f"{path}: is not a readable selector; filter.py --fit writes one")
+    if (metadata.get("format"), metadata.get("version")) != ("medlora-selector", "1"):
+        fail(f"{path}: is not a selector of version 1; filter.py --fit writes one")
+    known = tuple((block["name"], block["dim"]) for block in spec.get("features", ())) == QUALITY_FEATURES
+    wide = ("feat.mean", "feat.scale", "head.weight", "boot.weight", "align.proto")
+    if not (known and set(found) == QUALITY_TENSORS and all(np.isfinite(value).all() for value in found.values())
+            and {found[name].shape[-1] for name in wide} == {sum(dim for _, dim in QUALITY_FEATURES)}):
+        fail(f"{path}: its features or numbers are not those of this version; fit it again with filter.py --fit")
+    return {"spec": spec, **found}
+
+
+def text_key(text):
+    """A label or caption as a selector's classes are named."""
+    return " ".join(text.lower().split())
+
+
+def apply_selector(selector, features, rows):
+    """Judge images by quality_features at the selector's size, features (N, 389): {"quality", "spread", "alignment"}.
+
+    quality (N,): probability that an expert gives the rating spec["good"] or better, 0 where the image is unlike all
+    that were rated; spread: its standard deviation over 20 bootstrap heads; alignment: probability that it shows its
+    row's label (else caption), NaN where the selector does not know that. rows: as list_images gives; of "fields" only
+    "modality" is read, and fail() says which one no expert rated.
+    """
+    spec, modalities = selector["spec"], [text_key(row["fields"].get("modality", "")) for row in rows]
+    unknown = sorted(set(modalities) - set(spec["modalities"])) if len(spec["modalities"]) > 1 else []
+    if unknown:
+        fail(f"the selector was fitted on {', '.join(spec['modalities'])}, not on {unknown[0] or 'images without modality'}")
+    z = standardised(features, selector["feat.mean"], selector["feat.scale"])
+    offset = [selector["head.modality_bias"][spec["modalities"].index(m)] if len(spec["modalities"]) > 1 else 0
+              for m in modalities]
+    slope, cut = selector["cal.platt"]
+
+    def probability(score):
+        return 1 / (1 + np.exp(-slope * score - cut))
+    scores = np.add(offset, z @ selector["head.weight"] + selector["head.bias"])
+    heads = np.add(offset, (z @ selector["boot.weight"].T + selector["boot.bias"]).T)   # (20, N)
+    inside = np.linalg.norm((z - selector["shell.mean"]) @ selector["shell.whiten"], axis=1) <= selector["shell.q"]
+    logits = selector["align.logit"] * (z @ selector["align.proto"].T + selector["align.bias"])   # (N, classes)
+    shares = np.exp(logits - logits.max(1, keepdims=True, initial=0))
+    shares /= shares.sum(1, keepdims=True)
+    known = [next((spec["classes"].index(key) for key in map(text_key, (row["label"], row["caption"]))
+                   if key in spec["classes"]), None) for row in rows]
+    alignment = np.array([np.nan if c is None else share[c] for share, c in zip(shares, known)])
+    return {"quality": np.where(inside, probability(scores), 0), "spread": probability(heads).std(0), "alignment": alignment}
 
 
 # ---------------------------------------------------------------- the page that train, evaluate and filter share

@@ -1,11 +1,12 @@
 """Draw images from a Stable Diffusion base and its adapters.
 
     python sample.py --lora runs/dfu/lora.safetensors --prompt "an inflammatory diabetic foot ulcer" --num-images 50
-    python sample.py --base tiny --prompts prompts.txt --num-images 4 --grid --out runs/try
+    python sample.py --checkpoint runs/dfu/checkpoints/best.pt --num-images 50 --grid --out runs/try
+    torchrun --nproc_per_node=2 sample.py --base sd15 --labels-from xray/ --counts balanced --out runs/new
 
-Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture whatever the batch size or restart.
-What is there already with the same settings is skipped, so a run that was killed is continued by its own command.
-Leaves PNGs with their settings inside, manifest.csv and, with --grid, grid.png.
+Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture whatever the batch size, the number
+of processes or restarts. What is there already with the same settings is skipped, so a run that was killed is continued
+by its own command. Leaves pictures with their settings inside, manifest.csv and, with --grid, grid.png.
 From metrics: reading data, keyed randomness, atomic writes; from lora: adapters.
 """
 import argparse
@@ -18,52 +19,76 @@ def fail(message):
     sys.exit(2)
 
 
+def add_flags(parser):
+    model = parser.add_argument_group("model")
+    model.add_argument("--base", help="tiny, sd15, sd21-base, a Hub id or a diffusers folder (default: the adapter's)")
+    model.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
+    model.add_argument("--checkpoint", metavar="PATH", help="a run's checkpoints/*.pt: its averaged weights")
+    what = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
+    what.add_argument("--prompt", action="append", default=[], help="may be repeated; with --labels-from, a format")
+    what.add_argument("--prompts", metavar="FILE", help=".txt with a prompt a line, or a .csv/.jsonl with captions")
+    what.add_argument("--labels-from", metavar="DATA", help="every distinct caption of a data set")
+    what.add_argument("--negative-prompt", default="", help="what to steer away from")
+    what.add_argument("--num-images", type=int, default=4, help="images a prompt")
+    what.add_argument("--counts", choices=["proportional", "balanced"], help="deal --labels-from's images to captions "
+                      "as frequent as they are there, or to every label alike (default: to every caption alike)")
+    what.add_argument("--label", default="", help="written into manifest.csv for every image")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=int, default=50, help="denoising steps")
+    how.add_argument("--scheduler", choices=["ddim", "dpm", "euler", "euler_a", "pndm"], default="ddim")
+    how.add_argument("--guidance-scale", type=float, default=7.5, help="1 turns classifier-free guidance off")
+    how.add_argument("--guidance-rescale", type=float, default=0.0, help="against glare from strong guidance: 0 to 1, "
+                     "0.7 for v-prediction at zero terminal SNR")
+    how.add_argument("--guidance-interval", metavar="LO,HI", help="guide only at noise levels from LO to HI (of 0.03 "
+                     "to 15), faster and more varied: 0.28,5.42")
+    how.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the adapter's or the base's)")
+    how.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the adapter's or the base's)")
+    how.add_argument("--batch-size", type=int, default=8, help="images at once; does not change the pictures")
+    how.add_argument("--low-memory", action="store_true", help="VAE by slices and tiles, one guidance half at a time")
+    how.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, then faster")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    keep = parser.add_argument_group("output")
+    keep.add_argument("--out", default="runs/samples", help="a folder")
+    keep.add_argument("--format", choices=["png", "jpg", "dcm"], default="png", help="jpg: 95; dcm: Secondary Capture")
+    keep.add_argument("--grey", action="store_true", help="write grey pictures: their luma")
+    keep.add_argument("--grid", action="store_true", help="also a labelled contact sheet, grid.png")
+    keep.add_argument("--overwrite", action="store_true", help="replace what other settings drew in the folder")
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
         "\ufeff \t").split(None, 1)
     parser.error = fail
-    model = parser.add_argument_group("model")
-    model.add_argument("--base", help="tiny, sd15, sd21-base, a Hub id or a diffusers folder (default: the adapter's)")
-    model.add_argument("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="an adapter; may be repeated")
-    what = parser.add_argument_group("what to draw")
-    what.add_argument("--prompt", action="append", default=[], help="may be repeated; with --labels-from a format string")
-    what.add_argument("--prompts", metavar="FILE", help=".txt with a prompt a line, or a .csv/.jsonl with captions")
-    what.add_argument("--labels-from", metavar="DATA", help="every distinct caption of a data set")
-    what.add_argument("--negative-prompt", default="", help="what to steer away from")
-    what.add_argument("--num-images", type=int, default=4, help="images a prompt")
-    what.add_argument("--label", default="", help="written into manifest.csv for every image")
-    how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=int, default=50, help="denoising steps")
-    how.add_argument("--scheduler", choices=["ddim", "dpm", "euler", "euler_a", "pndm"], default="ddim")
-    how.add_argument("--guidance-scale", type=float, default=7.5, help="1 turns classifier-free guidance off")
-    how.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the base's)")
-    how.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the base's)")
-    how.add_argument("--batch-size", type=int, default=8, help="images at once; does not change the pictures")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    keep = parser.add_argument_group("output")
-    keep.add_argument("--out", default="runs/samples", help="a folder")
-    keep.add_argument("--grey", action="store_true", help="write grey PNGs: the mean of the channels")
-    keep.add_argument("--grid", action="store_true", help="also a labelled contact sheet, grid.png")
-    keep.add_argument("--overwrite", action="store_true", help="replace what other settings drew in the folder")
+    add_flags(parser)
     try:
         args = parser.parse_args()
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
-    for flag, least, most in (("num_images", 1, 10**6), ("steps", 1, 1000), ("batch_size", 1, 10**6),
-                              ("guidance_scale", 0, 1000), ("height", 8, 4096), ("width", 8, 4096)):
+    for flag, least, most in (("num_images", 1, 10**6), ("steps", 1, 999), ("batch_size", 1, 10**6),
+                              ("guidance_scale", 0, 1000), ("guidance_rescale", 0, 1), ("height", 8, 4096),
+                              ("width", 8, 4096)):
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least} to {most}")
     for flag in ("height", "width"):
         if getattr(args, flag) is not None and getattr(args, flag) % 8:
             fail(f"--{flag} {getattr(args, flag)}: give a multiple of 8")
+    if args.guidance_interval:
+        try:
+            low, high = map(float, args.guidance_interval.split(","))
+            assert 0 <= low < high
+        except (ValueError, AssertionError):
+            fail(f"--guidance-interval {args.guidance_interval}: give two noise levels, such as 0.28,5.42")
+        args.guidance_interval = low, high
     if args.labels_from and len(args.prompt) > 1:
         fail("--labels-from takes one --prompt, the format of its captions")
-    if not (args.prompt or args.prompts or args.labels_from):
+    if args.counts and not args.labels_from:
+        fail("--counts deals out the captions of --labels-from DATA, which is missing")
+    if not (args.prompt or args.prompts or args.labels_from or args.lora or args.checkpoint):
         fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
     return args
 
@@ -76,23 +101,30 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
+import time  # noqa: E402
 import warnings  # noqa: E402
-from contextlib import suppress  # noqa: E402
+from bisect import bisect  # noqa: E402
+from collections import Counter, deque  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from contextlib import contextmanager, suppress  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from functools import lru_cache  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, default)) for key, default in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 warnings.filterwarnings("ignore")  # libraries' pleas (accelerate, deprecations) are not the user's business
 
 import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image, ImageDraw, PngImagePlugin  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (content_hash, generator, guarded, list_images, pick_device, read_table, replacing,  # noqa: E402
-                     write_csv)
+from metrics import (BadImage, content_hash, generator, guarded, list_images, need, pick_device,  # noqa: E402
+                     read_image, read_table, replacing, write_csv)
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -176,10 +208,10 @@ def own_resolution(folder):
     return unet_config(folder)["sample_size"] * 8
 
 
-def base_hash(folder):
-    """Ten letters that change with the UNet's weights: of the file's size and of 64 kB at each of 64 places."""
+def base_hash(folder, part="unet"):
+    """Ten letters that change with the weights of a part: of the file's size and of 64 kB at each of 64 places."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder, "unet").glob("*.safetensors")):
+    for path in sorted(Path(folder, part).glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(str(size).encode())
         with open(path, "rb") as file:
@@ -292,8 +324,9 @@ def add_tokens(base, vectors):
     """
     tokenizer, table = base.tokenizers[0], base.text_encoders[0].get_input_embeddings()
     width = table.weight.shape[1]
-    if len(base.text_encoders) > 1 or len(tokenizer) != len(table.weight) or isinstance(table, TokenEmbedding):
-        fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder, once")
+    known = getattr(table, "learned", table.weight[:0])
+    if len(base.text_encoders) > 1 or len(tokenizer) != len(table.weight) + len(known):
+        fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder")
     for word, rows in vectors.items():
         if rows.shape[1] != width:
             fail(f"the token {word} has {rows.shape[1]} numbers, the base's words have {width}; is it of another base?")
@@ -302,17 +335,23 @@ def add_tokens(base, vectors):
             fail(f"--token {word}: the base knows this word already; give another, such as <lesion-1>")
         base.words[word] = " ".join(names)
     table.__class__ = TokenEmbedding
-    table.learned = torch.nn.Parameter(torch.cat([rows.float() for rows in vectors.values()]).to(base.device))
+    table.learned = torch.nn.Parameter(torch.cat([each.float().to(base.device) for each in (known, *vectors.values())]))
     return table.learned
+
+
+def spelled_out(base, text):
+    """A caption with the new words written as the tokens they stand for."""
+    for word, expanded in base.words.items():
+        text = text.replace(word, expanded)
+    return text
 
 
 def tokenize(base, texts):
     """Captions → what the text encoders read: {"ids": (B, L), "ids_2": …, "mask": …}, on the device."""
     tokens = {}
-    for word, expanded in base.words.items():
-        texts = [text.replace(word, expanded) for text in texts]
+    texts = [spelled_out(base, text) for text in texts]
     for suffix, tokenizer in zip(("", "_2"), base.tokenizers):
-        found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=base.text_length,
+        found = tokenizer(texts, padding="max_length", truncation=True, max_length=base.text_length,
                           return_tensors="pt")
         tokens["ids" + suffix] = found.input_ids.to(base.device)
         if base.text_projection is not None:
@@ -412,50 +451,153 @@ def decode(base, latents):
 
 
 def use_extra(base, metadata, extra):
-    """Give the base what an adapter file holds beside its pairs: another text encoder's projection, new tokens."""
-    projection = {k.removeprefix("text_projection."): v for k, v in extra.items() if k.startswith("text_projection.")}
+    """Give the base what adapters hold beside their pairs: a whole UNet, another encoder's projection, new tokens."""
+    whole, projection = ({k.removeprefix(start): v for k, v in extra.items() if k.startswith(start)}
+                         for start in ("unet.", "text_projection."))
+    tokens = {k: v for k, v in extra.items() if not k.startswith(("unet.", "text_projection."))}
+    if whole:
+        try:
+            base.unet.load_state_dict(whole)
+        except RuntimeError:
+            fail(f"the checkpoint's UNet does not fit the base {base.name}; give the --base it was trained on")
     if projection:
         use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
-    elif extra:
-        add_tokens(base, extra)
+    if tokens:
+        add_tokens(base, tokens)
+
+
+# ------------------------------------------------------------------------------------------------- adapters
+
+def sources(args):
+    """The files that --lora and --checkpoint name: [(path, weight), …]."""
+    return [*map(lora.split_weight, args.lora)] + ([(args.checkpoint, 1.0)] if args.checkpoint else [])
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py, its averaged (EMA) weights, in the form of lora.load: (pairs, metadata, extra).
+
+    metadata: the run's flags; extra: also the whole UNet ("unet.conv_in.weight", …) of a run with --method full.
+    Nothing is unpickled.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        assert content["format"] == 1
+        flags, extra = content["args"], dict(content["ema"])
+        names = [name.removesuffix(".lora_A.weight") for name in extra if name.endswith(".lora_A.weight")]
+        pairs = {name: (extra.pop(name + ".lora_A.weight"), extra.pop(name + ".lora_B.weight")
+                        * (flags["alpha"] / flags["rank"])) for name in names}
+        return pairs, flags, extra
+    except Exception as why:  # missing, truncated, a pickle, another program's: torch.load raises whatever it meets
+        fail(f"--checkpoint {path}: not a checkpoint of train.py, or damaged ({type(why).__name__}); give one of a "
+             "run's checkpoints/*.pt")
+
+
+def read_adapters(args):
+    """All adapters: [(pairs, metadata, extra, weight), …].
+
+    Stops where two bring what a base has one of, or where a weight means nothing.
+    """
+    adapters, brought = [], set()
+    for path, weight in sources(args):
+        pairs, metadata, more = read_checkpoint(path) if path == args.checkpoint else lora.load(path)
+        kinds = {"a whole UNet" if key.startswith("unet.") else "a text encoder of its own"
+                 if key.startswith("text_projection.") else f"the word {key}" for key in more}
+        for kind in sorted(kinds & brought):
+            fail(f"{path} brings {kind}, and so does an adapter before it: draw with one of them")
+        if more and weight != 1:
+            fail(f"{path}:{weight:g} brings {min(kinds)}, which is there or not: give no weight")
+        brought |= kinds
+        adapters.append((pairs, metadata, more, weight))
+    own = "a text encoder of its own" in brought
+    if own and any(name.startswith("text_encoder") for pairs, _, _, _ in adapters for name in pairs):
+        fail("one adapter brings a text encoder of its own and another adapts the base's: draw with one of them")
+    return adapters
 
 
 # ------------------------------------------------------------------------------------------------- sampling
 
+@contextmanager
+def text_read_once(unet):
+    """Let cross-attention make its keys and values of a text once, not again at every step: 7 % of the work at 128 px."""
+    def once(forward):
+        last = [None, None]
+
+        def remembered(text):
+            if last[0] is not text:
+                last[:] = text, forward(text)
+            return last[1]
+        return remembered
+    layers = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
+    layers *= unet._compiled_call_impl is None   # a compiled UNet would be compiled anew for each text
+    for layer in layers:
+        layer.forward = once(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def guided(base, x, t, conds, scale, rescale):
+    """Classifier-free guidance (Ho & Salimans 2022): without the prompt, plus `scale` times what the prompt changes.
+
+    conds: [both halves] or [without, with], run one after the other. rescale: this share of the result is given the
+    deviation that the half with the prompt has (Lin et al. 2024, equations 14 to 16).
+    """
+    x = x.repeat(3 - len(conds), 1, 1, 1)
+    without, given = torch.cat([denoise(base, x, t, cond) for cond in conds]).chunk(2)
+    prediction = without + scale * (given - without)
+    if rescale:
+        wanted, found = (each.std((1, 2, 3), keepdim=True) for each in (given, prediction))
+        prediction = prediction * (1 - rescale + rescale * wanted / found)
+    return prediction
+
+
 @torch.no_grad()
 def generate(base, jobs, steps=50, guidance_scale=7.5, scheduler="ddim", height=None, width=None, negative_prompt="",
-             batch_size=8, seed=0):
-    """Yield a PIL image for each job (prompt, number), in order; classifier-free guidance as in Ho & Salimans 2022.
+             batch_size=8, seed=0, guidance_rescale=0.0, guidance_interval=None, low_memory=False):
+    """Yield a PIL image for each job (prompt, number), in order.
 
     The noise of a job is keyed by (seed, prompt, number) alone, that of an ancestral scheduler's steps likewise.
-    height, width: pixels, the base's own by default.
+    height, width: pixels, the base's own by default. guidance_interval: (low, high), the noise levels
+    σ = √((1 - ᾱ)/ᾱ) between which guidance is used (Kynkäänniemi et al. 2024); outside, the prompt's half alone is run.
     """
     height, width = height or base.resolution, width or base.resolution
     scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
     shape = (base.unet.config.in_channels, height // scale, width // scale)
-    texts = sorted({prompt for prompt, _ in jobs} | {negative_prompt})
-    cond_of = {}
-    for i in range(0, len(texts), 64):
-        cond = encode_text(base, texts[i:i + 64])
-        cond_of.update({text: {k: v[j] for k, v in cond.items()} for j, text in enumerate(texts[i:i + 64])})
+    low, high = guidance_interval or (-1, float("inf"))
+    if scheduler == "pndm" and base.schedule.get("rescale_betas_zero_snr"):
+        fail(f"--scheduler pndm: the base {base.name} wants zero terminal SNR, which pndm has not; give ddim or dpm")
+
+    @lru_cache(256)   # each alone, so that its bits do not depend on its neighbours
+    def cond_of(text):
+        return encode_text(base, [text])
+
+    def gather(texts):
+        return {key: torch.cat([cond_of(text)[key] for text in texts]) for key in cond_of(negative_prompt)}
     for i in range(0, len(jobs), batch_size):
         batch = jobs[i:i + batch_size]
+        prompts, unprompted = [prompt for prompt, _ in batch], [negative_prompt] * len(batch)
         draws = [generator(seed, "sample", *job) for job in batch]
         solver = SCHEDULERS[scheduler].from_config(base.schedule)
-        solver.set_timesteps(steps, device=base.device)
+        solver.set_timesteps(steps)   # on the CPU, where the solver looks its numbers up: no step waits for the GPU
+        ahead = solver.timesteps.to(base.device)
+        signal = base.alphas_cumprod.cpu()[solver.timesteps.round().long()]
         noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         latents = noise.to(base.device) * solver.init_noise_sigma
         extra = {"generator": draws} if scheduler == "euler_a" else {}
-        guided = guidance_scale != 1
-        prompts = [negative_prompt] * len(batch) * guided + [prompt for prompt, _ in batch]
-        cond = {k: torch.stack([cond_of[p][k] for p in prompts]) for k in cond_of[negative_prompt]}
-        for t in solver.timesteps:
-            x = solver.scale_model_input(latents.repeat(1 + guided, 1, 1, 1), t)
-            prediction = denoise(base, x, t, cond)
-            if guided:
-                without, given = prediction.chunk(2)
-                prediction = without + guidance_scale * (given - without)
-            latents = solver.step(prediction, t, latents, **extra).prev_sample
+        given = gather(prompts)
+        conds = [gather(unprompted), given] if low_memory else [gather(unprompted + prompts)]
+        with text_read_once(base.unet):
+            for t, t_ahead, sigma in zip(solver.timesteps, ahead, ((1 - signal) / signal).sqrt().tolist()):
+                x = solver.scale_model_input(latents, t)
+                if guidance_scale != 1 and low < sigma <= high:
+                    prediction = guided(base, x, t_ahead, conds, guidance_scale, guidance_rescale)
+                else:
+                    prediction = denoise(base, x, t_ahead, given)
+                latents = solver.step(prediction, t, latents, **extra).prev_sample
+        if not latents.isfinite().all():
+            fail("the UNet's numbers became NaN or infinite: give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):
             yield Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
@@ -477,27 +619,70 @@ def contact_sheet(images, captions, columns=8, side=160):
 
 # ------------------------------------------------------------------------------------------------- prompts and files
 
-def read_prompts(args):
-    """The prompts to draw: [{"prompt", "label", "modality"}], each distinct prompt once, in the order given."""
+def deal(rows, total, balanced):
+    """How many of `total` images each caption of a data set gets: {caption: count}, summing to total.
+
+    In proportion to its rows; balanced: every label alike, a row with several labels counted with its rarest.
+    """
+    labels = Counter(label for row in rows for label in row["label"].split("|"))
+    kinds = [min(row["label"].split("|"), key=lambda label: (labels[label], label)) for row in rows]
+    sizes, share = Counter(kinds), Counter()
+    for row, kind in zip(rows, kinds):
+        share[row["caption"]] += 1 / sizes[kind] if balanced else 1
+    whole = sum(share.values())
+    exact = {caption: total * each / whole for caption, each in share.items()}
+    counts = {caption: int(each + 1e-9) for caption, each in exact.items()}
+    fullest = sorted(exact, key=lambda caption: counts[caption] - exact[caption])   # largest remainders first
+    counts |= {caption: counts[caption] + 1 for caption in fullest[:total - sum(counts.values())]}
+    return counts
+
+
+def read_prompts(args, adapters):
+    """The prompts to draw: [{"prompt", "label", "modality", "count"}], each distinct prompt once, in the order given;
+    those of the adapters' runs where the flags name none."""
+    def listed(data, **flags):
+        rows = list_images(data, **flags)
+        return rows, [(row["caption"], row["label"], row["fields"].get("modality", "")) for row in rows]
+    found, counts = [(prompt, "", "") for prompt in args.prompt], {}
     if args.labels_from:
-        rows = list_images(args.labels_from, prompt=args.prompt[0] if args.prompt else None)
-        found = [(r["caption"], r["label"], r["fields"].get("modality", "")) for r in rows]
-    else:
-        found = [(prompt, "", "") for prompt in args.prompt]
+        rows, found = listed(args.labels_from, prompt=args.prompt[0] if args.prompt else None)
+        if args.counts:
+            counts = deal(rows, args.num_images * len({row["caption"] for row in rows}), args.counts == "balanced")
     if args.prompts and args.prompts.endswith((".csv", ".jsonl")):
-        rows = list_images(args.prompts)
-        found += [(r["caption"], r["label"], r["fields"].get("modality", "")) for r in rows]
+        found += listed(args.prompts)[1]
     elif args.prompts:
         try:
             lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as why:
             fail(f"--prompts {args.prompts}: cannot be read ({why})")
         found += [(line.strip(), "", "") for line in lines if line.strip()]
+    if not (args.prompt or args.prompts or args.labels_from):
+        found = [(prompt, "", "") for _, about, _, _ in adapters
+                 for prompt in about.get("val_prompts") or [about.get("prompt") or "{"] if "{" not in prompt]
     distinct = {prompt: (label, modality) for prompt, label, modality in reversed(found)}
     if not distinct:
-        fail(f"no prompts in {args.prompts or args.labels_from}")
-    return [{"prompt": p, "label": args.label or distinct[p][0], "modality": distinct[p][1]}
-            for p in dict.fromkeys(prompt for prompt, _, _ in found)]
+        fail(f"no prompts in {args.prompts or args.labels_from or 'the adapter'}: give --prompt TEXT")
+    for prompt in (*distinct, args.negative_prompt):
+        if len(prompt) > 10000 or "\0" in prompt or not prompt.encode(errors="replace").decode() == prompt:
+            fail(f"the prompt {ascii(prompt[:40])}…: give text of at most 10000 characters")
+    return [{"prompt": p, "label": args.label or distinct[p][0], "modality": distinct[p][1],
+             "count": counts.get(p, args.num_images)} for p in dict.fromkeys(prompt for prompt, _, _ in found)]
+
+
+def say_what_is_cut(base, texts):
+    """Name the words that the text encoder does not see whole: those after its longest text (75 tokens of CLIP)."""
+    tokenizer, cut = base.tokenizers[0], []
+    room = base.text_length - tokenizer.num_special_tokens_to_add()
+    for text in texts:
+        words = spelled_out(base, text).split()
+        seen = bisect(range(1, len(words) + 1), room, key=lambda count: len(
+            tokenizer(" ".join(words[:count]), add_special_tokens=False).input_ids))
+        cut += [(text, " ".join(words[seen:]))] * (seen < len(words))
+    for text, left in cut[:3]:
+        left = left if len(left) < 200 else f"{left[:120]} … {left[-60:]}"
+        print(f"the prompt \"{text[:40]}…\" is longer than the {room} tokens this base reads; cut: \"{left}\"")
+    if cut[3:]:
+        print(f"… and {len(cut) - 3} more prompts are cut")
 
 
 def slugs(prompts):
@@ -511,43 +696,31 @@ def slugs(prompts):
     return stems
 
 
-def plan(args, base_name):
+def plan(args, base_name, prompts):
     """The images to make: [{file, number, parameters, …manifest columns}], in order."""
-    folder = find_base(base_name)
-    resolution, weights = own_resolution(folder), base_hash(folder)
-    adapters = [split_weight(text) for text in args.lora]
-    loras = " ".join(f"{path}:{weight:g}" for path, weight in adapters)
-    hashes = " ".join(f"{content_hash(path)[:10]}:{weight:g}" for path, weight in adapters)
-    height, width = args.height or resolution, args.width or resolution
-    prompts, planned = read_prompts(args), []
-    stems = slugs([p["prompt"] for p in prompts])
+    loras = " ".join(f"{path}:{weight:g}" for path, weight in sources(args))
+    hashes = " ".join(f"{content_hash(path)[:10]}:{weight:g}" for path, weight in sources(args))
+    settings = (f"Steps: {args.steps}, Sampler: {args.scheduler}, CFG scale: {args.guidance_scale:g}, Seed: {args.seed}"
+                f", Size: {args.width}x{args.height}, Model hash: {base_hash(find_base(base_name))}, Model: {base_name}, "
+                f"Lora hashes: \"{hashes}\"")
+    options = ", Grey" * args.grey
+    if args.guidance_rescale:
+        options += f", Guidance rescale: {args.guidance_rescale:g}"
+    if args.guidance_interval:
+        options += ", Guidance interval: {:g} to {:g}".format(*args.guidance_interval)
+    planned, stems = [], slugs([p["prompt"] for p in prompts])
     for p in prompts:
-        for number in range(args.num_images):
-            parameters = (f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\nSteps: {args.steps}, Sampler: "
-                          f"{args.scheduler}, CFG scale: {args.guidance_scale:g}, Seed: {args.seed}, Size: "
-                          f"{width}x{height}, Model hash: {weights}, Model: {base_name}, Lora hashes: \"{hashes}\", Image: {number}"
-                          + ", Grey" * args.grey)
-            planned.append({"file": f"{stems[p['prompt']]}-{number:04d}.png", "number": number,
+        for number in range(p["count"]):
+            parameters = f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\n{settings}, Image: {number}{options}"
+            planned.append({"file": f"{stems[p['prompt']]}-{number:04d}.{args.format}", "number": number,
                             "parameters": parameters, **p, "negative_prompt": args.negative_prompt, "seed": args.seed,
                             "steps": args.steps, "guidance_scale": args.guidance_scale, "scheduler": args.scheduler,
                             "base": base_name, "lora": loras, "quality": "", "alignment": "", "attempts": 1})
     return planned
 
 
-def split_weight(text):
-    """"PATH:0.7" → (PATH, 0.7); "PATH" → (PATH, 1.0)."""
-    path, colon, weight = text.rpartition(":")
-    with suppress(ValueError):
-        if colon and not os.path.exists(text):
-            return path, float(weight)
-    return text, 1.0
-
-
-def parameters_of(path):
-    """The `parameters` text inside a PNG, "" for a picture of somebody else's, None where nothing whole is there."""
-    with suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:
-        image.load()
-        return image.info.get("parameters", "")
+USER_COMMENT = (0x8769, 0x9286)   # EXIF: where A1111 keeps the settings of a JPEG
+PRIVATE = (0x0099, "medlora")     # DICOM: the block of private elements that holds them
 
 
 def save_png(image, path, parameters):
@@ -559,53 +732,162 @@ def save_png(image, path, parameters):
         image.save(file, "PNG", pnginfo=text)
 
 
-MANIFEST = ("file prompt label modality negative_prompt seed steps guidance_scale scheduler base lora quality alignment "
-            "attempts sha256").split()
+def save_jpg(image, path, parameters):
+    """Write a JPEG of quality 95, colour at full resolution, with its settings in EXIF as A1111 reads them."""
+    exif = Image.Exif()
+    exif[USER_COMMENT[0]] = {USER_COMMENT[1]: b"UNICODE\0" + parameters.encode("utf-16-be")}
+    with replacing(path) as file:
+        image.save(file, "JPEG", quality=95, subsampling=0, exif=exif, comment="synthetic: true")
 
 
-def write_manifest(folder, planned):
-    """manifest.csv: a row an image, those of earlier prompts in this folder kept."""
+def save_dicom(image, path, parameters):
+    """Write a DICOM Secondary Capture (PS3.3 A.8.1), 8 bits, marked as synthetic wherever a viewer may look.
+
+    Each picture is a patient, study and series of its own, since no two show one person; its identifiers come from its
+    settings and pixels alone. The window says that 0 is black and 255 white.
+    """
+    from pydicom import Dataset, dcmwrite
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+    digest = hashlib.sha256(parameters.encode() + image.tobytes()).hexdigest()
+    data, grey = Dataset(), image.mode == "L"
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SpecificCharacterSet = "ISO_IR 192"
+    data.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+    data.SOPClassUID, data.Modality, data.ConversionType = SecondaryCaptureImageStorage, "OT", "SYN"
+    for name in ("SOPInstance", "StudyInstance", "SeriesInstance"):
+        setattr(data, f"{name}UID", generate_uid(entropy_srcs=[name, digest]))
+    data.PatientName, data.PatientID = "SYNTHETIC^MEDLORA", f"SYNTH-{digest[:12]}"
+    data.PatientIdentityRemoved, data.DeidentificationMethod = "YES", "Fully synthetic, no subject"
+    data.SeriesDescription = data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
+    data.DerivationDescription = "Drawn by a generative model; shows no patient"
+    data.Manufacturer, data.BurnedInAnnotation, data.LossyImageCompression = "medlora", "NO", "00"
+    data.SeriesNumber = data.InstanceNumber = 1
+    for name in ("PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
+                 "ReferringPhysicianName", "PatientOrientation", "Laterality"):   # type 2: there, and empty
+        setattr(data, name, "")
+    data.private_block(*PRIVATE, create=True).add_new(1, "UT", parameters)
+    data.set_pixel_data(np.array(image), "MONOCHROME2" if grey else "RGB", 8, generate_instance_uid=False)
+    if grey:
+        data.WindowCenter, data.WindowWidth = 128, 256
+    with replacing(path) as file:
+        dcmwrite(file, data, enforce_file_format=True)
+
+
+WRITERS = {"png": save_png, "jpg": save_jpg, "dcm": save_dicom}
+
+
+def parameters_of(path):
+    """The settings inside a picture, "" for one of somebody else's, None where nothing whole is there."""
+    try:
+        read_image(path)
+        if path.suffix == ".dcm":
+            from pydicom import dcmread
+            return dcmread(path, stop_before_pixels=True).private_block(*PRIVATE)[1].value
+        with Image.open(path) as image:
+            comment = image.getexif().get_ifd(USER_COMMENT[0]).get(USER_COMMENT[1], b"")
+            return image.info.get("parameters") or comment[8:].decode("utf-16-be")
+    except BadImage:
+        return None
+    except Exception:   # whatever a foreign file's own settings are
+        return ""
+
+
+MANIFEST = ("file prompt label modality negative_prompt seed steps guidance_scale scheduler base lora quality "
+            "alignment attempts sha256").split()
+
+
+def write_manifest(folder, there):
+    """manifest.csv: a row an image that is there, those of earlier prompts in this folder kept."""
     path, rows = Path(folder, "manifest.csv"), {}
     if path.exists():
-        there = read_table(path)
-        if there and not set(MANIFEST) <= set(there[0]):
+        kept = read_table(path)
+        if kept and not set(MANIFEST) <= set(kept[0]):
             fail(f"{path}: was not written by sample.py; give another --out")
-        rows = {row["file"]: row for row in there if Path(folder, row["file"]).exists()}
-    for item in planned:
+        rows = {row["file"]: row for row in kept if Path(folder, row["file"]).exists()}
+    for item in there:
         rows[item["file"]] = {**item, "sha256": content_hash(Path(folder, item["file"]))}
     write_csv(path, MANIFEST, [[rows[name][column] for column in MANIFEST] for name in sorted(rows)])
 
 
+def is_there(item, folder):
+    """True if the picture lies in the folder, whole and drawn with these settings."""
+    return parameters_of(Path(folder, item["file"])) == item["parameters"]
+
+
+def draw(base, todo, total, adapters, args):
+    """Draw and write the images of `todo`, of `total` in all; files are encoded while the next batch is drawn."""
+    if args.low_memory:
+        base.vae.enable_slicing()
+        base.vae.enable_tiling()
+    if args.compile:
+        base.unet.compile()
+    share = -(-total // WORLD)
+    size = -(-share // -(-share // args.batch_size))   # as many batches as needed, all of one size
+    jobs = [(item["prompt"], item["number"]) for item in todo]
+    jobs += jobs[-1:] * (-len(jobs) % size)   # kernels differ with the size: so a picture's bits outlive a restart
+    pairs = [(pairs, weight) for pairs, _, _, weight in adapters]
+    with lora.merged(base.parts(), pairs), ThreadPoolExecutor(4) as pool:
+        images = generate(base, jobs, args.steps, args.guidance_scale, args.scheduler, args.height, args.width,
+                          args.negative_prompt, size, args.seed, args.guidance_rescale, args.guidance_interval,
+                          args.low_memory)
+        writing = deque()
+        for item, image in tqdm(zip(todo, images), "drawing", len(todo), unit="image", disable=RANK > 0):
+            writing.append(pool.submit(WRITERS[args.format], image.convert("L") if args.grey else image,
+                                       Path(args.out, item["file"]), item["parameters"]))
+            if len(writing) > 2 * args.batch_size:
+                writing.popleft().result()
+        for each in writing:
+            each.result()
+
+
 def main(args):
-    device = pick_device(args.device)
-    adapters = [(*lora.load(path), weight) for path, weight in map(split_weight, args.lora)]
+    several = WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{LOCAL_RANK}" if several else args.device)
+    if args.format == "dcm":
+        need("pydicom", "DICOM files")
+    adapters = read_adapters(args)
     names = [metadata["base"] for _, metadata, _, _ in adapters if metadata.get("base")]
     name = args.base or (names[0] if names else fail("--base is missing: give tiny, sd15, a Hub id or a folder"))
-    planned = plan(args, name)
-    there = {item["file"]: parameters_of(Path(args.out, item["file"])) for item in planned}
-    other = [item["file"] for item in planned if there[item["file"]] not in (None, item["parameters"])]
-    write_manifest(args.out, [])   # what is unwritable is found before anything is drawn
+    sides = [int(metadata["resolution"]) for _, metadata, _, _ in adapters if str(metadata.get("resolution")).isdigit()]
+    side = sides[0] if sides else own_resolution(find_base(name))
+    args.height, args.width = args.height or side, args.width or side
+    planned = plan(args, name, read_prompts(args, adapters))
+    found = {item["file"]: parameters_of(Path(args.out, item["file"])) for item in planned}
+    there = [item for item in planned if found[item["file"]] == item["parameters"]]
+    other = [item["file"] for item in planned if found[item["file"]] not in (None, item["parameters"])]
+    if RANK == 0:
+        write_manifest(args.out, there)   # what is unwritable is found before anything is drawn
     if other and not args.overwrite:
         fail(f"{args.out}: {other[0]} and {len(other) - 1} more were drawn with other settings; "
              "give another --out, or --overwrite")
-    todo = [item for item in planned if there[item["file"]] != item["parameters"]]
-    if todo:
-        base = load_base(name, device, args.precision)
-        for _, metadata, extra, _ in adapters:
-            use_extra(base, metadata, extra)
-        with lora.merged(base.parts(), [(pairs, weight) for pairs, _, _, weight in adapters]):
-            drawn = generate(base, [(item["prompt"], item["number"]) for item in todo], args.steps,
-                             args.guidance_scale, args.scheduler, args.height, args.width, args.negative_prompt,
-                             args.batch_size, args.seed)
-            for item, image in zip(todo, tqdm(drawn, "drawing", len(todo), unit="image")):
-                save_png(image.convert("L") if args.grey else image, Path(args.out, item["file"]), item["parameters"])
-    write_manifest(args.out, planned)
+    todo = [item for item in planned[RANK::WORLD] if found[item["file"]] != item["parameters"]]
+    try:
+        if todo:
+            base = load_base(name, device, args.precision)
+            for _, metadata, extra, _ in adapters:
+                use_extra(base, metadata, extra)
+            if RANK == 0:
+                say_what_is_cut(base, dict.fromkeys([*(item["prompt"] for item in planned), args.negative_prompt]))
+            draw(base, todo, len(planned), adapters, args)
+        for i, item in enumerate(planned):   # rank 0 waits for the others; torchrun ends it should one of them die
+            while RANK == 0 and i % WORLD and not is_there(item, args.out):
+                time.sleep(0.2)
+    finally:
+        if RANK == 0:
+            write_manifest(args.out, [item for item in planned if is_there(item, args.out)])
+    if RANK == 0:
+        finish(planned, len(planned) - len(there), args)
+
+
+def finish(planned, drawn, args):
+    """The contact sheet, and what to do next."""
     if args.grid:
-        shown = planned[:64]
-        images = [Image.open(Path(args.out, item["file"])) for item in shown]
+        images = [read_image(Path(args.out, item["file"])) for item in planned[:64]]
         with replacing(Path(args.out, "grid.png")) as file:
-            contact_sheet(images, [item["prompt"] for item in shown]).save(file, "PNG")
-    print(f"{len(todo)} images drawn, {len(planned) - len(todo)} were there: {args.out}\n"
+            contact_sheet(images, [item["prompt"] for item in planned[:64]]).save(file, "PNG")
+    print(f"{drawn} images drawn, {len(planned) - drawn} were there: {args.out}\n"
           f"next: python evaluate.py REAL {shlex.quote(args.out)}")
 
 

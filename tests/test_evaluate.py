@@ -1,8 +1,11 @@
 """evaluate.py as people type it: sets of smooth random pictures, fresh, copied, blurred and broken."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -51,17 +54,21 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     assert list(figures) == ["format", "settings", "real", "generated"] and figures["format"] == 1
     assert figures["real"] == {"path": real, "n": 24}
     entry, = figures["generated"]
-    assert list(entry) == ["path", "n", "metrics"] and (entry["path"], entry["n"]) == (fake, 20)
-    assert list(entry["metrics"]) == list(metrics.METRICS)
+    assert list(entry) == ["path", "n", "metrics", "memorisation"] and (entry["path"], entry["n"]) == (fake, 20)
+    assert list(entry["metrics"]) == [name for name, row in metrics.METRICS.items() if row[2] not in metrics.OPT_IN]
     for name, found in entry["metrics"].items():
         assert list(found) == ["value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real", "band"]
-        assert found["null_low"] <= found["null"] <= found["null_high"] and found["band"] is None
+        assert found["null_low"] <= found["null"] <= found["null_high"]
+        assert found["band"] in (("excellent", "good", "fair", "poor") if name == "ssim_nearest" else (None,))
         assert found["excess"] == pytest.approx(found["value"] - found["null"])
         assert 0.02 <= min(found["p_high"], found["p_low"]) and np.isfinite(found["real_vs_real"]), name
     report = (tmp_path / "report.html").read_text()
     assert "&lt;b&gt;" in report and "<b>0" not in report
     assert not any(word in report for word in ("http:", "https:", "<script", "<link", "url("))
-    assert report.count("<img") == 24 + 20 + 2 * 12 and "not comparable with published figures" in report
+    assert report.count("<img") == 24 + 20 + 2 * 12 + 3 * 8 * 2 and "not comparable with published figures" in report
+    assert report.count("<circle") == 44 and "<script" not in report
+    assert list(entry["memorisation"]) == ["likely_copies", "pairs"] and len(entry["memorisation"]["pairs"]) == 12
+    assert list(entry["memorisation"]["pairs"][0]) == ["generated", "train", "distance", "p"]
 
 
 def test_fresh_pictures_rank_before_blurred_ones_and_copies_are_called_copies(tmp_path, monkeypatch, capsys):
@@ -87,6 +94,154 @@ def test_the_real_set_as_generated_is_said_to_be_so(tmp_path, monkeypatch, capsy
     found = run(monkeypatch, real, real + "/", "--metrics", "fid,kid")["generated"][0]["metrics"]
     assert list(found) == ["frechet", "kid"] and found["frechet"]["p_low"] == 0.01
     assert "is the REAL set itself" in capsys.readouterr().out
+
+
+def test_bands_stand_beside_the_values_and_a_table_replaces_them(tmp_path, monkeypatch):
+    assert [evaluate.band(evaluate.BANDS["fid"], value, True) for value in (10, 50, 70, 101)] == [
+        "excellent", "good", "fair", "poor"]
+    assert [evaluate.band(evaluate.BANDS["inception_score"], value, False) for value in (3.1, 2, 1.6, 1)] == [
+        "excellent", "good", "fair", "poor"]
+    real, fake = draw(tmp_path / "real", 9, 1), draw(tmp_path / "fake", 9, 2)
+    (tmp_path / "bands.csv").write_text("metric,excellent,good,fair\nkid,-9,9e9,9e9\n")
+    found = run(monkeypatch, real, fake, "--metrics", "kid,vendi", "--bands", "bands.csv")["generated"][0]["metrics"]
+    assert (found["kid"]["band"], found["vendi"]["band"]) == ("good", None)
+
+
+def test_large_sets_are_read_in_parts_and_their_values_are_those_of_all_images(tmp_path, monkeypatch, capsys):
+    real, fake = draw(tmp_path / "real", 24, 1), draw(tmp_path / "fake", 22, 2)
+    names = ("--metrics", "frechet,kid,coverage,vendi")
+    whole = run(monkeypatch, real, fake, *names)["generated"][0]
+    monkeypatch.setattr(evaluate, "LARGE", 30)
+    monkeypatch.setattr(evaluate, "DRAWN", 12)
+    parts = run(monkeypatch, real, fake, *names)
+    assert parts["real"]["n"] == 24 and parts["generated"][0]["n"] == 22 and "12 drawn from each set" in capsys.readouterr().out
+    for name, figures in parts["generated"][0]["metrics"].items():
+        assert figures["value"] == pytest.approx(whole["metrics"][name]["value"], rel=1e-4, abs=1e-4)
+        assert figures["null"] != whole["metrics"][name]["null"] or name == "coverage"
+
+
+def test_copies_of_training_images_are_counted_and_shown(tmp_path, monkeypatch, capsys):
+    real, train, fake = draw(tmp_path / "real", 30, 1), draw(tmp_path / "train", 60, 2), draw(tmp_path / "fake", 20, 3)
+    for n in range(5):   # five mirrored training images among the generated ones
+        Image.open(tmp_path / "train" / f"{n:03}.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "fake" / f"{n:03}.png")
+    found = run(monkeypatch, real, fake, "--metrics", "kid", "--train-data", train)["generated"][0]["memorisation"]
+    assert 5 <= found["likely_copies"] <= 7
+    assert {(pair["generated"], pair["train"]) for pair in found["pairs"][:5]} == {(f"{n:03}.png",) * 2 for n in range(5)}
+    assert "of 60 training images" in capsys.readouterr().out
+
+
+def labelled(folder, count, seed):
+    """Pictures of two labels, half each, two of a case: the bright ones have a spot."""
+    draw(folder, count, seed)
+    rows = ["file_name,label,case,age"]
+    for n in range(count):
+        path, label = folder / f"{n:03}.png", ("dark", "bright")[n % 2]
+        pixels = np.array(Image.open(path)).astype(int)
+        pixels[20:40, 20:40] += 60 * (n % 2)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+        rows.append(f"{path.name},{label},{seed}-{n // 2},{20 + 30 * (n % 3)}")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    return str(folder)
+
+
+def test_the_utility_of_generated_images_is_measured_on_held_out_ones(tmp_path, monkeypatch):
+    real, fake = labelled(tmp_path / "real", 60, 1), labelled(tmp_path / "fake", 60, 2)
+    monkeypatch.setattr(evaluate, "SEEDS", 1)
+    fit = evaluate.small_cnn
+    monkeypatch.setattr(evaluate, "small_cnn", lambda images, targets, steps, seed: fit(images, targets, 20, seed))
+    found = run(monkeypatch, real, fake, "--metrics", "kid", "--utility", "--by", "age")["generated"][0]
+    assert [row["share"] for row in found["utility"]] == [0, 10, 25, 50, 100]   # there are not enough for 200 %
+    assert list(found["utility"][0]) == ["share", "auroc", "low", "high"]
+    assert all(row["low"] <= row["auroc"] <= row["high"] and row["auroc"] > 0.6 for row in found["utility"])
+    assert set(found["classifiers"]) == {"linear probe", "small CNN"}
+    assert [row["group"] for row in found["subgroups"]] == ["20–29", "50–59", "80–89"]
+    report = (tmp_path / "report.html").read_text()
+    assert "Do they help a classifier?" in report and "<td>80–89</td>" in report and "no --split" in report
+
+
+def test_a_gain_is_seen_where_there_is_one_and_not_where_labels_are_wrong(monkeypatch):
+    r = np.random.RandomState(0)
+
+    def part(count, wrong=False):
+        labels = r.rand(count, 1) < 0.5
+        features = r.randn(count, 40) + 0.5 * labels * (np.arange(40) < 8)
+        return {"rows": [{"group": ""}] * count, "features": features, "small": torch.zeros(count, 1),
+                "targets": (r.permutation(labels) if wrong else labels).astype(float)}
+    args = types.SimpleNamespace(seed=0, by=None)
+    monkeypatch.setattr(evaluate, "small_cnn", lambda *_: lambda images: np.zeros((len(images), 1)))
+    for wrong in (False, True):
+        monkeypatch.setattr(evaluate, "utility_parts", lambda *_: ([part(40), part(300), part(80, wrong)], ["ill"]))
+        probe, cnn = evaluate.utility(None, None, None, None, args, "cpu")["said"]
+        assert ("AUROC rises" in probe) != wrong and ("no gain" in probe) == wrong and "no gain" in cnn
+
+
+def test_aurocs_are_scikit_learns_and_the_dose_sentence_says_gain_no_gain_and_stop():
+    score = pytest.importorskip("sklearn.metrics").roc_auc_score
+    r = np.random.RandomState(5)
+    y, s = r.rand(80) < 0.4, np.round(r.randn(80), 1)
+    order = (s[y][:, None] > s[~y]) + 0.5 * (s[y][:, None] == s[~y])
+    weights = np.stack([np.ones(80), r.randint(0, 3, 80)])
+    expected = [score(y, s), score(y, s, sample_weight=weights[1])]
+    assert evaluate.aurocs([order], y[:, None].astype(float), weights) == pytest.approx(expected, abs=1e-12)
+
+    def said(*gains):
+        boots = {share: 0.7 + gain + 0.01 * r.randn(500) * (share > 0) for share, gain in zip((0, 50, 100, 200), gains)}
+        rows = [{"share": share, "auroc": 0.7 + gain, "gain": gain, "gain_low": np.quantile(boots[share] - boots[0], 0.005),
+                 "gain_high": np.quantile(boots[share] - boots[0], 0.995)} for share, gain in zip(boots, gains)]
+        return evaluate.dose_sentence(rows, boots)
+    assert said(0, 0.001, 0.005, -0.002).startswith("no gain")
+    assert "do harm" in said(0, -0.01, -0.1, -0.2) and "from 100 % on" in said(0, -0.01, -0.1, -0.2)
+    assert "stop at 100 %" in said(0, 0.08, 0.2, 0.202) and "stop at" not in said(0, 0.08, 0.14, 0.2)
+
+
+def test_the_split_of_the_run_makes_held_out_images_the_reference(tmp_path, monkeypatch, capsys):
+    real, fake = draw(tmp_path / "real", 24, 1), draw(tmp_path / "fake", 9, 2)
+    rows = [f"{n:03}.png,,{'val' if n % 3 == 0 else 'train'}" for n in range(24)]
+    (tmp_path / "split.csv").write_text("\n".join(["file_name,group,split", *rows]))
+    found = run(monkeypatch, real, fake, "--metrics", "kid", "--split", "split.csv")
+    assert found["real"]["n"] == 8 and "16 were trained on" in capsys.readouterr().out
+    assert {int(pair["train"][:3]) % 3 for pair in found["generated"][0]["memorisation"]["pairs"]} <= {1, 2}
+
+
+def test_checkpoints_of_a_folder_are_drawn_from_and_ranked(tmp_path, monkeypatch, capsys):
+    import sample
+    real, drawn = draw(tmp_path / "real", 20, 1), []
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for step in (5, 10):
+        torch.save({"args": {"val_prompts": ["a wound", "@b"]}}, tmp_path / "run" / "checkpoints" / f"step-{step:08}.pt")
+
+    def stand_in(args):   # better pictures from the later checkpoint
+        drawn.append(args)
+        os.makedirs(os.path.dirname(args.out), exist_ok=True)
+        late = "10" in args.checkpoint
+        draw(tmp_path / args.out, 20, 2 + late, change=lambda image: image if late else image.filter(ImageFilter.GaussianBlur(3)))
+    monkeypatch.setattr(sample, "main", stand_in)
+    found = run(monkeypatch, real, "--metrics", "frechet", "--checkpoint", "run", "--num-samples", "20", "--out", "new/rank.html")
+    assert [(a.prompt, a.num_images, a.steps) for a in drawn] == [(["a wound", "@b"], 10, 50)] * 2
+    assert [entry["path"] for entry in found["generated"]] == [f"new/rank-samples/run-step-000000{n}" for n in ("10", "05")]
+    assert "worse" in capsys.readouterr().out
+
+
+def test_the_difference_of_two_samples_of_one_source_is_called_noise(tmp_path, monkeypatch, capsys):
+    real, *others = (draw(tmp_path / str(n), 24, n) for n in range(3))
+    run(monkeypatch, real, *others, "--metrics", "frechet")
+    assert "noise: not told apart from the first" in capsys.readouterr().out
+
+
+def test_the_report_fits_a_phone_in_a_real_browser(tmp_path, monkeypatch):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here")
+    run(monkeypatch, draw(tmp_path / "real", 9, 1), draw(tmp_path / "fake", 9, 2), "--metrics", "frechet,colour")
+    page = (tmp_path / "report.html").read_text()
+    probe = "<script>document.title = [document.documentElement.scrollWidth, innerWidth, [...document.images].every(i => i." \
+            "complete && i.naturalWidth), document.querySelectorAll('circle').length].join(' ')</script>"
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe + "</body>"))
+    shown = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom",
+                            f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'probe.html'}"],
+                           capture_output=True, text=True, timeout=120).stdout
+    width, room, pictures, dots = re.search(r"<title>(.*?)</title>", shown)[1].split()
+    assert int(width) <= int(room) and pictures == "true" and dots == "18"
 
 
 def test_figures_do_not_depend_on_batch_size_and_follow_the_seed(tmp_path, monkeypatch):
@@ -122,7 +277,8 @@ def test_patients_are_permuted_whole(tmp_path, monkeypatch):
 
 def test_frechet_is_called_fid_only_on_the_published_inception(tmp_path, monkeypatch):
     real, fake = draw(tmp_path / "real", 8, 1), draw(tmp_path / "fake", 8, 2)
-    network = dict(name="means", function=lambda pixels: pixels.float().mean((2, 3)), standardise=False, published=True)
+    network = dict(name="means", function=lambda pixels: pixels.float().mean((2, 3)), standardise=False, published=True,
+                   head=np.eye(3))
     monkeypatch.setattr(evaluate, "load_features", lambda *_: network)
     said = run(monkeypatch, real, fake, "--metrics", "frechet")
     assert list(said["generated"][0]["metrics"]) == ["fid"] and said["settings"]["comparable"]["features"]
@@ -144,7 +300,11 @@ def test_identical_pictures_give_numbers_not_a_crash(tmp_path, monkeypatch):
     (["fake", "--features", "weights.pth"], "weights.pth: no such weight file"),
     (["fake", "--lpips", "best"], "--lpips"), (["fake", "--permutations", "5"], "from 99"),
     (["fake", "--resolution", "8"], "from 64"), (["fake", "--group-column", "case"], "--group-column"),
-    (["fake", "--device", "tpu"], "--device tpu"), ([], "GENERATED"), (["fake", "--out", "real"], "directory")])
+    (["fake", "--device", "tpu"], "--device tpu"), ([], "GENERATED"), (["fake", "--out", "real"], "directory"),
+    (["fake", "--bands", "real/000.png"], "000.png"), (["fake", "--metrics", "inception-score"], "--features inception"),
+    (["fake", "--metrics", "ms-ssim-pairs"], "too small"), (["fake", "--metrics", "clip-score"], "no captions"),
+    (["fake", "--utility"], "--utility: no label"), (["fake", "--by", "sex"], "--by sex"),
+    (["--checkpoint", "nowhere"], "no checkpoint there"), (["fake", "--features", "one"], "cannot be loaded")])
 def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
     draw(tmp_path / "real", 4, 1), draw(tmp_path / "fake", 4, 2), draw(tmp_path / "one", 1, 3), draw(tmp_path / "broken", 3, 4)
     (tmp_path / "empty").mkdir()

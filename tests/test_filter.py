@@ -1,13 +1,24 @@
 """Filtering: what stays is like real images, what goes says why, and nothing is lost."""
+import base64
+import contextlib
 import csv
+import errno
+import io
+import json
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter, ImageOps
 
 import filter as filter_script
+import metrics
 import phantoms
 from metrics import list_images
 
@@ -154,6 +165,336 @@ def test_folders_that_do_not_serve_are_refused(sets, tmp_path, refused):
     assert "would be read again" in refused(filter_script, sets[1], "--reference", sets[0], "--calibrate", 0.05, "--out",
                                             Path(sets[1]) / "kept")
     (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "mine.png").write_bytes(b"precious")
-    assert "mine.png" in refused(filter_script, sets[1], "--reference", sets[0], *flags)
-    assert (tmp_path / "kept" / "mine.png").read_bytes() == b"precious"
+    for name in ("mine.png", "fresh-00.png"):   # of another name than any generated image, and of the same
+        (tmp_path / "kept" / name).write_bytes(b"precious")
+        assert name in refused(filter_script, sets[1], "--reference", sets[0], *flags)
+        assert (tmp_path / "kept" / name).read_bytes() == b"precious"
+        (tmp_path / "kept" / name).unlink()
+
+
+# ------------------------------------------------------------------------------------- what stays, how it is left
+
+def test_keeping_n_takes_the_best_of_each_cluster_as_the_determinant_says():
+    draw = np.random.RandomState(0)
+    vectors = np.repeat(draw.randn(5, 8) * 3, 4, axis=0) + draw.randn(20, 8) * 0.05
+    quality = draw.uniform(0.2, 1, 20)
+    chosen = filter_script.best_and_diverse(vectors, quality, 6)
+    assert sorted(i // 4 for i in chosen[:5]) == [0, 1, 2, 3, 4]
+    squares = filter_script.squared_distances(vectors, vectors)
+    kernel = np.outer(quality, quality) * np.exp(-squares / (2 * np.median(squares)))
+    for t, i in enumerate(chosen):   # each step takes the largest determinant there is
+        gains = [np.linalg.slogdet(kernel[np.ix_(chosen[:t] + [j], chosen[:t] + [j])])[1] for j in range(20)
+                 if j not in chosen[:t]]
+        mine = np.linalg.slogdet(kernel[np.ix_(chosen[:t + 1], chosen[:t + 1])])[1]
+        assert mine == pytest.approx(max(gains), abs=1e-3)
+    assert len(set(filter_script.best_and_diverse(np.zeros((7, 3)), np.ones(7), 7))) == 7   # all equal: none twice
+
+
+def test_a_label_with_enough_real_images_has_its_own_threshold():
+    own = {"blur": np.concatenate([np.arange(30.0), 100 + np.arange(30.0)])}
+    real = [{"label": "sharp"}] * 30 + [{"label": "Soft "}] * 30
+    args = SimpleNamespace(calibrate=0.05, reference="real")
+    threshold, named = filter_script.thresholds(own, real, [{"label": x} for x in ("sharp", "soft", "rare", "")], args)
+    passes, _ = filter_script.judge(own, {"blur": np.array([90.0, 90, 90, 90])}, threshold)
+    assert named == ["sharp", "soft"] and passes.tolist() == [False, True, True, True]
+
+
+def small_sets(folder, count=8):
+    """Two folders of 64-pixel wounds: (generated with captions, labels and provenance, real with patients)."""
+    for name, first in (("new", 500), ("real", 0)):
+        (folder / name).mkdir()
+        for i in range(count):
+            Image.fromarray(phantoms.draw("inflammatory ulcer", first + i, 64)[0]).save(folder / name / f"{i}.png")
+    filter_script.write_csv(folder / "new" / "manifest.csv", ["file", "prompt", "label", "seed"],
+                            [[f"{i}.png", f"wound {i}", "ulcer", 7 + i] for i in range(count)])
+    filter_script.write_csv(folder / "real" / "metadata.csv", ["file_name", "text", "patient_id"],
+                            [[f"{i}.png", "a real one", f"p{i}"] for i in range(count)])
+    return folder / "new", folder / "real"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_a_move_that_is_killed_anywhere_and_run_again_ends_the_same_and_is_undone(tmp_path, run, monkeypatch):
+    new, real = small_sets(tmp_path)
+    before, place = contents(new), filter_script.place
+    flags = [new, "--reference", real, "--keep", 5, "--move", "--out", tmp_path / "kept"]
+    run(filter_script, *flags)
+    after = contents(tmp_path / "kept"), contents(new)
+    assert len(list_images(str(tmp_path / "kept"))) == 5 and len(after[1]) == len(before) - 5
+    run(filter_script, "--undo", tmp_path / "kept" / "decisions.csv")
+    assert contents(new) == before
+    for killed_at in range(6):
+        calls = iter(range(100))
+
+        def dies(*given, killed_at=killed_at, calls=calls):
+            if next(calls) == killed_at:
+                raise KeyboardInterrupt
+            place(*given)
+        monkeypatch.setattr(filter_script, "place", dies)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(filter_script, *flags)
+        monkeypatch.setattr(filter_script, "place", place)
+        run(filter_script, *flags)
+        assert (contents(tmp_path / "kept"), contents(new)) == after
+
+
+def test_moving_to_another_file_system_copies_and_a_full_disk_loses_nothing(tmp_path, run, monkeypatch, capsys):
+    new, real = small_sets(tmp_path)
+    before, replace = contents(new), os.replace
+
+    def other_device(source, target):
+        if Path(source).parent == new:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return replace(source, target)
+
+    def full(source, target):
+        target.write(source.read()[:50])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "replace", other_device)
+    flags = [new, "--reference", real, "--keep", 5, "--move", "--out", tmp_path / "kept"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(filter_script, *flags)
+    assert contents(new) == before and not list((tmp_path / "kept").glob("*.png"))
+    run(filter_script, *flags)
+    kept = {name: data for name, data in contents(tmp_path / "kept").items() if name.endswith(".png")}
+    assert len(kept) == 5 and contents(new) | kept == before
+
+
+def test_links_share_the_file_and_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(tmp_path, run):
+    new, real = small_sets(tmp_path)
+    filter_script.write_csv(tmp_path / "split.csv", ["file_name", "group", "split"],
+                            [[f"{i}.png", f"p{i}", "test" if i < 2 else "train"] for i in range(8)])
+    run(filter_script, new, "--reference", real, "--mix", real, "--split", tmp_path / "split.csv", "--share", 25,
+        "--link", "--out", tmp_path / "mixed")
+    rows = list_images(str(tmp_path / "mixed"))
+    made = [row for row in rows if row["fields"]["synthetic"] == "1"]
+    assert len(rows) == 8 and len(made) == 2   # 6 real ones that no test needs, and a quarter generated
+    assert all(row["caption"][:6] == "wound " and row["label"] == "ulcer" and row["fields"]["seed"] for row in made)
+    assert {row["group"] for row in rows if row not in made} == {f"p{i}" for i in range(2, 8)}
+    for row in rows:
+        source = (new if row in made else real) / Path(row["file_name"]).name
+        assert os.path.samefile(row["path"], source)
+
+
+# ------------------------------------------------------------------------------------- ratings
+
+def spoil(image, degree, number):
+    """A phantom made worse: degree 0 leaves it, 1 and 2 blur, add noise, compress or wash it out."""
+    if not degree:
+        return image
+    if number % 4 == 0:
+        return image.filter(ImageFilter.GaussianBlur(1.5 * degree))
+    if number % 4 == 1:
+        noise = np.random.RandomState(number).randn(*np.shape(image)) * 16 * degree
+        return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    if number % 4 == 2:
+        packed = io.BytesIO()
+        image.save(packed, "JPEG", quality=18 // degree**2)
+        return Image.open(packed).convert("RGB")
+    return Image.blend(image, Image.new("RGB", image.size, (150, 150, 150)), 0.35 * degree)
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory):
+    """A folder of 300 phantoms of two kinds with truth.csv, and ratings.csv of the first 200 with 15 % mistakes."""
+    folder, draw = tmp_path_factory.mktemp("rated"), np.random.RandomState(0)
+    rows = []
+    for i in range(300):
+        kind = ("inflammatory ulcer", "normal chest")[i % 2]
+        truth = int(draw.randint(1, 4))
+        spoil(Image.fromarray(phantoms.draw(kind, 4000 + i, 64)[0]), 3 - truth, i).save(folder / f"{i:03d}.png")
+        said = truth if draw.rand() > 0.15 else int(draw.choice([r for r in (1, 2, 3) if r != truth]))
+        rows.append([f"{i:03d}.png", said, phantoms.KINDS[kind], 1 + i % 3, kind, f"g{i // 4}", truth])
+    header = ["image_path", "rating", "modality", "expert_level", "prompt", "group"]
+    filter_script.write_csv(folder / "ratings.csv", header, [row[:6] for row in rows[:200]])
+    shuffled = draw.permutation([row[1] for row in rows[:200]])
+    filter_script.write_csv(folder / "shuffled.csv", header,
+                            [[row[0], r, *row[2:6]] for row, r in zip(rows[:200], shuffled)])
+    filter_script.write_csv(folder / "truth.csv", ["file_name", "label", "modality", "truth"],
+                            [[row[0], row[4], row[2], row[6]] for row in rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def selector(rated):
+    """A selector fitted on those ratings, with the unspoilt images as the real ones."""
+    with open(rated / "truth.csv", newline="") as file:
+        real = [row for row in csv.DictReader(file) if row["truth"] == "3"]
+    filter_script.write_csv(rated / "real.csv", list(real[0]), [list(row.values()) for row in real])
+    filter_script.fit(SimpleNamespace(
+        fit=[str(rated / "ratings.csv")], reference=str(rated / "real.csv"), out=str(rated / "selector.safetensors"),
+        split=None, seed=0, group_column=None, resolution=None, device="cpu", force=False, good=3))
+    return str(rated / "selector.safetensors")
+
+
+def test_a_selector_from_200_noisy_ratings_tells_good_from_bad_on_unseen_images(rated, selector):
+    from sklearn.metrics import roc_auc_score
+    loaded = metrics.load_selector(selector)
+    rows, pixels = metrics.load_pixels(list_images(str(rated / "truth.csv"))[200:], 64)
+    given = metrics.apply_selector(loaded, metrics.quality_features(pixels, "cpu"), rows)
+    truth = np.array([int(row["fields"]["truth"]) for row in rows])
+    assert roc_auc_score(truth == 3, given["quality"]) >= 0.9 and roc_auc_score(truth >= 2, given["quality"]) >= 0.85
+    assert np.mean(given["quality"][truth == 3]) > 0.5 > np.mean(given["quality"][truth == 1])
+    measured = loaded["spec"]["cv"]
+    assert measured["ci"][0] < measured["auroc"] < measured["ci"][1] and measured["perm_p"] <= 0.01
+    assert measured["alignment"]["easy"] > 0.9 and measured["real_pass"] > 0.6
+    right = [row | {"caption": ""} for row in rows]
+    wrong = [row | {"label": {"normal chest": "inflammatory ulcer"}.get(row["label"], "normal chest")} for row in right]
+    features = metrics.quality_features(pixels, "cpu")
+    assert metrics.apply_selector(loaded, features, right)["alignment"].mean() > 0.8
+    assert metrics.apply_selector(loaded, features, wrong)["alignment"].mean() < 0.2
+    nothing = metrics.quality_features(torch.randint(0, 255, (4, 3, 64, 64), dtype=torch.uint8), "cpu")
+    assert (metrics.apply_selector(loaded, nothing, rows[:4])["quality"] < 0.2).all()
+
+
+def test_from_shuffled_ratings_no_selector_is_written(rated, tmp_path, refused, run):
+    flags = ["--fit", rated / "shuffled.csv", "--out", tmp_path / "s.safetensors"]
+    assert "do not predict quality better than chance" in refused(filter_script, *flags)
+    assert not (tmp_path / "s.safetensors").exists()
+    run(filter_script, *flags, "--force")
+    assert "better than chance" in metrics.load_selector(str(tmp_path / "s.safetensors"))["spec"]["warnings"][0]
+
+
+def test_ratings_that_repeat_the_experts_level_are_refused_by_that_name(tmp_path, refused):
+    (tmp_path / "oct").mkdir()
+    rows = [[f"oct/{i}.jpg", 3 - i % 3, ("OCT", "Fundus", "CT")[i // 5], 3 - i % 3, f"text {i}"] for i in range(15)]
+    for name, *_ in rows:
+        wound(0).save(tmp_path / name)
+    flags = ["--fit", tmp_path / "r.csv", "--out", tmp_path / "s.safetensors"]
+    header = ["image_path", "rating", "modality", "expert_level", "prompt"]
+    filter_script.write_csv(tmp_path / "r.csv", header, rows)
+    said = refused(filter_script, *flags)
+    assert "encode expert_level" in said and "fewer than 30" in said and "encode prompt" not in said
+    assert not (tmp_path / "s.safetensors").exists()
+    filter_script.write_csv(tmp_path / "r.csv", header, [rows[0], [*rows[1][:1], 4, *rows[1][2:]]])
+    assert "row 3: rating must be 1, 2 or 3" in refused(filter_script, *flags)
+
+
+def test_the_statistics_are_those_of_scikit_learn_and_of_the_definitions():
+    from sklearn.linear_model import Ridge
+    from sklearn.metrics import cohen_kappa_score, roc_auc_score
+    draw = np.random.RandomState(0)
+    x, y, weights = draw.randn(20, 30), draw.randn(20), draw.uniform(0.3, 1, 20)
+    inner, share = filter_script.ridge(x, weights, 0.7)
+    known = Ridge(alpha=0.7 * weights.mean()).fit(x, y, sample_weight=weights)
+    assert inner @ y == pytest.approx(known.coef_, abs=1e-9)
+    assert share @ (y - x @ inner @ y) == pytest.approx(known.intercept_)
+    a, b = draw.randint(1, 4, (2, 50))
+    assert filter_script.kappa(a, b) == pytest.approx(cohen_kappa_score(a, b, weights="quadratic"))
+    good, scores = draw.rand(50, 1) < 0.4, draw.randn(50, 1).round(1)
+    assert filter_script.auroc(scores, good, np.zeros(50))[0] == pytest.approx(roc_auc_score(good[:, 0], scores[:, 0]))
+    assert filter_script.auroc(scores + 5 * good, good, good[:, 0])[0] == 0   # no pairs within a stratum
+    assert filter_script.cramers_v(a, a) == pytest.approx(1) and filter_script.cramers_v(a, b) < 0.25
+    groups = draw.randint(0, 9, 20)
+    maps = filter_script.out_of_fold(x, weights, groups, 0)
+    assert (maps[:, groups[:, None] == groups] == 0).all() and maps.sum(2) == pytest.approx(1)   # none from its group
+
+
+def test_the_filter_keeps_what_the_selector_finds_good(rated, selector, tmp_path, run, refused):
+    flags = [rated / "truth.csv", "--reference", rated / "real.csv", "--selector", selector]
+    run(filter_script, *flags, "--min-alignment", 0.3, "--out", tmp_path / "kept")
+    rows = list_images(str(tmp_path / "kept"))
+    assert np.mean([row["fields"]["truth"] == "3" for row in rows]) > 0.7 and len(rows) > 30
+    row = decisions(tmp_path / "kept")["000.png"]
+    assert 0 <= float(row["quality"]) <= 1 and 0 <= float(row["alignment"]) <= 1
+    assert "judges at 64 pixels" in refused(filter_script, *flags, "--resolution", 128, "--out", tmp_path / "no")
+
+
+def test_a_selector_file_that_is_not_whole_is_refused(selector, tmp_path, capsys):
+    from safetensors.numpy import load_file, save_file
+    from safetensors import safe_open
+    with safe_open(selector, "np") as file:
+        metadata = file.metadata()
+    tensors = load_file(selector)
+    assert not any(str(tmp_path.parent) in text or ".png" in text for text in metadata.values())   # no paths
+    damaged = [(tensors | {"head.weight": tensors["head.weight"] * np.nan}, metadata),
+               (tensors | {"more": np.zeros(1, np.float32)}, metadata), (tensors, {}),
+               (tensors | {"head.weight": tensors["head.weight"][:9]}, metadata), (tensors, metadata | {"version": "2"})]
+    for n, (values, said) in enumerate(damaged):
+        save_file(values, tmp_path / f"{n}.safetensors", said)
+        with pytest.raises(SystemExit):
+            metrics.load_selector(str(tmp_path / f"{n}.safetensors"))
+    (tmp_path / "torn").write_bytes(Path(selector).read_bytes()[:1000])
+    with pytest.raises(SystemExit):
+        metrics.load_selector(str(tmp_path / "torn"))
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.strip().splitlines())
+
+
+def test_suggestions_are_half_unsure_half_far_apart_and_never_rated_before():
+    draw = np.random.RandomState(0)
+    vectors, quality = draw.randn(60, 4), np.linspace(0, 1, 60)
+    vectors[[3, 4]] += 50
+    chosen = filter_script.suggest(vectors, quality, [29, 4], 10)
+    assert sorted(chosen[:5]) == [27, 28, 30, 31, 32]
+    assert 3 not in chosen and not {29, 4} & set(chosen) and len(set(chosen)) == 10   # 3 lies beside 4, which is rated
+    assert filter_script.suggest(vectors, None, [], 2)[0] in (3, 4)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = """<script>
+const key = k => document.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true, cancelable: true}));
+const log = JSON.parse(sessionStorage.getItem("log") || "[]");
+const rate = (k, guess) => { if (guess) key(guess); log.push([$("picture").src, k, guess]); key(k); };
+addEventListener("load", () => {
+  if (!log.length) {
+    $("name").value = 'Dr. "A", Ünal'; $("start").requestSubmit();
+    for (let n = 0; n < 8; n++) rate("123"[n % 3], n % 2 ? "r" : "g");
+    key("2"); key("u");  // a slip, taken back
+    $("note").value = 'soft, "very"'; $("note").dispatchEvent(new Event("input"));
+    rate("1", "r"); key("s");  // and one is skipped
+    sessionStorage.setItem("log", JSON.stringify(log)); location.reload();
+  } else {
+    for (let n = 0; n < 10; n++) n % 2 ? rate("321"[n % 3]) : document.querySelector('[data-key="2"]').click();
+    window.Blob = function (parts) { this.text = parts.join(""); };  // read at once: headless Chromium does not wait
+    URL.createObjectURL = blob => { document.body.replaceChildren(Object.assign(document.createElement("pre"), {id: "out",
+      textContent: btoa(unescape(encodeURIComponent(JSON.stringify({text: blob.text, log}))))})); return "#"; };
+    $("save").click();
+  }
+});
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here to open the rating page in")
+def test_the_rating_page_saves_what_was_pressed_across_a_reload(sets, tmp_path, run):
+    run(filter_script, sets[1], "--rating-page", tmp_path / "rate.html", "--suggest", 20, "--blind", sets[0],
+        "--resolution", 64)
+    text = (tmp_path / "rate.html").read_text()
+    facts = json.loads(base64.b64decode(re.search('const FACTS = "(.*)"', text)[1]))
+    images = json.loads(re.search(r"const IMAGES = (\[.*\]);", text)[1])
+    assert len(facts) == len(images) == 20 and sum(fact[4] for fact in facts) == 4
+    assert str(tmp_path.parent) not in text and "http:" not in text and "https:" not in text   # no name in clear, no server
+    (tmp_path / "driven.html").write_text(text + DRIVER)
+    for attempt in range(3):   # on a busy machine Chromium may show the page as it was before the reload
+        shown = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile-{attempt}",
+             "--virtual-time-budget=20000", "--dump-dom", f"file://{tmp_path}/driven.html"],
+            capture_output=True, text=True, timeout=120).stdout
+        output = re.search('<pre id="out">(.*?)</pre>', shown)
+        if output:
+            break
+    found = json.loads(base64.b64decode(output[1]))
+    (tmp_path / "ratings.csv").write_text(found["text"])
+    rows = {row["path"]: row for row in filter_script.read_ratings([str(tmp_path / "ratings.csv")])}
+    assert len(rows) == 19   # one was skipped
+    for picture, rating, *guess in found["log"]:
+        path, _, _, _, is_real = facts[images.index(picture)]
+        row = rows[path]
+        assert row["rating"] == int(rating) and row["real"] == str(is_real) and row["expert"] == 'Dr. "A", Ünal'
+        assert row["guess"] == ({"r": "real", "g": "generated"}[guess[0]] if guess and guess[0] else "")
+    assert [row["comment"] for row in rows.values()].count('soft, "very"') == 1
+
+
+def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, capsys):
+    header = filter_script.RATING_COLUMNS.split(",")
+    for name, shift in (("anna", 0), ("ben", 1)):
+        filter_script.write_csv(tmp_path / f"{name}.csv", header, [
+            [f"{i}.png", 1 + (i + shift * (i < 3)) % 3, "", 3, "", "", "", "", "real" if i % 4 else "generated", i % 2]
+            for i in range(12)])
+    run(filter_script, "--agreement", tmp_path / "anna.csv", tmp_path / "ben.csv")
+    said = capsys.readouterr().out
+    assert "anna, ben: weighted kappa 0.6" in said and "12 shared images" in said
+    assert "anna: real taken for real 6, for generated 0; generated taken for real 3, for generated 3" in said

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train", "sample", "evaluate", "filter", "lora"]
-IMPORTS = {"filter": {"metrics"}, "evaluate": {"metrics"}, "train": {"sample", "metrics", "lora"},
+IMPORTS = {"filter": {"metrics"}, "evaluate": {"metrics", "sample"}, "train": {"sample", "metrics", "lora"},
            "sample": {"metrics", "lora"}, "metrics": set(), "lora": set()}
 TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in IMPORTS}
 NESTING = (ast.If, ast.For, ast.While, ast.With, ast.Try)

@@ -90,7 +90,188 @@ def test_identical_images_give_clear_numbers():
     same = np.repeat(REAL[:1], 20, 0)
     joint, draws = observed(same, same)
     found = {name: row[0](joint, draws)[0] for name, row in METRICS.items() if row[2] == "features"}
-    assert found == pytest.approx({"frechet": 0, "kid": 0, "precision": 1, "recall": 1, "density": 4, "coverage": 1})
+    assert found == pytest.approx({"frechet": 0, "kid": 0, "cmmd": 0, "precision": 1, "recall": 1, "density": 4,
+                                   "coverage": 1, "vendi": 1}, abs=1e-9)
+
+
+def test_cmmd_vendi_and_inception_score_have_the_reference_values():
+    joint, draws = observed(REAL, FAKE)
+    assert metrics.cmmd_draws(joint, draws)[0] == pytest.approx(0.978710395038, abs=1e-9)
+    assert metrics.vendi_draws(joint, -draws)[0] == pytest.approx(14.006448341064, abs=1e-9)
+    assert metrics.vendi_draws(joint, draws)[0] == pytest.approx(13.500512667004, abs=1e-9)
+    orthonormal, _ = observed(np.eye(9), np.eye(9))
+    assert metrics.vendi_draws(orthonormal, -np.repeat([[0, 1]], 9, 1))[0] == pytest.approx(9, abs=1e-9)
+    logits = np.random.RandomState(2).randn(100, 1008) * 2
+    assert metrics.inception_draws({"logits": logits}, -np.ones((1, 100)))[0] == pytest.approx(6.196864017596, abs=1e-9)
+    splits, order = np.zeros((10, 100)), np.random.RandomState(2020).permutation(100)
+    for n in range(10):
+        splits[n, order[10 * n:10 * n + 10]] = -1
+    found = metrics.inception_draws({"logits": logits}, splits)   # torch-fidelity 0.4.0
+    assert (found.mean(), found.std()) == pytest.approx((3.759963656667, 0.146130318331), abs=1e-9)
+
+
+def test_large_sets_have_the_same_values_in_blocks():
+    names = ["frechet", "kid", "cmmd", "precision", "recall", "density", "coverage", "vendi"]
+    joint, draws = observed(REAL + 1, FAKE + 1)
+    found = metrics.large_values(REAL + 1, FAKE + 1, width=7)
+    assert found == pytest.approx({name: METRICS[name][0](joint, draws)[0] for name in names}, abs=1e-9)
+
+
+def test_colour_shifts_are_seen_and_the_excess_grows_with_them():
+    pixels, excess = noise(80), []
+    for shift in (4, 12, 40):
+        shifted = pixels[40:].float() + torch.tensor([shift, 0.0, -shift])[:, None, None]
+        joint = {"colour": metrics.joint_matrices(metrics.colour(pixels[:40]),
+                                                  metrics.colour(shifted.clamp(0, 255).byte()), standardise=True)}
+        found = yardstick(METRICS["colour"][0](joint, permutation_draws(40, 40, 199, seed=0)), True)
+        excess.append(found["excess"])
+        assert found["p_high"] < 0.01 or shift == 4
+    assert excess == sorted(excess)
+    grey = metrics.colour(pixels[:, :1].expand(-1, 3, -1, -1))
+    assert (grey[:, :6] == 0).all() and np.ptp(grey) == pytest.approx(-np.log(1e-3), rel=1e-5)
+    shot = {"colour": metrics.joint_matrices(metrics.colour(pixels[:40]), metrics.colour(altered(pixels)["jpeg"][40:]), True)}
+    assert yardstick(METRICS["colour"][0](shot, permutation_draws(40, 40, 199, seed=0)), True)["p_high"] < 0.01
+
+
+# ---------------------------------------------------------------- the reference packages, on the same numbers and weights
+
+
+def test_frechet_is_pytorch_fids():
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    parts = [part for x in (REAL, FAKE) for part in (x.mean(0), np.cov(x, rowvar=False))]
+    try:
+        theirs = fid_score.calculate_frechet_distance(*parts)
+    except TypeError:
+        pytest.skip("this pytorch-fid does not run on this scipy")
+    assert frechet(REAL, FAKE) == pytest.approx(theirs, rel=1e-10)
+
+
+def test_kid_is_torch_fidelitys():
+    metric_kid = pytest.importorskip("torch_fidelity.metric_kid")
+    kernels = [(x @ y.T / 16 + 1) ** 3 for x, y in ((REAL[:50], REAL[:50]), (REAL[:50], FAKE), (FAKE, FAKE))]
+    assert kid(REAL[:50], FAKE)[0] == pytest.approx(metric_kid.mmd2(*kernels), rel=1e-10)
+
+
+def test_precision_recall_density_and_coverage_are_prdcs():
+    theirs = pytest.importorskip("prdc").compute_prdc(REAL, FAKE, 5)
+    blocks = [metrics.squared_distances(x, y) for x, y in ((REAL, REAL), (FAKE, FAKE), (REAL, FAKE))]
+    ours = metrics.precision_recall(*blocks, 5)
+    assert ours == pytest.approx([theirs[name] for name in ("precision", "recall", "density", "coverage")], abs=1e-12)
+
+
+def test_kid_is_torchmetrics():
+    poly_mmd = pytest.importorskip("torchmetrics.image.kid").poly_mmd
+    assert kid(REAL[:50], FAKE)[0] == pytest.approx(poly_mmd(*map(torch.from_numpy, (REAL[:50], FAKE))).item(), rel=1e-10)
+
+
+def test_the_clean_resize_is_clean_fids():
+    resize = pytest.importorskip("cleanfid.resize").make_resizer("PIL", False, "bicubic", (299, 299))
+    pixels = noise(2, size=96)
+    for image, ours in zip(pixels, metrics.resized(pixels, 299, "clean")):
+        assert np.abs(resize(image.permute(1, 2, 0).numpy()) - ours.permute(1, 2, 0).numpy()).max() < 2e-3
+
+
+def test_ssim_and_ms_ssim_agree_with_scikit_image_and_pytorch_msssim():
+    y, x = np.mgrid[0:192, 0:192] / 191
+    a = 0.5 + 0.5 * np.sin(20 * x + 14 * y**2)
+    b = np.clip(a + 0.1 * np.random.RandomState(4).randn(192, 192), 0, 1)
+    pair = [torch.from_numpy(image)[None, None] for image in (a, b)]
+    assert metrics.ms_ssim(*pair).item() == pytest.approx(0.942919394, abs=1e-6)   # pytorch-msssim 1.0.0
+    theirs = pytest.importorskip("skimage.metrics").structural_similarity(
+        a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0)
+    assert metrics.ssim(*pair).item() == pytest.approx(theirs, abs=1e-9)
+
+
+@pytest.mark.parametrize("net", ["alex", "squeeze"])
+def test_lpips_agrees_with_the_lpips_package_on_the_same_random_trunk(net, tmp_path):
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = {name.split(".", 1)[1]: value for name, value in theirs.net.state_dict().items()}
+    pixels = noise(3)
+    network = dict(name=net, trunk=metrics.trunk_of(metrics.LPIPS[net][0], state), indices=metrics.LPIPS[net][1],
+                   weights=[theirs.state_dict()[f"lin{n}.model.1.weight"][0] for n in range(len(metrics.LPIPS[net][1]))])
+    with torch.no_grad():
+        expected = [theirs(pixels[:1] / 127.5 - 1, pixels[n:n + 1] / 127.5 - 1).item() for n in (1, 2)]
+    assert metrics.lpips_matrix(pixels, network, "cpu")[0, 1:] == pytest.approx(expected, abs=2e-5)
+
+
+def tiny_clip(folder):
+    """A CLIP of 32-pixel images and byte words with random weights, in transformers' form."""
+    from transformers import CLIPConfig, CLIPModel
+    from conftest import tiny_parts
+    _, _, tokenizer, *_ = tiny_parts()
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8)
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(
+        text_config=dict(size, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id),
+        vision_config=dict(size, image_size=32, patch_size=16), projection_dim=8)).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def test_clip_features_and_clip_score_are_those_of_transformers(tmp_path):
+    model, tokenizer = tiny_clip(tmp_path)
+    pixels, captions = noise(3, size=32), ["a wound", "", "a wound"]
+    mean, sd = (torch.tensor(v)[:, None, None] for v in metrics.CLIP_SCALE)
+    with torch.no_grad():
+        seen = model(pixel_values=(pixels / 255 - mean) / sd, **tokenizer(captions, padding=True, return_tensors="pt"))
+    network = metrics.load_features(str(tmp_path), "cpu")
+    found = metrics.extract(pixels, network, "cpu")
+    assert found / np.linalg.norm(found, axis=1)[:, None] == pytest.approx(seen.image_embeds.numpy(), abs=1e-5)
+    scores = metrics.caption_scores(pixels, captions, str(tmp_path), "cpu")
+    expected = (100 * seen.image_embeds @ seen.text_embeds.T).clamp(min=0).numpy()
+    assert scores == pytest.approx(expected, abs=1e-3)
+    assert metrics.caption_draws({"captions": scores}, np.zeros((3, 6)))[0] == pytest.approx(scores.diagonal().mean())
+
+
+def test_dinov2_features_are_its_class_token(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56)).eval()
+    model.save_pretrained(tmp_path)
+    pixels = noise(2, size=224)
+    mean, sd = (torch.tensor(v)[:, None, None] for v in metrics.IMAGENET_SCALE)
+    with torch.no_grad():
+        expected = model(pixel_values=(pixels / 255 - mean) / sd).last_hidden_state[:, 0]
+    found = metrics.extract(pixels, metrics.load_features(str(tmp_path), "cpu"), "cpu")
+    assert found == pytest.approx(expected.numpy(), abs=1e-4)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def altered(pixels):
+    """Copies of pictures: exact, mirrored, JPEG 70, 90 % crops, blended with noise."""
+    import io
+    side, found = pixels.shape[2], {"exact": pixels, "flipped": pixels.flip(3)}
+
+    def each(change):
+        pictures = [change(n, Image.fromarray(p.permute(1, 2, 0).numpy())) for n, p in enumerate(pixels)]
+        return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
+
+    def jpeg(_, image):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=70)
+        return Image.open(buffer)
+    cut = side - round(0.9 * side)
+    found["jpeg"] = each(jpeg)
+    found["crop"] = each(lambda n, image: image.resize((side, side), box=(n % cut, n * 3 % cut, side - cut + n % cut,
+                                                                         side - cut + n * 3 % cut)))
+    rough = torch.rand(pixels.shape, generator=metrics.generator(0, "blend")) * 255
+    found["blended"] = (0.8 * pixels + 0.2 * rough).byte()
+    return found
+
+
+def test_copies_are_found_whatever_was_done_to_them_and_fresh_pictures_as_often_as_promised():
+    real, fresh = noise(150, seed=1), noise(400, seed=2)
+    between, same, limit = metrics.copy_distances(real, real), np.eye(150, dtype=bool), 2 / 151 + 1e-9
+    for kind, copies in altered(real[:60]).items():
+        p = metrics.copy_chances(between, metrics.copy_distances(copies, real), same)
+        assert (p <= limit).mean() >= 0.95, kind
+    p = metrics.copy_chances(between, metrics.copy_distances(fresh, real), same)
+    assert (p <= limit).mean() < 0.04 and 0.02 < (p <= 0.1).mean() < 0.2
 
 
 # ---------------------------------------------------------------- the yardstick

@@ -1,4 +1,4 @@
-"""Images of every kind become upright 8-bit RGB, or a BadImage that says why; data sets become rows."""
+"""Images of every kind become upright 8-bit RGB, or a BadImage that says why."""
 import importlib.util
 import struct
 import zlib
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metrics import BadImage, content_hash, fit_square, list_images, load_pixels, read_image, split_rows
+import metrics
+from metrics import WINDOWS, BadImage, read_image
 
 RAMP = np.tile(np.arange(0, 4096, 32, dtype=np.uint16), (64, 1))  # (64, 128), 12 bits
 dicom = pytest.mark.skipif(importlib.util.find_spec("pydicom") is None, reason="pydicom is not installed")
@@ -96,6 +97,7 @@ def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
     cases = {"empty.png": (b"", "is empty"), "text.png": (b"hello " * 99, "is not an image"),
              "half.png": (whole[:len(whole) // 2], "is damaged"), "note.pdf": (b"%PDF-1.4\n%stub\n", "is not an image"),
              "bad_crc.png": (whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:], "is damaged"),
+             "bad_sum.png": (whole[:-13] + bytes([whole[-13] ^ 1]) + whole[-12:], "is damaged"),  # of the last pixels
              "half.jpg": ((tmp_path / "whole.jpg").read_bytes()[:900], "is damaged"),
              "bomb.png": (png_claiming(60000, 60000), "178 megapixels"),
              "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image")}
@@ -164,7 +166,7 @@ def test_oblong_pixels_become_square_and_frames_are_picked_by_number(tmp_path):
 
 
 @dicom
-def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn):
+def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn, monkeypatch):
     write_dicom(tmp_path / "a.dcm", RAMP)
     whole = (tmp_path / "a.dcm").read_bytes()
     (tmp_path / "a.dcm").write_bytes(whole[:-500])
@@ -172,6 +174,84 @@ def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn):
         read_image(tmp_path / "a.dcm")
     said = str(error.value) + "".join(capsys.readouterr()) + "".join(str(w.message) for w in recwarn)
     assert "Doe" not in said and "secret" not in said
+    monkeypatch.setattr(metrics, "dicom_frame", lambda *_: int("Doe^Jane"))
+    with pytest.raises(BadImage, match=r"is damaged \(ValueError\)$"):
+        read_image(tmp_path / "a.dcm")
+
+
+@dicom
+def test_windows_have_names_that_only_cts_obey(tmp_path, capsys):
+    stored = np.tile(np.arange(0, 3000, 100, dtype=np.int16), (20, 1))
+    for name, modality in (("ct", "CT"), ("mr", "MR")):
+        write_dicom(tmp_path / name, stored, Modality=modality, RescaleSlope=1, RescaleIntercept=-1024)
+    lung = values(tmp_path / "ct", window=(-600, 1500))
+    assert (values(tmp_path / "ct", window="lung") == lung).all() and WINDOWS["lung"] == (-600, 1500)
+    assert (values(tmp_path / "ct", window="-600,1500") == lung).all()
+    assert (values(tmp_path / "mr", window="lung") == values(tmp_path / "mr")).all()
+    assert (values(tmp_path / "mr", window="-600,1500") == lung).all()
+    for wrong in ("lungs", "40", "40,0", "a,b"):
+        with pytest.raises(SystemExit):
+            read_image(tmp_path / "ct", window=wrong)
+        assert f"--window {wrong}: give centre,width" in capsys.readouterr().err
+
+
+@dicom
+def test_a_ct_without_rescale_takes_no_window(tmp_path):
+    write_dicom(tmp_path / "a", RAMP, Modality="CT")
+    assert values(tmp_path / "a").max() == 255
+    with pytest.raises(BadImage, match="no Hounsfield units"):
+        read_image(tmp_path / "a", window="soft")
+
+
+@dicom
+def test_burnt_in_text_is_refused_unless_allowed(tmp_path):
+    write_dicom(tmp_path / "a", RAMP, BurnedInAnnotation="YES")
+    with pytest.raises(BadImage, match="--allow-burned-in"):
+        read_image(tmp_path / "a")
+    assert read_image(tmp_path / "a", allow_burned_in=True).size == (128, 64)
+
+
+@dicom
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_and_counts_for_nothing(tmp_path, photometric):
+    padded = RAMP.copy()
+    padded[:8] = 60000
+    write_dicom(tmp_path / "a", padded, photometric, PixelPaddingValue=60000, RescaleSlope=2, RescaleIntercept=-5)
+    write_dicom(tmp_path / "b", RAMP, photometric)
+    assert values(tmp_path / "a")[:8].max() == 0
+    assert np.abs(values(tmp_path / "a")[8:] - values(tmp_path / "b")[8:]).max() <= 1
+
+
+@dicom
+def test_frames_without_a_window_share_one_range(tmp_path):
+    frames = np.stack([np.full((16, 16), level, np.uint16) for level in (100, 200, 300)])
+    frames[:, 0] = 9999
+    write_dicom(tmp_path / "a", frames, PixelPaddingValue=9999)
+    assert [values(tmp_path / "a", slice=n)[9, 0] for n in range(3)] == [0, 128, 255]
+    assert [values(tmp_path / "a", slice=n, value_range=(0, 510))[9, 0] for n in range(3)] == [50, 100, 150]
+
+
+@dicom
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm",
+                                  "examples_overlay.dcm"])
+def test_dicoms_read_as_pydicom_itself_reads_them(name):
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    path = pydicom.data.get_testdata_file(name, download=False)
+    if path is None:
+        pytest.skip("not among the files that come with pydicom")
+    data = pydicom.dcmread(path)
+    shown = apply_modality_lut(data.pixel_array, data).astype(float)
+    low, high = np.percentile(shown, (0.5, 99.5))
+    if "VOILUTSequence" in data or "WindowCenter" in data:
+        shown = apply_voi_lut(apply_modality_lut(data.pixel_array, data), data).astype(float)
+        low, high = 0, 2 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1 if "VOILUTSequence" in data else 0
+        if not high:  # pydicom spreads a window over what the stored bits can hold
+            slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
+            least = -2 ** (data.BitsStored - 1) if data.PixelRepresentation else 0
+            low, high = (slope * end + intercept for end in (least, least + 2 ** data.BitsStored - 1))
+    expected = np.clip((shown - low) / (high - low), 0, 1) * 255
+    assert np.abs(values(path) - expected).max() <= 1
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
@@ -198,140 +278,57 @@ def test_a_volume_gives_its_middle_slice_with_anterior_up(tmp_path):
         assert values(tmp_path / name, slice=0)[-1, 0] == 0
 
 
-# ---------------------------------------------------------------- listing
+@nifti
+def test_volumes_are_cut_in_three_planes_and_scaled_as_a_whole(tmp_path):
+    import nibabel
+    volume = np.random.RandomState(0).rand(6, 8, 10).astype(np.float32)
+    volume[4:, 6:, 7:] = 3  # right, anterior, superior: the upper right corner of each plane
+    for name, save in (("a.nii", nibabel.Nifti1Image), ("a.mgz", nibabel.MGHImage)):
+        nibabel.save(save(volume, np.eye(4)), tmp_path / name)
+        for plane, number, shape in (("axial", 8, (8, 6)), ("coronal", 7, (10, 6)), ("sagittal", 5, (10, 8))):
+            found = values(tmp_path / name, slice=f"{plane}:{number}")
+            assert found.shape == shape and (found[:2, -2:] == 255).all() and found[4:].max() < 100
+            assert (values(tmp_path / name, slice=plane)[:2, -2:] < 255).all() or plane != "sagittal"
+        assert (values(tmp_path / name, slice="axial:8") == values(tmp_path / name, slice=8)).all()
+        with pytest.raises(BadImage, match="slices 0 to 7"):
+            read_image(tmp_path / name, slice="coronal:8")
 
 
-def pictures(folder, *names):
-    for n, name in enumerate(names):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8 + n, 8), (n, 0, 0)).save(folder / name)
-    return folder
+@nifti
+def test_volumes_read_as_nibabel_itself_turns_them():
+    import nibabel.testing
+    for name in ("anatomical.nii", "functional.nii", "reoriented_anat_moved.nii", "example4d.nii.gz",
+                 "example_nifti2.nii.gz", "test.mgz"):
+        path = f"{nibabel.testing.data_path}/{name}"
+        volume = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata()
+        volume = volume[..., 0] if volume.ndim > 3 else volume
+        low, high = np.percentile(volume, 1), np.percentile(volume[volume > volume.mean()], 99)
+        expected = np.clip((np.rot90(volume[:, :, volume.shape[2] // 2]) - low) / (high - low), 0, 1) * 255
+        found = values(path)
+        assert found.shape == expected.shape and np.abs(found - expected).max() <= 1, name
 
 
-def refused(capsys, *args, **more):
-    with pytest.raises(SystemExit) as stop:
-        list_images(*args, **more)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
-    return lines[0]
+# ---------------------------------------------------------------- files that are broken in any way
 
 
-def test_a_folder_lists_its_images_and_skips_litter(tmp_path):
-    pictures(tmp_path, "b.png", "A.JPG", "sub/c.png", ".hidden.png", "._a.jpg", ".cache/d.png")
-    for name in ("Thumbs.db", "report.pdf", "notes"):
-        (tmp_path / name).write_bytes(b"x" * 200)
-    (tmp_path / "dicom_without_suffix").write_bytes(b"\0" * 128 + b"DICM")
-    rows = list_images(tmp_path)
-    assert [row["file_name"] for row in rows] == ["A.JPG", "b.png", "dicom_without_suffix", "sub/c.png"]
-    assert [row["label"] for row in rows] == ["", "", "", "sub"]
-    assert rows[1] == dict(path=str(tmp_path / "b.png"), file_name="b.png", caption="", label="", group="", fields={})
-
-
-def test_a_table_gives_captions_labels_and_groups(tmp_path):
-    pictures(tmp_path, "a.png", "d/b.png")
-    text = "\ufefffile_name;Text;labels;patient_id\na.png;one;X|Y|Z;p1\nd/b.png;two;X;\n"
-    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
-    rows = list_images(tmp_path)
-    assert [(r["caption"], r["label"], r["group"]) for r in rows] == [("one", "X|Y|Z", "p1"), ("two", "X", "")]
-    assert rows[0]["fields"] == {"file_name": "a.png", "Text": "one", "labels": "X|Y|Z", "patient_id": "p1"}
-    rows = list_images(tmp_path / "metadata.csv", prompt="a scan with {labels}, {Text} {{x}}")
-    assert [row["caption"] for row in rows] == ["a scan with X, Y and Z, one {x}", "a scan with X, two {x}"]
-    rows = list_images(tmp_path, caption_column="patient_id", prompt="{caption}")
-    assert rows[0]["caption"] == "p1"
-
-
-def test_jsonl_and_manifests_are_tables_too(tmp_path):
-    one, two = pictures(tmp_path / "one", "a.png"), pictures(tmp_path / "two", "a.png")
-    (one / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "hello", "age": 7}\n\n')
-    (two / "manifest.csv").write_text("file,prompt,seed\na.png,\"a wound, red\",3\n")
-    assert list_images(one)[0]["caption"] == "hello" and list_images(one)[0]["fields"]["age"] == "7"
-    assert list_images(two)[0]["caption"] == "a wound, red"
-
-
-def test_class_folders_give_the_label_field(tmp_path):
-    rows = list_images(pictures(tmp_path, "mpox/a.png", "normal/b.png"), prompt="photo of {label} skin")
-    assert [row["caption"] for row in rows] == ["photo of mpox skin", "photo of normal skin"]
-
-
-def test_what_is_wrong_with_a_data_set_is_said_in_one_line(tmp_path, capsys):
-    data = pictures(tmp_path / "data", "a.png")
-    (tmp_path / "empty").mkdir()
-    assert "no such file or folder" in refused(capsys, tmp_path / "nowhere")
-    assert "no images" in refused(capsys, tmp_path / "empty")
-    assert "no metadata.csv" in refused(capsys, data, label_column="x")
-    assert "no field {label}" in refused(capsys, data, prompt="a {label}")
-    (data / "metadata.csv").write_text("file_name,text\na.png,x\n")
-    said = refused(capsys, data, prompt="a {finding}")
-    assert "{finding}" in said and "text, Text, file_name" in said
-    assert "columns file_name, text" in refused(capsys, data, caption_column="findings")
-    assert "--prompt" in refused(capsys, data, prompt="a {text")
-    assert "--prompt" in refused(capsys, data, prompt="{text.__class__}")
-    (data / "metadata.csv").write_text("file_name,text\n" + "".join(f"gone{n}.png,x\n" for n in range(7)) + "a.png,x\n")
-    said = refused(capsys, data)
-    assert "7 of 8 files" in said and "gone4.png" in said and "gone5.png" not in said
-    for name in ("../outside.png", ""):
-        (data / "metadata.csv").write_text(f"file_name,text\n{name},x\n")
-        assert "not inside" in refused(capsys, data)
-    (data / "metadata.csv").write_text("name,text\na.png,x\n")
-    assert "--image-column" in refused(capsys, data)
-    (data / "metadata.csv").write_text("file_name,text\na.png,one, two\n")
-    assert "line 2" in refused(capsys, data)
-    (data / "bad.jsonl").write_text('{"file_name": "a.png"}\nnot json\n')
-    assert "line 2" in refused(capsys, data / "bad.jsonl")
-    assert "not a UTF-8 text file" in refused(capsys, data / "a.png")
-
-
-# ---------------------------------------------------------------- splits and pixels
-
-
-def test_the_split_keeps_patients_together_and_survives_added_files(tmp_path):
-    names = [f"{n}.png" for n in range(60)]
-    pictures(tmp_path, *names)
-    rows = list_images(tmp_path)
-    for n, row in enumerate(rows):
-        row["group"] = f"patient {n % 20}" if n < 40 else ""
-    split_rows(rows, 0.3, 0.2)
-    before = {row["file_name"]: row["split"] for row in rows}
-    assert len({(row["group"], row["split"]) for row in rows if row["group"]}) == 20
-    assert set(before.values()) == {"train", "val", "test"}
-    split_rows(rows[::-1][:30], 0.3, 0.2)
-    assert {row["file_name"]: row["split"] for row in rows} == before
-    split_rows(rows, 0.0)
-    assert {row["split"] for row in rows} == {"train"}
-
-
-def test_the_share_held_out_is_the_share_asked_for():
-    rows = [dict(group=str(n), path="") for n in range(4000)]
-    split_rows(rows, 0.15, 0.1)
-    shares = {name: sum(row["split"] == name for row in rows) / 4000 for name in ("val", "test")}
-    assert shares == pytest.approx({"val": 0.15, "test": 0.1}, abs=0.025)
-
-
-def test_the_content_hash_is_sha256(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert content_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-def test_a_picture_is_cropped_to_its_centre_or_padded_with_black():
-    wide = Image.new("RGB", (300, 100), "white")
-    wide.paste("red", (0, 0, 100, 100))
-    centre = np.asarray(fit_square(wide, 50))
-    assert centre.shape == (50, 50, 3) and centre[:, 4:].min() == 255
-    padded = np.asarray(fit_square(wide, 60, "pad"))
-    assert padded.shape == (60, 60, 3) and padded[:18].max() == 0 and padded[30, 30].min() == 255
-    for crop in ("center", "pad"):
-        assert fit_square(Image.new("RGB", (2000, 3)), 64, crop).size == (64, 64)
-
-
-def test_unreadable_images_are_named_and_too_many_of_them_stop_the_run(tmp_path, capsys):
-    pictures(tmp_path, *[f"{n:02}.png" for n in range(30)])
-    (tmp_path / "07.png").write_bytes(b"")
-    rows, pixels = load_pixels(list_images(tmp_path), 16)
-    assert len(rows) == 29 and pixels.shape == (29, 3, 16, 16) and pixels[7, 0, 8, 8] == 8
-    assert capsys.readouterr().err == f"skipped: {tmp_path / '07.png'}: is empty\n"
-    with pytest.raises(SystemExit):
-        load_pixels(list_images(tmp_path), 16, strict=True)
-    (tmp_path / "09.png").write_bytes(b"x")
-    with pytest.raises(SystemExit):
-        load_pixels(list_images(tmp_path), 16)
-    assert "2 of 30 images cannot be read" in capsys.readouterr().err
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_is_in_a_file_it_is_an_image_or_a_bad_image(tmp_path, capfd):
+    for name in ("a.png", "a.jpg", "a.gif", "a.tif", "a.bmp", "a.webp"):
+        Image.fromarray(RAMP.astype(np.uint8)).save(tmp_path / name)
+    if importlib.util.find_spec("pydicom"):
+        write_dicom(tmp_path / "a.dcm", np.stack([RAMP, RAMP]), WindowCenter=40, WindowWidth=400)
+    if importlib.util.find_spec("nibabel"):
+        import nibabel
+        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    draw, read = np.random.RandomState(0), 0
+    for path in sorted(tmp_path.iterdir()):
+        whole = np.frombuffer(path.read_bytes(), np.uint8)
+        for n in range(16):
+            broken = whole.copy()
+            broken[draw.randint(0, min(len(whole), 400 if n % 2 else len(whole)), 1 + n // 4)] = draw.randint(256)
+            path.write_bytes(broken[:draw.randint(len(whole)) if n % 5 == 0 else None].tobytes())
+            try:
+                read += read_image(path).mode == "RGB"
+            except BadImage as error:
+                assert "\n" not in str(error)
+    assert read > 10 and capfd.readouterr() == ("", "")

@@ -1,5 +1,7 @@
 """Drawing: the pictures are keyed, the files are safe, and diffusers' own pipeline agrees."""
 import csv
+import errno
+import os
 import shutil
 
 import numpy as np
@@ -8,7 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import lora
 import sample
+import train
+from metrics import read_image
 
 CPU = torch.device("cpu")
 JOBS = [("a wound", 0), ("a wound", 1), ("a film", 0), ("", 3), ("a film", 7)]
@@ -29,6 +34,106 @@ def test_the_same_pictures_whatever_the_batch_size(loaded, scheduler):
     three = pixels(sample.generate(loaded, JOBS, steps=4, scheduler=scheduler, batch_size=3))
     assert np.abs(one - three).max() <= 1
     assert np.abs(one[0] - one[1]).max() > 5  # and they are different pictures
+
+
+@pytest.fixture(scope="module")
+def peer(base):
+    """theirs(scheduler, job, config={}, **flags): the picture of diffusers' own pipeline from the noise of our job, seed 3."""
+    from diffusers import StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.scheduler.config
+
+    def draw(scheduler, job, changed=(), **flags):
+        pipe.scheduler = sample.SCHEDULERS[scheduler].from_config({**config, "skip_prk_steps": True, **dict(changed)})
+        key = sample.generator(3, "sample", *job)
+        noise = torch.randn(4, 8, 8, generator=key)[None]
+        return pipe(job[0], latents=noise, height=64, width=64, generator=[key], **flags).images[0]
+    return draw
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
+def test_few_steps_of_every_scheduler_are_diffusers_own(loaded, peer, scheduler, steps):
+    ours = next(sample.generate(loaded, [("a wound", 4)], steps, 5, scheduler, seed=3))
+    theirs = peer(scheduler, ("a wound", 4), num_inference_steps=steps, guidance_scale=5)
+    assert np.abs(pixels([ours]) - pixels([theirs])).max() <= 1
+
+
+TERMINAL = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("config", [{"prediction_type": "v_prediction"}, TERMINAL], ids=["v", "zero terminal SNR"])
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm"])
+def test_v_prediction_with_rescaled_guidance_is_diffusers_own(base, peer, scheduler, config):
+    ours = sample.load_base(base, CPU)
+    ours.schedule.update(config)
+    plain, rescaled = (next(sample.generate(ours, [("a film", 0)], 4, 12, scheduler, seed=3, guidance_rescale=share))
+                       for share in (0.0, 0.7))
+    theirs = peer(scheduler, ("a film", 0), config, num_inference_steps=4, guidance_scale=12, guidance_rescale=0.7)
+    assert np.abs(pixels([rescaled]) - pixels([theirs])).max() <= 1 < np.abs(pixels([plain]) - pixels([rescaled])).max()
+
+
+def test_a_scheduler_that_knows_no_zero_terminal_snr_is_refused(base, capsys):
+    ours = sample.load_base(base, CPU)
+    ours.schedule.update(TERMINAL)
+    with pytest.raises(SystemExit):
+        next(sample.generate(ours, JOBS, scheduler="pndm"))
+    assert "pndm" in capsys.readouterr().err
+
+
+def test_guidance_outside_its_interval_is_left_out_and_costs_nothing(loaded, monkeypatch):
+    rows, denoise = [], sample.denoise
+
+    def counted(base, x, t, cond):
+        rows.append(len(x))
+        return denoise(base, x, t, cond)
+    monkeypatch.setattr(sample, "denoise", counted)
+
+    def drawn(scale, interval):
+        rows.clear()
+        return pixels(sample.generate(loaded, JOBS[:2], 10, scale, guidance_interval=interval))
+    always, never = drawn(9, None), drawn(1, None)
+    assert rows == [2] * 10
+    assert np.array_equal(drawn(9, (0.0, 99.0)), always) and rows == [4] * 10
+    assert np.array_equal(drawn(9, (50.0, 99.0)), never) and rows == [2] * 10
+    between = drawn(9, (0.28, 5.42))
+    levels = [((1 - a) / a) ** 0.5 for a in loaded.alphas_cumprod[[901 - 100 * i for i in range(10)]].tolist()]
+    assert rows == [4 if 0.28 < level <= 5.42 else 2 for level in levels] and 20 < sum(rows) < 40
+    assert not np.array_equal(between, always) and not np.array_equal(between, never)
+
+
+def test_a_texts_keys_and_values_are_made_once_a_batch_and_never_kept(loaded, monkeypatch):
+    layer, seen, forward = loaded.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k, [], torch.nn.Linear.forward
+
+    def counted(self, x):
+        seen.extend([len(x)] * (self is layer))
+        return forward(self, x)
+    monkeypatch.setattr(torch.nn.Linear, "forward", counted)
+    once = pixels(sample.generate(loaded, JOBS, 4, batch_size=2))
+    assert seen == [4, 4, 2] and "forward" not in vars(layer)
+    monkeypatch.setattr(sample, "text_read_once", lambda unet: __import__("contextlib").nullcontext())
+    assert np.array_equal(pixels(sample.generate(loaded, JOBS, 4, batch_size=2)), once) and len(seen) == 3 + 12
+
+
+def test_low_memory_draws_the_same_with_half_the_rows(base, loaded, tmp_path, run, monkeypatch):
+    rows, tiles, denoise, decode = [], [], sample.denoise, sample.decode
+    monkeypatch.setattr(sample, "denoise", lambda base, x, *rest: rows.append(len(x)) or denoise(base, x, *rest))
+    monkeypatch.setattr(sample, "decode", lambda base, x: tiles.append(
+        (base.vae.use_slicing, base.vae.use_tiling)) or decode(base, x))
+    flags = ["--base", base, "--prompt", "a wound", "--num-images", 3, "--steps", 3]
+    run(sample, *flags, "--out", tmp_path / "a")
+    run(sample, *flags, "--out", tmp_path / "b", "--low-memory")
+    assert rows == [6] * 3 + [3] * 6 and tiles == [(False, False), (True, True)]
+    for path in (tmp_path / "a").glob("*.png"):
+        assert np.abs(pixels([Image.open(path)]) - pixels([Image.open(tmp_path / "b" / path.name)])).max() <= 1
+
+
+def test_compile_is_asked_of_the_unet(base, tmp_path, run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(type(module).__name__))
+    run(sample, "--base", base, "--prompt", "a wound", "--num-images", 1, "--steps", 1, "--out", tmp_path, "--compile")
+    assert asked == ["UNet2DConditionModel"]
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -148,7 +253,10 @@ def test_a_prompt_cannot_leave_the_folder(base, tmp_path, run):
 @pytest.mark.parametrize("flags, said", [
     (["--prompt", "x", "--steps", "0"], "--steps 0"),
     (["--prompt", "x", "--height", "65"], "--height 65"),
-    (["--prompt", "x", "--steps", "1001"], "--steps 1001"),
+    (["--prompt", "x", "--steps", "1000"], "--steps 1000"),
+    (["--prompt", "x", "--guidance-rescale", "1.5"], "--guidance-rescale 1.5"),
+    (["--prompt", "x", "--guidance-interval", "5,0.3"], "--guidance-interval 5,0.3"),
+    (["--prompt", "x", "--guidance-interval", "5"], "--guidance-interval 5"),
     (["--prompt", "x", "--guidance-scale", "nan"], "--guidance-scale nan"),
     (["--prompt", "x", "--scheduler", "magic"], "magic"),
     (["--num-images", "2"], "nothing to draw"),
@@ -167,3 +275,212 @@ def test_a_flag_file_gives_flags_and_the_command_line_overrides_it(tmp_path, mon
     monkeypatch.setattr("sys.argv", ["sample.py", f"@{tmp_path / 'try.txt'}", "--seed", "5"])
     args = sample.parse_args()
     assert (args.steps, args.prompt, args.grid, args.seed) == (7, ["a wound, with = and spaces"], True, 5)
+
+
+# ---- what a run of train.py left
+
+def same_pictures(one, other):
+    names = sorted(path.name for path in one.glob("*.png"))
+    assert names and names == sorted(path.name for path in other.glob("*.png"))
+    return all(np.array_equal(pixels([Image.open(one / n)]), pixels([Image.open(other / n)])) for n in names)
+
+
+@pytest.mark.parametrize("method, flags, result", [
+    ("lora", ["--text-lora", "--rank", 2, "--alpha", 5, "--lr", 0.03], "lora.safetensors"),
+    ("textual-inversion", ["--token", "<sore>", "--prompt", "a <sore> foot", "--lr", 0.5], "embeddings.safetensors"),
+    ("full", ["--lr", 0.01], "model")])
+def test_a_checkpoint_draws_what_the_runs_own_result_draws(method, flags, result, base, images, tmp_path, run):
+    run(train, "--base", base, "--data", images, "--prompt", "a foot", "--steps", 4, "--val-samples", 0, "--val-split", 0,
+        "--method", method, *flags, "--out", tmp_path / "run")
+    how = ["--num-images", 2, "--steps", 3, "--precision", "fp32"]
+    run(sample, "--checkpoint", tmp_path / "run" / "checkpoints" / "latest.pt", *how, "--out", tmp_path / "a")
+    prompt = "a <sore> foot" if method == "textual-inversion" else "a foot"
+    run(sample, "--base" if method == "full" else "--lora", tmp_path / "run" / result, "--prompt", prompt, *how,
+        "--out", tmp_path / "b")
+    run(sample, "--base", base, "--prompt", prompt, *how, "--out", tmp_path / "plain")
+    assert same_pictures(tmp_path / "a", tmp_path / "b") and not same_pictures(tmp_path / "a", tmp_path / "plain")
+    rows = list(csv.DictReader(open(tmp_path / "a" / "manifest.csv", newline="")))
+    assert rows[0]["prompt"] == prompt and rows[0]["base"] == base and rows[0]["lora"].endswith("latest.pt:1")
+
+
+def test_what_is_no_checkpoint_is_one_line(tmp_path, refused):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+    torch.save({"format": 1, "args": Evil()}, tmp_path / "pickle.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
+    (tmp_path / "torn.pt").write_bytes((tmp_path / "foreign.pt").read_bytes()[:300])
+    for name in ("pickle.pt", "foreign.pt", "torn.pt", "absent.pt", "."):
+        assert "--checkpoint" in refused(sample, "--checkpoint", tmp_path / name, "--prompt", "x", "--out", tmp_path / "out")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def adapter(path, tensors, **metadata):
+    lora.save(path, tensors, {"rank": 1, "alpha": 1, **metadata})
+    return path
+
+
+def test_an_adapter_draws_at_the_size_it_was_trained_at(base, tmp_path, run):
+    word = adapter(tmp_path / "word.safetensors", {"<sore>": torch.zeros(1, 32)}, tokens="<sore>", resolution=96)
+    run(sample, "--base", base, "--lora", word, "--prompt", "x", "--num-images", 1, "--steps", 1, "--width", 64, "--out", tmp_path)
+    assert Image.open(tmp_path / "x-0000.png").size == (64, 96)
+
+
+def test_adapters_add_up_and_those_that_exclude_each_other_are_refused(base, tmp_path, run, refused):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    one, two, both = ({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b} for a, b in (
+        (torch.ones(1, 32), torch.ones(32, 1)), (torch.arange(32.)[None] / 9, torch.ones(32, 1)),
+        (torch.stack([torch.ones(32), torch.arange(32.) / 9]), torch.tensor([[0.5, 2.0]]).repeat(32, 1))))
+    flags = ["--base", base, "--prompt", "a <sore> and <calm> foot", "--num-images", 1, "--steps", 2]
+    one, two, both = (adapter(tmp_path / f"{i}.safetensors", each) for i, each in enumerate((one, two, both)))
+    run(sample, *flags, "--lora", f"{one}:0.5", "--lora", f"{two}:2", "--out", tmp_path / "a")
+    run(sample, *flags, "--lora", both, "--out", tmp_path / "b")
+    assert same_pictures(tmp_path / "a", tmp_path / "b")
+    sore, calm = (adapter(tmp_path / f"{word}.safetensors", {f"<{word}>": torch.full((2, 32), value)}, tokens=f"<{word}>")
+                  for word, value in (("sore", 0.3), ("calm", -0.3)))
+    run(sample, *flags, "--lora", sore, "--lora", calm, "--lora", both, "--out", tmp_path / "c")
+    run(sample, *flags, "--lora", sore, "--lora", both, "--out", tmp_path / "d")
+    assert not same_pictures(tmp_path / "c", tmp_path / "d")
+    own = {"text_projection.weight": torch.zeros(32, 8), "text_projection.bias": torch.zeros(32)}
+    bert, clip = adapter(tmp_path / "bert.safetensors", own), adapter(tmp_path / "clip.safetensors", {
+        "text_encoder.x.lora_A.weight": torch.ones(1, 32), "text_encoder.x.lora_B.weight": torch.ones(32, 1)})
+    for files, said in (((sore, sore), "the word <sore>"), ((bert, bert), "a text encoder of its own"),
+                        ((bert, clip), "adapts"), ((f"{sore}:0.5",), "there or not")):
+        assert said in refused(sample, *flags, *[x for file in files for x in ("--lora", file)], "--out", tmp_path / "e")
+    assert not (tmp_path / "e").exists()
+
+
+# ---- prompts
+
+ROWS = [{"caption": caption, "label": label} for caption, label, n in (
+    ("clear lungs", "none", 6), ("fibrosis", "Fibrosis", 2), ("fibrosis and mass", "Fibrosis|Mass", 1)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("total, balanced, expected", [
+    (9, False, [6, 2, 1]), (10, False, [7, 2, 1]), (3, False, [2, 1, 0]), (9, True, [3, 3, 3]), (90, True, [30, 30, 30])])
+def test_images_are_dealt_to_captions_as_frequent_or_to_labels_alike(total, balanced, expected):
+    assert list(sample.deal(ROWS, total, balanced).values()) == expected
+
+
+def test_counts_follow_the_data_set(base, images, tmp_path, run, refused):
+    for i in range(8):
+        place = tmp_path / "data" / ("calm" if i < 6 else "sore")
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"{images}/calm/0.png", place / f"{i}.png")
+    flags = ["--base", base, "--labels-from", tmp_path / "data", "--prompt", "{label}", "--num-images", 2, "--steps", 1]
+    run(sample, *flags, "--counts", "proportional", "--out", tmp_path / "a")
+    run(sample, *flags, "--counts", "balanced", "--out", tmp_path / "b")
+    for folder, counts in (("a", [3, 1]), ("b", [2, 2])):
+        assert [len(list((tmp_path / folder).glob(f"{name}-*.png"))) for name in ("calm", "sore")] == counts
+    assert "--labels-from" in refused(sample, "--base", base, "--prompt", "x", "--counts", "balanced")
+
+
+def test_the_words_that_are_cut_are_said(base, tmp_path, run, capsys):
+    words = [f"w{i}" for i in range(500)]   # this base reads a letter a token, so 75 of 1890
+    run(sample, "--base", base, "--prompt", " ".join(words), "--prompt", "short", "--negative-prompt", "n" * 76,
+        "--num-images", 1, "--steps", 1, "--out", tmp_path)
+    said = capsys.readouterr().out
+    assert 'the prompt "w0 w1 w2' in said and "75 tokens" in said and 'cut: "w28 w29' in said and 'w499"' in said
+    assert f'cut: "{"n" * 76}"' in said and "short" not in said
+    row = list(csv.DictReader(open(tmp_path / "manifest.csv", newline="")))[1]
+    assert row["prompt"].split() == words and len(row["file"]) < 80
+
+
+@pytest.mark.parametrize("prompt", ["x" * 10001, "a\0b", "a \udc80 film"])
+def test_prompts_that_no_file_can_hold_are_refused(prompt, base, tmp_path, refused):
+    assert "give text" in refused(sample, "--base", base, "--prompt", prompt, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- files
+
+@pytest.mark.parametrize("kind", ["jpg", "dcm"])
+@pytest.mark.parametrize("grey", [[], ["--grey"]])
+def test_other_formats_hold_the_same_picture_and_their_settings(kind, grey, base, tmp_path, run, refused, capsys):
+    pytest.importorskip("pydicom")
+    flags = ["--base", base, "--prompt", "größe 🦶, a wound", "--num-images", 2, "--steps", 2, *grey]
+    run(sample, *flags, "--out", tmp_path / "png")
+    flags += ["--format", kind, "--out", tmp_path / kind]
+    run(sample, *flags, "--grid")
+    for path in (tmp_path / "png").glob("*.png"):
+        difference = np.abs(pixels([read_image(path)]) - pixels([read_image(tmp_path / kind / f"{path.stem}.{kind}")]))
+        assert difference.max() == 0 if kind == "dcm" else difference.mean() < 5
+        assert sample.parameters_of(tmp_path / kind / f"{path.stem}.{kind}") == sample.parameters_of(path) != ""
+    before = {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()}
+    torn = tmp_path / kind / f"gr-e-a-wound-0001.{kind}"
+    torn.write_bytes(before[torn.name][:-300])
+    capsys.readouterr()
+    run(sample, *flags)
+    assert capsys.readouterr().out.startswith("1 images drawn, 1 were there")
+    assert {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()} == before
+    assert "other settings" in refused(sample, *flags, "--steps", 3)
+
+
+def test_a_dicom_file_says_that_it_is_synthetic_and_of_nobody(base, tmp_path, run):
+    pydicom = pytest.importorskip("pydicom")
+    run(sample, "--base", base, "--prompt", "a wound", "--num-images", 2, "--steps", 1, "--format", "dcm", "--out", tmp_path)
+    first, second = (pydicom.dcmread(path) for path in sorted(tmp_path.glob("*.dcm")))
+    assert first.SOPClassUID == "1.2.840.10008.5.1.4.1.1.7" and list(first.ImageType) == ["DERIVED", "SECONDARY", "OTHER"]
+    assert all("SYNTHETIC" in str(first[name].value) for name in ("SeriesDescription", "ImageComments", "PatientName"))
+    assert first.PatientBirthDate == first.PatientSex == first.StudyDate == "" and first.ConversionType == "SYN"
+    for name in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"):
+        assert first[name].value != second[name].value and len(first[name].value) <= 64
+    assert len({first.SOPInstanceUID, first.StudyInstanceUID, first.SeriesInstanceUID}) == 3
+    assert all(uid.is_valid for uid in (first.SOPInstanceUID, first.StudyInstanceUID, first.SeriesInstanceUID))
+
+
+def test_a_missing_package_is_said_before_anything_is_drawn(base, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
+    assert "pip install pydicom" in refused(sample, "--base", base, "--prompt", "x", "--format", "dcm", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("error, status", [(OSError(errno.ENOSPC, "No space left"), 2), (KeyboardInterrupt(), 130)])
+def test_what_was_drawn_before_a_full_disk_or_an_interrupt_is_kept(error, status, base, tmp_path, monkeypatch, capsys, run):
+    flags = ["--base", base, "--prompt", "a wound", "--num-images", 6, "--steps", 1, "--batch-size", 1]
+    run(sample, *flags, "--out", tmp_path / "whole")
+    save, calls = sample.save_png, []
+
+    def fails_once(image, path, parameters):
+        calls.append(path)
+        if len(calls) == 4:
+            raise error
+        save(image, path, parameters)
+    monkeypatch.setitem(sample.WRITERS, "png", fails_once)
+    monkeypatch.setattr(sample, "main", lambda args, main=sample.main: sample.guarded(main, args))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(sample, *flags, "--out", tmp_path / "out")
+    assert stop.value.code == status and "Traceback" not in capsys.readouterr().err
+    there = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    listed = [row["file"] for row in csv.DictReader(open(tmp_path / "out" / "manifest.csv", newline=""))]
+    assert 3 <= len(there) < 6 and listed == there and not list((tmp_path / "out").glob(".*"))
+    run(sample, *flags, "--out", tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_two_processes_share_the_images_and_leave_what_one_leaves(batch_size, base, tmp_path, run, monkeypatch, capsys):
+    flags = ["--base", base, "--prompt", "a wound", "--prompt", "a film", "--num-images", 5, "--steps", 2]
+    run(sample, *flags, "--out", tmp_path / "one")
+    monkeypatch.setattr(sample, "WORLD", 2)
+    for rank, count in ((1, 5), (0, 10)):
+        monkeypatch.setattr(sample, "RANK", rank)
+        run(sample, *flags, "--batch-size", batch_size, "--out", tmp_path / "two")
+        assert len(list((tmp_path / "two").glob("*.png"))) == count
+        assert (tmp_path / "two" / "manifest.csv").exists() == (rank == 0)
+    for path in (tmp_path / "one").glob("*.png"):   # kernels differ with the batch size, by a grey level
+        assert np.abs(pixels([Image.open(path)]) - pixels([Image.open(tmp_path / "two" / path.name)])).max() <= 1
+    rows = [row["file"] for row in csv.DictReader(open(tmp_path / "two" / "manifest.csv", newline=""))]
+    assert rows == sorted(path.name for path in (tmp_path / "one").glob("*.png"))
+
+
+def test_a_pictures_bits_do_not_depend_on_its_neighbours(base, tmp_path, run):
+    flags = ["--base", base, "--prompt", "a wound", "--prompt", "a film", "--num-images", 5, "--steps", 3, "--batch-size", 4]
+    run(sample, *flags, "--out", tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for lost in ("a-wound-0001", "a-film-0000", "a-film-0002", "a-film-0003", "a-film-0004"):
+        (tmp_path / f"{lost}.png").unlink()
+    run(sample, *flags, "--out", tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
