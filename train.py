@@ -236,7 +236,7 @@ from tqdm import tqdm  # noqa: E402
 import lora  # noqa: E402
 from metrics import (FORMATS, VOLUME_SUFFIXES, BadImage, content_hash, curve, extract, find_range, find_weights,  # noqa: E402
                      frechet, generator, guarded, is_deep, joint_matrices, kid, list_images, load_features,
-                     load_pixels, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_device,
+                     load_pixels, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_device, pick_window,
                      read_image, replacing, split_rows, table, taps, thumbnail, trunk_of, write_csv)
 from sample import (BASES, PARTS, add_tokens, base_hash, check_schedule, contact_sheet, decode_with_gradient, denoise, encode,  # noqa: E402
                     find_base, generate, load_base, noised_and_target, own_resolution, predicted_latents, project, save_png,
@@ -1424,7 +1424,7 @@ def run(args, device):
 
 
 def main(args):
-    device = start_processes(args)
+    device, args.window = start_processes(args), pick_window(args.window)
     if args.preview:
         preview(args)
     else:
