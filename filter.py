@@ -600,7 +600,8 @@ def picture(pixels):
 
 def read_ratings(paths):
     """All rows of ratings files: dicts of RATING_COLUMNS with "path" (image_path beside its file), "rating" int and
-    "level" float; fail() names the rows whose rating is not 1, 2 or 3."""
+    "level" float (3 where it is empty); fail() names the rows whose rating is not 1, 2 or 3.
+    """
     found = []
     for path in paths:
         if not os.path.isfile(path):
@@ -608,11 +609,10 @@ def read_ratings(paths):
         rows = read_table(path)
         if not rows or not {"image_path", "rating"} <= set(rows[0]):
             fail(f"{path}: a ratings file has rows and at least the columns image_path and rating")
-        for name, sort in (("rating", r"[123](\.0*)?"), ("expert_level", r"(\d+(\.\d*)?)?")):
+        for name, sort in (("rating", r"[123](\.0*)?"), ("expert_level", r"([1-9]\d*(\.\d*)?)?")):
             wrong = [str(n) for n, row in enumerate(rows, 2) if not re.fullmatch(sort, row.get(name, ""))]
             if wrong:
-                fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be "
-                     + ("1, 2 or 3" if name == "rating" else "a number"))
+                fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be 1, 2 or 3" + " or more" * (name != "rating"))
         for row in rows:
             found.append({name: row.get(name, "") for name in RATING_COLUMNS.split(",")} | dict(
                 path=os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])),

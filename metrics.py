@@ -158,8 +158,8 @@ def read_image(path, slice=None, window=None, value_range=None, allow_burned_in=
     The content decides the kind, not the suffix. slice: frame of a multi-frame DICOM or slice of a volume, a number or
     "coronal", "sagittal:12" (default: the middle one, axial); of a 4-D volume the first is taken. window: what becomes
     black to white, (centre, width) in the file's units, "40,400", or a name of WINDOWS, which only CTs and volumes obey
-    (default: the DICOM's own, else percentiles). value_range: (low, high) that become black and white where no window is
-    asked for, in all but 8-bit rasters and colours (default of 16-bit and float rasters: the image's own range). A DICOM
+    (default: the DICOM's own, else percentiles). value_range: (low, high) that become black and white where no window
+    is asked for, in all but 8-bit rasters and colours (default of 16-bit and float rasters: their own range). A DICOM
     with BurnedInAnnotation YES may show a name: refused unless allow_burned_in. Raises BadImage.
     """
     return read_upright(path, slice, window, value_range, allow_burned_in).convert("RGB")
@@ -783,9 +783,9 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
                 seed=0):
     """Read the images of `rows`: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
-    window, value_range, allow_burned_in: as read_image; a row's own "range" comes before value_range, and without either
-    16-bit and float images are scaled by the range of them all. seed: of crop "random", with the file's name. Unreadable
-    images are named on stderr and left out; more than 5 % of them, or any where `strict`, ends in fail().
+    window, value_range, allow_burned_in: as read_image; a row's own "range" comes before value_range, and without
+    either 16-bit and float images are scaled by the range of them all. seed: of crop "random", with the file's name.
+    Unreadable images are named on stderr and left out; more than 5 %, or any where `strict`, end in fail().
     """
     pick_window(window)  # a wrong one ends here
     ranges, discless = {} if value_range else find_range([row for row in rows if "range" not in row]), []

@@ -3,6 +3,8 @@ import csv
 import errno
 import os
 import shutil
+import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ def test_the_same_pictures_whatever_the_batch_size(loaded, scheduler):
 
 @pytest.fixture(scope="module")
 def peer(base):
-    """theirs(scheduler, job, config={}, **flags): the picture of diffusers' own pipeline from the noise of our job, seed 3."""
+    """theirs(scheduler, job, config={}, **flags): the picture of diffusers' own pipeline from our job's noise, seed 3."""
     from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
@@ -104,7 +106,8 @@ def test_guidance_outside_its_interval_is_left_out_and_costs_nothing(loaded, mon
 
 
 def test_a_texts_keys_and_values_are_made_once_a_batch_and_never_kept(loaded, monkeypatch):
-    layer, seen, forward = loaded.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k, [], torch.nn.Linear.forward
+    layer = loaded.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    seen, forward = [], torch.nn.Linear.forward
 
     def counted(self, x):
         seen.extend([len(x)] * (self is layer))
@@ -112,7 +115,7 @@ def test_a_texts_keys_and_values_are_made_once_a_batch_and_never_kept(loaded, mo
     monkeypatch.setattr(torch.nn.Linear, "forward", counted)
     once = pixels(sample.generate(loaded, JOBS, 4, batch_size=2))
     assert seen == [4, 4, 2] and "forward" not in vars(layer)
-    monkeypatch.setattr(sample, "text_read_once", lambda unet: __import__("contextlib").nullcontext())
+    monkeypatch.setattr(sample, "text_read_once", lambda unet: nullcontext())
     assert np.array_equal(pixels(sample.generate(loaded, JOBS, 4, batch_size=2)), once) and len(seen) == 3 + 12
 
 
@@ -290,8 +293,8 @@ def same_pictures(one, other):
     ("textual-inversion", ["--token", "<sore>", "--prompt", "a <sore> foot", "--lr", 0.5], "embeddings.safetensors"),
     ("full", ["--lr", 0.01], "model")])
 def test_a_checkpoint_draws_what_the_runs_own_result_draws(method, flags, result, base, images, tmp_path, run):
-    run(train, "--base", base, "--data", images, "--prompt", "a foot", "--steps", 4, "--val-samples", 0, "--val-split", 0,
-        "--method", method, *flags, "--out", tmp_path / "run")
+    run(train, "--base", base, "--data", images, "--prompt", "a foot", "--steps", 4, "--val-samples", 0,
+        "--val-split", 0, "--method", method, *flags, "--out", tmp_path / "run")
     how = ["--num-images", 2, "--steps", 3, "--precision", "fp32"]
     run(sample, "--checkpoint", tmp_path / "run" / "checkpoints" / "latest.pt", *how, "--out", tmp_path / "a")
     prompt = "a <sore> foot" if method == "textual-inversion" else "a foot"
@@ -311,7 +314,8 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, refused):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
     (tmp_path / "torn.pt").write_bytes((tmp_path / "foreign.pt").read_bytes()[:300])
     for name in ("pickle.pt", "foreign.pt", "torn.pt", "absent.pt", "."):
-        assert "--checkpoint" in refused(sample, "--checkpoint", tmp_path / name, "--prompt", "x", "--out", tmp_path / "out")
+        flags = ["--checkpoint", tmp_path / name, "--prompt", "x", "--out", tmp_path / "out"]
+        assert "--checkpoint" in refused(sample, *flags)
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
@@ -322,7 +326,8 @@ def adapter(path, tensors, **metadata):
 
 def test_an_adapter_draws_at_the_size_it_was_trained_at(base, tmp_path, run):
     word = adapter(tmp_path / "word.safetensors", {"<sore>": torch.zeros(1, 32)}, tokens="<sore>", resolution=96)
-    run(sample, "--base", base, "--lora", word, "--prompt", "x", "--num-images", 1, "--steps", 1, "--width", 64, "--out", tmp_path)
+    run(sample, "--base", base, "--lora", word, "--prompt", "x", "--num-images", 1, "--steps", 1, "--width", 64,
+        "--out", tmp_path)
     assert Image.open(tmp_path / "x-0000.png").size == (64, 96)
 
 
@@ -430,13 +435,14 @@ def test_a_dicom_file_says_that_it_is_synthetic_and_of_nobody(base, tmp_path, ru
 
 
 def test_a_missing_package_is_said_before_anything_is_drawn(base, tmp_path, refused, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
-    assert "pip install pydicom" in refused(sample, "--base", base, "--prompt", "x", "--format", "dcm", "--out", tmp_path / "o")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    flags = ["--base", base, "--prompt", "x", "--format", "dcm", "--out", tmp_path / "o"]
+    assert "pip install pydicom" in refused(sample, *flags)
     assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("error, status", [(OSError(errno.ENOSPC, "No space left"), 2), (KeyboardInterrupt(), 130)])
-def test_what_was_drawn_before_a_full_disk_or_an_interrupt_is_kept(error, status, base, tmp_path, monkeypatch, capsys, run):
+def test_what_was_drawn_before_a_full_disk_or_an_interrupt_stays(error, status, base, tmp_path, monkeypatch, capsys, run):
     flags = ["--base", base, "--prompt", "a wound", "--num-images", 6, "--steps", 1, "--batch-size", 1]
     run(sample, *flags, "--out", tmp_path / "whole")
     save, calls = sample.save_png, []
