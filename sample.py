@@ -106,7 +106,6 @@ import warnings  # noqa: E402
 from bisect import bisect  # noqa: E402
 from collections import Counter, deque  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from contextlib import contextmanager, suppress  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from functools import lru_cache  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -516,28 +515,6 @@ def read_adapters(args):
 
 # ------------------------------------------------------------------------------------------------- sampling
 
-@contextmanager
-def text_read_once(unet):
-    """Let cross-attention make its keys and values of a text once, not at every step: 7 % of SD 1.5's work at 128 px."""
-    def once(forward):
-        last = [None, None]
-
-        def remembered(text):
-            if last[0] is not text:
-                last[:] = text, forward(text)
-            return last[1]
-        return remembered
-    layers = [layer for name, layer in unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))]
-    layers *= unet._compiled_call_impl is None   # a compiled UNet would be compiled anew for each text
-    for layer in layers:
-        layer.forward = once(layer.forward)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
 def guided(base, x, t, conds, scale, rescale):
     """Classifier-free guidance (Ho & Salimans 2022): without the prompt, plus `scale` times what the prompt changes.
 
@@ -588,14 +565,13 @@ def generate(base, jobs, steps=50, guidance_scale=7.5, scheduler="ddim", height=
         extra = {"generator": draws} if scheduler == "euler_a" else {}
         given = gather(prompts)
         conds = [gather(unprompted), given] if low_memory else [gather(unprompted + prompts)]
-        with text_read_once(base.unet):
-            for t, t_ahead, sigma in zip(solver.timesteps, ahead, ((1 - signal) / signal).sqrt().tolist()):
-                x = solver.scale_model_input(latents, t)
-                if guidance_scale != 1 and low < sigma <= high:
-                    prediction = guided(base, x, t_ahead, conds, guidance_scale, guidance_rescale)
-                else:
-                    prediction = denoise(base, x, t_ahead, given)
-                latents = solver.step(prediction, t, latents, **extra).prev_sample
+        for t, t_ahead, sigma in zip(solver.timesteps, ahead, ((1 - signal) / signal).sqrt().tolist()):
+            x = solver.scale_model_input(latents, t)
+            if guidance_scale != 1 and low < sigma <= high:
+                prediction = guided(base, x, t_ahead, conds, guidance_scale, guidance_rescale)
+            else:
+                prediction = denoise(base, x, t_ahead, given)
+            latents = solver.step(prediction, t, latents, **extra).prev_sample
         if not latents.isfinite().all():
             fail("the UNet's numbers became NaN or infinite: give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):

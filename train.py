@@ -164,7 +164,7 @@ def parse_args():
               "lr": (1e-12, 10), "alpha": (1e-6, 1e6), "dropout": (0, 0.99), "val_split": (0, 0.9), "ema": (0, 0.9999999),
               "test_split": (0, 0.9), "prompt_dropout": (0, 1), "save_every": (1, 1e9), "log_every": (1, 1e9),
               "keep_last": (0, 1e9), "warmup": (0, 1e9), "snr_gamma": (0, 1e6), "val_samples": (0, 64),
-              "val_steps": (1, 1000), "validate_every": (0, 1e9), "max_grad_norm": (0, 1e9), "weight_decay": (0, 10),
+              "val_steps": (1, 999), "validate_every": (0, 1e9), "max_grad_norm": (0, 1e9), "weight_decay": (0, 10),
               "noise_offset": (0, 1), "prior_weight": (0, 1e6), "vectors": (1, 75), "text_length": (8, 512),
               "variants": (1, 1000), "perceptual_weight": (0, 1e6), "patience": (0, 1e9), "val_guidance_scale": (0, 1000)}
     for name, (low, high) in bounds.items():
