@@ -325,7 +325,8 @@ def test_adapters_add_up_and_those_that_exclude_each_other_are_refused(base, tmp
     one, two, both = (adapter(tmp_path / f"{i}.safetensors", each) for i, each in enumerate((one, two, both)))
     run(sample, *flags, "--lora", f"{one}:0.5", "--lora", f"{two}:2", "--out", tmp_path / "a")
     run(sample, *flags, "--lora", both, "--out", tmp_path / "b")
-    assert same_pictures(tmp_path / "a", tmp_path / "b")
+    a, b = (np.asarray(Image.open(next((tmp_path / out).glob("*.png")))).astype(int) for out in "ab")
+    assert abs(a - b).max() <= 1   # 0.5 A + 2 B is rounded in another order
     sore, calm = (adapter(tmp_path / f"{word}.safetensors", {f"<{word}>": torch.full((2, 32), value)}, tokens=f"<{word}>")
                   for word, value in (("sore", 0.3), ("calm", -0.3)))
     run(sample, *flags, "--lora", sore, "--lora", calm, "--lora", both, "--out", tmp_path / "c")
