@@ -204,9 +204,11 @@ def load_set(path, rows, resolution, networks, args, device, drawn=None):
     """
     shown = set(torch.randperm(len(rows), generator=generator(args.seed, "drawn"))[:drawn].tolist())
     size, kept, pixels, features, every = len(rows) if drawn is None else 500, [], [], [], []
-    value_range = next(iter(find_range(rows).values()), None) if drawn else None  # one for all parts
+    if drawn is not None:   # one range of grey values for all parts
+        ranges = find_range(rows)
+        rows = [{**row, "range": ranges.get(row["path"])} for row in rows]
     for start in range(0, len(rows), size):
-        good, part = load_pixels(rows[start:start + size], resolution, value_range=value_range)
+        good, part = load_pixels(rows[start:start + size], resolution)
         if not good:
             continue
         found = extract(part, networks["features"], device, args.batch_size, args.precision)
