@@ -238,12 +238,9 @@ from metrics import (FORMATS, VOLUME_SUFFIXES, BadImage, content_hash, curve, ex
                      frechet, generator, guarded, is_deep, joint_matrices, kid, list_images, load_features,
                      load_pixels, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_device, pick_window,
                      read_image, replacing, split_rows, table, taps, thumbnail, trunk_of, write_csv)
-from sample import (BASES, PARTS, add_tokens, base_hash, check_schedule, contact_sheet, decode_with_gradient, denoise, encode,  # noqa: E402
-                    find_base, generate, load_base, noised_and_target, own_resolution, predicted_latents, project, save_png,
-                    text_states, tokenize, use_text_encoder)
-
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, default)) for key, default in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+from sample import (BASES, LOCAL_RANK, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, contact_sheet,  # noqa: E402
+                    decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_resolution,
+                    predicted_latents, project, save_png, text_states, tokenize, use_text_encoder)
 
 
 # ------------------------------------------------------------------------------------------------- the run's folder

@@ -221,7 +221,7 @@ def compare(name, ours, theirs, args):
 
 
 def bench_sampling(args, place):
-    """Images a second from text to picture: in one precision and batch size, and as either is run by default (ours in
+    """Images a second from text to picture: in one --precision and batch size, and as either is run by default (ours in
     --precision auto by 8, theirs in fp32 one prompt a call)."""
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -232,8 +232,9 @@ def bench_sampling(args, place):
     adapter = Path(place, "lora.safetensors")
     make_adapter(folder, adapter)
     prompts = [f"a drawn image, number {i % 4}" for i in range(args.images)]
+    one = args.precision if args.precision != "auto" else "fp32"
     for name, precision, peer_precision, sizes in (
-            ("both in fp32", "fp32", "float32", (args.batch_size, args.batch_size)),
+            (f"both in {one}", one, {"fp32": "float32", "bf16": "bfloat16"}[one], (args.batch_size, args.batch_size)),
             ("as by default", "auto", "float32", (8, 1))):
         base = sample.load_base(folder, device, precision)
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None,
@@ -365,7 +366,8 @@ def main():
     parser.add_argument("--steps", type=int, default=12, help="of training, or of denoising")
     parser.add_argument("--images", type=int, default=16, help="to draw")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of our training")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of our training, and of both "
+                        "that draw")
     parser.add_argument("--peer-precision", choices=["no", "bf16"], default="no", help="the peer's --mixed_precision")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="our training with --compile")
