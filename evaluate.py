@@ -184,16 +184,15 @@ def draw_checkpoints(args):
         found = [path for place in (".", "checkpoints") for path in sorted(Path(args.checkpoint, place).glob("step-*.pt"))]
     if not found or not found[0].is_file():
         fail(f"--checkpoint {args.checkpoint}: no checkpoint there; give a file, a run's folder or its checkpoints/")
-    folders, typed = [], sys.argv
+    folders = []
     for path in found:
         prompts = load_weights(path).get("args", {}).get("val_prompts") or [""]
         folders.append(str(Path(args.out).with_suffix("")) + f"-samples/{path.parent.parent.name}-{path.stem}")
-        sys.argv = ["sample.py", "--checkpoint", str(path), *(f"--prompt={prompt}" for prompt in prompts), "--num-images",
-                    str(-(-args.num_samples // len(prompts))), "--steps", str(args.steps), "--guidance-scale",
-                    str(args.guidance_scale), "--batch-size", str(args.batch_size), "--device", args.device, "--seed",
-                    str(args.seed), "--out", folders[-1]]
-        sample.main(sample.parse_args())
-    sys.argv = typed
+        sample.main(sample.parse_args([
+            "--checkpoint", str(path), *(f"--prompt={prompt}" for prompt in prompts), "--num-images",
+            str(-(-args.num_samples // len(prompts))), "--steps", str(args.steps), "--guidance-scale",
+            str(args.guidance_scale), "--batch-size", str(args.batch_size), "--device", args.device, "--seed",
+            str(args.seed), "--out", folders[-1]]))
     return folders
 
 

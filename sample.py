@@ -57,7 +57,8 @@ def add_flags(parser):
     keep.add_argument("--overwrite", action="store_true", help="replace what other settings drew in the folder")
 
 
-def parse_args():
+def parse_args(argv=None):
+    """The flags, of `argv` where a script calls this one, else as typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
     parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
@@ -65,7 +66,7 @@ def parse_args():
     parser.error = fail
     add_flags(parser)
     try:
-        args = parser.parse_args()
+        args = parser.parse_args(argv)
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
     for flag, least, most in (("num_images", 1, 10**6), ("steps", 1, 999), ("batch_size", 1, 10**6),
@@ -145,6 +146,12 @@ MOVED = {**{f"CompVis/stable-diffusion-v1-{n}": "sd15" for n in range(1, 5)}, "r
 SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpm": diffusers.DPMSolverMultistepScheduler,
               "euler": diffusers.EulerDiscreteScheduler, "euler_a": diffusers.EulerAncestralDiscreteScheduler,
               "pndm": diffusers.PNDMScheduler}
+
+
+def own_device(name):
+    """The device of this process: as pick_device says, but under torchrun each process has a GPU to itself."""
+    several = WORLD > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
+    return pick_device(f"cuda:{LOCAL_RANK}" if several else name)
 
 
 @dataclass
@@ -595,13 +602,24 @@ def contact_sheet(images, captions, columns=8, side=160):
 
 # ------------------------------------------------------------------------------------------------- prompts and files
 
+def split_labels(row):
+    """The labels of a row, {"A", "B"} of A|B; {""} where it has none."""
+    return {part.strip() for part in row["label"].split("|")}
+
+
+def classes_of(rows):
+    """The class of each row where classes are to count alike: its label, or of several (A|B) the rarest."""
+    labels = [split_labels(row) for row in rows]
+    counts = Counter(label for each in labels for label in each)
+    return tuple(min(each, key=lambda label: (counts[label], label)) for each in labels)
+
+
 def deal(rows, total, balanced):
     """How many of `total` images each caption of a data set gets: {caption: count}, summing to total.
 
     In proportion to its rows; balanced: every label alike, a row with several labels counted with its rarest.
     """
-    labels = Counter(label for row in rows for label in row["label"].split("|"))
-    kinds = [min(row["label"].split("|"), key=lambda label: (labels[label], label)) for row in rows]
+    kinds = classes_of(rows)
     sizes, share = Counter(kinds), Counter()
     for row, kind in zip(rows, kinds):
         share[row["caption"]] += 1 / sizes[kind] if balanced else 1
@@ -819,8 +837,7 @@ def draw(base, todo, total, adapters, args):
 
 
 def main(args):
-    several = WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
-    device = pick_device(f"cuda:{LOCAL_RANK}" if several else args.device)
+    device = own_device(args.device)
     if args.format == "dcm":
         need("pydicom", "DICOM files")
     adapters = read_adapters(args)

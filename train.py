@@ -236,19 +236,18 @@ from tqdm import tqdm  # noqa: E402
 import lora  # noqa: E402
 from metrics import (FORMATS, VOLUME_SUFFIXES, BadImage, content_hash, curve, extract, find_range, find_weights,  # noqa: E402
                      frechet, generator, guarded, is_deep, joint_matrices, kid, list_images, load_features,
-                     load_pixels, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_device, pick_window,
+                     load_pixels, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_window,
                      read_image, replacing, split_rows, table, taps, thumbnail, trunk_of, write_csv)
-from sample import (BASES, LOCAL_RANK, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, contact_sheet,  # noqa: E402
-                    decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_resolution,
-                    predicted_latents, project, save_png, text_states, tokenize, use_text_encoder)
+from sample import (BASES, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, classes_of, contact_sheet,  # noqa: E402
+                    decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_device,
+                    own_resolution, predicted_latents, project, save_png, split_labels, text_states, tokenize, use_text_encoder)
 
 
 # ------------------------------------------------------------------------------------------------- the run's folder
 
 def start_processes(args):
     """Under torchrun, join the others; returns this process's device."""
-    several = WORLD > 1 and args.device in ("auto", "cuda") and torch.cuda.is_available()
-    device = pick_device(f"cuda:{LOCAL_RANK}" if several else args.device)
+    device = own_device(args.device)
     if device.type == "cuda":   # what is promised, the same bytes after a restart, needs kernels that add in one order
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -747,18 +746,6 @@ def order(seed, epoch, count, classes=()):
     turns = list(members.values())
     chosen = [turns[(k + epoch) % len(turns)] for k in shuffled]
     return [part[k // len(turns) % len(part)] for k, part in zip(shuffled, chosen)]
-
-
-def split_labels(row):
-    """The labels of a row, {"A", "B"} of A|B; {""} where it has none."""
-    return {part.strip() for part in row["label"].split("|")}
-
-
-def classes_of(rows):
-    """The class of each row for --balance: its label, or of several (A|B) the rarest."""
-    labels = [split_labels(row) for row in rows]
-    counts = Counter(label for each in labels for label in each)
-    return tuple(min(each, key=lambda label: (counts[label], label)) for each in labels)
 
 
 def make_batch(data, step, slots, args, stream="data"):
