@@ -16,7 +16,8 @@ The JSON: {"format": 1, "settings": {...}, "real": {"path", "n"}, "generated": [
 "pairs": [{"generated", "train", "distance", "p"}]}, "utility": [{"share", "auroc", "low", "high"}]}]}; with --utility also
 "classifiers", with --by or labels "subgroups". share is in percent, low and high hold 95 %. A figure that does not apply
 is null. kid and lpips are plain, cmmd x 1000; ssim, lpips: _nearest is the mean over generated images of the most similar
-real one, _pairs the mean over pairs of generated images; colour is the Frechet distance of chroma statistics.
+real one, _pairs the mean over pairs of generated images; colour is the Frechet distance of chroma statistics, artefacts
+that of blocks and grain as stored.
 """
 import argparse
 import contextlib
@@ -101,14 +102,13 @@ from PIL import Image  # noqa: E402
 from scipy.stats import binom  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from metrics import (FID_WEIGHTS, METRICS, OPT_IN, caption_scores, colour, content_hash, copy_chances,  # noqa: E402
+from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, colour, content_hash, copy_chances,  # noqa: E402
                      copy_distances, curve, extract, find_range, find_weights, generator, guarded, half_draws, joint_matrices, kid,
                      large_values, list_images, load_features, load_lpips, load_pixels, load_weights, lpips_files,
                      lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws, pick_device,
                      pick_resolution, read_split, read_table, replacing, same_unit, split_rows, ssim, ssim_matrix,
                      table, thumbnail, to_grey, whole_groups, yardstick)
 
-NOT_COMPARABLE = "not comparable with published figures"
 HALVES = 20          # random halves of the real set
 LARGE = 5000         # images in all above which no matrix holds them, and the null is that of DRAWN of each set
 DRAWN = 1000
@@ -199,31 +199,24 @@ def draw_checkpoints(args):
 def load_set(path, rows, resolution, networks, args, device, drawn=None):
     """A set: {"path", "rows", "pixels" uint8 (N, 3, S, S), "features" (N, D), "every": (all, D) or None}.
 
-    drawn: how many of a large set keep their pixels; all of it is read in parts, and "every" has its features.
+    drawn: how many of a large set, by the seed, keep their pixels; all of it is read, in parts, and "every" has its features.
     """
-    shown = set(torch.randperm(len(rows), generator=generator(args.seed, "drawn"))[:drawn].tolist())
-    size, kept, pixels, features, every = len(rows) if drawn is None else 500, [], [], [], []
-    if drawn is not None:   # one range of grey values for all parts
-        ranges = find_range(rows)
-        rows = [{**row, "range": ranges.get(row["path"])} for row in rows]
-    for start in range(0, len(rows), size):
-        good, part = load_pixels(rows[start:start + size], resolution)
-        if not good:
-            continue
-        found = extract(part, networks["features"], device, args.batch_size, args.precision)
+    def read(rows):
+        good, pixels = load_pixels(rows, resolution, measure=artefacts)
+        found = extract(pixels, networks["features"], device, args.batch_size, args.precision)
         for row, vector in zip(good, found):
             if not np.isfinite(vector).all():
                 fail(f"{row['path']}: its features are not finite: are the weights of --features {args.features} sound?")
-        paths = {row["path"] for n, row in enumerate(rows[start:start + size], start) if n in shown}
-        which = [n for n, row in enumerate(good) if row["path"] in paths]
-        kept += [good[n] for n in which]
-        pixels.append(part if len(which) == len(part) else part[which])
-        features.append(found[which])
-        every.append(found.astype(np.float32))
+        return good, pixels, found
+    if drawn is not None:   # one range of grey values for all parts
+        ranges, order = find_range(rows), torch.randperm(len(rows), generator=generator(args.seed, "drawn")).tolist()
+        rows = [{**rows[n], "range": ranges.get(rows[n]["path"])} for n in order]
+    kept, pixels, features = read(rows[:drawn])
+    rest = [read(rows[n:n + 500])[2].astype(np.float32) for n in range(drawn or len(rows), len(rows), 500)]
     if len(kept) < 2:
         fail(f"{path}: {len(kept)} readable image; a comparison of sets needs at least 2, and says little under 50")
-    return {"path": path, "rows": kept, "pixels": torch.cat(pixels) if len(pixels) > 1 else pixels[0],
-            "features": np.concatenate(features), "every": None if drawn is None else np.concatenate(every)}
+    return {"path": path, "rows": kept, "pixels": pixels, "features": features,
+            "every": drawn and np.concatenate([features, *rest], dtype=np.float32)}
 
 
 # ------------------------------------------------------------------------------------------------- the figures
@@ -233,6 +226,7 @@ def joint_of(real, fake, names, networks, args, device):
     pixels, needs = torch.cat([real["pixels"], fake["pixels"]]), {METRICS[name][2] for name in names}
     joint = joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
     joint["colour"] = joint_matrices(colour(real["pixels"]), colour(fake["pixels"]), True)
+    joint["artefacts"] = joint_matrices(*(np.array([row["measured"] for row in part["rows"]]) for part in (real, fake)), True)
     if "ssim" in needs:
         joint["ssim"] = ssim_matrix(pixels, pixels, device)
     if "ms_ssim" in needs:
@@ -273,7 +267,9 @@ def evaluate_set(real, fake, known, args, names, networks, device):
     groups = [row["group"] for row in real["rows"] + fake["rows"]]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups)
     halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else ()
-    large = large_figures(real, fake, networks) if real["every"] is not None else {}
+    large = {}
+    if real["every"] is not None:
+        large = large_values(real["every"], fake["every"], networks["features"]["standardise"])
     entry = {"path": fake["path"], "n": m, "real_n": n, "metrics": {}, "table": [], "halves": None}
     for name in names:
         function, lower_is_better, need = METRICS[name]
@@ -303,20 +299,6 @@ def evaluate_set(real, fake, known, args, names, networks, device):
     entry["verdict"] = verdict(entry)
     entry["section"] = set_section(entry, real, fake, known, joint, args)
     return entry
-
-
-def large_figures(real, fake, networks):
-    """{name: value} of all images of two large sets, in blocks."""
-    first, second = (x["every"].astype(np.float64) for x in (real, fake))
-    if networks["features"]["standardise"]:
-        total = len(first) + len(second)
-        mean = (first.sum(0) + second.sum(0)) / total
-        for x in (first, second):
-            x -= mean
-        spread = np.sqrt((np.square(first).sum(0) + np.square(second).sum(0)) / total)
-        for x in (first, second):
-            x /= np.where(spread > 1e-9, spread, 1)
-    return large_values(first, second)
 
 
 def memorisation(known, fake, is_real):
@@ -452,7 +434,8 @@ def fit_arms(parts, args, steps=200):
     above a negative one, (positive, negative), the mean over seeds; their weighted mean is the AUROC."""
     train, test, fake = parts
     shares = [share for share in SHARES if share * len(train["rows"]) <= 100 * len(fake["rows"])]
-    found = {name: {share: [0, 0] for share in shares} for name in ("linear probe", "small CNN")}
+    count = test["targets"].shape[1]
+    found = {name: {share: [[0] * count, 0] for share in shares} for name in ("linear probe", "small CNN")}
     for seed, share in tqdm([(seed, share) for seed in range(SEEDS) for share in shares], desc="utility", disable=None):
         added = torch.randperm(len(fake["rows"]), generator=generator(args.seed, "added", seed))
         added = added[:share * len(train["rows"]) // 100]
@@ -461,13 +444,10 @@ def fit_arms(parts, args, steps=200):
         cnn = small_cnn(torch.cat([train["small"], fake["small"][added]]),
                         torch.from_numpy(targets).float().to(train["small"].device), steps, (args.seed, seed))
         for name, scores in (("linear probe", probe(test["features"])), ("small CNN", cnn(test["small"]))):
-            total, right = found[name][share]
-            orders, rates = [], []
-            for s, y in zip(scores.T, test["targets"].T > 0):
-                orders.append((s[y][:, None] > s[~y]) + 0.5 * (s[y][:, None] == s[~y]))
-                rates.append(((s[y] > 0).mean() + (s[~y] <= 0).mean()) / 2)
-            found[name][share] = [[o / SEEDS + (total[k] if total else 0) for k, o in enumerate(orders)],
-                                  right + np.mean(rates) / SEEDS]
+            arm = found[name][share]
+            for k, (s, y) in enumerate(zip(scores.T, test["targets"].T > 0)):
+                arm[0][k] = arm[0][k] + np.heaviside(s[y][:, None] - s[~y], 0.5) / SEEDS
+                arm[1] += ((s[y] > 0).mean() + (s[~y] <= 0).mean()) / (2 * SEEDS * count)
     return found
 
 
@@ -490,10 +470,14 @@ def resamples(rows, args, count=1000):
 
 
 def utility(real, known, fake, networks, args, device):
-    """What generated images add to a classifier: {"rows": {classifier: [...]}, "classes", "groups", "said"}."""
+    """What generated images add to a classifier: {"rows": {classifier: [...]}, "said", "views": by label and --by}."""
     parts, classes = utility_parts(real, known, fake, networks, args, device)
-    test, weights, found = parts[1], resamples(parts[1]["rows"], args), {"rows": {}, "said": [], "classes": [], "groups": []}
-    column = args.by or "label"
+    test, weights, found = parts[1], resamples(parts[1]["rows"], args), {"rows": {}, "said": [], "views": []}
+    groups = [values_of(row, args.by) if args.by else [] for row in test["rows"]]
+    views = [(label, [k], weights[:1], test["targets"][:, k].sum()) for k, label in enumerate(classes)]
+    for group in sorted({value for values in groups for value in values}):
+        inside = weights[:1] * [group in values for values in groups]
+        views.append((group, range(len(classes)), inside, inside.sum()))
     for name, arms in fit_arms(parts, args).items():
         boots = {share: aurocs(orders, test["targets"], weights) for share, (orders, _) in arms.items()}
         found["rows"][name] = rows = []
@@ -504,14 +488,10 @@ def utility(real, known, fake, networks, args, device):
                          "gain_low": gain_low, "gain_high": gain_high, "balanced_accuracy": float(arms[share][1])})
         found["said"].append(f"{name}: " + dose_sentence(rows, boots))
         best = max(arms, key=lambda share: boots[share][0])
-        for k, label in enumerate(classes):
-            pair = [aurocs([arms[share][0][k]], test["targets"][:, [k]], weights[:1])[0] for share in (0, best)]
-            found["classes"].append((name, label, int(test["targets"][:, k].sum()), number(pair[0]),
-                                     f"{number(pair[1])} at {best} %"))
-        for group in sorted({value for row in test["rows"] for value in values_of(row, column)} if args.by else ()):
-            inside = weights[:1] * [group in values_of(row, column) for row in test["rows"]]
-            pair = [aurocs(arms[share][0], test["targets"], inside)[0] for share in (0, best)]
-            found["groups"].append((name, group, int(inside.sum()), number(pair[0]), f"{number(pair[1])} at {best} %"))
+        for title, which, counted, count in views:
+            alone, helped = (aurocs([arms[share][0][k] for k in which], test["targets"][:, which], counted)[0]
+                             for share in (0, best))
+            found["views"].append((name, title, int(count), number(alone), f"{number(helped)} at {best} %"))
     found["sizes"] = [len(part["rows"]) for part in parts]
     return found
 
@@ -568,8 +548,9 @@ def verdict(entry):
         said.append(f"These images can be told from the real ones: {beside} (p_high {f['p_high']:.2g}).")
         said += ["Many of them look like no real image (precision)."] if "precision" in worse else []
         said += ["They show less variety than the real ones (recall)."] if worse & {"recall", "coverage"} else []
-    if "colour" in figures and figures["colour"]["p_high"] <= 0.01:
-        said.append("Their colours differ from the real ones'.")
+    for name, what in (("colour", "colours"), ("artefacts", "grain, sharpness or JPEG blocks as stored")):
+        if name in figures and figures[name]["p_high"] <= 0.01:
+            said.append(f"Their {what} differ from the real ones'.")
     said += ["Do they help a classifier? " + "; ".join(entry["utility"]["said"]) + "."] if entry.get("utility") else []
     said.append(copies_sentence(entry["memorisation"]))
     if min(entry["n"], entry["real_n"]) < 50:
@@ -598,7 +579,7 @@ def compare(entries, names):
 
 def caveats(settings):
     """What features and LPIPS the figures rest on, and whether others' figures may stand beside them."""
-    return [f"{kind} {settings[kind]}" + ("" if settings["comparable"][kind] else f" ({NOT_COMPARABLE})")
+    return [f"{kind} {settings[kind]}" + ("" if settings["comparable"][kind] else " (not comparable with published figures)")
             for kind in ("features", "lpips") if settings[kind]]
 
 
@@ -681,10 +662,8 @@ def utility_section(found):
             (f"{row['share']} %", f"{row['auroc']:.3f} [{row['low']:.3f} – {row['high']:.3f}]",
              f"{row['gain']:+.3f} [{row['gain_low']:+.3f} – {row['gain_high']:+.3f}]", f"{row['balanced_accuracy']:.3f}")
             for row in rows]))
-    for title, key in (("label", "classes"), ("subgroup", "groups")):
-        if found[key]:
-            parts.append(table(("classifier", title, "test images", "AUROC, real alone", "with generated ones"), found[key]))
-    return "".join(parts)
+    return "".join([*parts, table(("classifier", "label or subgroup", "test images", "AUROC, real alone",
+                                   "with generated ones"), found["views"])])
 
 
 def set_section(entry, real, fake, known, joint, args):
@@ -723,7 +702,8 @@ images chance alone moves every figure. So each value stands beside what chance 
 shared out anew. <b>excess</b> is what is left. <b>p_high</b> is how often chance is as bad or worse: under 0.05, the
 sets differ. <b>p_low</b> is how often chance is as good or better: under 0.01, the images are closer than fresh ones
 would be, as copies are. <b>frechet, kid, cmmd</b>: distance of the two sets; <b>colour</b>: the same of their colours, which
-the texture descriptor does not see. <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
+the texture descriptor does not see; <b>artefacts</b>: the same of the files as stored, before any resizing: JPEG's blocks,
+grain, blur (images saved in another format or size differ here by that alone). <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
 real variety that is reached; <b>vendi</b>: how many different images the generated ones amount to. <b>ssim, lpips</b>:
 likeness to the nearest real image, and of generated images to one another. <b>clip_score</b>: images and their captions,
 beside shuffled captions (there a small p_low is good). <b>band</b>: excellent, good, fair or poor by a fixed table; read it
@@ -806,14 +786,6 @@ def rank_key(entry):
     return entry["copies"], sign * figures["excess"]
 
 
-def load_known(rows, real, resolution, args):
-    """The set that is searched for copies, read small: the training images, or REAL itself."""
-    if rows is None:
-        return real
-    rows, pixels = load_pixels(rows, resolution if args.utility else min(128, resolution))
-    return {"path": args.train_data or args.split, "rows": rows, "pixels": pixels}
-
-
 def write_json(args, settings, real, entries):
     """The figures for programs, in the form that the docstring gives."""
     def figures(entry):
@@ -843,7 +815,9 @@ def main(args):
     settings = describe(args, names, networks, resolution, native, device) | {"real_hash": set_hash(real_rows)}
     drawn = DRAWN if max(len(rows) for rows in fake_rows) + len(real_rows) > LARGE else None
     real = load_set(args.real, real_rows, resolution, networks, args, device, drawn)
-    known = load_known(known_rows, real, resolution, args)
+    known = real
+    if known_rows is not None:   # searched for copies, read small
+        known = dict(zip(("rows", "pixels"), load_pixels(known_rows, resolution if args.utility else min(128, resolution))))
     print(f"{len(real_rows)} real images at {resolution} px; " + "; ".join(caveats(settings)))
     if drawn:
         print(f"values of all images; null, excess, p, SSIM, LPIPS and copies of {DRAWN} drawn from each set")

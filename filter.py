@@ -134,13 +134,11 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from scipy import optimize, special, stats  # noqa: E402
 
-from metrics import (COLUMNS, QUALITY_FEATURES, apply_selector, calibrate, content_hash, copy_chances,  # noqa: E402
-                     copy_distances, extract, generator, guarded, image_scores, judge, list_images, load_features,
-                     load_lpips, load_pixels, load_selector, lpips_files, lpips_matrix, nearest, page, pick_device,
-                     pick_resolution, quality_features, ranks, read_table, replacing, same_unit, save_selector,
-                     squared_distances, ssim_matrix, standardised, table, text_key, thumbnail, two_sided, write_csv)
+from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, generator, guarded, list_images,  # noqa: E402
+                     load_pixels, load_selector, measure_reference, page, pick_device, pick_resolution, quality_features,
+                     ranks, read_ratings, read_table, refusals, refuse, replacing, save_selector, score, squared_distances,
+                     standardised, table, text_key, thumbnail, write_csv)
 
-COPY_CHANCE = 0.01   # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
 PENALTIES = np.logspace(-2, 2.5, 10)   # of the ridge; the rows of its features have a squared length near 2
 
 
@@ -149,101 +147,16 @@ def draw_order(count, seed, *key):
     return torch.randperm(count, generator=generator(seed, *key)).numpy()
 
 
-# ------------------------------------------------------------------------------------------------- scores
-
-def feature_distances(real, fake, args, device):
-    """Distances in features, in units of the real ones' spread: real to real, fake to real; and the fake's vectors."""
-    network = load_features(args.features, device)
-    a, b = (extract(pixels, network, device, args.batch_size, args.precision) for pixels in (real, fake))
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        fail(f"--features {args.features}: gives NaN; are its weights sound?")
-    if network["standardise"]:
-        spread = a.std(0)
-        spread[spread < 1e-9] = 1
-        a, b = a / spread, b / spread
-    return np.sqrt(squared_distances(a, a)), np.sqrt(squared_distances(b, a)), b
-
-
-def score(real, fake, same, args, device):
-    """What is known of each image: scores of the real (each against the others) and of the generated, large is bad.
-
-    Returns ({name: (n,)}, {name: (m,)}, distances and vectors as above, `same` with real images that are there twice,
-    nearest real image of each generated one (m,)).
-    """
-    distances = feature_distances(real, fake, args, device)
-    same = same | (distances[0] < 1e-3 * np.median(distances[0]))   # a picture twice in the reference is one
-    index, to_real = nearest(distances[1])
-    own, other = {"distance": nearest(distances[0], same)[1]}, {"distance": to_real}
-    simple_real, simple_fake = image_scores(real), image_scores(fake)
-    for name, reference in simple_real.items():
-        own[name], other[name] = two_sided(reference, reference), two_sided(reference, simple_fake[name])
-    if args.lpips or args.max_lpips is not None or all(lpips_files("alex")):
-        network = load_lpips(args.lpips or "alex", device)
-        parts = [lpips_matrix(torch.cat([real, part]), network, device, args.batch_size)
-                 for part in fake.split(max(64, len(real)))]   # never all generated ones by all
-        own["lpips"] = nearest(parts[0][:len(real), :len(real)], same)[1]
-        other["lpips"] = np.concatenate([nearest(part[len(real):, :len(real)])[1] for part in parts])
-    if args.min_ssim is not None:
-        own["dissimilarity"] = 1 + nearest(-ssim_matrix(real, real, device), same)[1]
-        other["dissimilarity"] = 1 + nearest(-ssim_matrix(fake, real, device))[1]
-    if not all(np.isfinite(values).all() for values in own.values()):
-        fail(f"{args.reference}: all its images are of one patient; a calibration needs several")
-    return own, other, distances, same, index
-
-
-def thresholds(own, real_rows, rows, args):
-    """The calibrated threshold of each generated image, its label's or all's; the labels with enough real images."""
-    enough = int(np.ceil(1 / args.calibrate - 1e-9)) - 1
-    labels = np.array([text_key(row["label"]) for row in real_rows])
-    if len(labels) < enough:
-        fail(f"--calibrate {args.calibrate:g} needs at least {enough} real images, {args.reference} has {len(labels)}")
-    sizes = {label: (labels == label).sum() for label in {text_key(row["label"]) for row in rows} - {""}}
-    of = {label: calibrate(own, args.calibrate, labels == label) for label, size in sizes.items() if size >= enough}
-    common = calibrate(own, args.calibrate)
-    return np.array([of.get(text_key(row["label"]), common) for row in rows]), sorted(of)
-
-
-def refuse_worse(own, other, given, chance, rows, real_rows, args):
-    """Why each generated image is refused for what it is itself, "" otherwise: [str] (m,), and what was done: [str]."""
-    reasons, said = [""] * len(rows), []
-
-    def refuse(which, why):
-        for i in np.flatnonzero(which):
-            reasons[i] = reasons[i] or why(i)
-
-    if args.drop_copies:
-        limit = max(COPY_CHANCE, 1 / (len(real_rows) + 1))   # the smallest chance that few real images can show
-        refuse(chance <= limit, lambda i: f"copy of a real image (chance {chance[i]:.2g})")
-        said.append(f"copies: {(chance <= limit).sum()} at chance ≤ {limit:.2g}, "
-                    f"{limit * len(chance):.1f} expected of fresh images")
-    for name, limit, shown in (("lpips", args.max_lpips, args.max_lpips),
-                               ("dissimilarity", None if args.min_ssim is None else 1 - args.min_ssim, args.min_ssim)):
-        if limit is not None:
-            flag = "--max-lpips" if name == "lpips" else "--min-ssim"
-            refuse(other[name] > limit, lambda i: f"{flag} {shown:g}")
-            said.append(f"{flag} {shown:g} would refuse {np.mean(own[name] > limit):.0%} of the real images")
-    if args.calibrate:
-        threshold, labels = thresholds(own, real_rows, rows, args)
-        passes, worst = judge(own, other, threshold)
-        refuse(~passes, lambda i: f"{worst[i]} unlike the real images")
-        said.append(f"calibrated on {len(real_rows)} real images by {', '.join(own)}: {passes.mean():.0%} of the "
-                    f"generated ones pass, about {1 - args.calibrate:.0%} of unseen real ones would")
-        said += [f"thresholds of their own: {', '.join(labels)}"] * bool(labels)
-    for name, least in (("quality", args.min_quality), ("alignment", args.min_alignment)):
-        if least is not None:
-            low = ~(given[name] >= least)   # an alignment that is not known passes nothing
-            refuse(low, lambda i: f"{name} {given[name][i]:.2f} below {least:.2f}")
-            said.append(f"{name} below {least:.2f}: {low.sum()}")
-    return reasons, said
-
+# ------------------------------------------------------------------------------------------------- what stays
 
 def refuse_doubles(reasons, names, vectors, quality, closest):
-    """Of generated images nearer than `closest` to one another refuse all but the best, in place; says how many."""
+    """Of generated images nearer than `closest` to one another refuse all but the best, in place."""
     passed = np.array([i for i, why in enumerate(reasons) if not why], int)
     passed = passed[np.argsort(-quality[passed], kind="stable")]
     kept, twins = np.ones(len(passed), bool), {}
     for start in range(0, len(passed), 1000):   # never all pairs at once
-        near = squared_distances(vectors[passed[start:start + 1000]], vectors[passed]) <= closest**2
+        end = start + 1000
+        near = squared_distances(vectors[passed[start:end]], vectors[passed[:end]]) <= closest**2
         for i, j in np.argwhere(near):
             if j < i + start:
                 twins.setdefault(i + start, []).append(j)
@@ -251,7 +164,6 @@ def refuse_doubles(reasons, names, vectors, quality, closest):
         better = next((j for j in twins[i] if kept[j]), None)
         if better is not None:
             kept[i], reasons[passed[i]] = False, f"duplicate of {names[passed[better]]}"
-    return f"duplicates: {(~kept).sum()}"
 
 
 def best_and_diverse(vectors, quality, count):
@@ -384,30 +296,33 @@ def read_sets(args):
 def decide(selector, real_rows, real, rows, fake, wanted, args):
     """All decisions: (reasons, lines that say what was done, nearest real image, {score: (m,)}); "" keeps an image."""
     device, names = pick_device(args.device), [row["file_name"] for row in rows]
-    same = same_unit([row["group"] for row in real_rows])
-    own, other, distances, same, index = score(real, fake, same, args, device)
-    given, said = {}, []
+    reference = measure_reference(real_rows, real, device, args.calibrate, args.max_lpips, args.min_ssim,
+                                  args.drop_copies, args.features, args.lpips, args.batch_size, args.precision)
+    scores, index, vectors = score(reference, fake)
+    reasons, said = refusals(reference, scores, rows), reference["said"]
+    quality = 1.001 - np.max(list(ranks(reference["own"], scores).values()), axis=0)
     if selector:
         spec = selector["spec"]
         given = apply_selector(selector, quality_features(fake, device), rows)
+        scores, quality = scores | given, given["quality"]
         args.min_quality = spec["thresholds"]["quality"] if args.min_quality is None else args.min_quality
         if args.min_alignment is not None and np.isnan(given["alignment"]).all():
             fail(f"--min-alignment: {args.selector} knows none of these images' labels; --fit it with --reference")
-        said = [f"the selector was written in spite of: {line}" for line in spec["warnings"]]
-    chance = copy_chances(copy_distances(real, real), copy_distances(fake, real), same) if args.drop_copies else None
-    reasons, more = refuse_worse(own, other, given, chance, rows, real_rows, args)
-    quality = given["quality"] if selector else 1.001 - np.max(list(ranks(own, other).values()), axis=0)
-    quality, said = np.clip(quality, 1e-6, None), said + more
+        said += [f"the selector was written in spite of: {line}" for line in spec["warnings"]]
+    for name, least in (("quality", args.min_quality), ("alignment", args.min_alignment)):
+        if least is not None:   # an alignment that is not known passes nothing
+            refuse(reasons, ~(scores[name] >= least), lambda i: f"{name} {scores[name][i]:.2f} below {least:.2f}")
+    quality = np.clip(quality, 1e-6, None)
     if args.drop_duplicates:
-        closest = np.quantile(nearest(distances[0], same)[1], 0.01)   # nearer than real images of two patients are
-        said.append(refuse_doubles(reasons, names, distances[2], quality, closest))
+        closest = np.quantile(reference["own"]["distance"], 0.01)   # nearer than real images of two patients are
+        refuse_doubles(reasons, names, vectors, quality, closest)
     passed = np.array([i for i, why in enumerate(reasons) if not why], int)
     if len(passed) > wanted:
-        best = set(passed[best_and_diverse(distances[2][passed], quality[passed], wanted)])
+        best = set(passed[best_and_diverse(vectors[passed], quality[passed], wanted)])
         for i in set(passed) - best:
             reasons[i] = f"not among the best {wanted}"
         said.append(f"the best and most diverse {wanted} of {len(passed)} that pass")
-    return reasons, said, index, other | given
+    return reasons, said, index, scores
 
 
 def filter_images(args):
@@ -458,7 +373,6 @@ def filter_images(args):
 
 # ------------------------------------------------------------------------------------------------- experts rate
 
-RATING_COLUMNS = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real"
 RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--line:#30363d;--paper:#05070a;
 --mark:#6cb0ff}h1{display:none}body{text-align:center;touch-action:manipulation}
 #picture{display:block;margin:.5rem auto;width:min(94vw,62vh)}
@@ -596,29 +510,6 @@ def picture(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def read_ratings(paths):
-    """All rows of ratings files: dicts of RATING_COLUMNS with "path" (image_path beside its file), "rating" int and
-    "level" float (3 where it is empty); fail() names the rows whose rating is not 1, 2 or 3.
-    """
-    found = []
-    for path in paths:
-        if not os.path.isfile(path):
-            fail(f"{path}: no such file")
-        rows = read_table(path)
-        if not rows or not {"image_path", "rating"} <= set(rows[0]):
-            fail(f"{path}: a ratings file has rows and at least the columns image_path and rating")
-        for name, sort in (("rating", r"[123](\.0*)?"), ("expert_level", r"([1-9]\d*(\.\d*)?)?")):
-            wrong = [str(n) for n, row in enumerate(rows, 2) if not re.fullmatch(sort, row.get(name, ""))]
-            if wrong:
-                fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be 1, 2 or 3" + " or more" * (name != "rating"))
-        for row in rows:
-            found.append({name: row.get(name, "") for name in RATING_COLUMNS.split(",")} | dict(
-                path=os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])),
-                rating=int(row["rating"][0]), level=float(row.get("expert_level") or 3),
-                expert=row.get("expert") or Path(path).stem))
-    return found
 
 
 def kappa(first, second):
@@ -866,8 +757,9 @@ def fit(args):
     of = [index[row["path"]] for row in rows]
     slope, *cuts = cumulative_logit(own[of], *(np.array([row[name] for row in rows]) for name in ("rating", "level")))
     measured["brier"], measured["ece"] = reliability(special.expit(slope * own + cuts[args.good - 2]), good)
+    fitted, judging = heads(x, y, weights, groups, penalty, z.shape[1], args.seed)
     tensors = {"feat.mean": mean, "feat.scale": scale, "head.cut": cuts, "cal.platt": [slope, cuts[args.good - 2]],
-               **heads(x, y, weights, groups, penalty, z.shape[1], args.seed), **shell(z)}
+               **fitted, **shell(z)}
     real, pixels = load_pixels(list_real(args.reference, args), resolution) if args.reference else ([], None)
     seen = quality_features(pixels, device) if real else features[:0]
     aligned, classes, measured["alignment"] = fit_alignment(real, standardised(seen, mean, scale), args.seed)
@@ -876,7 +768,8 @@ def fit(args):
                 groups=len(set(groups)), n=dict(rows=len(rows), images=len(y), good=int(good.sum()),
                                                 experts=len({row["expert"] for row in rows})),
                 cv=measured, thresholds={"quality": 0.5}, warnings=worries,
-                ratings_sha256=[content_hash(path) for path in args.fit])
+                ratings_sha256=[content_hash(path) for path in args.fit],
+                judging=[content_hash(images[i]["path"])[:16] for i in np.flatnonzero(judging)])
     spec["lambda"] = float(penalty)
     known = [i for i, row in enumerate(real)
              if len(modalities) < 2 or text_key(row["fields"].get("modality", "")) in modalities]
@@ -905,15 +798,21 @@ def units(features):
 
 
 def heads(x, y, weights, groups, penalty, dim, seed):
-    """The fitted head and 20 more with the groups drawn anew, as a selector's tensors."""
+    """The fitted head and twenty more, as a selector's tensors, and the images of the half that judges, bool (n,).
+
+    Ten are of one half of the groups, ten of the other, each with the groups of its half drawn anew: what a network
+    learns from one half of the ratings is to be judged by the other.
+    """
     names, numbers = np.unique(groups, return_inverse=True)
-    draws = torch.randint(len(names), (20, len(names)), generator=generator(seed, "heads")).numpy()
-    counts = [np.ones(len(y)), *(np.bincount(draw, minlength=len(names))[numbers] for draw in draws)]
+    halves = np.array_split(draw_order(len(names), seed, "halves"), 2)
+    draws = [half[torch.randint(len(half), (10, len(half)), generator=generator(seed, "heads", which)).numpy()]
+             for which, half in enumerate(halves)]
+    counts = [np.ones(len(y)), *(np.bincount(draw, minlength=len(names))[numbers] for part in draws for draw in part)]
     fitted = [(inner @ y, share @ (y - x @ (inner @ y))) for inner, share in
               (ridge(x, weights * count, penalty) for count in counts)]
     slopes, offsets = (np.array(part) for part in zip(*fitted))
     return {"head.weight": slopes[0, :dim], "head.modality_bias": slopes[0, dim:], "head.bias": offsets[:1],
-            "boot.weight": slopes[1:, :dim], "boot.bias": offsets[1:]}
+            "boot.weight": slopes[1:, :dim], "boot.bias": offsets[1:]}, np.isin(numbers, halves[1])
 
 
 def main(args):

@@ -8,7 +8,7 @@ numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
     image against image    lpips_matrix, ssim, ms_ssim, ssim_matrix
     set against set        frechet, kid, precision_recall, joint_matrices, large_values and the table METRICS
     yardstick              permutation_draws, half_draws, yardstick
-    calibration            nearest, copy_distances, copy_chances, image_scores, calibrate, judge
+    calibration            nearest, copy_distances, copy_chances, calibrate, judge, measure_reference, score, refusals
     the quality head       quality_features, apply_selector, load_selector
     the page               page, table, thumbnail, curve
 """
@@ -780,11 +780,12 @@ def find_range(rows):
 
 
 def load_pixels(rows, resolution, crop="center", strict=False, window=None, value_range=None, allow_burned_in=False,
-                seed=0):
+                seed=0, measure=None):
     """Read the images of `rows`: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
     window, value_range, allow_burned_in: as read_image; a row's own "range" comes before value_range, and without
     either 16-bit and float images are scaled by the range of them all. seed: of crop "random", with the file's name.
+    measure: a function of the PIL image before it is cut and resized; the row's "measured" is what it gives.
     Unreadable images are named on stderr and left out; more than 5 %, or any where `strict`, end in fail().
     """
     pick_window(window)  # a wrong one ends here
@@ -798,6 +799,7 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
             own = row.get("range") or ranges.get(path, value_range)
             image = read_upright(path, slice, window, own, allow_burned_in)
             discless.extend([path] * (crop == "fundus" and find_disc(image) is None))
+            row |= {"measured": measure(image)} if measure else {}
             gen = generator(seed, "crop", row["file_name"], slice) if crop == "random" else None
             square = np.array(fit_square(image, resolution, crop, gen))
             pixels[n] = torch.from_numpy(square if square.ndim == 2 else square.transpose(2, 0, 1))
@@ -927,15 +929,11 @@ def orthogonal_vgg(seed=0):
     """A state dict for VGG16's convolutions: random orthogonal filters of gain sqrt(2), no bias."""
     from torchvision.models.vgg import cfgs, make_layers
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in make_layers(cfgs["D"], False).state_dict().items()}
-    state = {}
-    for name, shape in shapes.items():
-        rows, columns = shape[0], shape[1:].numel()
-        state[name] = torch.zeros(shape)
-        if len(shape) == 4:
-            q, r = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), generator=generator(seed, name)))
-            q = q * r.diagonal().sign() * 2**0.5  # the sign makes Q unique
-            state[name] = (q if rows > columns else q.T).reshape(shape)
+        state = make_layers(cfgs["D"], False).state_dict()
+    state = {name: torch.zeros(value.shape) for name, value in state.items()}
+    for name, value in state.items():
+        if value.ndim == 4:
+            torch.nn.init.orthogonal_(value, 2**0.5, generator(seed, name))
     return state
 
 
@@ -1007,7 +1005,10 @@ def load_features(name, device, resize="legacy"):
     if name in HUB or os.path.isdir(name):
         return transformer_features(HUB.get(name, name), device, resize == "clean")
     if name == "texture":
-        return dict(name="texture-1", function=texture, standardise=True, published=False)
+        def by_few(pixels):   # so that its maps stay in the processor's cache: twice as fast
+            few = max(1, 2**15 // pixels[0, 0].numel()) if pixels.device.type == "cpu" else len(pixels)
+            return torch.cat([texture(part) for part in pixels.split(few)])
+        return dict(name="texture-1", function=by_few, standardise=True, published=False)
     if name == "vgg-random":
         trunk = trunk_of("vgg16", orthogonal_vgg()).to(device)
         mean, sd = (torch.tensor(v, device=device)[:, None, None] for v in (LPIPS_MEAN, LPIPS_SD))
@@ -1015,7 +1016,7 @@ def load_features(name, device, resize="legacy"):
         def spread(pixels):  # mean and sd of each map of five layers: 2944 numbers
             maps = taps(trunk, (pixels / 127.5 - 1 - mean) / sd, LPIPS["vgg"][1])
             return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.std((2, 3)))], 1)
-        return dict(name="vgg-random-1", function=spread, standardise=True, published=False)
+        return dict(name="vgg-random-2", function=spread, standardise=True, published=False)
     path = find_weights(FID_WEIGHTS) if name == "inception" else name
     if path is None or not os.path.isfile(path):
         fail(f"--features {name}: no such weight file: put {FID_WEIGHTS} (github.com/mseitzer/pytorch-fid, release "
@@ -1055,8 +1056,9 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
             found = network["function"](pixels[numbers].to(device)).float().cpu().numpy()
             for n, vector in zip(numbers, found):
                 vectors[n] = vector
-                with contextlib.suppress(OSError), replacing(paths[n]) as file:  # a full disk costs only time
-                    file.write(hashlib.sha256(vector.tobytes()).digest() + vector.tobytes())
+                with contextlib.suppress(OSError):  # a full disk costs only time, and a torn file shows by its checksum
+                    paths[n].parent.mkdir(parents=True, exist_ok=True)
+                    paths[n].write_bytes(hashlib.sha256(vector.tobytes()).digest() + vector.tobytes())
     return np.stack(vectors).astype(np.float64)
 
 
@@ -1132,26 +1134,32 @@ def lpips_vectors(network, images):
     return torch.cat(parts, 1)
 
 
-def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29):
+def lpips_matrix(pixels, network, device, batch_size=32, memory=2**30, others=None):
     """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N); under 1e-5 reads 0.
 
-    One forward pass an image and one product, in blocks of at most `memory` bytes of features.
+    One forward pass an image and one product; where the features of all are more than `memory` bytes, blocks of them
+    meet the others, passed anew. others: uint8 pixels (M, 3, H, W) with which the pairs are made instead: (N, M).
     """
-    def vectors(numbers):
-        return torch.cat([lpips_vectors(network, part.to(device) / 127.5 - 1)
-                          for part in pixels[numbers].split(batch_size)])
+    def vectors(part):
+        return lpips_vectors(network, part.to(device) / 127.5 - 1)
+    alone, others = others is None, pixels if others is None else others
+    result = np.zeros((len(pixels), len(others)))
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        width = max(1, memory // (4 * vectors([0]).shape[1]))
-        blocks = [list(range(start, min(start + width, len(pixels)))) for start in range(0, len(pixels), width)]
-        result = np.zeros((len(pixels), len(pixels)))
-        shown = tqdm(blocks, desc=f"LPIPS {network['name']}", leave=False, disable=None)
-        for n, rows in enumerate(shown):
-            first = vectors(rows)
-            for columns in blocks[n:]:
-                second = first if columns is rows else vectors(columns)
-                norms = first.square().sum(1)[:, None] + second.square().sum(1)
-                block = (norms - 2 * first @ second.T).double().cpu().numpy()
-                result[np.ix_(rows, columns)], result[np.ix_(columns, rows)] = block, block.T
+        size = vectors(pixels[:1]).shape[1]
+        width = max(1, memory // (4 * size) // batch_size) * batch_size
+        block = torch.empty(min(width, len(pixels)), size, device=device)
+        for i in tqdm(range(0, len(pixels), width), desc=f"LPIPS {network['name']}", leave=False, disable=None):
+            first = block[:len(pixels) - i]
+            for rows, part in zip(first.split(batch_size), pixels[i:].split(batch_size)):
+                rows.copy_(vectors(part))
+            for j in range(i if alone else 0, len(others), batch_size):
+                known = alone and j < i + len(first)
+                second = first[j - i:j - i + batch_size] if known else vectors(others[j:j + batch_size])
+                norms = [torch.linalg.vector_norm(x, dim=1).square() for x in (first, second)]
+                found = (norms[0][:, None] + norms[1] - 2 * first @ second.T).double().cpu().numpy()
+                result[i:i + len(first), j:j + len(second)] = found
+                if alone:
+                    result[j:j + len(second), i:i + len(first)] = found.T
     return np.where(result < 1e-5, 0, result)  # float32 leaves up to 3e-6 between equal images
 
 
@@ -1249,15 +1257,11 @@ def kid(first, second):
     n, m, d = len(first), len(second), first.shape[1]
     kernels = [(x @ y.T / d + 1) ** 3 for x, y in ((first, first), (second, second), (first, second))]
     a, b = (k.sum(1) - k.diagonal() for k in kernels[:2])  # row sums without the diagonal
-    cross, sums = kernels[2], (a.sum(), b.sum(), kernels[2].sum())
-    value = sums[0] / (n * (n - 1)) + sums[1] / (m * (m - 1)) - 2 * sums[2] / (n * m)
+    value = a.sum() / (n * (n - 1)) + b.sum() / (m * (m - 1)) - 2 * kernels[2].mean()
     if min(n, m) < 3:
         return value, float("nan")
-    left_a = ((sums[0] - 2 * a) / ((n - 1) * (n - 2)) + sums[1] / (m * (m - 1))
-              - 2 * (sums[2] - cross.sum(1)) / ((n - 1) * m))
-    left_b = ((sums[1] - 2 * b) / ((m - 1) * (m - 2)) + sums[0] / (n * (n - 1))
-              - 2 * (sums[2] - cross.sum(0)) / (n * (m - 1)))
-    return value, np.sqrt((n - 1) * left_a.var() + (m - 1) * left_b.var())
+    left = [(kernels[2].mean(1 - k) - own / (len(own) - 2)).var() / (len(own) - 1) for k, own in enumerate((a, b))]
+    return value, 2 * np.sqrt(sum(left))   # what is the same whichever image is left out has no variance
 
 
 def squared_distances(first, second):
@@ -1279,15 +1283,20 @@ def precision_recall(real, fake, cross, k):
     return (inside.any(0).mean(), (cross <= radii(fake)).any(1).mean(), inside.sum(0).mean() / k, inside.any(1).mean())
 
 
-def joint_matrices(real, fake, standardise):
-    """What every number below is read from: both sets' features stacked, their KID kernel and distances.
-
-    standardise: divide by the pooled standard deviation (the real set's own would favour the real set).
-    """
-    features = np.concatenate([real, fake])
+def pooled(real, fake, standardise):
+    """Both sets' features stacked, (N, D), (M, D) -> float64 (N + M, D); standardise: centred and divided by the pooled
+    standard deviation (the real set's own would favour the real set)."""
+    features = np.concatenate([real, fake], dtype=np.float64)
     if standardise:
         spread = features.std(0)
-        features = (features - features.mean(0)) / np.where(spread > 1e-9, spread, 1)
+        features -= features.mean(0)
+        features /= np.where(spread > 1e-9, spread, 1)
+    return features
+
+
+def joint_matrices(real, fake, standardise):
+    """What every number below is read from: both sets' features as `pooled`, their KID kernel and distances."""
+    features = pooled(real, fake, standardise)
     centred = features - features.mean(0)  # a large common mean costs digits
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return {"features": features, "gram": centred @ centred.T, "distance": squared_distances(centred, centred),
@@ -1306,6 +1315,20 @@ def colour(pixels):
         detail = (chroma.diff(dim=2).diff(dim=3).abs().mean((2, 3)) + 1e-3).log()
         found.append(torch.cat([chroma.mean((2, 3)), chroma.std((2, 3)), both[:, None], size[:, None], detail], 1))
     return torch.cat(found).double().numpy()
+
+
+def artefacts(image):
+    """PIL image -> (4,): logs of the steps between pixels at the borders of 8 x 8 blocks over all steps, down and across;
+    of the grain over the steps; of the grain. Of the middle 512 pixels as stored: JPEG's blocks, faint noise and faint
+    blur do not outlive a resize."""
+    left, top = (max(0, side - 512) // 16 * 8 for side in image.size)   # on the blocks' grid
+    grey = np.asarray(image.convert("L").crop((left, top, min(left + 512, image.width), min(top + 512, image.height))))
+    grey = np.pad(grey.astype(np.float32), [(0, max(0, 16 - side)) for side in grey.shape], "edge")
+    down, across = (np.abs(np.diff(grey, axis=axis)) for axis in (0, 1))
+    grain, steps = np.abs(np.diff(np.diff(grey, 2, 0), 2, 1)).mean(), down.mean() + across.mean()
+    over, under = np.log(0.1 + np.array([[down[7::8].mean(), across[:, 7::8].mean(), grain],
+                                         [down.mean(), across.mean(), steps]]))   # a tenth of a grey level
+    return np.append(over - under, over[2])
 
 
 def frechet_draws(joint, draws):
@@ -1359,14 +1382,17 @@ def cmmd_draws(joint, draws):
     return 1000 * (first + (1 - first) / n + second + (1 - second) / m - 2 * between)
 
 
+def vendi(similarity):
+    """Vendi score (Friedman & Dieng 2023) of (n, n) similarities, 1 with itself: how many different images n amount to."""
+    found = np.linalg.eigvalsh(similarity / len(similarity))
+    found = found[found > 1e-12]
+    return float(np.exp(-(found * np.log(found)).sum()))
+
+
 def vendi_draws(joint, draws):
-    """Vendi score (Friedman & Dieng 2023) of the second set of each draw: how many different images it amounts to."""
-    def one(draw):
-        j = np.flatnonzero(draw == -1)
-        found = np.linalg.eigvalsh(joint["cosine"][np.ix_(j, j)] / len(j))
-        found = found[found > 1e-12]
-        return np.exp(-(found * np.log(found)).sum())
-    return np.array([one(draw) for draw in tqdm(draws, desc="Vendi", leave=False, disable=None)])
+    """Vendi score of the second set of each draw."""
+    second = (np.flatnonzero(draw == -1) for draw in tqdm(draws, desc="Vendi", leave=False, disable=None))
+    return np.array([vendi(joint["cosine"][np.ix_(j, j)]) for j in second])
 
 
 def inception_draws(joint, draws):
@@ -1398,12 +1424,12 @@ def nearest_draws(matrix, draws):
     return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
 
 
-def large_values(first, second, width=1000):
+def large_values(real, fake, standardise=False, width=500):
     """The metrics of features that have too many rows for one matrix, (N, D), (M, D), N, M > 5: {name: value}, in blocks.
 
     frechet, kid, cmmd, precision, recall, density, coverage and vendi, as in METRICS.
     """
-    (n, d), m, sets = first.shape, len(second), (first, second)
+    (n, d), m, sets = real.shape, len(fake), np.split(pooled(real, fake, standardise), [len(real)])
     squares, sums, radii = [np.square(x).sum(1) for x in sets], {}, [[], []]
 
     def blocks(a, b):  # squared distances, `width` rows at a time; the kernels' sums on the way
@@ -1423,13 +1449,11 @@ def large_values(first, second, width=1000):
         recalled.append((block <= radii[1][:, 0]).any(1))
         covered.append(wide.any(1))
     kid, cmmd = ([sums[name, a, b] for a, b in ((0, 0), (1, 1), (0, 1))] for name in ("kid", "cmmd"))
-    unit = second / np.sqrt(squares[1] + 1e-24)[:, None]
-    shares = np.linalg.eigvalsh(unit.T @ unit / m)
-    shares = shares[shares > 1e-12]
-    return {"frechet": frechet(first, second), "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
+    unit = sets[1] / np.sqrt(squares[1] + 1e-24)[:, None]
+    return {"frechet": frechet(*sets), "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
             "cmmd": 1000 * (cmmd[0] / n**2 + cmmd[1] / m**2 - 2 * cmmd[2] / (n * m)), "precision": reached.mean(),
             "recall": np.concatenate(recalled).mean(), "density": counted / (5 * m),
-            "coverage": np.concatenate(covered).mean(), "vendi": np.exp(-(shares * np.log(shares)).sum())}
+            "coverage": np.concatenate(covered).mean(), "vendi": vendi(unit.T @ unit * d / m)}   # same eigenvalues
 
 
 # name: (function of the joint matrices and the draws, lower is better, what it needs: evaluate.py brings it)
@@ -1443,6 +1467,7 @@ METRICS = {
     "coverage": (lambda joint, draws: neighbour_draws(joint, draws, 3), False, "features"),
     "vendi": (vendi_draws, False, "features"),
     "colour": (lambda joint, draws: frechet_draws(joint["colour"], draws), True, "colour"),
+    "artefacts": (lambda joint, draws: frechet_draws(joint["artefacts"], draws), True, "artefacts"),
     "ssim_nearest": (lambda joint, draws: -nearest_draws(-joint["ssim"], draws), False, "ssim"),
     "ssim_pairs": (lambda joint, draws: pair_means(joint["ssim"], draws)[1], True, "ssim"),
     "lpips_nearest": (lambda joint, draws: nearest_draws(joint["lpips"], draws), True, "lpips"),
@@ -1517,6 +1542,8 @@ def yardstick(values, lower_is_better):
 
 # ---------------------------------------------------------------- calibration: what a real image scores
 
+COPY_CHANCE = 0.01   # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
+
 
 def same_unit(groups):
     """bool (N, N): True for an image with itself and with others of its group; "" is no group."""
@@ -1526,29 +1553,31 @@ def same_unit(groups):
 
 def nearest(distances, forbidden=None):
     """(index, distance) of each row's smallest entry; entries that are True in `forbidden` do not count."""
-    distances = distances if forbidden is None else np.where(forbidden, np.inf, distances)
-    found = distances.argmin(1)
-    return found, distances[np.arange(len(found)), found]
+    forbidden = np.broadcast_to(False, distances.shape) if forbidden is None else forbidden
+    parts = (np.where(forbidden[n:n + 1000], np.inf, distances[n:n + 1000]) for n in range(0, max(1, len(distances)), 1000))
+    return tuple(map(np.concatenate, zip(*((part.argmin(1), part.min(1)) for part in parts))))
 
 
 def copy_distances(first, real):
     """How far apart pictures are whatever was done to a copy: uint8 pixels (N, 3, S, S), (M, 3, S, S) -> (N, M), 0 to 2.
 
-    sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, nine crops of 90 % and all
+    sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, 25 crops of 90 % and all
     their mirror images. Real pictures are to be measured against one another in the same way.
     """
-    def thumbnails(pixels, y=0, x=0, share=1.0):
-        side = round(share * pixels.shape[2])
-        y, x = (round(place * (pixels.shape[2] - side) / 2) for place in (y, x))
-        grey = torch.cat([F.interpolate(to_grey(part[:, :, y:y + side, x:x + side]), (16, 16), mode="bilinear",
-                                        antialias=True) for part in pixels.split(256)])
-        return F.normalize((grey - grey.mean((2, 3), keepdim=True)).flatten(1)).reshape(grey.shape)
-    asked, best = thumbnails(first).flatten(1), torch.full((len(first), len(real)), -1.0)
-    for y, x, share in [(0, 0, 1.0), *((y, x, 0.9) for y in range(3) for x in range(3))]:
-        known = thumbnails(real, y, x, share)
-        for view in (known, known.flip(3)):
-            for part, found in zip(asked.split(1024), best.split(1024)):  # found is a view: filled in place
-                torch.maximum(found, part @ view.flatten(1).T, out=found)
+    def shrunk(grey, side):
+        return F.interpolate(grey, (side, side), mode="bilinear", antialias=True)
+
+    def thumbnails(grey, y=0, x=0, side=80):
+        small = shrunk(grey[:, :, y:y + side, x:x + side], 16)
+        return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1)).reshape(small.shape)
+    places = [(0, 0), *itertools.product(range(0, 9, 2), range(0, 9, 2), [72])]   # steps of 2.5 %: coarser ones miss some
+    asked = torch.cat([thumbnails(shrunk(to_grey(part), 80)).flatten(1) for part in first.split(256)])
+    best = torch.full((len(first), len(real)), -1.0)
+    for part, found in zip(real.split(256), best.split(256, 1)):   # found is a view: filled in place
+        grey = shrunk(to_grey(part), 80)
+        for known in (thumbnails(grey, *place) for place in places):
+            for view in (known, known.flip(3)):
+                torch.maximum(found, asked @ view.flatten(1).T, out=found)
     return best.mul_(-2).add_(2).clamp_(min=0).sqrt_().numpy()
 
 
@@ -1557,8 +1586,12 @@ def copy_chances(real, fake, same):
 
     real: (n, n) and fake: (m, n) distances to the real images; same: bool (n, n), images of one patient. Conformal
     p-values, against the real images' own, of the distance and of its ratio to the second nearest of another
-    patient (near copies show in the one, faint copies in the other), combined as Simes (1986) does.
+    patient (near copies show in the one, faint copies in the other), combined as Simes (1986) does. Real images that
+    are three times nearer than usual are one picture cut twice: a few of them would excuse every copy.
     """
+    twins = real < np.median(nearest(real, same)[1]) / 3
+    same = same | twins | twins.T
+
     def nearness(distances, forbidden):
         first, d1 = nearest(distances, forbidden)
         d2 = nearest(distances, same[first] | forbidden)[1]
@@ -1570,7 +1603,7 @@ def copy_chances(real, fake, same):
 
 def image_scores(pixels):
     """Scores of uint8 pixels (N, 3, H, W), each (N,): log variance of the Laplacian, contrast, mean chroma."""
-    values = torch.cat([hand(part)[:, :3] for part in pixels.split(64)]).double().numpy()
+    values = torch.cat([plain_scores(part, to_grey(part)) for part in pixels.split(64)]).double().numpy()
     return dict(zip(("sharpness", "contrast", "colour"), values.T))
 
 
@@ -1581,9 +1614,9 @@ def two_sided(reference, values):
 
 
 def ranks(real_scores, scores):
-    """{name: u}: u = (1 + how many real scores are smaller) / (n + 1), in (0, 1]; large is bad."""
-    return {name: (1 + np.searchsorted(np.sort(real_scores[name]), values)) / (len(real_scores[name]) + 1)
-            for name, values in scores.items()}
+    """{name: u} of the real scores' names: u = (1 + how many real scores are smaller) / (n + 1), in (0, 1]; large is bad."""
+    return {name: (1 + np.searchsorted(np.sort(values), scores[name])) / (len(values) + 1)
+            for name, values in real_scores.items()}
 
 
 def calibrate(real_scores, alpha, members=slice(None)):
@@ -1608,12 +1641,121 @@ def judge(real_scores, scores, threshold):
     return stacked.max(0) <= threshold, [list(u)[n] for n in stacked.argmax(0)]
 
 
+def refuse(reasons, which, why):
+    """Give the images that are True in `which` (m,) the reason why(i), in place; an earlier reason stays."""
+    for i in np.flatnonzero(which):
+        reasons[i] = reasons[i] or why(i)
+
+
+def label_thresholds(own, rows, alpha):
+    """{label: calibrated threshold}: "" for all, and each label that has enough of the real images `rows` for its own."""
+    labels = np.array([text_key(row["label"]) for row in rows])
+    found = {label: calibrate(own, alpha, labels == label) for label in sorted({*labels} - {""})}
+    return {"": calibrate(own, alpha)} | {label: u for label, u in found.items() if np.isfinite(u)}
+
+
+def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim=None, copies=False, features="texture",
+                      lpips=None, batch_size=32, precision="auto"):
+    """Measure the real images once, so that others can be judged beside them: a dict for `score` and `refusals`.
+
+    rows, pixels: as load_pixels gives, uint8 (n, 3, S, S), S >= 64. alpha: refuse what looks less real than all but
+    this share of the real images; max_lpips, min_ssim: limits towards the nearest of them; copies: refuse copies.
+    features, lpips: networks by name; without lpips it is alex where its weights are. In the dict, "said" has a line on
+    each limit, and "own" the real images' scores, each against those of other patients. fail() where there are too few
+    real images for alpha, or all are of one patient.
+    """
+    enough = int(np.ceil(1 / alpha - 1e-9)) - 1 if alpha else 0
+    if len(rows) < enough:
+        fail(f"--calibrate {alpha:g} needs at least {enough} real images, --reference has {len(rows)}")
+    lpips = lpips or ("alex" if max_lpips is not None or all(lpips_files("alex")) else None)
+    reference = dict(pixels=pixels, device=device, batch_size=batch_size, precision=precision, spread=1.0,
+                     network=load_features(features, device), lpips=lpips and load_lpips(lpips, device), limits=[])
+    if max_lpips is not None:
+        reference["limits"].append(("lpips", max_lpips, f"--max-lpips {max_lpips:g}"))
+    if min_ssim is not None:
+        reference["limits"].append(("dissimilarity", 1 - min_ssim, f"--min-ssim {min_ssim:g}"))
+    vectors = seen_by(reference, pixels)
+    if reference["network"]["standardise"]:
+        reference["spread"] = np.where(vectors.std(0) < 1e-9, 1, vectors.std(0))
+    reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels))
+    distances = np.sqrt(squared_distances(reference["vectors"], reference["vectors"]))
+    same = same_unit([row["group"] for row in rows]) | (distances < 1e-3 * np.median(distances))   # there twice: one
+    if same.all(1).any():
+        fail("--reference: all its images are of one patient; it takes several")
+    own = score(reference, pixels, reference["vectors"], same)[0]
+    said = [f"{why} would refuse {np.mean(own[name] > limit):.0%} of the real images"
+            for name, limit, why in reference["limits"]]
+    if copies:
+        limit = max(COPY_CHANCE, 1 / (len(rows) + 1))   # the smallest chance that few real images can show
+        reference["copies"] = limit, copy_distances(pixels, pixels), same
+        said.append(f"a copy is what is nearer to a real image than all but {limit:.2g} of fresh ones")
+    if alpha:
+        reference["thresholds"] = label_thresholds(own, rows, alpha)
+        said.append(f"calibrated on {len(rows)} real images by {', '.join(own)}: about {1 - alpha:.0%} of unseen real "
+                    "ones would pass" + "".join(f"; {label} has its own" for label in reference["thresholds"] if label))
+    return reference | dict(own=own, said=said)
+
+
+def seen_by(reference, pixels):
+    """Features (m, D) of pixels in units of the reference's spread."""
+    network = reference["network"]
+    vectors = extract(pixels, network, reference["device"], reference["batch_size"], reference["precision"])
+    if not np.isfinite(vectors).all():
+        fail(f"--features {network['name']}: gives NaN; are its weights sound?")
+    return vectors / reference["spread"]
+
+
+def score(reference, pixels, vectors=None, forbidden=None):
+    """Scores beside a measured reference of uint8 pixels (m, 3, S, S): ({name: (m,)}, nearest real image (m,), vectors).
+
+    Large is bad in all but copy_chance. vectors, forbidden: of the real images themselves, their features and bool
+    (m, n), who is not compared with whom.
+    """
+    real, device = reference["pixels"], reference["device"]
+    vectors = seen_by(reference, pixels) if vectors is None else vectors
+    index, distance = nearest(np.sqrt(squared_distances(vectors, reference["vectors"])), forbidden)
+    scores = {"distance": distance} | {name: two_sided(reference["simple"][name], values)
+                                       for name, values in image_scores(pixels).items()}
+    if reference["lpips"]:
+        matrix = lpips_matrix(pixels, reference["lpips"], device, reference["batch_size"], others=real)
+        scores["lpips"] = nearest(matrix, forbidden)[1]
+    if any(name == "dissimilarity" for name, *_ in reference["limits"]):
+        scores["dissimilarity"] = 1 + nearest(-ssim_matrix(pixels, real, device), forbidden)[1]
+    if "copies" in reference:
+        _, known, same = reference["copies"]
+        scores["copy_chance"] = copy_chances(known, copy_distances(pixels, real), same)
+    return scores, index, vectors
+
+
+def refusals(reference, scores, rows):
+    """Why each image goes, [str], "" where it stays: by its `score` beside a measured reference, and its row's label."""
+    reasons = [""] * len(rows)
+    if "copies" in reference:
+        chance = scores["copy_chance"]
+        refuse(reasons, chance <= reference["copies"][0], lambda i: f"copy of a real image (chance {chance[i]:.2g})")
+    for name, limit, why in reference["limits"]:
+        refuse(reasons, scores[name] > limit, lambda i, why=why: why)
+    if "thresholds" in reference:
+        of = reference["thresholds"]
+        threshold = np.array([of.get(text_key(row["label"]), of[""]) for row in rows])
+        passes, worst = judge(reference["own"], scores, threshold)
+        refuse(reasons, ~passes, lambda i: f"{worst[i]} unlike the real images")
+    return reasons
+
+
 # ---------------------------------------------------------------- the quality head, fitted on experts' ratings
 
 QUALITY_FEATURES = (("hand-1", 21), ("texture-1", 368), ("hand-1-squared", 21))
 QUALITY_TENSORS = {"feat.mean", "feat.scale", "head.weight", "head.bias", "head.modality_bias", "head.cut", "cal.platt",
                    "shell.mean", "shell.whiten", "shell.q", "boot.weight", "boot.bias", "align.proto", "align.bias",
                    "align.logit"}
+
+
+def plain_scores(pixels, grey):
+    """Log variance of the Laplacian, contrast and mean chroma of uint8 (B, 3, H, W) and its to_grey: (B, 3)."""
+    edges = F.conv2d(grey, torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]]).to(grey))
+    return torch.stack([(edges.var((1, 2, 3)) + 1e-8).log(), grey.std((1, 2, 3)),
+                        (pixels.amax(1) - pixels.amin(1)).float().mean((1, 2)) / 255], 1)
 
 
 def hand(pixels):
@@ -1624,10 +1766,9 @@ def hand(pixels):
     spectrum over six bands; steps at 8-pixel borders over those elsewhere, both ways; checkerboards.
     """
     grey, (red, green, blue) = to_grey(pixels), (pixels.float().mean((2, 3)) / 255 + 0.01).log().T
-    kernels = torch.tensor([[[0, 1, 0], [1, -4, 1], [0, 1, 0]], [[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]],
-                            [[-1, -2, -1], [0, 0, 0], [1, 2, 1]], [[1, -2, 1], [-2, 4, -2], [1, -2, 1]]]).to(grey)
-    filtered = F.conv2d(grey, kernels[:, None])   # Laplacian, both Sobels, Immerkaer's
-    mean, strength = grey.mean((1, 2, 3)), filtered[:, 1:].abs().mean((2, 3)) + 1e-4
+    kernels = torch.tensor([[[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], [[-1, -2, -1], [0, 0, 0], [1, 2, 1]],
+                            [[1, -2, 1], [-2, 4, -2], [1, -2, 1]]]).to(grey)   # both Sobels, Immerkaer's
+    mean, strength = grey.mean((1, 2, 3)), F.conv2d(grey, kernels[:, None]).abs().mean((2, 3)) + 1e-4
     noise = strength[:, 2] / 6 * (np.pi / 2) ** 0.5
     low, high = grey[..., ::2, ::2].flatten(1).quantile(torch.tensor([0.05, 0.95]).to(grey), 1)
     y, x = torch.meshgrid(torch.fft.fftfreq(grey.shape[2]), torch.fft.rfftfreq(grey.shape[3]), indexing="ij")
@@ -1638,9 +1779,8 @@ def hand(pixels):
     across, down = grey.diff(dim=3), grey.diff(dim=2)
     blocks = [(steps[..., 7::8].abs().mean((1, 2, 3)) + 1e-3).log() - (steps.abs().mean((1, 2, 3)) + 1e-3).log()
               for steps in (across, down.transpose(2, 3))]
-    return torch.stack([(filtered[:, 0].var((1, 2)) + 1e-8).log(), grey.std((1, 2, 3)),
-                        (pixels.amax(1).float() - pixels.amin(1).float()).mean((1, 2)) / 255, *strength[:, :2].log().T,
-                        noise.log(), (mean + 1e-4).log() - noise.log(), high - low, (grey < 0.02).float().mean((1, 2, 3)),
+    return torch.stack([*plain_scores(pixels, grey).T, *strength[:, :2].log().T, noise.log(),
+                        (mean + 1e-4).log() - noise.log(), high - low, (grey < 0.02).float().mean((1, 2, 3)),
                         (grey > 0.98).float().mean((1, 2, 3)), low, red - green, blue - green,
                         *power.diff(dim=1).T, *blocks, (across.diff(dim=2).abs().mean((1, 2, 3)) + 1e-4).log()], 1)
 
@@ -1668,13 +1808,16 @@ def save_selector(path, spec, tensors):
     For D = 410 `standardised` features: feat.mean, feat.scale, head.weight (D), head.bias (1), head.modality_bias (one
     for each of spec["modalities"], none for one), head.cut (2) and cal.platt (slope, cut) of the logistic calibration,
     shell.mean (D), shell.whiten (D, P), shell.q (1) beyond which an image is unlike all rated ones, boot.weight (20, D),
-    boot.bias (20), align.proto (C, D), align.bias (C), align.logit (1) of the softmax over spec["classes"].
+    boot.bias (20) of ten bootstraps of each half of the groups, align.proto (C, D), align.bias (C), align.logit (1) of the softmax over spec["classes"].
     """
     from safetensors.torch import save
     metadata = {"format": "medlora-selector", "version": "1", "tool": "medlora", "spec": json.dumps(spec, sort_keys=True)}
-    data = save({name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()}, metadata)
+    data = save({name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()})
+    length = int.from_bytes(data[:8], "little")   # the library would write its metadata in random order
+    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:8 + length])}).encode()
+    header += b" " * (-len(header) % 8)
     with replacing(path) as file:
-        file.write(data)
+        file.write(len(header).to_bytes(8, "little") + header + data[8 + length:])
 
 
 def load_selector(path):
@@ -1697,18 +1840,45 @@ def load_selector(path):
     return {"spec": spec, **found}
 
 
+RATING_COLUMNS = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real"
+
+
+def read_ratings(paths):
+    """All rows of ratings files: dicts of RATING_COLUMNS with "path" (image_path beside its file), "rating" int and
+    "level" float (3 where it is empty); fail() names the rows whose rating is not 1, 2 or 3.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isfile(path):
+            fail(f"{path}: no such file")
+        rows = read_table(path)
+        if not rows or not {"image_path", "rating"} <= set(rows[0]):
+            fail(f"{path}: a ratings file has rows and at least the columns image_path and rating")
+        for name, sort in (("rating", r"[123](\.0*)?"), ("expert_level", r"([1-9]\d*(\.\d*)?)?")):
+            wrong = [str(n) for n, row in enumerate(rows, 2) if not re.fullmatch(sort, row.get(name, ""))]
+            if wrong:
+                fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be 1, 2 or 3" + " or more" * (name != "rating"))
+        for row in rows:
+            found.append({name: row.get(name, "") for name in RATING_COLUMNS.split(",")} | dict(
+                path=os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])),
+                rating=int(row["rating"][0]), level=float(row.get("expert_level") or 3),
+                expert=row.get("expert") or Path(path).stem))
+    return found
+
+
 def text_key(text):
     """A label or caption as a selector's classes are named."""
     return " ".join(text.lower().split())
 
 
 def apply_selector(selector, features, rows):
-    """Judge images by quality_features at the selector's size, features (N, 389): {"quality", "spread", "alignment"}.
+    """Judge images by quality_features at the selector's size, features (N, 389): a dict of values (N,).
 
-    quality (N,): probability that an expert gives the rating spec["good"] or better, 0 where the image is unlike all
-    that were rated; spread: its standard deviation over 20 bootstrap heads; alignment: probability that it shows its
-    row's label (else caption), NaN where the selector does not know that. rows: as list_images gives; of "fields" only
-    "modality" is read, and fail() says which one no expert rated.
+    quality: probability that an expert gives the rating spec["good"] or better, 0 where the image is unlike all that
+    were rated; reward: the same of the heads of one half of the rated groups, less their standard deviation, for a
+    network to learn from; judge: of the heads of the other half, to see what was learnt; alignment: probability that it
+    shows its row's label (else caption), NaN where the selector does not know that. rows: as list_images gives; of
+    "fields" only "modality" is read, and fail() says which one no expert rated.
     """
     spec, modalities = selector["spec"], [text_key(row["fields"].get("modality", "")) for row in rows]
     unknown = sorted(set(modalities) - set(spec["modalities"])) if len(spec["modalities"]) > 1 else []
@@ -1730,7 +1900,9 @@ def apply_selector(selector, features, rows):
     known = [next((spec["classes"].index(key) for key in map(text_key, (row["label"], row["caption"]))
                    if key in spec["classes"]), None) for row in rows]
     alignment = np.array([np.nan if c is None else share[c] for share, c in zip(shares, known)])
-    return {"quality": np.where(inside, probability(scores), 0), "spread": probability(heads).std(0), "alignment": alignment}
+    learnt, unseen = np.split(probability(heads), 2)
+    return {"quality": np.where(inside, probability(scores), 0), "reward": np.where(inside, learnt.mean(0) - learnt.std(0), 0),
+            "judge": np.where(inside, unseen.mean(0), 0), "alignment": alignment}
 
 
 # ---------------------------------------------------------------- the page that train, evaluate and filter share

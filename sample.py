@@ -280,7 +280,7 @@ def load_base(name, device, precision="auto", method=None):
         unet.to(memory_format=torch.channels_last)
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     return Base(name, unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod, own_resolution(folder),
-                device, dtype, zero_empty, text_length=tokenizers[0].model_max_length)
+                device, dtype, zero_empty, text_length=text_encoders[0].config.max_position_embeddings)
 
 
 def use_text_encoder(base, name, length=None, projection=None):

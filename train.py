@@ -3,6 +3,7 @@
     python train.py --base tiny --data tests/phantoms --steps 300 --out runs/try
     python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
     python train.py --data xray/ --preview runs/look        what the model would see, and what is odd about the data
+    python train.py --refine rwr --init-lora runs/dfu/lora.safetensors --selector selector.safetensors --data wounds/
     torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}" --out runs/xray
 
 The same command typed again goes on where a stopped run was, bit for bit. Leaves in --out: lora.safetensors (EMA
@@ -79,7 +80,8 @@ def add_data_and_model(parser):
                       help="name and leave out unreadable images, up to 5 %% (the default)")
     data.add_argument("--strict", action="store_true", help="stop at the first unreadable image instead of skipping it")
     model = parser.add_argument_group("model")
-    model.add_argument("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, a Hub id or a folder")
+    model.add_argument("--base", help="tiny, sd15, sd21-base, sd21, sdxl, a Hub id or a folder (default: sd21-base; with "
+                       "--refine, the adapter's)")
     model.add_argument("--method", choices=["lora", "full", "dreambooth", "textual-inversion"], default="lora")
     model.add_argument("--rank", type=int, default=16, help="of the adapter's matrices")
     model.add_argument("--alpha", type=float, help="the adapter acts with alpha/rank (default: the rank)")
@@ -107,12 +109,22 @@ def add_training(parser):
     loss.add_argument("--perceptual-weight", type=float, default=0.0, help="of a loss on features, usually 0.1 (0: off)")
     loss.add_argument("--perceptual", choices=["vgg", "vae"], default="vae", help="VGG-16 conv3_3, or the VAE decoder's "
                       "own features, which need no weight file")
+    refining = parser.add_argument_group("refining")
+    refining.add_argument("--refine", choices=["rwr", "kto"], help="better --init-lora by experts' ratings: rwr draws images "
+                          "each round and learns from those that --selector prefers, kto learns from the rated ones")
+    refining.add_argument("--selector", metavar="FILE", help="of filter.py --fit; half of its ratings reward, half judge")
+    refining.add_argument("--ratings", action="append", metavar="CSV", help="kto: what --selector was fitted to; may be "
+                          "repeated")
+    refining.add_argument("--real-mix", type=float, default=0.5, help="weight of the real images' loss, of 1")
+    refining.add_argument("--anchor", type=float, default=0.1, help="weight of the distance to what the network said before")
+    refining.add_argument("--rounds", type=int, default=3, help="each of --steps, and then judged")
+    refining.add_argument("--candidates", type=int, default=400, help="images drawn after each round, to judge and to learn from")
     optimiser = parser.add_argument_group("optimiser")
-    optimiser.add_argument("--steps", type=int, action=LastWins, help="optimiser steps (default: 1000)")
+    optimiser.add_argument("--steps", type=int, action=LastWins, help="optimiser steps (default: 1000, a round 300)")
     optimiser.add_argument("--epochs", type=float, action=LastWins, help="passes over the data, instead of --steps")
     optimiser.add_argument("--batch-size", type=int, default=8, help="images a forward pass, on each process")
     optimiser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")
-    optimiser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
+    optimiser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4, with --refine 3e-5)")
     optimiser.add_argument("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine")
     optimiser.add_argument("--warmup", type=int, default=100, help="steps (at most a tenth of the run)")
     optimiser.add_argument("--weight-decay", type=float, default=1e-2)
@@ -157,7 +169,9 @@ def parse_args():
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
     if args.steps is None and args.epochs is None:
-        args.steps = 1000
+        args.steps = 300 if args.refine else 1000
+    args.lr = args.lr or (3e-5 if args.refine else 1e-4)
+    args.base = args.base or (None if args.refine else "sd21-base")
     if args.alpha is None:
         args.alpha = float(args.rank)
     bounds = {"rank": (1, 4096), "batch_size": (1, 1e6), "accumulate": (1, 1e6), "steps": (1, 1e9), "epochs": (1e-9, 1e9),
@@ -166,7 +180,8 @@ def parse_args():
               "keep_last": (0, 1e9), "warmup": (0, 1e9), "snr_gamma": (0, 1e6), "val_samples": (0, 64),
               "val_steps": (1, 999), "validate_every": (0, 1e9), "max_grad_norm": (0, 1e9), "weight_decay": (0, 10),
               "noise_offset": (0, 1), "prior_weight": (0, 1e6), "vectors": (1, 75), "text_length": (8, 512),
-              "variants": (1, 1000), "perceptual_weight": (0, 1e6), "patience": (0, 1e9), "val_guidance_scale": (0, 1000)}
+              "variants": (1, 1000), "perceptual_weight": (0, 1e6), "patience": (0, 1e9), "val_guidance_scale": (0, 1000),
+              "real_mix": (0, 1), "anchor": (0, 1e6), "rounds": (1, 100), "candidates": (32, 1e6)}
     for name, (low, high) in bounds.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # not (…) so that NaN is caught too
@@ -196,6 +211,15 @@ def check_together(args):
     lora_only = [f"--{name.replace('_', '-')}" for name in ("text_lora", "init_lora", "text_encoder") if getattr(args, name)]
     if lora_only and args.method not in ("lora", "dreambooth"):
         fail(f"{lora_only[0]} goes with --method lora or dreambooth, not {args.method}")
+    missing = [f"--{name.replace('_', '-')}" for name in ("init_lora", "selector") if not getattr(args, name)]
+    if args.refine and missing:
+        fail(f"--refine needs {missing[0]}: " + ("the adapter to refine" if "init" in missing[0] else
+             "without ratings that predict quality it would do harm; filter.py --fit writes one"))
+    if args.refine and (args.method != "lora" or args.text_encoder or args.patience or args.select_by != "val-loss"):
+        fail("--refine goes with --method lora, without --text-encoder, --patience and --select-by: its guards select")
+    if (args.refine == "kto") != bool(args.ratings):
+        fail("--refine kto learns from --ratings CSV, the file that --selector was fitted to; give both or neither")
+    args.rounds, args.round_steps = args.rounds if args.refine else 1, 0
     if args.text_lora and args.text_encoder:
         fail("--text-lora adapts the base's own text encoder, --text-encoder replaces it: give one of them")
 
@@ -217,10 +241,11 @@ import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
+from dataclasses import dataclass, field, replace  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from fnmatch import fnmatch  # noqa: E402
-from functools import lru_cache  # noqa: E402
+from functools import lru_cache, partial  # noqa: E402
+from html import escape  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -234,10 +259,12 @@ from torchvision.transforms.v2 import functional as vision  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (FORMATS, VOLUME_SUFFIXES, BadImage, content_hash, curve, extract, find_range, find_weights,  # noqa: E402
-                     frechet, generator, guarded, is_deep, joint_matrices, kid, list_images, load_features,
-                     load_pixels, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_window,
-                     read_image, replacing, split_rows, table, taps, thumbnail, trunk_of, write_csv)
+from metrics import (COPY_CHANCE, FORMATS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage, apply_selector,  # noqa: E402
+                     content_hash, copy_chances, copy_distances, curve, extract, find_range, find_weights, frechet,
+                     generator, guarded, is_deep, joint_matrices, kid, list_images, load_features, load_pixels,
+                     load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_window,
+                     quality_features, read_image, read_ratings, replacing, same_unit, split_rows, squared_distances, table,
+                     taps, thumbnail, trunk_of, vendi, write_csv)
 from sample import (BASES, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, classes_of, contact_sheet,  # noqa: E402
                     decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_device,
                     own_resolution, predicted_latents, project, save_png, split_labels, text_states, tokenize, use_text_encoder)
@@ -302,12 +329,16 @@ def lock(out):
 
 HARMLESS = ("steps epochs out resume device precision save_every keep_last log_every validate_every val_prompts val_samples "
             "val_steps val_guidance_scale strict cache batch_size accumulate data val_data class_data patience "
-            "tensorboard wandb compile gradient_checkpointing").split()
+            "tensorboard wandb compile gradient_checkpointing rounds").split()
 
 
 def effective_batch(args):
     """Images an optimizer step."""
     return args.batch_size * args.accumulate * WORLD
+
+
+KINDS = {"args": dict, "step": int, "weights": dict, "ema": dict, "optimizer": dict, "scaler": dict, "best": dict,
+         "history": list, "random": torch.Tensor}   # of what a checkpoint holds
 
 
 def find_checkpoint(args, data_hash, weights_hash):
@@ -319,7 +350,7 @@ def find_checkpoint(args, data_hash, weights_hash):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         then = checkpoint["args"]
-        assert checkpoint["format"] == 1
+        assert checkpoint["format"] == 1 and all(isinstance(checkpoint[key], kind) for key, kind in KINDS.items())
     except Exception as why:  # truncated, a pickle, another program's: torch.load raises whatever it meets
         fail(f"{path}: not a checkpoint of train.py, or damaged ({type(why).__name__}); give --resume an older one of "
              f"{path.parent}, or another --out to start afresh")
@@ -345,10 +376,10 @@ def finished(out):
         return json.loads(Path(out, "args.json").read_text(encoding="utf-8")).get("finished")
 
 
-def write_args(args, ended=None):
-    """args.json: every flag, what ran it, and the step at which the run ended."""
+def write_args(args, ended=None, compared=None):
+    """args.json: every flag, what ran it, the step at which the run ended, and what --refine compared."""
     about = {"command": sys.argv, "torch": torch.__version__, "python": platform.python_version(),
-             "processes": WORLD, "finished": ended}
+             "processes": WORLD, "finished": ended, **({"compared": compared} if compared else {})}
     with replacing(Path(args.out, "args.json")) as file:
         file.write(json.dumps({"args": vars(args), **about}, indent=1, ensure_ascii=False).encode())
 
@@ -367,6 +398,7 @@ class Data:
     caption: torch.Tensor
     live: bool
     classes: tuple = ()   # of the rows, for --balance
+    weight: torch.Tensor = None   # (N,) of each row's loss, with --refine; kto: below 0 for what is bad
     hash: str = ""   # of the files and captions that were asked for
     weights_hash: str = ""   # of the base that encoded them
 
@@ -749,7 +781,8 @@ def order(seed, epoch, count, classes=()):
 
 
 def make_batch(data, step, slots, args, stream="data"):
-    """What step `step` sees at global batch positions `slots`: latents, noise, timesteps (on the CPU), part of data.text.
+    """What step `step` sees at global batch positions `slots`: latents, noise, timesteps (on the CPU), part of data.text,
+    weights of the rows' losses.
 
     Every draw is keyed by (purpose, step, slot): the same whatever the number of processes and forward passes.
     """
@@ -759,6 +792,7 @@ def make_batch(data, step, slots, args, stream="data"):
     shape, device = data.mean.shape[1:], data.mean.device
     index = torch.tensor([orders[place // count][place % count] for place in places]).to(device, non_blocking=True)
     caption, variants = data.caption[index], len(data.mean) // count
+    weight = torch.ones(len(slots), device=device) if data.weight is None else data.weight[index]
     if variants > 1:   # latents of variant v stand at v * count
         index = index + count * torch.stack([torch.randint(variants, (), generator=generator(
             args.seed, stream, "variant", step, slot)) for slot in slots]).to(device, non_blocking=True)
@@ -774,15 +808,16 @@ def make_batch(data, step, slots, args, stream="data"):
                              for slot in slots])
     dropped = draw("caption-dropout", lambda g: torch.rand((), generator=g)) < args.prompt_dropout
     caption = torch.where(dropped, len(next(iter(data.text.values()))) - 1, caption)
-    return latents, noise, timesteps, {key: value[caption] for key, value in data.text.items()}
+    return latents, noise, timesteps, {key: value[caption] for key, value in data.text.items()}, weight
 
 
 def learning_rate(step, args):
-    """Warm-up, then cosine or linear to zero, or constant."""
-    warmup = min(args.warmup, args.steps // 10)
+    """Warm-up, then cosine or linear to zero, or constant; in each round of --refine anew."""
+    length = args.round_steps or args.steps
+    step, warmup = step % length if args.refine else step, min(args.warmup, length // 10)
     if step < warmup:
         return args.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, args.steps - warmup)
+    done = (step - warmup) / max(1, length - warmup)
     return args.lr * {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done, "constant": 1}[args.lr_schedule]
 
 
@@ -810,6 +845,7 @@ class State:
     best: dict = field(default_factory=lambda: {"step": 0, "val_loss": math.inf})
     history: list = field(default_factory=list)   # of validations: {"step", "val_loss"}
     bad_steps: int = 0                            # steps with NaN, in a row
+    reference: dict = None                        # the weights before --refine, which are no part of a checkpoint
 
 
 def trainable(base, args):
@@ -853,17 +889,22 @@ def start(base, args, checkpoint):
     ema = {name: w.detach().clone() for name, w in weights.items()}
     optimizer = make_optimizer(weights, args)
     state = State(weights, ema, optimizer, torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16))
-    if checkpoint:
-        if {k: v.shape for k, v in checkpoint["weights"].items()} != {k: v.shape for k, v in weights.items()}:
-            fail("the checkpoint's weights do not fit this base, rank or targets; give the --base it was made with")
-        for name, w in weights.items():
-            w.data.copy_(checkpoint["weights"][name])
-            ema[name].copy_(checkpoint["ema"][name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"] and state.scaler.is_enabled():
-            state.scaler.load_state_dict(checkpoint["scaler"])
-        state.step, state.best, state.history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
-        torch.set_rng_state(checkpoint["random"])
+    state.reference = {name: w.clone() for name, w in ema.items()} if args.refine else None
+    try:
+        if checkpoint:
+            for part in (checkpoint["weights"], checkpoint["ema"]):
+                assert {k: v.shape for k, v in part.items()} == {k: v.shape for k, v in weights.items()}
+            for name, w in weights.items():
+                w.data.copy_(checkpoint["weights"][name])
+                ema[name].copy_(checkpoint["ema"][name])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if checkpoint["scaler"] and state.scaler.is_enabled():
+                state.scaler.load_state_dict(checkpoint["scaler"])
+            state.step, state.best, state.history = checkpoint["step"], checkpoint["best"], checkpoint["history"]
+            torch.set_rng_state(checkpoint["random"])
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        fail("the checkpoint does not fit this base, rank or targets, or is damaged; give the --base it was made with, or "
+             "another --out to start afresh")
     return state
 
 
@@ -911,25 +952,31 @@ def point(name, path):
 
 
 @contextmanager
-def ema_weights(state, base):
-    """The model with its averaged weights, for validation and drawing; the trained ones come back after."""
-    trained = {name: w.detach().clone() for name, w in state.weights.items()}
-    for name, w in state.weights.items():
-        w.data.copy_(state.ema[name])
-    for module in base.parts().values():
-        module.eval()
-    yield
-    for module in base.parts().values():
-        module.train()
-    for name, w in state.weights.items():
-        w.data.copy_(trained[name])
+def swapped(state, base, weights):
+    """The model, without dropout, with `weights` in place of the trained ones, which come back whatever happens."""
+    trained, learning = {name: w.detach().clone() for name, w in state.weights.items()}, base.unet.training
+    try:
+        for name, w in state.weights.items():
+            w.data.copy_(weights[name])
+        for module in base.parts().values():
+            module.eval()
+        yield
+    finally:
+        for module in base.parts().values():
+            module.train(learning)
+        for name, w in state.weights.items():
+            w.data.copy_(trained[name])
 
 
 # ------------------------------------------------------------------------------------------------- watching
 
 @torch.no_grad()
-def validation_loss(base, data, batch_size):
-    """Mean squared error at noise and timesteps that never change, spread evenly over all: comparable between steps."""
+def validation_loss(base, data, batch_size, before=None):
+    """Mean squared error at noise and timesteps that never change, spread evenly over all: comparable between steps.
+
+    before: a function that gives `swapped`; the mean squared distance from what the network with those weights says is
+    then returned instead.
+    """
     rows = len(data.rows)
     count = max(rows, 64)                       # a few images are looked at several times
     index = torch.arange(count) % rows
@@ -940,8 +987,10 @@ def validation_loss(base, data, batch_size):
     for i in range(RANK * batch_size, count, WORLD * batch_size):
         part, t = (x[i:i + batch_size].to(base.device) for x in (index, timesteps))
         noisy, target, _ = noised_and_target(base, data.mean[part], noise[i:i + batch_size].to(base.device), t)
-        cond = cond_of(base, data, {key: value[data.caption[part]] for key, value in data.text.items()})
-        total += (denoise(base, noisy, t, cond) - target).square().mean((1, 2, 3)).double().sum()
+        text = {key: value[data.caption[part]] for key, value in data.text.items()}
+        with before() if before else nullcontext():
+            target = denoise(base, noisy, t, cond_of(base, data, text)) if before else target
+        total += (denoise(base, noisy, t, cond_of(base, data, text)) - target).square().mean((1, 2, 3)).double().sum()
     if WORLD > 1:
         dist.all_reduce(total)
     return total.item() / count
@@ -987,7 +1036,7 @@ def looking(state, base, args):
     for module in (base.vae, *base.text_encoders):
         module.to(base.device)
     # other batch sizes than the step's would each be compiled anew
-    with ema_weights(state, base), torch.compiler.set_stance("force_eager" if args.compile else "default"):
+    with swapped(state, base, state.ema), torch.compiler.set_stance("force_eager" if args.compile else "default"):
         yield
     rest_encoders(base, args)
 
@@ -1033,8 +1082,8 @@ class Log:
             return
         with suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines(keepends=True):
-                with suppress(ValueError):   # the torn last line of a run that was killed
-                    if json.loads(line)["step"] <= step:
+                with suppress(ValueError, KeyError, TypeError):   # the torn last line of a run that was killed
+                    if 0 < step >= json.loads(line)["step"]:
                         kept.append(line)
         with replacing(self.path) as file:
             file.write(b"".join(kept))
@@ -1066,9 +1115,10 @@ class Log:
 
 # ------------------------------------------------------------------------------------------------- the loop
 
-def fit(base, data, classes, val, state, args, log):
-    """Train until args.steps or out of patience. SIGINT and SIGTERM save first and then end the run."""
-    asked, weights, first = [], list(state.weights.values()), state.step
+def fit(base, streams, check, state, args, log, until):
+    """Train until step `until` or out of patience; check() validates: is this the best so far? SIGINT and SIGTERM save first
+    and then end the run."""
+    asked, weights, first, data = [], list(state.weights.values()), state.step, streams[0][1]
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: asked.append(True))
     features = perceptual_features(base, args)
@@ -1077,15 +1127,15 @@ def fit(base, data, classes, val, state, args, log):
         module.train()
     with tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=RANK > 0,
               mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
-        while state.step < args.steps and not out_of_patience(state.history, state.best, args):
-            loss = compute_gradients(base, data, classes, features, state, args)
+        while state.step < until and not out_of_patience(state.history, state.best, args):
+            loss = compute_gradients(base, streams, features, state, args)
             numbers = torch.stack([loss, torch.full_like(loss, len(asked))])
             loss, stop = sum_over_processes(weights, numbers)
             norm = apply_gradients(state, weights, args)
             state.step += 1
             seen.append(torch.stack([loss, norm]))
             bar.update()
-            last = state.step == args.steps
+            last = state.step == until
             validating = last or args.validate_every and state.step % args.validate_every == 0
             saving = last or state.step % args.save_every == 0
             look = validating or saving or state.step % args.log_every == 0 or state.step == first + 20
@@ -1099,7 +1149,7 @@ def fit(base, data, classes, val, state, args, log):
                 bar.close()
                 fail(f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller --lr or --precision "
                      f"fp32; {args.out}/checkpoints/latest.pt is from before")
-            best = validating and validate(base, state, val, args, log)
+            best = validating and check()
             if saving or best or stop or out_of_patience(state.history, state.best, args):
                 save_checkpoint(state, args, data, best)
             if validating and not last:   # the last one's follows the loop, where a killed run also comes by
@@ -1111,27 +1161,36 @@ def fit(base, data, classes, val, state, args, log):
                 raise KeyboardInterrupt
 
 
-def compute_gradients(base, data, classes, features, state, args):
+def compute_gradients(base, streams, features, state, args):
     """This process's share of a step: gradients in place, and its share of the loss, on the device.
 
-    DreamBooth's class images (Ruiz et al. 2023) are a second batch of the same size, with streams of their own.
+    streams: [(name, Data, share of the loss)], a batch of the same size from each, with draws of its own; the second are
+    DreamBooth's class images (Ruiz et al. 2023) or the real ones of a refinement.
     """
     total = torch.zeros((), device=base.device)
-    streams = [("data", data, 1.0)] + [("class", classes, args.prior_weight)] * (classes is not None)
     for micro in range(args.accumulate):
         first = (micro * WORLD + RANK) * args.batch_size
         for stream, part, share in streams:
             slots = range(first, first + args.batch_size)
-            latents, noise, planned, text = make_batch(part, state.step, slots, args, stream)
+            latents, noise, planned, text, weight = make_batch(part, state.step, slots, args, stream)
             timesteps = planned.to(base.device, non_blocking=True)
-            noisy, target, weight = noised_and_target(base, latents, noise, timesteps, args.snr_gamma)
+            noisy, target, snr_weight = noised_and_target(base, latents, noise, timesteps, args.snr_gamma)
+            if state.reference:
+                with torch.no_grad(), swapped(state, base, state.reference):
+                    before = denoise(base, noisy, timesteps, cond_of(base, part, text))
             if args.dropout:  # the one hidden state: nn.Dropout draws from the global generator
                 torch.manual_seed(generator(args.seed, "dropout", stream, state.step, micro, RANK).initial_seed())
             prediction = denoise(base, noisy, timesteps, cond_of(base, part, text))
-            error = (prediction - target).square().mean((1, 2, 3)) * weight   # (B,)
+            error = (prediction - target).square().mean((1, 2, 3)) * snr_weight   # (B,)
             if features:
                 clean = predicted_latents(base, noisy, prediction, timesteps)
                 error = error + args.perceptual_weight * perceptual_loss(features, clean, latents, planned)
+            if args.refine == "kto" and stream == "data":
+                error = kto_loss(error, (before - target).square().mean((1, 2, 3)) * snr_weight, weight, latents[0].numel())
+            else:
+                error = error * weight
+            if state.reference:
+                error = error + args.anchor * (prediction - before).square().mean((1, 2, 3))
             loss = share * error.sum() / effective_batch(args)
             state.scaler.scale(loss).backward()
             total += loss.detach()
@@ -1233,6 +1292,226 @@ def memory_in_use(device):
         return round(peak / (1e6 if sys.platform == "darwin" else 1e3))
 
 
+# ------------------------------------------------------------------------------------------------- refining
+# Keeping the better part of what was drawn beats every way of tuning (README), and tuning alone learns to please the
+# selector: so it is done with all these guards, or the adapter comes back as it was.
+
+REJECT, TEMPERATURE = 0.4, 0.5   # rwr: the share of each prompt's images that weigh nothing; how sharply the others differ
+KTO_BETA = 2000.0   # for latents of 16384 numbers: the theory sums over them, the loss is their mean
+
+
+def kto_loss(error, before, weight, size):
+    """1 - sigmoid(y B (before - error - z)) times |weight|, (B,): Diffusion-KTO (Li et al. 2024), 0.5 at the first step.
+
+    error, before: (B,) squared errors of the network as it is and as it was; y: the sign of weight (B,), what is good and
+    what is bad; z: the mean gain of the batch, at least 0, a constant; size: numbers in an image's latents.
+    """
+    gain = before - error
+    surprise = gain - gain.mean().clamp(min=0).detach()
+    return weight.abs() * (1 - torch.sigmoid(weight.sign() * KTO_BETA * size / 16384 * surprise))
+
+
+def reward_weights(reward, prompts, allowed):
+    """Weights (N,), of mean 1, of drawn images in reward-weighted regression (Peters & Schaal 2007, Lee et al. 2023).
+
+    Of each prompt's images the lower REJECT and those not `allowed`, bool (N,), weigh nothing, the others exp(z / t) but
+    at most 20, z: the reward in deviations from their prompt's mean; t rises until the effective sample size is 30 %.
+    """
+    kept, z, t = allowed.copy(), np.zeros(len(reward)), TEMPERATURE
+    for prompt in set(prompts):
+        own = prompts == prompt
+        kept[own] &= reward[own] >= np.quantile(reward[own], REJECT)
+        z[own] = (reward[own] - reward[own].mean()) / (reward[own].std() + 1e-6)
+    while True:
+        weights = np.where(kept, np.minimum(np.exp(z / t), 20), 0)
+        weights = weights / max(weights.mean(), 1e-12)
+        if t > 50 or effective_share(weights) >= 0.3:
+            return weights
+        t *= 1.5
+
+
+def effective_share(weights):
+    """Kish's effective sample size of weights (N,) of mean 1 or 0, as a share of N."""
+    return float(weights.mean() / max(np.square(weights).mean(), 1e-12))
+
+
+def summary(seen, which=slice(None)):
+    """The figures of drawn images, or of some of them. seen: "reward", "judge", "passes", "copied", "weights", "prompts",
+    each (N,), "vectors" (N, D) by which they differ, and "bands" (N, 5) of their spectra in deviations of the real ones.
+
+    diversity and Vendi score: of half of each prompt's images, those that pass first, for what is spoilt is varied too.
+    """
+    better, prompts = np.argsort(~seen["passes"][which], kind="stable"), seen["prompts"][which]
+    parts = [better[prompts[better] == prompt] for prompt in sorted(set(prompts))]
+    parts = [seen["vectors"][which][part[:-(-len(part) // 2)]] for part in parts]
+    distances = [np.sqrt(squared_distances(part, part)).sum() / max(len(part) * (len(part) - 1), 1) for part in parts]
+    units = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts]
+    return {**{name: float(seen[name][which].mean()) for name in ("reward", "judge", "passes", "copied")},
+            "diversity": float(np.mean(distances)), "vendi": float(np.mean([vendi(part @ part.T) for part in units])),
+            "bands": float(np.abs(np.median(seen["bands"][which], 0)).max()), "ess": effective_share(seen["weights"])}
+
+
+def objections(history):
+    """What the guards say against the last round, a text each; none lets it pass. history: figures, first those before."""
+    start, now = history[0], history[-1]
+    most = {"held-out loss, of that before": (now["val_loss"] / start["val_loss"], 1.03),
+            "distance from the network before": (now["drift"], 0.05),
+            "copies of real images, beyond those before": (now["copied"] - start["copied"], 0.01),
+            "spectrum, in deviations of the real images": (now["bands"], max(3, start["bands"])),
+            "reward above the other half's judgement, beyond that before":
+                (now["reward"] - now["judge"] - start["reward"] + start["judge"], 0.15)}
+    least = {"diversity, of that before": (now["diversity"] / start["diversity"], 0.9),
+             "Vendi score, of that before": (now["vendi"] / start["vendi"], 0.9),
+             "effective sample size": (now["ess"], 0.1)}
+    found = [f"{name}: {value:.3f} > {limit:g}" for name, (value, limit) in most.items() if not value <= limit]
+    found += [f"{name}: {value:.3f} < {limit:g}" for name, (value, limit) in least.items() if not value >= limit]
+    last = [figures["judge"] for figures in history[-3:]]
+    return found + ["the half that judges fell twice"] * (len(last) == 3 and last[0] > last[1] > last[2])
+
+
+def refine(base, real, val, state, args, log, look, learn):
+    """Rounds of refinement, each judged; ends where a guard objects. state.best: the best round that passed, else step 0.
+
+    look(name) gives what the network draws as it is, as `summary` wants it, once drawn always the same; learn(seen) the
+    Data, with weights, to learn from in the next round. The reference is the network before, adapter included.
+    """
+    length = args.round_steps
+    streams = [("real", real, args.real_mix)] * (args.real_mix > 0)
+
+    def check():
+        with looking(state, base, args):
+            figures = {"step": state.step, "val_loss": validation_loss(base, val, args.batch_size), "drift": validation_loss(
+                base, val, args.batch_size, partial(swapped, state, base, state.reference)), **summary(look(state.step))}
+        state.history.append(figures)
+        log(figures)
+        best = not objections(state.history) and figures["judge"] > state.best.get("judge", -math.inf)
+        state.best = figures if best else state.best
+        return best
+    if not state.history:
+        check()
+        state.best = state.history[0]
+    draw_grid(base, state, args, log)
+    while state.step < args.steps and not objections(state.history):
+        begun = state.step // length * length
+        if state.step == begun:
+            state.optimizer = make_optimizer(state.weights, args)
+        with looking(state, base, args):
+            data = replace(learn(look(begun)), hash=real.hash, weights_hash=real.weights_hash)
+        fit(base, [("data", data, 1 - args.real_mix), *streams], check, state, args, log, begun + length)
+        draw_grid(base, state, args, log)
+
+
+def take_over(args):
+    """--refine: base, rank, layers and resolution are those of the adapter."""
+    pairs, about, extra = lora.load(args.init_lora)
+    args.base = args.base or about.get("base") or fail(f"{args.init_lora} names no base: give --base")
+    if extra:
+        fail(f"--init-lora {args.init_lora} brings more than pairs of matrices ({min(extra)}), which --refine cannot change")
+    args.rank, args.targets = len(next(iter(pairs.values()))[0]), about.get("targets", "attention")
+    args.alpha, args.text_lora = float(about.get("alpha", args.rank)), any(name.startswith("text") for name in pairs)
+    args.resolution, args.validate_every = args.resolution or int(about.get("resolution", 0)) or None, 0
+    spec = load_selector(args.selector)["spec"]
+    if spec["warnings"]:
+        fail(f"--selector {args.selector} was written in spite of: {spec['warnings'][0]}; what it says must not be learnt")
+    foreign = [path for path in args.ratings or () if content_hash(path) not in spec["ratings_sha256"]]
+    if foreign:
+        fail(f"--ratings {foreign[0]}: is not what {args.selector} was fitted to, which found that it predicts quality")
+
+
+def changed(args, **values):
+    """The flags with other values for some."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def drawn_rows(base, known, name, args):
+    """Rows of --candidates images that the network draws as it is, in --out/drawn, evenly of the frequent captions of the
+    rows `known`. What is there stays; under torchrun the drawing is shared out."""
+    captions = [caption for caption, _ in Counter(row["caption"] for row in known).most_common(max(1, args.candidates // 8))]
+    jobs = [(captions[i % len(captions)], i // len(captions)) for i in range(args.candidates)]
+    settings = [value for flag, value in sorted(vars(args).items()) if flag not in HARMLESS or flag.startswith("val_")]
+    digest = hashlib.sha256(repr([settings, captions, content_hash(args.init_lora)]).encode()).hexdigest()[:8]
+    folder = Path(args.out, "drawn", f"{name}-{digest}")
+    paths = [folder / f"{i:05d}.png" for i in range(len(jobs))]
+    starts = range(args.batch_size * RANK, len(jobs), args.batch_size * WORLD)   # whole batches: sizes decide the last bits
+    for start in tqdm(starts, "drawing to judge", unit="batch", disable=RANK > 0, leave=False):
+        batch, wanted = jobs[start:start + args.batch_size], paths[start:start + args.batch_size]
+        if not all(path.exists() for path in wanted):
+            images = generate(base, batch, args.val_steps, args.val_guidance_scale, height=args.resolution,
+                              width=args.resolution, batch_size=len(batch), seed=(args.seed, str(name)))
+            for image, path, (caption, _) in zip(images, wanted, batch):
+                save_png(image, path, caption)
+    if WORLD > 1:
+        dist.barrier()
+    source = {row["caption"]: row for row in known}
+    return [{"path": str(path), "file_name": path.name, "caption": caption, "label": source[caption]["label"], "group": "",
+             "fields": source[caption]["fields"], "slice": None} for path, (caption, _) in zip(paths, jobs)]
+
+
+def judged_by_selector(base, data, args):
+    """look and learn for `refine`: what the selector and the real images say of what is drawn; what to learn from it."""
+    selector, device = load_selector(args.selector), base.device
+    spec, plain = selector["spec"], changed(args, cache=None, crop="center", augment="", variants=1)
+    size = changed(args, resolution=spec["features"][0]["size"])
+    known, real = load(data.rows[::-(-len(data.rows) // 2000)], size)
+    features, own, same = quality_features(real, device), copy_distances(real, real), same_unit([r["group"] for r in known])
+    most = np.median(apply_selector(selector, features, known)["reward"])   # no credit for better than real
+    middle, bands, rest = np.median(features, 0), slice(13, 18), slice(QUALITY_FEATURES[0][1], None)
+    deviation = 1.4826 * np.median(np.abs(features - middle), 0) + 1e-6
+
+    def look(name):
+        rows = drawn_rows(base, data.rows, name, args)
+        pixels = load_pixels(rows, size.resolution)[1]
+        found = quality_features(pixels, device)
+        given = apply_selector(selector, found, rows)
+        reward, prompts = np.minimum(given["reward"], most), np.array([row["caption"] for row in rows])
+        allowed = (given["quality"] > 0) & ~(given["alignment"] < 1 / max(1, len(spec["classes"])))
+        vectors = (found - features.mean(0)) / (features.std(0) + 1e-6)
+        return {"rows": rows, "reward": reward, "judge": given["judge"], "prompts": prompts, "vectors": vectors[:, rest],
+                "passes": given["quality"] >= spec["thresholds"]["quality"], "weights": reward_weights(reward, prompts, allowed),
+                "copied": copy_chances(own, copy_distances(pixels, real), same) <= max(COPY_CHANCE, 1 / (len(known) + 1)),
+                "bands": ((found - middle) / deviation)[:, bands]}
+
+    def learn(seen):
+        if args.refine == "rwr":
+            found = cache(base, *load_pixels(seen["rows"], args.resolution), plain, "drawn images")
+            found.weight = torch.tensor(seen["weights"], dtype=torch.float32, device=device)
+            return found
+        levels = {(row["path"], row["expert"]): row for row in read_ratings(args.ratings)}
+        rated = [{"path": path, "file_name": path, "caption": row["prompt"], "label": "", "group": "", "fields": {},
+                  "slice": None, "weight": row["level"] * (1 if row["rating"] >= spec["good"] else -1)}
+                 for (path, _), row in levels.items() if row["rating"] in (1, *range(spec["good"], 4))
+                 and content_hash(path)[:16] not in spec["judging"]]
+        rows, pixels = load(rated, plain)
+        found = cache(base, rows, pixels, plain, "rated images")
+        weights = torch.tensor([row["weight"] for row in rows], device=device)
+        found.weight, found.classes = weights / weights.abs().max(), tuple(str(weight > 0) for weight in weights.tolist())
+        return found
+    return look, learn
+
+
+def compare(base, state, val, args, look):
+    """What the report shows beside one another, {name: figures}: the network before, the better third of what it draws,
+    plain training of equal length and, where a round passed, the refined network."""
+    seen, before = look(0), state.history[0]
+    third = np.argsort(-seen["reward"], kind="stable")[:len(seen["reward"]) // 3]
+    plain, path = {name: torch.empty_like(w) for name, w in state.weights.items()}, Path(args.out, "plain", "lora.safetensors")
+    start_from_adapter(plain, changed(args, init_lora=path))
+    with looking(state, base, args), swapped(state, base, plain):
+        trained = {"val_loss": validation_loss(base, val, args.batch_size), **summary(look(f"plain-{content_hash(path)[:8]}"))}
+    found = {"before": before, "before, filtered to a third": {**before, **summary(seen, third)}, "plain training": trained}
+    return {**found, "refined": state.best} if state.best["step"] else found
+
+
+def said_of(compared, state):
+    """One sentence on what refining brought, with its reasons where it brought nothing."""
+    if "refined" not in compared:
+        why = "; ".join(objections(state.history)) or "the half that judges saw no gain"
+        return f"no round passed ({why}): lora.safetensors is the adapter of --init-lora, unchanged"
+    gains = [f"{compared['refined']['judge'] - compared[name]['judge']:+.3f} over {name}" for name in compared if name != "refined"]
+    return (f"round {state.best['step']} passed; judged by the half of the ratings it did not learn from: {', '.join(gains)}. "
+            "Only experts who rate images from before and after, blinded, can prove it")
+
+
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
 def save_results(state, args, data):
@@ -1242,11 +1521,15 @@ def save_results(state, args, data):
     if state.best["step"] and best_path.exists():   # absent where a run went on from another folder's checkpoint
         kept = torch.load(best_path, map_location="cpu", weights_only=True)
         best = kept["ema"] if kept["step"] == state.best["step"] else best
-    if best is state.ema:
+    if best is state.ema and not args.refine:
         state.best = {**state.best, "step": state.step}
     if args.method == "full":
         save_model(best, args)
         return Path(args.out, "model")
+    if args.refine and not state.best["step"]:
+        with replacing(Path(args.out, "lora.safetensors")) as file, open(args.init_lora, "rb") as before:
+            shutil.copyfileobj(before, file)
+        return Path(args.out, "lora.safetensors")
     about = {"base": args.base, "rank": args.rank, "alpha": f"{args.alpha:g}", "targets": args.targets,
              "prompt": args.prompt or "", "resolution": args.resolution, "seed": args.seed, "images": len(data.rows),
              "data": data.hash, "format_version": 1, "made_by": "medlora",
@@ -1305,18 +1588,27 @@ def save_model(weights, args):
         file.write(lora.to_bytes({name.removeprefix("unet."): w.cpu().contiguous() for name, w in weights.items()}, {}))
 
 
-def write_report(state, args):
-    """report.html: loss, validation, learning rate, gradient norm, the grids in order, the flags."""
+def compared_rows(compared):
+    """A header and rows that show `compare`'s figures."""
+    shown = {"judged good": "judge", "pass": "passes", "diversity": "diversity", "copies": "copied", "held-out loss": "val_loss"}
+    return ["", *shown], [[name, *(f"{figures[key]:.3f}" for key in shown.values())] for name, figures in compared.items()]
+
+
+def write_report(state, args, compared):
+    """report.html: loss, validation, learning rate, gradient norm, the grids in order, what --refine compared, the flags."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
-    steps, grids = [line for line in lines if "loss" in line], sorted(Path(args.out, "samples").glob("step-*.png"))
+    steps = [line for line in lines if all(isinstance(line.get(key), (int, float)) for key in ("loss", "grad_norm", "lr"))]
+    grids = sorted(Path(args.out, "samples").glob("step-*.png"))
     width = max(1, len(steps) // 200)   # points are means over this many steps
 
     def points(key):
         parts = [steps[i:i + width] for i in range(0, len(steps), width)]
         return [(part[-1]["step"], sum(line[key] for line in part) / len(part)) for part in parts]
     best = f", best {state.best['val_loss']:.4f} at step {state.best['step']}" if state.history else ""
-    body = (f"<p>{state.step} steps{best}; peak memory {steps[-1]['memory']} MB, "
-            f"{steps[-1]['images_per_second']} images a second.</p>" + "<h2>Loss</h2>"
+    body = "<h2>What refining brought</h2>" + table(*compared_rows(compared)) + f"<p>{escape(said_of(compared, state))}</p>" \
+        if compared else ""
+    cost = [f"; peak memory {line.get('memory')} MB, {line.get('images_per_second')} images a second" for line in steps[-1:]]
+    body += (f"<p>{state.step} steps{best}{''.join(cost)}.</p>" + "<h2>Loss</h2>"
             + curve({"training": points("loss"), "validation": [(v["step"], v["val_loss"]) for v in state.history]}, "step")
             + "<h2>Gradient norm</h2>" + curve({"before clipping": points("grad_norm")}, "step")
             + "<h2>Learning rate</h2>" + curve({"lr": points("lr")}, "step") + "<h2>Samples, same noise each time</h2>")
@@ -1358,7 +1650,10 @@ def run(args, device):
     listed = list_data(args)
     train_rows, val_rows = ([row for row in listed if row["split"] == part] for part in ("train", "val"))
     args.resolution = args.resolution or own_resolution(find_base(args.base))
-    args.steps = args.steps or math.ceil(args.epochs * len(train_rows) / effective_batch(args))
+    args.steps = (args.steps or math.ceil(args.epochs * len(train_rows) / effective_batch(args))) * args.rounds
+    args.round_steps = args.steps // args.rounds if args.refine else 0
+    if args.refine and not val_rows:
+        fail("--refine needs held-out images to judge by: give --val-split 0.15 or --val-data")
     if args.select_by != "val-loss" and len(val_rows) < 50:
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
              "means something at any number")
@@ -1368,8 +1663,10 @@ def run(args, device):
         args.cache = os.path.join(args.cache, base_hash(find_base(args.base), "vae"))
     checkpoint = find_checkpoint(args, data_hash, weights_hash)
     if checkpoint and finished(args.out) == checkpoint["step"] and (
-            checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)):
-        RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --steps")
+            checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)
+            or args.refine and objections(checkpoint["history"])):
+        RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more "
+                      f"--{'rounds' if args.refine else 'steps'}")
         return
     base = prepare_base(args, device)
     classes = class_images(base, len(train_rows), args) if args.method == "dreambooth" else None
@@ -1389,22 +1686,40 @@ def run(args, device):
                   [[row["file_name"], row["group"], row["split"]] for row in listed])
         write_args(args)
         describe(state, data, val, args)
-    log = Log(args, state.step)
+    log, compared = Log(args, state.step), None
+    streams = [("data", data, 1.0)] + [("class", classes, args.prior_weight)] * (classes is not None)
     handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    if checkpoint and args.validate_every and state.step % args.validate_every == 0:
+        draw_grid(base, state, args, log)   # a kill may have come between a checkpoint and its grid
     try:
-        fit(base, data, classes, val, state, args, log)
+        if args.refine:
+            look, learn = judged_by_selector(base, data, args)
+            refine(base, data, val, state, args, log, look, learn)
+            compared = compare(base, state, val, args, look)
+        else:
+            fit(base, streams, lambda: validate(base, state, val, args, log), state, args, log, args.steps)
     finally:
         for name, handler in handlers.items():
             signal.signal(name, handler)
     draw_grid(base, state, args, log)
     if RANK == 0:
-        result = save_results(state, args, data)
-        write_report(state, args)
-        write_card(state, args, data, result)
-        write_args(args, ended=state.step)
-        print(f"done: {result}; look at {args.out}/report.html\nnext: python sample.py --"
-              f"{'base' if args.method == 'full' else 'lora'} {shlex.quote(str(result))} --prompt "
-              f"{shlex.quote(args.val_prompts[0])} --num-images 50 --grid")
+        leave(state, args, data, compared)
+
+
+def leave(state, args, data, compared):
+    """Write all that a run leaves, and say where it is and what to do next."""
+    result = save_results(state, args, data)
+    write_report(state, args, compared)
+    write_card(state, args, data, result)
+    write_args(args, state.step, compared)
+    if compared:
+        header, rows = compared_rows(compared)
+        for row in [header, *rows]:
+            print(f"{row[0]:26}" + "".join(f"{cell:>15}" for cell in row[1:]))
+        print(said_of(compared, state))
+    print(f"done: {result}; look at {args.out}/report.html\nnext: python sample.py --"
+          f"{'base' if args.method == 'full' else 'lora'} {shlex.quote(str(result))} --prompt "
+          f"{shlex.quote(args.val_prompts[0])} --num-images 50 --grid")
 
 
 def main(args):
@@ -1413,6 +1728,10 @@ def main(args):
         preview(args)
     else:
         with lock(args.out) if RANK == 0 else nullcontext():
+            if args.refine:
+                take_over(args)
+                run(changed(args, refine=None, selector=None, ratings=None, rounds=1, steps=args.steps and args.steps * args.rounds,
+                            epochs=args.epochs and args.epochs * args.rounds, out=os.path.join(args.out, "plain")), device)
             run(args, device)
     if WORLD > 1:
         dist.destroy_process_group()

@@ -1,19 +1,22 @@
 """How fast it is, as ratios against what people use, both run in turn on the same machine with the same weights.
 
-    python tests/bench.py                                      drawing, reading and the numbers, on the CPU
-    python tests/bench.py --peer-script diffusers/examples/text_to_image/train_text_to_image_lora.py
-    python tests/bench.py --peer-script … --shape sd21 --resolution 128 --batch-size 8 --precision fp32
-    python tests/bench.py --peer-script … --shape sd15 --resolution 512 --batch-size 4 --device cuda --compile
-    python tests/bench.py --what sampling --shape sd15 --resolution 512 --device cuda
+    python tests/bench.py                                      all but training, on the CPU, with the tiny base
+    python tests/bench.py --peer-script diffusers/examples/text_to_image/train_text_to_image_lora.py      training too
+    python tests/bench.py --what training --peer-script … --shape sd21-base --batch-size 8
+    python tests/bench.py --what training --peer-script … --shape sd15 --resolution 512 --device cuda --compile
+    python tests/bench.py --what sampling --shape sdxl --resolution 1024 --precision bf16 --device cuda
+    python tests/bench.py --what growth                        how cost grows with images, pixels, rank and processes
 
-Training: the peer's script comes from a checkout of diffusers, which is no part of this repository; it needs accelerate
-and peft. Its `datasets` package is replaced by a few lines that read a folder, where it is not installed. Both train a
-rank-16 adapter on random images; seconds a step are the median after a warm-up. The others need diffusers, peft,
-pytorch-fid (pip install --no-deps), lpips and scikit-image. A ratio is the median of alternating pairs; where the peer
-is a loop over pairs of images, it is timed on some and scaled up.
+Prints a table in Markdown; the pairs go to stderr. A ratio is the median of alternating pairs, theirs / ours, and the
+range; where the peer is a loop over pairs of images, it is timed on some and scaled up. Weights are random, in the published
+configurations. The peer's training script comes from a checkout of diffusers, which is no part of this repository, and
+needs accelerate and peft; its `datasets` package is replaced by a few lines that read a folder, where it is not installed.
+The others need what tests/requirements.txt names.
 """
 import argparse
+import contextlib
 import csv
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -37,39 +40,68 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # ---- the same work for both
 
-def make_base(shape, resolution, folder):
-    """A base with random weights: "tiny" the embedded one; "sd15" and "sd21" in the published configurations."""
+# What the published configurations say of a UNet, of a text encoder (hidden and intermediate size, layers, heads,
+# activation, projection), and of the rest; text_encoder_2 is SDXL's.
+UNETS = {"sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+         "sd21-base": dict(sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+                           use_linear_projection=True),
+         "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+                      use_linear_projection=True, upcast_attention=True),
+         "sdxl": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
+                      block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+                      down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                      up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                      addition_embed_type="text_time", addition_time_embed_dim=256,
+                      projection_class_embeddings_input_dim=2816)}
+CLIP_L, CLIP_H, CLIP_G = ((768, 3072, 12, 12, "quick_gelu", 768), (1024, 4096, 23, 16, "gelu", 512),
+                          (1280, 5120, 32, 20, "gelu", 1280))
+TEXTS = {"sd15": [CLIP_L], "sd21-base": [CLIP_H], "sd21": [CLIP_H], "sdxl": [CLIP_L, CLIP_G]}
+
+
+def make_base(shape, folder):
+    """A base in the published configuration of `shape` with random fp16 weights, saved in diffusers' form; "tiny" is
+    the embedded one. Its tokenizer is tiny's, a part of the real one's vocabulary. Returns the folder."""
     if shape == "tiny":
         return ROOT / "tests" / "tiny-base"
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "tests" / "tiny-base" / "tokenizer")
-    two = shape == "sd21"
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=resolution // 8, cross_attention_dim=1024 if two else 768,
-                                attention_head_dim=(5, 10, 20, 20) if two else 8, use_linear_projection=two)
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        hidden_size=1024 if two else 768, intermediate_size=4096 if two else 3072, num_attention_heads=16 if two else 12,
-        num_hidden_layers=23 if two else 12, hidden_act="gelu" if two else "quick_gelu"))
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
-                        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, latent_channels=4,
-                        scaling_factor=0.18215, sample_size=resolution)
-    schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                             set_alpha_to_one=False, steps_offset=1)
-    for model in (unet, text_encoder, vae):
-        model.half()
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, schedule, None, None,
-                            requires_safety_checker=False).save_pretrained(folder)
+    torch.set_default_dtype(torch.float16)   # half the memory
+    try:
+        unet = diffusers.UNet2DConditionModel(**UNETS[shape])
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2,
+            up_block_types=["UpDecoderBlock2D"] * 4, sample_size=8 * UNETS[shape]["sample_size"], force_upcast=shape == "sdxl",
+            scaling_factor=0.13025 if shape == "sdxl" else 0.18215)
+        parts = dict(unet=unet, vae=vae)
+        for suffix, kind, numbers in zip(("", "_2"), (CLIPTextModel, CLIPTextModelWithProjection), TEXTS[shape]):
+            names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+            parts["text_encoder" + suffix] = kind(CLIPTextConfig(
+                **dict(zip((*names, "projection_dim"), numbers)), eos_token_id=2))   # 2: as published, means the highest
+            pad = "<|endoftext|>" if numbers is CLIP_L else "!"
+            parts["tokenizer" + suffix] = CLIPTokenizer.from_pretrained(ROOT / "tests/tiny-base/tokenizer", pad_token=pad)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    scheduler = {"sd21": diffusers.DDIMScheduler, "sdxl": diffusers.EulerDiscreteScheduler}.get(shape, diffusers.PNDMScheduler)
+    parts["scheduler"] = scheduler.from_config(dict(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction" if shape == "sd21" else "epsilon"))
+    if shape == "sdxl":
+        pipe = diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True)
+    else:
+        pipe = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None,
+                                                 requires_safety_checker=False)
+    pipe.save_pretrained(folder)
     return folder
 
 
-def make_images(folder, count, resolution):
+def make_images(folder, count, resolution, seed=0):
     """`count` random images with captions, in the form both read."""
     import numpy as np
     from PIL import Image
     folder.mkdir()
-    draw, rows = np.random.RandomState(0), [["file_name", "text"]]
+    draw, rows = np.random.RandomState(seed), [["file_name", "text"]]
     for i in range(count):
         Image.fromarray(draw.randint(0, 255, (resolution, resolution, 3)).astype(np.uint8)).save(folder / f"{i}.png")
         rows.append([f"{i}.png", f"a drawn image, number {i % 10}"])
@@ -145,8 +177,8 @@ def measure(script, flags, report, environment):
 
 
 def bench_training(args, place):
-    """Seconds a step and peak memory of train.py and of the peer's script."""
-    base = make_base(args.shape, args.resolution, place / "base")
+    """Seconds a step and peak memory of train.py and of the peer's script, rank 16 on random images."""
+    base = make_base(args.shape, place / "base")
     make_images(place / "images", 16, args.resolution)
     ours = ["--base", base, "--data", place / "images", "--resolution", args.resolution, "--batch-size", args.batch_size,
             "--steps", args.steps, "--precision", args.precision, "--device", args.device, "--val-split", 0,
@@ -162,18 +194,39 @@ def bench_training(args, place):
                             place / "b.json", on_cpu)
         ratios.append(b / a)
         memory.append(a_peak / b_peak)
-        print(f"pair {pair}: ours {a:.3f} s a step, {a_peak / 1e6:.0f} MB; peer {b:.3f} s, {b_peak / 1e6:.0f} MB; "
-              f"ratio {b / a:.2f}", flush=True)
-    print(f"\ntraining, {args.shape} shape, {args.resolution} px, batch {args.batch_size}, ours {args.precision}"
-          f"{' --compile' * args.compile}, peer {args.peer_precision}: {statistics.median(ratios):.2f} × the peer's images a "
-          f"second ({min(ratios):.2f} to {max(ratios):.2f}), {statistics.median(memory):.2f} × its memory; {machine(args)}")
+        print(f"training, pair {pair}: ours {a:.3f} s a step, {a_peak / 1e6:.0f} MB; peer {b:.3f} s, {b_peak / 1e6:.0f} MB",
+              flush=True)
+    yield (f"training, {args.shape}, {args.resolution} px, batch {args.batch_size}, ours {args.precision}"
+           f"{' --compile' * args.compile}, theirs {args.peer_precision.replace('no', 'fp32')}",
+           "diffusers' train_text_to_image_lora.py", f"{in_words(ratios)}, {statistics.median(memory):.2f} × its memory")
 
 
-def machine(args):
-    """What it ran on."""
-    import torch
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    return f"torch {torch.__version__}, {device}"
+def in_words(ratios):
+    return f"{statistics.median(ratios):.3g} × ({min(ratios):.3g} to {max(ratios):.3g})"
+
+
+def alternate(name, ours, theirs, pairs, scale=1.0):
+    """Time two functions in turn, a pair more than asked for to warm up; the ratio in words. scale: of their time."""
+    ratios = []
+    for pair in range(pairs + 1):
+        took = {}
+        for function in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
+            start = time.perf_counter()
+            function()
+            took[function] = time.perf_counter() - start
+        ratios.append(scale * took[theirs] / took[ours])
+        print(f"{name}, pair {pair}: ours {took[ours]:.3f} s, theirs {scale * took[theirs]:.3f} s", flush=True)
+    return in_words(ratios[1:])
+
+
+@contextlib.contextmanager
+def typed(module, *flags):
+    """The flags that a script would parse from this command line."""
+    argv, sys.argv = sys.argv, [module.__name__, *map(str, flags)]
+    try:
+        yield module.parse_args()
+    finally:
+        sys.argv = argv
 
 
 # ---- drawing
@@ -183,118 +236,110 @@ def make_adapter(base, path):
     import torch
     import lora
     import sample
-    loaded = sample.load_base(base, torch.device("cpu"), "fp32")
+    loaded = sample.load_base(base, torch.device("cpu"), "bf16")
     weights = lora.inject(loaded.unet, "attention", 16, 16, generator=sample.generator(0, "bench"))
     for weight in weights.values():
         weight.data = 0.01 * torch.randn(weight.shape, generator=sample.generator(0, "bench", tuple(weight.shape)))
     lora.save(path, weights, {"rank": 16, "alpha": 16, "base": base})
 
 
-def draw_ours(base, prompts, args, batch_size):
-    import sample
-    return list(sample.generate(base, [(p, i) for i, p in enumerate(prompts)], args.steps, 7.5, "ddim", args.resolution,
-                                args.resolution, batch_size=batch_size))
-
-
-def draw_theirs(pipe, prompts, args, batch_size):
-    images = []
-    for i in range(0, len(prompts), batch_size):
-        images += pipe(prompts[i:i + batch_size], num_inference_steps=args.steps, guidance_scale=7.5, height=args.resolution,
-                       width=args.resolution).images
-    return images
-
-
-def compare(name, ours, theirs, args):
-    """Alternate the two, print each pair and return the median ratio in words."""
-    def seconds(draw):
-        start = time.perf_counter()
-        assert len(draw()) == args.images
-        return time.perf_counter() - start
-    seconds(ours), seconds(theirs)   # warm
-    ratios = []
-    for pair in range(args.pairs):
-        took = {draw: seconds(draw) for draw in ((ours, theirs) if pair % 2 == 0 else (theirs, ours))}
-        ratios.append(took[theirs] / took[ours])
-        print(f"{name}, pair {pair}: ours {args.images / took[ours]:.3f} images/s, theirs {args.images / took[theirs]:.3f}; "
-              f"ratio {ratios[-1]:.2f}", flush=True)
-    return f"{name}: {statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
 def bench_sampling(args, place):
-    """Images a second from text to picture: in one --precision and batch size, and as either is run by default (ours in
+    """Images from text to picture: in one --precision and batch size, and as either is run by default (ours in
     --precision auto by 8, theirs in fp32 one prompt a call)."""
     import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DiffusionPipeline
     import lora
     import sample
-    device, found = torch.device(args.device), []
-    folder = str(make_base(args.shape, args.resolution, Path(place, "base")))
-    adapter = Path(place, "lora.safetensors")
+    device, folder, adapter = torch.device(args.device), str(make_base(args.shape, place / "base")), place / "lora.safetensors"
     make_adapter(folder, adapter)
     prompts = [f"a drawn image, number {i % 4}" for i in range(args.images)]
     one = args.precision if args.precision != "auto" else "fp32"
-    for name, precision, peer_precision, sizes in (
-            (f"both in {one}", one, {"fp32": "float32", "bf16": "bfloat16"}[one], (args.batch_size, args.batch_size)),
-            ("as by default", "auto", "float32", (8, 1))):
+    for name, precision, theirs, sizes in (
+            (f"both {one}", one, {"fp32": "float32", "bf16": "bfloat16"}[one], (args.batch_size, args.batch_size)),
+            ("each as by default", "auto", "float32", (8, 1))):
         base = sample.load_base(folder, device, precision)
-        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None,
-                                                       torch_dtype=getattr(torch, peer_precision)).to(device)
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, theirs)).to(device)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
-        pipe.load_lora_weights(place, weight_name=adapter.name)
+        pipe.load_lora_weights(str(place), weight_name=adapter.name)
+
+        def draw_ours():
+            assert len(list(sample.generate(base, [(p, i) for i, p in enumerate(prompts)], args.steps, 7.5, "ddim",
+                                            args.resolution, args.resolution, batch_size=sizes[0]))) == args.images
+
+        def draw_theirs():
+            for i in range(0, len(prompts), sizes[1]):
+                pipe(prompts[i:i + sizes[1]], num_inference_steps=args.steps, guidance_scale=7.5, height=args.resolution,
+                     width=args.resolution)
+        what = f"drawing, {args.shape}, {args.resolution} px, {args.steps} steps, {name}"
         with lora.merged(base.parts(), [(lora.load(adapter)[0], 1.0)]):   # once a command, as loading it into theirs
-            found.append(compare(name, lambda: draw_ours(base, prompts, args, sizes[0]),
-                                 lambda: draw_theirs(pipe, prompts, args, sizes[1]), args))
-    print(f"\nsampling, {args.shape} shape, {args.resolution} px, {args.images} images of {args.steps} steps, against "
-          f"StableDiffusionPipeline: {'; '.join(found)}; {machine(args)}")
+            yield what, f"diffusers' {type(pipe).__name__}", alternate(what, draw_ours, draw_theirs, args.pairs)
 
 
-# ---- reading
+# ---- reading and caching
 
-def bench_reading(count, place):
-    """Print how fast grey films become pixels, against threads of plain Pillow that decode and resize them."""
+def make_films(place, count):
+    """Grey PNG films of 1024 px; returns their paths."""
+    import numpy as np
+    from PIL import Image
+    place.mkdir()
+    draw, paths = np.random.RandomState(0), [place / f"{n:04}.png" for n in range(count)]
+    for path in paths:
+        film = Image.fromarray(draw.randint(0, 256, (24, 24)).astype(np.uint8)).resize((1024, 1024))
+        Image.fromarray((np.asarray(film) // 2 + draw.randint(0, 12, (1024, 1024))).astype(np.uint8)).save(path)
+    return paths
+
+
+def bench_reading(args, place):
+    """Grey films become pixels, against threads of plain Pillow that decode and resize them."""
     from concurrent.futures import ThreadPoolExecutor
     import numpy as np
     import torch
     from PIL import Image
     from metrics import list_images, load_pixels
-    place.mkdir()
-    draw = np.random.RandomState(0)
-    for n in range(count):
-        film = Image.fromarray(draw.randint(0, 256, (24, 24)).astype(np.uint8)).resize((1024, 1024))
-        noisy = np.asarray(film) // 2 + draw.randint(0, 12, (1024, 1024))
-        Image.fromarray(noisy.astype(np.uint8)).save(Path(place, f"{n:04}.png"))
-    rows, pixels = list_images(place), torch.empty(count, 3, 512, 512, dtype=torch.uint8)
+    paths = make_films(place / "films", 100)
+    rows, pixels = list_images(place / "films"), torch.empty(100, 3, 512, 512, dtype=torch.uint8)
 
     def plain(n):
-        with Image.open(rows[n]["path"]) as film:
+        with Image.open(paths[n]) as film:
             pixels[n] = torch.from_numpy(np.array(film.resize((512, 512), Image.Resampling.LANCZOS)))
-    wall, work = [], []
-    for start in range(0, count, 25):   # in turn, so that whatever else the machine does slows both
-        times = [(time.perf_counter(), time.process_time())]
+
+    def theirs():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(plain, range(start, min(start + 25, count))))
-        times.append((time.perf_counter(), time.process_time()))
-        assert torch.equal(load_pixels(rows[start:start + 25], 512)[1], pixels[start:start + 25])
-        times.append((time.perf_counter(), time.process_time()))
-        first, second, third = times
-        wall.append((second[0] - first[0]) / (third[0] - second[0]))
-        work.append((second[1] - first[1]) / (third[1] - second[1]))
-    print(f"reading, {count} grey PNG films of 1024 px to 512: {statistics.median(wall):.2f} × plain Pillow's speed, "
-          f"{statistics.median(work):.2f} × by processor time; {os.cpu_count()} cores")
+            list(pool.map(plain, range(100)))
+    yield ("reading 100 films of 1024 px to 512", "threads of plain Pillow",
+           alternate("reading", lambda: load_pixels(rows, 512), theirs, args.pairs))
+    assert torch.equal(load_pixels(rows, 512)[1], pixels)
+
+
+def bench_caching(args, place):
+    """From image files to latents, against torchvision's transforms and the VAE as diffusers' script calls them."""
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+    from torchvision import transforms
+    import sample
+    import train
+    paths, base = make_films(place / "many", 48), make_base(args.shape, place / "vae")
+    loaded = sample.load_base(str(base), torch.device(args.device), "fp32", "lora")
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae").to(args.device)
+    look = transforms.Compose([transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS), transforms.CenterCrop(
+        args.resolution), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
+
+    @torch.no_grad()
+    def theirs():
+        for i in range(0, len(paths), args.batch_size):
+            images = torch.stack([look(Image.open(path).convert("RGB")) for path in paths[i:i + args.batch_size]])
+            vae.encode(images.to(args.device)).latent_dist.sample()
+    with typed(train, "--data", place / "many", "--resolution", args.resolution, "--batch-size", args.batch_size) as flags:
+        def ours():
+            train.cache(loaded, *train.load_uncached(train.list_data(flags), flags), flags, "images")
+        yield (f"caching, {args.shape}'s VAE, films of 1024 px to latents of {args.resolution}, fp32",
+               "torchvision's transforms and the VAE's encode, a batch at a time",
+               alternate("caching", ours, theirs, args.pairs))
 
 
 # ---- the numbers
-
-def best_seconds(function, repeats=3):
-    """Of the best of some runs."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
 
 def pool3_like(count, seed):
     """Rectified Gaussians, as pool3 features look."""
@@ -302,65 +347,223 @@ def pool3_like(count, seed):
     return np.random.RandomState(seed).randn(count, D).clip(0)
 
 
-def row(name, ours, theirs, note=""):
-    print(f"{name}: {theirs / ours:.2f} × (ours {ours:.3f} s, theirs {theirs:.2f} s{note})", flush=True)
-
-
-def bench_distances():
+def bench_distances(args, place):
     """Frechet alone, and 999 permutations of seven numbers, against pytorch-fid's distance."""
     import numpy as np
     import metrics
     from pytorch_fid.fid_score import calculate_frechet_distance
     real, fake = pool3_like(N, 0), pool3_like(N, 1)
     parts = [part for x in (real, fake) for part in (x.mean(0), np.cov(x, rowvar=False))]
-    theirs = best_seconds(lambda: calculate_frechet_distance(*parts), 1)
-    row("Frechet from features, 376 + 376, d = 2048", best_seconds(lambda: metrics.frechet(real, fake)), theirs)
 
     def permuted():
         joint = metrics.joint_matrices(real, fake, False)
         draws = metrics.permutation_draws(N, N, 999, 0)
         for name in ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage"):
             metrics.METRICS[name][0](joint, draws)
-    row("999 permutations of seven numbers", best_seconds(permuted, 1), theirs)
+    for what, against, ours in ((f"Fréchet distance from features, {N} + {N} of {D}", "pytorch-fid",
+                                 lambda: metrics.frechet(real, fake)),
+                                ("999 permutations of seven distances", "one of pytorch-fid's distances", permuted)):
+        yield what, against, alternate(what, ours, lambda: calculate_frechet_distance(*parts), 1)
 
 
-def bench_images():
-    """All pairs of 376 x 376 images, LPIPS (alex, 64 px) and SSIM (128 px, the 20 best of each exactly)."""
+def smooth_pixels(count, side):
+    """Random blobs, uint8 (count, 3, side, side)."""
+    import torch
+    pixels = torch.randint(0, 255, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    return torch.nn.functional.interpolate(pixels, (side, side), mode="bicubic").clamp(0, 255).byte()
+
+
+def bench_images(args, place):
+    """All pairs of images, LPIPS (alex, 64 px) and SSIM (128 px, the 20 best of each exactly)."""
     import numpy as np
     import torch
     import metrics
     import lpips
     from skimage.metrics import structural_similarity
-    pixels = torch.randint(0, 255, (2 * N, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
-    pixels = torch.nn.functional.interpolate(pixels, (128, 128), mode="bicubic").clamp(0, 255).byte()
-    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    pixels, theirs = smooth_pixels(2 * N, 128), lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = {name.split(".", 1)[1]: value for name, value in theirs.net.state_dict().items()}
     network = dict(name="alex", trunk=metrics.trunk_of("alexnet", state), indices=metrics.LPIPS["alex"][1],
                    weights=[theirs.state_dict()[f"lin{n}.model.1.weight"][0] for n in range(5)])
     small = torch.nn.functional.interpolate(pixels.float(), (64, 64), mode="area").byte()
 
+    @torch.inference_mode()
     def loop():
-        with torch.inference_mode():
-            for n in range(40):
-                theirs(small[n:n + 1] / 127.5 - 1, small[N + n:N + n + 1] / 127.5 - 1)
-    row("LPIPS, 376 x 376 pairs (ours: 752 x 752)", best_seconds(lambda: metrics.lpips_matrix(small, network, "cpu"), 1),
-        best_seconds(loop) * N * N / 40, ", their loop timed on 40 pairs")
+        for n in range(40):
+            theirs(small[n:n + 1] / 127.5 - 1, small[N + n:N + n + 1] / 127.5 - 1)
+    what = f"LPIPS of {N} × {N} pairs (ours: of all {2 * N} × {2 * N})"
+    yield what, "a loop over lpips", alternate(what, lambda: metrics.lpips_matrix(small, network, "cpu"), loop, 1, N * N / 40)
 
     def nearest():
         order = np.argsort(-metrics.ssim_matrix(pixels[N:], pixels[:N]), axis=1)[:, :20]
         for n in range(N):
             metrics.ssim(pixels[N + n].expand(20, -1, -1, -1) / 255, pixels[order[n]] / 255)
-    one, other = (pixels[n].permute(1, 2, 0).numpy() / 255 for n in (0, N))
-    slow = best_seconds(lambda: structural_similarity(one, other, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-                                                 data_range=1.0, channel_axis=2))
-    row("SSIM, nearest of 376 for each of 376", best_seconds(nearest, 1), slow * N * N, ", their loop timed on one pair")
+
+    def slow():
+        for n in range(10):
+            structural_similarity(*(pixels[k].permute(1, 2, 0).numpy() / 255 for k in (n, N + n)), gaussian_weights=True,
+                                  sigma=1.5, use_sample_covariance=False, data_range=1.0, channel_axis=2)
+    what = f"nearest image by SSIM, {N} × {N}"
+    yield what, "a loop over scikit-image", alternate(what, nearest, slow, 1, N * N / 10)
+
+
+# ---- whole scripts
+
+def make_pictures(folder, pixels):
+    folder.mkdir()
+    from PIL import Image
+    for n, picture in enumerate(pixels):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{n}.png")
+
+
+def bench_evaluation(args, place, count=64):
+    """evaluate.py, its cache empty, against three packages on the same folders with the same random Inception."""
+    import numpy as np
+    import torch
+    import evaluate
+    import metrics
+    from cleanfid import fid
+    from PIL import Image
+    from torch_fidelity import calculate_metrics
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+    from torchvision.models import Inception3
+    pixels, folders, weights = smooth_pixels(2 * count, 128), (place / "real", place / "fake"), str(place / "inception.pth")
+    for folder, half in zip(folders, pixels.chunk(2)):
+        make_pictures(folder, half)
+    torch.manual_seed(0)
+    torch.save(Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict(), weights)
+    net = metrics.load_features(weights, "cpu")["function"]
+
+    def evaluated(*flags):
+        metrics.CACHE = Path(tempfile.mkdtemp(dir=place))
+        with typed(evaluate, *folders, "--features", weights, "--out", place / "report.html", "--lpips", "random", *flags) as a:
+            evaluate.main(a)
+
+    def with_torchmetrics():
+        with torch.no_grad():
+            for measure in (FrechetInceptionDistance(net_module(net)), KernelInceptionDistance(net_module(net), subset_size=50)):
+                for folder, real in zip(folders, (True, False)):
+                    for i in range(0, count, 32):
+                        measure.update(torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{n}.png"))).permute(2, 0, 1)
+                                                    for n in range(i, min(count, i + 32))]), real)
+                measure.compute()
+
+    def net_module(function):
+        module = torch.nn.Module()
+        module.forward, module.num_features = function, D
+        return module
+    first, second = map(str, folders)
+    peers = {"torch-fidelity (FID, KID, IS, precision, recall)": ("fid,kid,inception-score,precision,recall",
+             lambda: calculate_metrics(input1=second, input2=first, cuda=False, fid=True, kid=True, isc=True, prc=True,
+                                       kid_subset_size=50, feature_extractor_weights_path=weights, cache=False, verbose=False)),
+             "clean-fid (FID)": ("fid", lambda: fid.compute_fid(
+                 first, second, custom_feat_extractor=lambda x: net(x.round().byte()).numpy(), num_workers=0,
+                 device="cpu", verbose=False)),
+             "torchmetrics (FID, KID)": ("fid,kid", with_torchmetrics)}
+    for against, (names, theirs) in peers.items():
+        what = f"evaluate.py --metrics {names}, {count} + {count} images, report included"
+        yield what, against, alternate(what, lambda: evaluated("--metrics", names), theirs, 2)
+        if len(names) > 10:
+            what = f"all of evaluate.py, {count} + {count} images"
+            yield what, against, alternate(what, evaluated, theirs, 2)
+
+
+def bench_filtering(args, place, count=100):
+    """filter.py by nearest LPIPS and SSIM, against the loop over pairs that people write, timed on 20 pairs."""
+    import torch
+    import filter
+    import lpips
+    from skimage.metrics import structural_similarity
+    pixels, folders = smooth_pixels(2 * count, 64), (place / "reference", place / "new")
+    for folder, half in zip(folders, pixels.chunk(2)):
+        make_pictures(folder, half)
+    network, numbers = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), iter(range(100))
+
+    def ours():
+        with typed(filter, folders[1], "--reference", folders[0], "--lpips", "random", "--max-lpips", 0.3, "--min-ssim", 0.4,
+                   "--calibrate", 0.05, "--drop-copies", "--out", place / f"kept-{next(numbers)}") as flags:
+            filter.main(flags)
+
+    @torch.inference_mode()
+    def theirs():
+        for n in range(20):
+            a, b = pixels[n], pixels[count + n]
+            network(a[None] / 127.5 - 1, b[None] / 127.5 - 1)
+            structural_similarity(a.numpy(), b.numpy(), channel_axis=0)
+    what = f"all of filter.py, nearest of {count} for each of {count}, LPIPS (VGG, 64 px) and SSIM"
+    yield what, "a loop over lpips and scikit-image", alternate(what, ours, theirs, 2, count ** 2 / 20)
+
+
+# ---- growth
+
+def command(script, *flags, processes=1):
+    """(seconds, peak GB of one process) of a command as typed."""
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
+                                                     str(processes)]
+    began = time.perf_counter()
+    process = subprocess.Popen([*start, str(ROOT / script), *map(str, flags)], stdout=sys.stderr)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{script} failed")
+    return time.perf_counter() - began, used.ru_maxrss / 1e6
+
+
+def bench_growth(args, place):
+    """Rows of (what, size, seconds, GB): cost as images, pixels, rank and processes grow, with the tiny base."""
+    def trained(name, *flags, processes=1):
+        out = place / f"run-{name}"
+        command("train.py", "--base", "tiny", "--val-split", 0, "--val-samples", 0, "--save-every", 10 ** 6, "--log-every", 2,
+                "--steps", 10, "--out", out, *flags, processes=processes)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return lines[-1]
+    for count in (100, 1000, 10000):
+        for name in ("a", "b"):
+            make_images(place / f"{name}{count}", count, 64, seed=name == "b")
+        sets = [place / f"{name}{count}" for name in "ab"]
+        for script, flags in (("train.py", ["--base", "tiny", "--data", sets[0], "--resolution", 64, "--steps", 1, "--val-samples",
+                                            0, "--out", place / f"n{count}"]),
+                              ("evaluate.py", [*sets, "--out", place / "r.html"]),
+                              ("filter.py", [sets[1], "--reference", sets[0], "--calibrate", 0.05, "--drop-copies",
+                                             "--drop-duplicates", "--out", place / f"kept{count}"])):
+            yield script + (" --steps 1" if script == "train.py" else ""), f"{count} images", *command(script, *flags)
+    data = ["--data", place / "a100"]
+    for side in (64, 128, 256, 512):
+        line = trained(f"px{side}", *data, "--resolution", side, "--batch-size", 4)
+        yield "a training step, batch 4", f"{side} px", 4 / line["images_per_second"], line["memory"] / 1e3
+    for rank in (4, 16, 64, 128):
+        line = trained(f"rank{rank}", *data, "--resolution", 128, "--rank", rank, "--batch-size", 4)
+        size = (place / f"run-rank{rank}" / "lora.safetensors").stat().st_size / 1e6
+        yield "a training step, batch 4, 128 px", f"rank {rank}, {size:.1f} MB", 4 / line["images_per_second"], line["memory"] / 1e3
+    for processes in (1, 2):
+        line = trained(f"processes{processes}", *data, "--resolution", 128, "--batch-size", 8 // processes, processes=processes)
+        yield "a training step, batch 8 in all, 128 px", f"{processes} processes", 8 / line["images_per_second"], line["memory"] / 1e3
+        drawn = command("sample.py", "--base", "tiny", "--prompt", "a film", "--num-images", 16, "--steps", 10, "--out",
+                        place / f"drawn{processes}", processes=processes)
+        yield "sample.py, 16 images of 10 steps", f"{processes} processes", *drawn
+
+
+BENCHES = {"training": [bench_training], "sampling": [bench_sampling], "reading": [bench_reading], "caching": [bench_caching],
+           "numbers": [bench_distances, bench_images], "evaluation": [bench_evaluation], "filtering": [bench_filtering],
+           "growth": [bench_growth]}
+
+
+def machine(args):
+    """What it ran on, when, and with which packages."""
+    import torch
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    found = []
+    for package in ("torch", "diffusers", "transformers", "peft", "pytorch-fid", "clean-fid", "torch-fidelity", "torchmetrics",
+                    "lpips", "scikit-image", "pillow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{time.strftime('%d %B %Y')}, {device}, {', '.join(found)}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["training", "sampling", "reading", "numbers"], help="one of them alone")
-    parser.add_argument("--peer-script", help="train_text_to_image_lora.py of a checkout of diffusers: training alone")
-    parser.add_argument("--shape", choices=["tiny", "sd15", "sd21"], default="tiny")
+    parser.add_argument("--what", choices=BENCHES, help="one of them alone (default: all but growth)")
+    parser.add_argument("--peer-script", help="train_text_to_image_lora.py of a checkout of diffusers, for training")
+    parser.add_argument("--shape", choices=["tiny", *UNETS], default="tiny")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12, help="of training, or of denoising")
@@ -372,19 +575,21 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="our training with --compile")
     args = parser.parse_args()
-    args.what = args.what or ("training" if args.peer_script else None)
     if args.what == "training" and not args.peer_script:
         parser.error("--what training needs --peer-script")
-    with tempfile.TemporaryDirectory() as place:
-        if args.what == "training":
-            bench_training(args, Path(place))
-        if args.what in (None, "sampling"):
-            bench_sampling(args, Path(place))
-        if args.what in (None, "reading"):
-            bench_reading(500, Path(place, "films"))
-        if args.what in (None, "numbers"):
-            bench_distances()
-            bench_images()
+    names = [args.what] if args.what else [name for name in BENCHES if name != "growth" and (
+        name != "training" or args.peer_script)]
+    with contextlib.redirect_stdout(sys.stderr):
+        rows = []
+        for bench in (each for name in names for each in BENCHES[name]):
+            with tempfile.TemporaryDirectory() as place:
+                rows += bench(args, Path(place))
+    if args.what == "growth":
+        rows = [(what, size, f"{seconds:.3g} s", f"{memory:.1f} GB") for what, size, seconds, memory in rows]
+    header = ["what", "size", "time", "peak memory"] if args.what == "growth" else ["what", "against", "ratio"]
+    for line in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(line)} |")
+    print(f"\n{machine(args)}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ atexit.register(shutil.rmtree, os.environ["MEDLORA_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: bases of real size, gigabytes and minutes each; run by -m slow alone")
+    config.option.markexpr = config.option.markexpr or "not slow"
     for text in ("__array__ implementation", "Detected pickle"):   # other packages' pleas
         config.addinivalue_line("filterwarnings", f"ignore:{text}")
 

@@ -1,12 +1,18 @@
 """Every kind of base: it trains, its pictures are those of diffusers' own pipeline, and its adapter opens there."""
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import bench
 import lora
 import sample
 import train
@@ -106,3 +112,84 @@ def test_in_fp16_the_vae_of_sdxl_stays_fp32_for_it_overflows(base, sdxl):
     found = [sample.load_base(name, torch.device("cpu"), "fp16") for name in (base, sdxl)]
     assert [each.unet.dtype for each in found] == [torch.float16] * 2
     assert [each.vae.dtype for each in found] == [torch.float16, torch.float32]
+
+
+# ---- at real size
+
+# numbers of weights as published: UNet, text encoders
+PUBLISHED = {"sd15": [859520964, 123060480], "sd21-base": [865910724, 340387840], "sd21": [865910724, 340387840],
+             "sdxl": [2567463684, 123060480, 694659840]}
+
+
+def typed(script, *flags):
+    """Run a script as a user does; say its seconds and its peak memory."""
+    began = time.time()
+    process = subprocess.Popen([sys.executable, bench.ROOT / script, *map(str, flags)])
+    _, status, used = os.wait4(process.pid, 0)
+    print(f"{script} {flags[0]}: {time.time() - began:.0f} s, {used.ru_maxrss / 1e6:.1f} GB", flush=True)
+    assert status == 0
+
+
+def real_base(shape, room):
+    """bench.make_base in a process of its own, whose memory no script inherits."""
+    made = "import sys, bench; bench.make_base(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", made, shape, room / "base"], cwd=bench.ROOT / "tests", check=True)
+    return room / "base"
+
+
+@pytest.fixture
+def room(tmp_path):
+    yield tmp_path
+    shutil.rmtree(tmp_path)   # gigabytes, which pytest would keep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", PUBLISHED)
+def test_a_base_of_real_size_trains_draws_and_its_adapter_opens_in_diffusers_and_survives_kohya(shape, room):
+    from diffusers import DDIMScheduler, DiffusionPipeline
+    folder, adapter, drawn = real_base(shape, room), room / "run" / "lora.safetensors", room / "drawn"
+    bench.make_images(room / "images", 4, 128)
+    typed("train.py", "--base", folder, "--data", room / "images", "--resolution", 128, "--steps", 1, "--batch-size", 2, "--lr",
+          0.1, "--precision", "bf16", "--text-lora", "--val-split", 0, "--val-samples", 0, "--out", room / "run")
+    typed("sample.py", "--lora", adapter, "--prompt", "a film", "--num-images", 1, "--steps", 2, "--precision", "bf16", "--out",
+          drawn)
+    typed("lora.py", "convert", adapter, "--to", "kohya", "--out", room / "kohya.safetensors")
+    typed("lora.py", "convert", room / "kohya.safetensors", "--to", "diffusers", "--out", room / "again.safetensors")
+    (before, _, _), (after, _, _) = (lora.load(path) for path in (adapter, room / "again.safetensors"))
+    assert list(before) == list(after)
+    assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], after[name]))
+
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert [sum(w.numel() for w in model.parameters()) for model in (
+        pipe.unet, pipe.text_encoder, *filter(None, [getattr(pipe, "text_encoder_2", None)]))] == PUBLISHED[shape]
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    noise = torch.randn(4, 16, 16, generator=sample.generator(0, "sample", "a film", 0))[None].bfloat16()
+
+    def theirs():
+        image = pipe("a film", num_inference_steps=2, guidance_scale=7.5, latents=noise, height=128, width=128).images[0]
+        return np.asarray(image, float)
+    plain = theirs()
+    pipe.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
+    ours, same = np.asarray(Image.open(next(drawn.glob("a-film*.png"))), float), theirs()
+    print(f"{shape}: {abs(ours - same).mean():.2f} grey levels from diffusers', {abs(ours - plain).mean():.2f} from no adapter")
+    assert abs(ours - same).mean() < 0.2 * abs(ours - plain).mean()   # bf16: they add the adapter to outputs, we to weights
+
+
+@pytest.mark.slow
+def test_an_adapter_is_extracted_from_a_model_of_real_size(room):
+    from safetensors.torch import load_file, save_file
+    weights = real_base("sd15", room) / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(room / "base", room / "tuned")
+    tuned = {name: w.float() for name, w in load_file(weights).items()}
+    for name, w in tuned.items():
+        if w.ndim > 1:   # in every layer a change of rank 4
+            w += 0.1 * (torch.randn(len(w), 4) @ torch.randn(4, w[0].numel()) / w[0].numel() ** 0.5).view_as(w)
+    save_file(tuned, room / "tuned" / weights.relative_to(room / "base"))
+    typed("lora.py", "extract", room / "tuned", room / "base", "--rank", 4, "--out", room / "out.safetensors")
+    base = load_file(weights)
+    for name, (a, b) in lora.load(room / "out.safetensors")[0].items():
+        name = name.removeprefix("unet.") + ".weight"
+        change = tuned[name] - base[name].float()
+        assert (lora.delta(a, b) - change).norm() < 1e-3 * change.norm()
+        base.pop(name)
+    assert not any(w.ndim > 1 for w in base.values())   # every such layer was found

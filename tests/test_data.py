@@ -74,7 +74,7 @@ def test_each_slot_of_a_batch_draws_a_variant_of_its_own(monkeypatch):
     assert set(drawn.tolist()) == set(range(30))
     assert all(sorted((drawn[k:k + 10] % 10).tolist()) == list(range(10)) for k in range(0, 320, 10))   # epochs stay whole
     args.prompt_dropout = 0
-    latents, _, _, text = train.make_batch(data, 3, range(8), args)
+    latents, _, _, text, _ = train.make_batch(data, 3, range(8), args)
     assert torch.equal(latents.flatten().int() % 10, text["x"])   # and captions with their image
 
 

@@ -244,6 +244,17 @@ def test_the_report_fits_a_phone_in_a_real_browser(tmp_path, monkeypatch):
     assert int(width) <= int(room) and pictures == "true" and dots == "18"
 
 
+def test_jpeg_is_seen_in_the_files_as_stored_though_resizing_hides_it(tmp_path, monkeypatch, capsys):
+    real, fake = (draw(tmp_path / name, 24, seed, size=200) for seed, name in enumerate(("real", "fake")))
+    for path in (tmp_path / "fake").iterdir():   # their content tells, not the suffix
+        Image.open(path).save(path, "JPEG", quality=85)
+    found = run(monkeypatch, real, fake, "--metrics", "artefacts", "--resolution", "64")["generated"][0]["metrics"]
+    assert found["artefacts"]["p_high"] == 0.01
+    seen, _ = metrics.load_pixels(metrics.list_images(fake), 64, measure=lambda image: image.size)
+    assert {row["measured"] for row in seen} == {(200, 200)}
+    assert "JPEG blocks as stored differ" in capsys.readouterr().out
+
+
 def test_figures_do_not_depend_on_batch_size_and_follow_the_seed(tmp_path, monkeypatch):
     real, fake = draw(tmp_path / "real", 14, 1), draw(tmp_path / "fake", 11, 2)
     names = ("--metrics", "frechet,coverage")

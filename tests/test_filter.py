@@ -137,9 +137,9 @@ def test_patients_are_not_compared_with_themselves(tmp_path):
     centres = draw.randn(40, 1, 8) * 5
     points = (centres + draw.randn(40, 2, 8) * 0.1).reshape(80, 8)
     groups = [str(i // 2) for i in range(80)]
-    distances = np.sqrt(filter_script.squared_distances(points, points))
-    alone = filter_script.nearest(distances, filter_script.same_unit([""] * 80))[1]
-    apart = filter_script.nearest(distances, filter_script.same_unit(groups))[1]
+    distances = np.sqrt(metrics.squared_distances(points, points))
+    alone = metrics.nearest(distances, metrics.same_unit([""] * 80))[1]
+    apart = metrics.nearest(distances, metrics.same_unit(groups))[1]
     assert np.median(alone) < 1 < 4 < np.median(apart)
 
 
@@ -193,10 +193,11 @@ def test_keeping_n_takes_the_best_of_each_cluster_as_the_determinant_says():
 def test_a_label_with_enough_real_images_has_its_own_threshold():
     own = {"blur": np.concatenate([np.arange(30.0), 100 + np.arange(30.0)])}
     real = [{"label": "sharp"}] * 30 + [{"label": "Soft "}] * 30
-    args = SimpleNamespace(calibrate=0.05, reference="real")
-    threshold, named = filter_script.thresholds(own, real, [{"label": x} for x in ("sharp", "soft", "rare", "")], args)
-    passes, _ = filter_script.judge(own, {"blur": np.array([90.0, 90, 90, 90])}, threshold)
-    assert named == ["sharp", "soft"] and passes.tolist() == [False, True, True, True]
+    thresholds = metrics.label_thresholds(own, real, 0.05)
+    reference = {"own": own, "limits": [], "thresholds": thresholds}
+    rows = [{"label": x} for x in ("sharp", "soft", "rare", "")]
+    reasons = metrics.refusals(reference, {"blur": np.array([90.0, 90, 90, 90])}, rows)
+    assert list(thresholds) == ["", "sharp", "soft"] and reasons == ["blur unlike the real images", "", "", ""]
 
 
 def small_sets(folder, count=8):

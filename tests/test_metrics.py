@@ -1,5 +1,6 @@
 """Numbers against values from outside: published packages run once (named beside each value) and closed forms."""
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import metrics
 from metrics import METRICS, calibrate, frechet, judge, kid, permutation_draws, yardstick
@@ -133,6 +134,45 @@ def test_colour_shifts_are_seen_and_the_excess_grows_with_them():
     assert yardstick(METRICS["colour"][0](shot, permutation_draws(40, 40, 199, seed=0)), True)["p_high"] < 0.01
 
 
+def grainy(count, seed=0):
+    """PIL pictures of 96 pixels with grain of two grey levels."""
+    pixels = noise(count, 96, seed).float() + 2 * torch.randn(count, 1, 96, 96, generator=metrics.generator(seed, "grain"))
+    return [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels.clamp(0, 255).byte()]
+
+
+def test_jpeg_blur_and_noise_show_as_artefacts_and_the_excess_grows_with_them():
+    real, other = np.array([metrics.artefacts(image) for image in grainy(30)]), grainy(30, seed=1)
+    draw = np.random.RandomState(0)
+
+    def jpeg(image, quality):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer)
+    changes = {jpeg: (80, 50, 20), lambda image, size: image.filter(ImageFilter.GaussianBlur(size)): (0.6, 1, 2),
+               lambda image, sd: Image.fromarray((np.asarray(image) + sd * draw.randn(96, 96, 1)).clip(0, 255).astype(np.uint8)):
+               (2, 5, 15)}
+    for change, strengths in changes.items():
+        excess = []
+        for strength in strengths:
+            changed = np.array([metrics.artefacts(change(image, strength)) for image in other])
+            joint = {"artefacts": metrics.joint_matrices(real, changed, True)}
+            found = yardstick(METRICS["artefacts"][0](joint, permutation_draws(30, 30, 199, seed=0)), True)
+            assert found["p_high"] < 0.01
+            excess.append(found["excess"])
+        assert excess == sorted(excess)
+
+
+def test_artefacts_of_one_source_have_a_uniform_p_and_the_smallest_pictures_numbers():
+    r, small, found = np.random.RandomState(0), 0, np.array([metrics.artefacts(image) for image in grainy(200)])
+    for trial in range(150):
+        picked = r.permutation(200)[:40]
+        joint = {"artefacts": metrics.joint_matrices(found[picked[:20]], found[picked[20:]], True)}
+        small += yardstick(METRICS["artefacts"][0](joint, permutation_draws(20, 20, 39, seed=trial)), True)["p_high"] <= 0.1
+    assert 4 <= small <= 28   # 15 expected, 3.5 standard deviations
+    for size in ((1, 1), (9, 3), (600, 20)):
+        assert metrics.artefacts(Image.new("RGB", size)) == pytest.approx([0, 0, 0, np.log(0.1)], abs=1e-5)
+
+
 # ---------------------------------------------------------------- the reference packages, on the same numbers and weights
 
 
@@ -244,7 +284,6 @@ def test_dinov2_features_are_its_class_token(tmp_path):
 
 def altered(pixels):
     """Copies of pictures: exact, mirrored, JPEG 70, 90 % crops, blended with noise."""
-    import io
     side, found = pixels.shape[2], {"exact": pixels, "flipped": pixels.flip(3)}
 
     def each(change):
@@ -272,6 +311,15 @@ def test_copies_are_found_whatever_was_done_to_them_and_fresh_pictures_as_often_
         assert (p <= limit).mean() >= 0.95, kind
     p = metrics.copy_chances(between, metrics.copy_distances(fresh, real), same)
     assert (p <= limit).mean() < 0.04 and 0.02 < (p <= 0.1).mean() < 0.2
+
+
+def test_real_pictures_that_were_cut_twice_from_one_do_not_excuse_copies():
+    real = noise(150, seed=1)
+    real[:12:2] = altered(real[1:12:2])["crop"]   # six pairs
+    between = metrics.copy_distances(real, real)
+    for kind, copies in altered(real[20:80]).items():
+        p = metrics.copy_chances(between, metrics.copy_distances(copies, real), np.eye(150, dtype=bool))
+        assert (p <= 2 / 151 + 1e-9).mean() >= 0.95, kind
 
 
 # ---------------------------------------------------------------- the yardstick

@@ -144,7 +144,7 @@ def test_draws_depend_on_the_place_in_the_global_batch_alone(setup):
 def test_captions_and_latents_are_never_mispaired(setup):
     args, loaded, data, _ = setup("--batch-size", 24, "--prompt-dropout", 0)
     data.std.zero_()
-    latents, _, _, cond = train.make_batch(data, 0, range(24), args)
+    latents, _, _, cond, _ = train.make_batch(data, 0, range(24), args)
     for i in range(24):
         row = data.rows[[torch.equal(latents[i], mean) for mean in data.mean].index(True)]
         expected = sample.encode_text(loaded, [row["caption"]])["encoder_hidden_states"][0]
@@ -237,7 +237,7 @@ def test_validation_loss_is_the_same_each_time_and_uses_the_average(setup):
     for name, w in state.weights.items():
         w.data.add_(1.0)
     moved = train.validation_loss(loaded, data, 8)
-    with train.ema_weights(state, loaded):
+    with train.swapped(state, loaded, state.ema):
         assert train.validation_loss(loaded, data, 8) == first != moved
     assert train.validation_loss(loaded, data, 8) == moved
 
@@ -252,12 +252,12 @@ def test_adapter_and_optimizer_stay_fp32_under_bf16_and_learn(flags, tmp_path, r
 
 def test_a_step_asks_no_tensor_for_its_value(setup, monkeypatch):
     args, loaded, data, state = setup("--snr-gamma", 5, "--noise-offset", 0.1)
-    train.compute_gradients(loaded, data, None, None, state, args)   # once, for what is worked out only once
+    train.compute_gradients(loaded, [("data", data, 1.0)], None, state, args)   # once, for what is worked out only once
     train.apply_gradients(state, list(state.weights.values()), args)
     with monkeypatch.context() as patch:   # on a GPU each of these waits for all that was asked of it so far
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
             patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"the step calls Tensor.{name}"))
-        loss = train.compute_gradients(loaded, data, None, None, state, args)
+        loss = train.compute_gradients(loaded, [("data", data, 1.0)], None, state, args)
         norm = train.apply_gradients(state, list(state.weights.values()), args)
     assert loss.item() > 0 and norm.item() > 0
 
