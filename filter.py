@@ -119,7 +119,6 @@ import base64  # noqa: E402
 import errno  # noqa: E402
 import hashlib  # noqa: E402
 import html  # noqa: E402
-import io  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -131,13 +130,13 @@ from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 from scipy import optimize, special, stats  # noqa: E402
 
-from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, generator, guarded, list_images,  # noqa: E402
-                     load_pixels, load_selector, measure_reference, page, pick_device, pick_resolution, quality_features,
-                     ranks, read_ratings, read_table, refusals, refuse, replacing, save_selector, score, squared_distances,
-                     standardised, table, text_key, thumbnail, write_csv)
+from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, generator,  # noqa: E402
+                     guarded, list_images, load_pixels, load_selector, measure_reference, page, pick_device,
+                     pick_resolution, quality_features, ranks, read_ratings, read_split, read_table, refusals, refuse,
+                     replacing, save_selector, score, squared_distances, standardised, table, text_key, thumbnail,
+                     write_csv)
 
 PENALTIES = np.logspace(-2, 2.5, 10)   # of the ridge; the rows of its features have a squared length near 2
 
@@ -153,17 +152,12 @@ def refuse_doubles(reasons, names, vectors, quality, closest):
     """Of generated images nearer than `closest` to one another refuse all but the best, in place."""
     passed = np.array([i for i, why in enumerate(reasons) if not why], int)
     passed = passed[np.argsort(-quality[passed], kind="stable")]
-    kept, twins = np.ones(len(passed), bool), {}
     for start in range(0, len(passed), 1000):   # never all pairs at once
         end = start + 1000
         near = squared_distances(vectors[passed[start:end]], vectors[passed[:end]]) <= closest**2
         for i, j in np.argwhere(near):
-            if j < i + start:
-                twins.setdefault(i + start, []).append(j)
-    for i in sorted(twins):
-        better = next((j for j in twins[i] if kept[j]), None)
-        if better is not None:
-            kept[i], reasons[passed[i]] = False, f"duplicate of {names[passed[better]]}"
+            if j < i + start and not reasons[passed[j]]:
+                reasons[passed[i + start]] = reasons[passed[i + start]] or f"duplicate of {names[passed[j]]}"
 
 
 def best_and_diverse(vectors, quality, count):
@@ -187,7 +181,7 @@ def best_and_diverse(vectors, quality, count):
 
 # ------------------------------------------------------------------------------------------------- what is left behind
 
-def report(rows, pixels, real_pixels, reasons, index, said, seed):
+def report(rows, pixels, real_pixels, reasons, index, counts, said, seed):
     """filter.html: kept and refused ones side by side, each by its nearest real image with the reason under it."""
     order = draw_order(len(rows), seed, "shown")
 
@@ -196,8 +190,7 @@ def report(rows, pixels, real_pixels, reasons, index, said, seed):
         return "".join(f'<figure><div class="grid">{thumbnail(pixels[i])}{thumbnail(real_pixels[index[i]])}</div>'
                        f'<figcaption>{html.escape(rows[i]["file_name"])}<br>{html.escape(reasons[i])}</figcaption>'
                        '</figure>' for i in shown)
-    counts = Counter(re.sub(r" (of .*|\(.*|\d.*)", "", why) or "kept" for why in reasons)
-    return page("What the filter kept", table(["decision", "images"], counts.most_common())
+    return page("What the filter kept", table(["decision", "images"], counts)
                 + "".join(f"<p>{html.escape(line)}</p>" for line in said)
                 + "<p>Each beside its nearest real image; up to 60 of a kind.</p><div style='display:grid;gap:1rem;"
                 "grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))'>"
@@ -267,12 +260,9 @@ def leave_images(entries, out, how):
 def list_real(data, args):
     """The rows of a real set without those that --split keeps for testing."""
     rows = list_images(data, group_column=args.group_column)
-    if not args.split:
-        return rows
-    part = {row.get("file_name"): row.get("split") for row in read_table(args.split)}
-    if not any(row["file_name"] in part for row in rows):
-        fail(f"--split {args.split}: names no image of {data}")
-    return [row for row in rows if part.get(row["file_name"]) != "test"]
+    if args.split:
+        read_split(rows, args.split)
+    return [row for row in rows if row.get("split") != "test"]
 
 
 def read_sets(args):
@@ -362,9 +352,10 @@ def filter_images(args):
                for i, (row, why, j) in enumerate(zip(rows, reasons, index))] + unreadable)
     if not args.dry_run:
         leave_images(entries, out, "move" if args.move else "link" if args.link else "copy")
+    counts = Counter(re.sub(r" (of .*|\(.*|\d.*)", "", why) or "kept" for why in reasons).most_common()
     with replacing(out / "filter.html") as file:
-        file.write(report(rows, fake, real, reasons, index, said, args.seed).encode())
-    print("\n".join(said))
+        file.write(report(rows, fake, real, reasons, index, counts, said, args.seed).encode())
+    print("\n".join([*said, "; ".join(f"{why}: {count}" for why, count in counts)]))
     print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html")
     print("nothing passes: is --reference of the same kind? filter.html shows why" if not kept else
           f"put them back: python filter.py --undo {shlex.quote(args.out)}/decisions.csv" if args.move else
@@ -375,14 +366,14 @@ def filter_images(args):
 
 RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--line:#30363d;--paper:#05070a;
 --mark:#6cb0ff}h1{display:none}body{text-align:center;touch-action:manipulation}
-#picture{display:block;margin:.5rem auto;width:min(94vw,62vh)}
+#picture img{margin:.5rem auto;width:min(94vw,62vh)}
 button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--line);border-radius:.4rem;
 padding:.6rem 1rem;margin:.2rem;min-height:3rem}button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}
 progress{width:min(94vw,62vh)}#guesses,#marks{display:inline-block}
 [hidden]{display:none!important}#note{width:min(94vw,62vh)}</style>"""
 RATING_BODY = """<form id="start"><p>Your name <input id="name" required> <select id="level">
 <option value="3">specialist<option value="2">resident<option value="1">student</select></p><button>Start</button>
-</form><main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div><img id="picture" alt="">
+</form><main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div><div id="picture"></div>
 <p id="text"></p><div id="guesses"><button data-key="r">real (r)</button><button data-key="g">generated (g)</button>
 </div><div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
 <button data-key="3">3 good</button></div><input id="note" placeholder="note (n), Enter ends it"><div>
@@ -409,7 +400,7 @@ function show() {
   for (const id of ["picture", "text", "guesses", "marks", "note"])
     $(id).hidden = i === undefined || id == "guesses" && !BLIND;
   if (i === undefined) return;
-  $("picture").src = IMAGES[i]; $("text").textContent = BLIND ? "" : facts[i][1];
+  $("picture").innerHTML = IMAGES[i]; $("text").textContent = BLIND ? "" : facts[i][1];
   $("note").value = answer.comment || "";
   for (const b of document.querySelectorAll("[data-key]")) b.setAttribute("aria-pressed",
     b.dataset.key == answer.rating || b.dataset.key == (answer.guess || "-")[0]);
@@ -497,19 +488,13 @@ def write_rating_page(args):
     facts = json.dumps([[row["path"], row["caption"], row["fields"].get("modality", ""), row["group"],
                          is_real if args.blind else ""] for row, is_real in shown]).encode()
     texts = dict(PAGE=hashlib.sha256(facts).hexdigest()[:16], COLUMNS=RATING_COLUMNS, BLIND=bool(args.blind),
-                 FACTS=base64.b64encode(facts).decode(), IMAGES=[picture(p) for p in [*pixels[chosen], *real_pixels]])
+                 FACTS=base64.b64encode(facts).decode(),   # one encoding for all, so that none gives itself away
+                 IMAGES=[thumbnail(p, resolution, quality=95, subsampling=0) for p in [*pixels[chosen], *real_pixels]])
     constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in texts.items())
     with replacing(args.rating_page) as file:
         file.write(page("Rate", RATING_STYLE + RATING_BODY + f"<script>{constants}</script>" + RATING_SCRIPT).encode())
     print(f"{args.rating_page}: {count} generated and {len(mixed)} real images at {resolution} pixels; open it in a "
           "browser\nnext: python filter.py --fit ratings.csv --out selector.safetensors")
-
-
-def picture(pixels):
-    """uint8 (3, H, W) as the address of a fine JPEG: one encoding for all, so that none gives itself away."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def kappa(first, second):
@@ -816,16 +801,11 @@ def heads(x, y, weights, groups, penalty, dim, seed):
 
 
 def main(args):
-    if args.fit:
-        fit(args)
-    elif args.agreement:
-        agreement(args)
-    elif args.rating_page:
-        write_rating_page(args)
-    elif args.undo:
+    if args.undo:
         print(f"put back: {put_back(args.undo)} images")
     else:
-        filter_images(args)
+        (fit if args.fit else agreement if args.agreement else write_rating_page if args.rating_page else
+         filter_images)(args)
 
 
 if __name__ == "__main__":

@@ -1156,7 +1156,7 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**30, others=No
                 known = alone and j < i + len(first)
                 second = first[j - i:j - i + batch_size] if known else vectors(others[j:j + batch_size])
                 norms = [torch.linalg.vector_norm(x, dim=1).square() for x in (first, second)]
-                found = (norms[0][:, None] + norms[1] - 2 * first @ second.T).double().cpu().numpy()
+                found = (norms[0][:, None] + norms[1] - 2 * (first @ second.T)).double().cpu().numpy()
                 result[i:i + len(first), j:j + len(second)] = found
                 if alone:
                     result[j:j + len(second), i:i + len(first)] = found.T
@@ -1937,13 +1937,13 @@ def table(header, rows):
     return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>\n"
 
 
-def thumbnail(image, size=96):
-    """A PIL image, or uint8 pixels (3, H, W), as a small JPEG in an <img> element."""
+def thumbnail(image, size=96, **how):
+    """A PIL image, or uint8 pixels (3, H, W), as a JPEG of at most `size` pixels a side in an <img> element."""
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image.permute(1, 2, 0).numpy())
     image, buffer = image.convert("RGB"), io.BytesIO()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    image.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", **{"quality": 85, **how})
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 

@@ -6,7 +6,8 @@
 
 Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture whatever the batch size, the number
 of processes or restarts. What is there already with the same settings is skipped, so a run that was killed is continued
-by its own command. Leaves pictures with their settings inside, manifest.csv and, with --grid, grid.png.
+by its own command. Leaves pictures with their settings inside, manifest.csv and, with --grid, grid.png; where a selector
+or a reference judges them, the last attempts at pictures that never passed lie in refused/.
 From metrics: reading data, keyed randomness, atomic writes; from lora: adapters.
 """
 import argparse
@@ -49,6 +50,17 @@ def add_flags(parser):
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
+    judge = parser.add_argument_group("quality control: what fails is drawn anew")
+    judge.add_argument("--selector", metavar="PATH", help="keep what it gives --min-quality; filter.py --fit writes one")
+    judge.add_argument("--min-quality", type=float, help="probability of a good rating (default: the selector's)")
+    judge.add_argument("--min-alignment", type=float, help="probability that the picture shows its label")
+    judge.add_argument("--reference", metavar="REAL", help="real images to compare with, in any form that train.py reads")
+    judge.add_argument("--calibrate", type=float, metavar="ALPHA", help="refuse what looks less real than all but this share "
+                       "of the real images (default: 0.05 where no other limit is given)")
+    judge.add_argument("--max-lpips", type=float, help="LPIPS distance to the nearest real image")
+    judge.add_argument("--min-ssim", type=float, help="SSIM to the most similar real image")
+    judge.add_argument("--drop-copies", action="store_true", help="refuse copies of real images")
+    judge.add_argument("--max-attempts", type=int, default=10, help="drawings of one picture")
     keep = parser.add_argument_group("output")
     keep.add_argument("--out", default="runs/samples", help="a folder")
     keep.add_argument("--format", choices=["png", "jpg", "dcm"], default="png", help="jpg: 95; dcm: Secondary Capture")
@@ -71,7 +83,8 @@ def parse_args(argv=None):
         fail("an @file of flags is no text file, or names itself")
     for flag, least, most in (("num_images", 1, 10**6), ("steps", 1, 999), ("batch_size", 1, 10**6),
                               ("guidance_scale", 0, 1000), ("guidance_rescale", 0, 1), ("height", 8, 4096),
-                              ("width", 8, 4096)):
+                              ("width", 8, 4096), ("min_quality", 0, 1), ("min_alignment", 0, 1), ("calibrate", 1e-6, 0.999),
+                              ("max_lpips", 0, 1e6), ("min_ssim", -1, 1), ("max_attempts", 1, 1000)):
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least} to {most}")
@@ -85,6 +98,13 @@ def parse_args(argv=None):
         except (ValueError, AssertionError):
             fail(f"--guidance-interval {args.guidance_interval}: give two noise levels, such as 0.28,5.42")
         args.guidance_interval = low, high
+    for needed, flags in (("selector", ("min_quality", "min_alignment")),
+                          ("reference", ("calibrate", "max_lpips", "min_ssim", "drop_copies"))):
+        alone = [f"--{flag.replace('_', '-')}" for flag in flags if getattr(args, flag) not in (None, False)]
+        if alone and not getattr(args, needed):
+            fail(f"{alone[0]}: needs --{needed}")
+    if args.reference and not args.drop_copies and args.calibrate is args.max_lpips is args.min_ssim is None:
+        args.calibrate = 0.05
     if args.labels_from and len(args.prompt) > 1:
         fail("--labels-from takes one --prompt, the format of its captions")
     if args.counts and not args.labels_from:
@@ -109,6 +129,7 @@ from collections import Counter, deque  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from functools import lru_cache  # noqa: E402
+from itertools import islice  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(key, default)) for key, default in
@@ -123,8 +144,9 @@ from PIL import Image, ImageDraw, PngImagePlugin  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (BadImage, content_hash, generator, guarded, list_images, need, pick_device,  # noqa: E402
-                     read_image, read_table, replacing, write_csv)
+from metrics import (QUALITY_FEATURES, BadImage, apply_selector, content_hash, fit_square, generator, guarded,  # noqa: E402
+                     list_images, load_pixels, load_selector, measure_reference, need, pick_device, pick_resolution,
+                     quality_features, read_image, read_table, refusals, refuse, replacing, score, write_csv)
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -540,9 +562,9 @@ def guided(base, x, t, conds, scale, rescale):
 @torch.no_grad()
 def generate(base, jobs, steps=50, guidance_scale=7.5, scheduler="ddim", height=None, width=None, negative_prompt="",
              batch_size=8, seed=0, guidance_rescale=0.0, guidance_interval=None, low_memory=False):
-    """Yield a PIL image for each job (prompt, number), in order.
+    """Yield a PIL image for each job (prompt, number) or (prompt, number, attempt), in order.
 
-    The noise of a job is keyed by (seed, prompt, number) alone, that of an ancestral scheduler's steps likewise.
+    The noise of a job is keyed by the seed and the job alone, that of an ancestral scheduler's steps likewise.
     height, width: pixels, the base's own by default. guidance_interval: (low, high), the noise levels
     σ = √((1 - ᾱ)/ᾱ) between which guidance is used (Kynkäänniemi et al. 2024); outside, the prompt's half alone is run.
     """
@@ -561,7 +583,7 @@ def generate(base, jobs, steps=50, guidance_scale=7.5, scheduler="ddim", height=
         return {key: torch.cat([cond_of(text)[key] for text in texts]) for key in cond_of(negative_prompt)}
     for i in range(0, len(jobs), batch_size):
         batch = jobs[i:i + batch_size]
-        prompts, unprompted = [prompt for prompt, _ in batch], [negative_prompt] * len(batch)
+        prompts, unprompted = [job[0] for job in batch], [negative_prompt] * len(batch)
         draws = [generator(seed, "sample", *job) for job in batch]
         solver = SCHEDULERS[scheduler].from_config(base.schedule)
         solver.set_timesteps(steps)   # on the CPU, where the solver looks its numbers up: no step waits for the GPU
@@ -697,7 +719,7 @@ def plan(args, base_name, prompts):
     settings = (f"Steps: {args.steps}, Sampler: {args.scheduler}, CFG scale: {args.guidance_scale:g}, Seed: {args.seed}"
                 f", Size: {args.width}x{args.height}, Model hash: {base_hash(find_base(base_name))}, "
                 f"Model: {base_name}, Lora hashes: \"{hashes}\"")
-    options = ", Grey" * args.grey
+    options = ", Grey" * args.grey + args.kept_by
     if args.guidance_rescale:
         options += f", Guidance rescale: {args.guidance_rescale:g}"
     if args.guidance_interval:
@@ -706,8 +728,8 @@ def plan(args, base_name, prompts):
     for p in prompts:
         for number in range(p["count"]):
             parameters = f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\n{settings}, Image: {number}{options}"
-            planned.append({"file": f"{stems[p['prompt']]}-{number:04d}.{args.format}", "number": number,
-                            "parameters": parameters, **p, "negative_prompt": args.negative_prompt, "seed": args.seed,
+            name = f"{stems[p['prompt']]}-{number:04d}.{args.format}"
+            planned.append({"file": name, "name": name, "path": None, "number": number, "parameters": parameters, **p, "negative_prompt": args.negative_prompt, "seed": args.seed,
                             "steps": args.steps, "guidance_scale": args.guidance_scale, "scheduler": args.scheduler,
                             "base": base_name, "lora": loras, "quality": "", "alignment": "", "attempts": 1})
     return planned
@@ -800,18 +822,91 @@ def write_manifest(folder, there):
         if kept and not set(MANIFEST) <= set(kept[0]):
             fail(f"{path}: was not written by sample.py; give another --out")
         rows = {row["file"]: row for row in kept if Path(folder, row["file"]).exists()}
-    for item in there:
+    for item in (item for item in there if not item["refused"]):
         rows[item["file"]] = {**item, "sha256": content_hash(Path(folder, item["file"]))}
     write_csv(path, MANIFEST, [[rows[name][column] for column in MANIFEST] for name in sorted(rows)])
 
 
-def is_there(item, folder):
-    """True if the picture lies in the folder, whole and drawn with these settings."""
-    return parameters_of(Path(folder, item["file"])) == item["parameters"]
+SCORES = re.compile(r"_quality_([\d.]+?)(?:_alignment_([\d.]+?))?(?=\.\w+$)")   # in the name of a picture that was judged
 
 
-def draw(base, todo, total, adapters, args):
-    """Draw and write the images of `todo`, of `total` in all; files are encoded while the next batch is drawn."""
+def look_up(planned, args):
+    """Which of the planned images lie in --out, drawn with their settings or refused to the last attempt, and the others
+    that have a picture of other settings: ([item], [item]). Items learn their file, path, attempts and scores."""
+    paths = [path for place in ("refused", "") for path in sorted(Path(args.out, place).glob("*-*.*"))]
+    names = {SCORES.sub("", path.name): path for path in paths}   # a kept picture comes after a refused one
+    there, other = [], []
+    for item in planned:
+        item["path"] = path = names.get(item["name"])
+        settings, attempt = re.fullmatch(r"(.*?)(?:, Attempt: (\d+))?", path and parameters_of(path) or "", re.DOTALL).groups()
+        refused = path and path.parent.name == "refused"
+        if path and settings == item["parameters"] and not (refused and int(attempt) < args.max_attempts):
+            scores = SCORES.search(path.name)
+            quality, alignment = scores.groups("") if scores else ("", "")
+            item |= {"file": path.relative_to(args.out).as_posix(), "attempts": int(attempt or 1), "quality": quality,
+                     "alignment": alignment, "refused": refused}
+            there.append(item)
+        elif path and settings != item["parameters"] and parameters_of(path) is not None:
+            other.append(item)
+    return there, other
+
+
+def quality_control(args, prompts, device):
+    """A function, (pictures, items) → (why each is to be drawn anew, "" if it stays; its scores), as --selector and
+    --reference say, and what goes into a picture's settings; None where neither is given."""
+    if not (args.selector or args.reference):
+        return None, ""
+    selector = load_selector(args.selector) if args.selector else None
+    rows, reference = list_images(args.reference) if args.reference else [], None
+    size = selector["spec"]["features"][0]["size"] if selector else min(pick_resolution(rows), max(64, min(args.height, args.width)))
+    used = {"Selector": args.selector and content_hash(args.selector)[:10]}
+    if args.reference:
+        rows, real = load_pixels(rows, size)
+        reference = measure_reference(rows, real, device, args.calibrate, args.max_lpips, args.min_ssim, args.drop_copies)
+        digest = hashlib.sha256("".join(sorted(content_hash(row["path"]) for row in rows)).encode()).hexdigest()
+        used |= {"Reference": digest[:10], "Calibrate": args.calibrate, "Max LPIPS": args.max_lpips, "Min SSIM": args.min_ssim,
+                 "No copies": args.drop_copies or None}
+        print("\n".join(reference["said"]) if RANK == 0 else "", end="\n" * (RANK == 0))
+    if selector and args.min_quality is None:
+        args.min_quality = selector["spec"]["thresholds"]["quality"]
+    used |= {"Min quality": args.min_quality, "Min alignment": args.min_alignment}
+
+    def told(items, features):
+        return apply_selector(selector, features, [{**item, "caption": item["prompt"], "fields": item} for item in items])
+    if selector:   # a modality or label it does not know is found before anything is drawn
+        known = told(prompts, np.zeros((len(prompts), sum(dim for _, dim in QUALITY_FEATURES[:2]))))["alignment"]
+        if args.min_alignment is not None and np.isnan(known).any():
+            fail(f"--min-alignment: {args.selector} does not know the label of \"{prompts[np.isnan(known).argmax()]['prompt']}\"; "
+                 "fit it with filter.py --fit --reference, and give --label or --labels-from")
+
+    def judge(images, items):
+        squares = torch.stack([torch.from_numpy(np.array(fit_square(image.convert("RGB"), size))).permute(2, 0, 1)
+                               for image in images])
+        reasons = refusals(reference, score(reference, squares)[0], items) if reference else [""] * len(items)
+        given = told(items, quality_features(squares, device)) if selector else {}
+        for name, least in (("quality", args.min_quality), ("alignment", args.min_alignment)):
+            if least is not None:
+                refuse(reasons, ~(given[name] >= least), lambda i, name=name: name)
+        shown = [{name: f"{given[name][i]:.2f}" for name in ("quality", "alignment") if given and not np.isnan(given[name][i])}
+                 for i in range(len(items))]
+        return reasons, shown
+    return judge, "".join(f", {name}: {value}" for name, value in used.items() if value is not None)
+
+
+def write_picture(image, item, args):
+    """Write a picture under the name that its scores and fate give it; what lay there in its place goes."""
+    scores = "".join(f"_{name}_{item[name]}" for name in ("quality", "alignment") if item[name] and not item["refused"])
+    name = Path(item["name"])
+    item["file"] = "refused/" * item["refused"] + f"{name.stem}{scores}{name.suffix}"
+    path = Path(args.out, item["file"])
+    WRITERS[args.format](image, path, item["parameters"] + f", Attempt: {item['attempts']}" * bool(args.kept_by))
+    if item["path"] and item["path"] != path:
+        item["path"].unlink(missing_ok=True)
+
+
+def draw(base, todo, total, adapters, control, args):
+    """Draw and write the images of `todo`, of `total` in all; files are encoded while the next batch is drawn. What
+    `control` refuses is drawn anew, from other noise, until --max-attempts."""
     if args.low_memory:
         base.vae.enable_slicing()
         base.vae.enable_tiling()
@@ -819,21 +914,36 @@ def draw(base, todo, total, adapters, args):
         base.unet.compile()
     share = -(-total // WORLD)
     size = -(-share // -(-share // args.batch_size))   # as many batches as needed, all of one size
-    jobs = [(item["prompt"], item["number"]) for item in todo]
-    jobs += jobs[-1:] * (-len(jobs) % size)   # kernels differ with the size: so a picture's bits outlive a restart
-    pairs = [(pairs, weight) for pairs, _, _, weight in adapters]
+    pairs, attempt = [(pairs, weight) for pairs, _, _, weight in adapters], 0
     with lora.merged(base.parts(), pairs), ThreadPoolExecutor(4) as pool:
-        images = generate(base, jobs, args.steps, args.guidance_scale, args.scheduler, args.height, args.width,
-                          args.negative_prompt, size, args.seed, args.guidance_rescale, args.guidance_interval,
-                          args.low_memory)
-        writing = deque()
-        for item, image in tqdm(zip(todo, images), "drawing", len(todo), unit="image", disable=RANK > 0):
-            writing.append(pool.submit(WRITERS[args.format], image.convert("L") if args.grey else image,
-                                       Path(args.out, item["file"]), item["parameters"]))
-            if len(writing) > 2 * args.batch_size:
-                writing.popleft().result()
-        for each in writing:
-            each.result()
+        while todo:
+            attempt += 1
+            todo = draw_once(base, todo, size, attempt, control, pool, args)
+
+
+def draw_once(base, todo, size, attempt, control, pool, args):
+    """Draw each of `todo` in batches of `size`, write what stays, and return what is to be drawn anew."""
+    jobs = [(item["prompt"], item["number"], *[attempt] * (attempt > 1)) for item in todo]
+    jobs += jobs[-1:] * (-len(jobs) % size)   # kernels differ with the size: so a picture's bits outlive a restart
+    images = generate(base, jobs, args.steps, args.guidance_scale, args.scheduler, args.height, args.width,
+                      args.negative_prompt, size, args.seed, args.guidance_rescale, args.guidance_interval, args.low_memory)
+    drawn = iter(tqdm(zip(todo, images), "drawing" if attempt == 1 else f"attempt {attempt}", len(todo), unit="image",
+                      disable=RANK > 0))
+    again, writing = [], deque()
+    while batch := list(islice(drawn, max(64, size) if control else 1)):
+        items, pictures = zip(*((item, image.convert("L") if args.grey else image) for item, image in batch))
+        reasons, scores = control(pictures, items) if control else ([""], [{}])
+        for item, image, why, given in zip(items, pictures, reasons, scores):
+            item |= {"attempts": attempt, "refused": bool(why), **given}
+            if why and attempt < args.max_attempts:
+                again.append(item)
+            else:
+                writing.append(pool.submit(write_picture, image, item, args))
+        while len(writing) > 2 * args.batch_size:
+            writing.popleft().result()
+    for each in writing:
+        each.result()
+    return again
 
 
 def main(args):
@@ -846,16 +956,17 @@ def main(args):
     sides = [int(metadata["resolution"]) for _, metadata, _, _ in adapters if str(metadata.get("resolution")).isdigit()]
     side = sides[0] if sides else own_resolution(find_base(name))
     args.height, args.width = args.height or side, args.width or side
-    planned = plan(args, name, read_prompts(args, adapters))
-    found = {item["file"]: parameters_of(Path(args.out, item["file"])) for item in planned}
-    there = [item for item in planned if found[item["file"]] == item["parameters"]]
-    other = [item["file"] for item in planned if found[item["file"]] not in (None, item["parameters"])]
+    prompts = read_prompts(args, adapters)
+    control, args.kept_by = quality_control(args, prompts, device)
+    planned = plan(args, name, prompts)
+    there, other = look_up(planned, args)
     if RANK == 0:
         write_manifest(args.out, there)   # what is unwritable is found before anything is drawn
     if other and not args.overwrite:
-        fail(f"{args.out}: {other[0]} and {len(other) - 1} more were drawn with other settings; "
+        fail(f"{args.out}: {other[0]['path'].name} and {len(other) - 1} more were drawn with other settings; "
              "give another --out, or --overwrite")
-    todo = [item for item in planned[RANK::WORLD] if found[item["file"]] != item["parameters"]]
+    done = {item["name"] for item in there}
+    todo = [item for item in planned[RANK::WORLD] if item["name"] not in done]
     try:
         if todo:
             base = load_base(name, device, args.precision)
@@ -863,25 +974,33 @@ def main(args):
                 use_extra(base, metadata, extra)
             if RANK == 0:
                 say_what_is_cut(base, dict.fromkeys([*(item["prompt"] for item in planned), args.negative_prompt]))
-            draw(base, todo, len(planned), adapters, args)
-        for i, item in enumerate(planned):   # rank 0 waits for the others; torchrun ends it should one of them die
-            while RANK == 0 and i % WORLD and not is_there(item, args.out):
-                time.sleep(0.2)
+            draw(base, todo, len(planned), adapters, control, args)
+        waiting = [item for i, item in enumerate(planned) if i % WORLD] if RANK == 0 else []
+        while waiting:   # for the other ranks; torchrun ends it should one of them die
+            found = {item["name"] for item in look_up(waiting, args)[0]}
+            waiting = [item for item in waiting if item["name"] not in found]
+            time.sleep(0.2 * bool(waiting))
     finally:
         if RANK == 0:
-            write_manifest(args.out, [item for item in planned if is_there(item, args.out)])
+            write_manifest(args.out, look_up(planned, args)[0])
     if RANK == 0:
         finish(planned, len(planned) - len(there), args)
 
 
 def finish(planned, drawn, args):
     """The contact sheet, and what to do next."""
+    kept = [item for item in planned if not item["refused"]]
     if args.grid:
-        images = [read_image(Path(args.out, item["file"])) for item in planned[:64]]
+        images = [read_image(Path(args.out, item["file"])) for item in kept[:64]]
         with replacing(Path(args.out, "grid.png")) as file:
-            contact_sheet(images, [item["prompt"] for item in planned[:64]]).save(file, "PNG")
-    print(f"{drawn} images drawn, {len(planned) - drawn} were there: {args.out}\n"
-          f"next: python evaluate.py REAL {shlex.quote(args.out)}")
+            contact_sheet(images, [item["prompt"] for item in kept[:64]]).save(file, "PNG")
+    print(f"{drawn} images drawn, {len(planned) - drawn} were there: {args.out}")
+    if args.kept_by:
+        attempts = sum(item["attempts"] for item in planned)
+        print(f"{len(kept)} passed, of {attempts} drawings; {len(planned) - len(kept)} did not in {args.max_attempts} attempts"
+              + f": {args.out}/refused" * (len(kept) < len(planned)))
+    print(f"next: python evaluate.py {shlex.quote(args.reference or 'REAL')} {shlex.quote(args.out)}" if kept else
+          "nothing passed: look at what was refused, and at filter.py's page on why")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@
     python tests/bench.py --what sampling --shape sdxl --resolution 1024 --precision bf16 --device cuda
     python tests/bench.py --what growth                        how cost grows with images, pixels, rank and processes
 
-Prints a table in Markdown; the pairs go to stderr. A ratio is the median of alternating pairs, theirs / ours, and the
-range; where the peer is a loop over pairs of images, it is timed on some and scaled up. Weights are random, in the published
-configurations. The peer's training script comes from a checkout of diffusers, which is no part of this repository, and
-needs accelerate and peft; its `datasets` package is replaced by a few lines that read a folder, where it is not installed.
-The others need what tests/requirements.txt names.
+Prints a table in Markdown; the pairs go to stderr. A ratio is the median of alternating pairs, theirs / ours, and their
+range; where the peer is a loop over pairs of images, it is timed on some and scaled up. Weights are random, in the
+published configurations. The peer's training script comes from a checkout of diffusers, which is no part of this
+repository, and needs accelerate and peft; where its `datasets` package is not installed, a few lines that read a folder
+replace it. The others need what tests/requirements.txt names.
 """
 import argparse
 import contextlib
@@ -47,8 +47,8 @@ UNETS = {"sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_di
                            use_linear_projection=True),
          "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
                       use_linear_projection=True, upcast_attention=True),
-         "sdxl": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
-                      block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+         "sdxl": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
+                      use_linear_projection=True, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
                       down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                       up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
                       addition_embed_type="text_time", addition_time_embed_dim=256,
@@ -72,19 +72,19 @@ def make_base(shape, folder):
         unet = diffusers.UNet2DConditionModel(**UNETS[shape])
         vae = diffusers.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=2,
-            up_block_types=["UpDecoderBlock2D"] * 4, sample_size=8 * UNETS[shape]["sample_size"], force_upcast=shape == "sdxl",
-            scaling_factor=0.13025 if shape == "sdxl" else 0.18215)
+            up_block_types=["UpDecoderBlock2D"] * 4, sample_size=8 * UNETS[shape]["sample_size"],
+            force_upcast=shape == "sdxl", scaling_factor=0.13025 if shape == "sdxl" else 0.18215)
         parts = dict(unet=unet, vae=vae)
         for suffix, kind, numbers in zip(("", "_2"), (CLIPTextModel, CLIPTextModelWithProjection), TEXTS[shape]):
             names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
             parts["text_encoder" + suffix] = kind(CLIPTextConfig(
-                **dict(zip((*names, "projection_dim"), numbers)), eos_token_id=2))   # 2: as published, means the highest
-            pad = "<|endoftext|>" if numbers is CLIP_L else "!"
-            parts["tokenizer" + suffix] = CLIPTokenizer.from_pretrained(ROOT / "tests/tiny-base/tokenizer", pad_token=pad)
+                **dict(zip((*names, "projection_dim"), numbers)), eos_token_id=2))   # as published: the highest
+            parts["tokenizer" + suffix] = CLIPTokenizer.from_pretrained(
+                ROOT / "tests" / "tiny-base" / "tokenizer", pad_token="<|endoftext|>" if numbers is CLIP_L else "!")
     finally:
         torch.set_default_dtype(torch.float32)
-    scheduler = {"sd21": diffusers.DDIMScheduler, "sdxl": diffusers.EulerDiscreteScheduler}.get(shape, diffusers.PNDMScheduler)
-    parts["scheduler"] = scheduler.from_config(dict(
+    scheduler = {"sd21": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}.get(shape, "PNDMScheduler")
+    parts["scheduler"] = getattr(diffusers, scheduler).from_config(dict(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         skip_prk_steps=True, steps_offset=1, prediction_type="v_prediction" if shape == "sd21" else "epsilon"))
     if shape == "sdxl":
@@ -141,14 +141,15 @@ def stand_in_for_datasets():
             return self
 
         def __getitem__(self, i):
-            row = list.__getitem__(self, i)
-            return {k: v[0] for k, v in self.transform({k: [v] for k, v in row.items()}).items()} if self.transform else row
+            row = {key: [value] for key, value in list.__getitem__(self, i).items()}
+            return {key: values[0] for key, values in (self.transform(row) if self.transform else row).items()}
 
     def load_dataset(*_, data_files=None, data_dir=None, **__):
         from PIL import Image
         folder = Path(data_dir or str(data_files["train"]).removesuffix("**"))
         with open(folder / "metadata.csv", newline="") as file:
-            return {"train": Split({"image": Image.open(folder / r["file_name"]), "text": r["text"]} for r in csv.DictReader(file))}
+            return {"train": Split({"image": Image.open(folder / row["file_name"]), "text": row["text"]}
+                                   for row in csv.DictReader(file))}
     module = types.ModuleType("datasets")
     module.__spec__ = importlib.util.spec_from_loader("datasets", None)
     module.load_dataset, module.utils = load_dataset, types.SimpleNamespace(logging=types.SimpleNamespace(
@@ -167,8 +168,8 @@ def child(report, script, *flags):
 
 def measure(script, flags, report, environment):
     """(seconds a step, peak bytes) of one run."""
-    ran = subprocess.run([sys.executable, __file__, "--child", report, script, *map(str, flags)], cwd=Path(script).parent,
-                         capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+    ran = subprocess.run([sys.executable, __file__, "--child", report, script, *map(str, flags)],
+                         cwd=Path(script).parent, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
     if ran.returncode:
         sys.exit(f"{script} failed:\n{ran.stderr[-3000:]}")
     found = json.loads(Path(report).read_text())
@@ -250,7 +251,8 @@ def bench_sampling(args, place):
     from diffusers import DDIMScheduler, DiffusionPipeline
     import lora
     import sample
-    device, folder, adapter = torch.device(args.device), str(make_base(args.shape, place / "base")), place / "lora.safetensors"
+    device, folder = torch.device(args.device), str(make_base(args.shape, place / "base"))
+    adapter = place / "lora.safetensors"
     make_adapter(folder, adapter)
     prompts = [f"a drawn image, number {i % 4}" for i in range(args.images)]
     one = args.precision if args.precision != "auto" else "fp32"
@@ -264,13 +266,13 @@ def bench_sampling(args, place):
         pipe.load_lora_weights(str(place), weight_name=adapter.name)
 
         def draw_ours():
-            assert len(list(sample.generate(base, [(p, i) for i, p in enumerate(prompts)], args.steps, 7.5, "ddim",
-                                            args.resolution, args.resolution, batch_size=sizes[0]))) == args.images
+            list(sample.generate(base, [(p, i) for i, p in enumerate(prompts)], args.steps, 7.5, "ddim", args.resolution,
+                                 args.resolution, batch_size=sizes[0]))
 
         def draw_theirs():
             for i in range(0, len(prompts), sizes[1]):
-                pipe(prompts[i:i + sizes[1]], num_inference_steps=args.steps, guidance_scale=7.5, height=args.resolution,
-                     width=args.resolution)
+                pipe(prompts[i:i + sizes[1]], num_inference_steps=args.steps, guidance_scale=7.5,
+                     height=args.resolution, width=args.resolution)
         what = f"drawing, {args.shape}, {args.resolution} px, {args.steps} steps, {name}"
         with lora.merged(base.parts(), [(lora.load(adapter)[0], 1.0)]):   # once a command, as loading it into theirs
             yield what, f"diffusers' {type(pipe).__name__}", alternate(what, draw_ours, draw_theirs, args.pairs)
@@ -323,8 +325,9 @@ def bench_caching(args, place):
     paths, base = make_films(place / "many", 48), make_base(args.shape, place / "vae")
     loaded = sample.load_base(str(base), torch.device(args.device), "fp32", "lora")
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae").to(args.device)
-    look = transforms.Compose([transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS), transforms.CenterCrop(
-        args.resolution), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
+    look = transforms.Compose([
+        transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS), transforms.CenterCrop(args.resolution),
+        transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
 
     @torch.no_grad()
     def theirs():
@@ -366,13 +369,6 @@ def bench_distances(args, place):
         yield what, against, alternate(what, ours, lambda: calculate_frechet_distance(*parts), 1)
 
 
-def smooth_pixels(count, side):
-    """Random blobs, uint8 (count, 3, side, side)."""
-    import torch
-    pixels = torch.randint(0, 255, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
-    return torch.nn.functional.interpolate(pixels, (side, side), mode="bicubic").clamp(0, 255).byte()
-
-
 def bench_images(args, place):
     """All pairs of images, LPIPS (alex, 64 px) and SSIM (128 px, the 20 best of each exactly)."""
     import numpy as np
@@ -380,7 +376,9 @@ def bench_images(args, place):
     import metrics
     import lpips
     from skimage.metrics import structural_similarity
-    pixels, theirs = smooth_pixels(2 * N, 128), lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    pixels = torch.randint(0, 255, (2 * N, 3, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    pixels = torch.nn.functional.interpolate(pixels, (128, 128), mode="bicubic").clamp(0, 255).byte()
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = {name.split(".", 1)[1]: value for name, value in theirs.net.state_dict().items()}
     network = dict(name="alex", trunk=metrics.trunk_of("alexnet", state), indices=metrics.LPIPS["alex"][1],
                    weights=[theirs.state_dict()[f"lin{n}.model.1.weight"][0] for n in range(5)])
@@ -390,8 +388,9 @@ def bench_images(args, place):
     def loop():
         for n in range(40):
             theirs(small[n:n + 1] / 127.5 - 1, small[N + n:N + n + 1] / 127.5 - 1)
-    what = f"LPIPS of {N} × {N} pairs (ours: of all {2 * N} × {2 * N})"
-    yield what, "a loop over lpips", alternate(what, lambda: metrics.lpips_matrix(small, network, "cpu"), loop, 1, N * N / 40)
+    what, count = f"LPIPS of {N} × {N} pairs (ours: of all {2 * N} × {2 * N})", N * N
+    yield what, "a loop over lpips", alternate(
+        what, lambda: metrics.lpips_matrix(small, network, "cpu"), loop, 1, count / 40)
 
     def nearest():
         order = np.argsort(-metrics.ssim_matrix(pixels[N:], pixels[:N]), axis=1)[:, :20]
@@ -400,20 +399,13 @@ def bench_images(args, place):
 
     def slow():
         for n in range(10):
-            structural_similarity(*(pixels[k].permute(1, 2, 0).numpy() / 255 for k in (n, N + n)), gaussian_weights=True,
-                                  sigma=1.5, use_sample_covariance=False, data_range=1.0, channel_axis=2)
+            structural_similarity(*(pixels[k].numpy() / 255 for k in (n, N + n)), gaussian_weights=True, sigma=1.5,
+                                  use_sample_covariance=False, data_range=1.0, channel_axis=0)
     what = f"nearest image by SSIM, {N} × {N}"
-    yield what, "a loop over scikit-image", alternate(what, nearest, slow, 1, N * N / 10)
+    yield what, "a loop over scikit-image", alternate(what, nearest, slow, 1, count / 10)
 
 
 # ---- whole scripts
-
-def make_pictures(folder, pixels):
-    folder.mkdir()
-    from PIL import Image
-    for n, picture in enumerate(pixels):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{n}.png")
-
 
 def bench_evaluation(args, place, count=64):
     """evaluate.py, its cache empty, against three packages on the same folders with the same random Inception."""
@@ -427,71 +419,68 @@ def bench_evaluation(args, place, count=64):
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
     from torchvision.models import Inception3
-    pixels, folders, weights = smooth_pixels(2 * count, 128), (place / "real", place / "fake"), str(place / "inception.pth")
-    for folder, half in zip(folders, pixels.chunk(2)):
-        make_pictures(folder, half)
+    real, fake, weights = str(place / "real"), str(place / "fake"), str(place / "inception.pth")
+    for seed, folder in enumerate((real, fake)):
+        make_images(Path(folder), count, 128, seed)
     torch.manual_seed(0)
     torch.save(Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict(), weights)
-    net = metrics.load_features(weights, "cpu")["function"]
+    net = torch.nn.Module()
+    net.forward, net.num_features = metrics.load_features(weights, "cpu")["function"], D
 
-    def evaluated(*flags):
+    def ours(*flags):
         metrics.CACHE = Path(tempfile.mkdtemp(dir=place))
-        with typed(evaluate, *folders, "--features", weights, "--out", place / "report.html", "--lpips", "random", *flags) as a:
-            evaluate.main(a)
+        with typed(evaluate, real, fake, "--features", weights, "--lpips", "random", "--out", place / "r", *flags) as given:
+            evaluate.main(given)
 
+    def with_torch_fidelity():
+        calculate_metrics(input1=fake, input2=real, fid=True, kid=True, isc=True, prc=True, kid_subset_size=50, cuda=False,
+                          feature_extractor_weights_path=weights, cache=False, verbose=False)
+
+    def with_clean_fid():
+        fid.compute_fid(fake, real, custom_feat_extractor=lambda x: net(x.round().byte()).numpy(), num_workers=0,
+                        device="cpu", verbose=False)
+
+    @torch.no_grad()
     def with_torchmetrics():
-        with torch.no_grad():
-            for measure in (FrechetInceptionDistance(net_module(net)), KernelInceptionDistance(net_module(net), subset_size=50)):
-                for folder, real in zip(folders, (True, False)):
-                    for i in range(0, count, 32):
-                        measure.update(torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{n}.png"))).permute(2, 0, 1)
-                                                    for n in range(i, min(count, i + 32))]), real)
-                measure.compute()
-
-    def net_module(function):
-        module = torch.nn.Module()
-        module.forward, module.num_features = function, D
-        return module
-    first, second = map(str, folders)
-    peers = {"torch-fidelity (FID, KID, IS, precision, recall)": ("fid,kid,inception-score,precision,recall",
-             lambda: calculate_metrics(input1=second, input2=first, cuda=False, fid=True, kid=True, isc=True, prc=True,
-                                       kid_subset_size=50, feature_extractor_weights_path=weights, cache=False, verbose=False)),
-             "clean-fid (FID)": ("fid", lambda: fid.compute_fid(
-                 first, second, custom_feat_extractor=lambda x: net(x.round().byte()).numpy(), num_workers=0,
-                 device="cpu", verbose=False)),
-             "torchmetrics (FID, KID)": ("fid,kid", with_torchmetrics)}
-    for against, (names, theirs) in peers.items():
-        what = f"evaluate.py --metrics {names}, {count} + {count} images, report included"
-        yield what, against, alternate(what, lambda: evaluated("--metrics", names), theirs, 2)
-        if len(names) > 10:
-            what = f"all of evaluate.py, {count} + {count} images"
-            yield what, against, alternate(what, evaluated, theirs, 2)
+        for measure in (FrechetInceptionDistance(net), KernelInceptionDistance(net, subset_size=50)):
+            for folder in (real, fake):
+                images = [np.asarray(Image.open(path)) for path in sorted(Path(folder).glob("*.png"))]
+                for part in torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).split(32):
+                    measure.update(part, real=folder == real)
+            measure.compute()
+    five = "fid,kid,inception-score,precision,recall"
+    for flags, peer, theirs in (([], f"torch-fidelity, {five}", with_torch_fidelity),
+                                (["--metrics", five], "torch-fidelity", with_torch_fidelity),
+                                (["--metrics", "fid,kid"], "torchmetrics", with_torchmetrics),
+                                (["--metrics", "fid"], "clean-fid", with_clean_fid)):
+        what = f"evaluate.py {' '.join(flags) or 'as by default'}, {count} + {count} images"
+        yield what, peer, alternate(what, lambda: ours(*flags), theirs, 1)
 
 
 def bench_filtering(args, place, count=100):
-    """filter.py by nearest LPIPS and SSIM, against the loop over pairs that people write, timed on 20 pairs."""
+    """filter.py by all its scores, against the loop over pairs that people write, timed on 20 pairs."""
     import torch
     import filter
     import lpips
+    from metrics import list_images, load_pixels
     from skimage.metrics import structural_similarity
-    pixels, folders = smooth_pixels(2 * count, 64), (place / "reference", place / "new")
-    for folder, half in zip(folders, pixels.chunk(2)):
-        make_pictures(folder, half)
-    network, numbers = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False), iter(range(100))
+    folders, network = (place / "real", place / "new"), lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for seed, folder in enumerate(folders):
+        make_images(folder, count, 64, seed)
+    pixels = [load_pixels(list_images(folder), 64)[1] for folder in folders]
 
     def ours():
         with typed(filter, folders[1], "--reference", folders[0], "--lpips", "random", "--max-lpips", 0.3, "--min-ssim", 0.4,
-                   "--calibrate", 0.05, "--drop-copies", "--out", place / f"kept-{next(numbers)}") as flags:
+                   "--calibrate", 0.05, "--drop-copies", "--out", tempfile.mkdtemp(dir=place)) as flags:
             filter.main(flags)
 
     @torch.inference_mode()
     def theirs():
-        for n in range(20):
-            a, b = pixels[n], pixels[count + n]
+        for a, b in list(zip(*pixels))[:20]:
             network(a[None] / 127.5 - 1, b[None] / 127.5 - 1)
             structural_similarity(a.numpy(), b.numpy(), channel_axis=0)
-    what = f"all of filter.py, nearest of {count} for each of {count}, LPIPS (VGG, 64 px) and SSIM"
-    yield what, "a loop over lpips and scikit-image", alternate(what, ours, theirs, 2, count ** 2 / 20)
+    what = f"all of filter.py, the nearest of {count} for each of {count}, LPIPS (VGG, 64 px), SSIM and more"
+    yield what, "a loop over lpips and scikit-image", alternate(what, ours, theirs, 1, count ** 2 / 20)
 
 
 # ---- growth
@@ -512,39 +501,38 @@ def bench_growth(args, place):
     """Rows of (what, size, seconds, GB): cost as images, pixels, rank and processes grow, with the tiny base."""
     def trained(name, *flags, processes=1):
         out = place / f"run-{name}"
-        command("train.py", "--base", "tiny", "--val-split", 0, "--val-samples", 0, "--save-every", 10 ** 6, "--log-every", 2,
-                "--steps", 10, "--out", out, *flags, processes=processes)
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return lines[-1]
+        command("train.py", "--base", "tiny", "--data", place / "a100", "--val-split", 0, "--val-samples", 0, "--save-every",
+                10 ** 6, "--log-every", 2, "--steps", 10, "--out", out, *flags, processes=processes)
+        line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        return 1 / line["images_per_second"], line["memory"] / 1e3
     for count in (100, 1000, 10000):
         for name in ("a", "b"):
             make_images(place / f"{name}{count}", count, 64, seed=name == "b")
         sets = [place / f"{name}{count}" for name in "ab"]
-        for script, flags in (("train.py", ["--base", "tiny", "--data", sets[0], "--resolution", 64, "--steps", 1, "--val-samples",
-                                            0, "--out", place / f"n{count}"]),
-                              ("evaluate.py", [*sets, "--out", place / "r.html"]),
-                              ("filter.py", [sets[1], "--reference", sets[0], "--calibrate", 0.05, "--drop-copies",
-                                             "--drop-duplicates", "--out", place / f"kept{count}"])):
-            yield script + (" --steps 1" if script == "train.py" else ""), f"{count} images", *command(script, *flags)
-    data = ["--data", place / "a100"]
+        for script, flags in (
+                ("train.py", ["--base", "tiny", "--data", sets[0], "--resolution", 64, "--steps", 1, "--val-samples", 0]),
+                ("evaluate.py", sets),
+                ("filter.py", [sets[1], "--reference", sets[0], "--calibrate", 0.05, "--drop-copies", "--drop-duplicates"])):
+            yield f"{script}, 64 px", f"{count} images", *command(script, *flags, "--out", place / f"{script}-{count}")
     for side in (64, 128, 256, 512):
-        line = trained(f"px{side}", *data, "--resolution", side, "--batch-size", 4)
-        yield "a training step, batch 4", f"{side} px", 4 / line["images_per_second"], line["memory"] / 1e3
+        yield "training, an image", f"{side} px", *trained(f"px{side}", "--resolution", side, "--batch-size", 4)
     for rank in (4, 16, 64, 128):
-        line = trained(f"rank{rank}", *data, "--resolution", 128, "--rank", rank, "--batch-size", 4)
+        cost = trained(f"rank{rank}", "--rank", rank, "--batch-size", 4)
         size = (place / f"run-rank{rank}" / "lora.safetensors").stat().st_size / 1e6
-        yield "a training step, batch 4, 128 px", f"rank {rank}, {size:.1f} MB", 4 / line["images_per_second"], line["memory"] / 1e3
-    for processes in (1, 2):
-        line = trained(f"processes{processes}", *data, "--resolution", 128, "--batch-size", 8 // processes, processes=processes)
-        yield "a training step, batch 8 in all, 128 px", f"{processes} processes", 8 / line["images_per_second"], line["memory"] / 1e3
-        drawn = command("sample.py", "--base", "tiny", "--prompt", "a film", "--num-images", 16, "--steps", 10, "--out",
-                        place / f"drawn{processes}", processes=processes)
-        yield "sample.py, 16 images of 10 steps", f"{processes} processes", *drawn
+        yield "training, an image, 128 px", f"rank {rank}, {size:.1f} MB", *cost
+    for count in (1, 2):
+        cost = trained(f"processes{count}", "--batch-size", 8 // count, processes=count)
+        yield "training, an image, 128 px, batch 8 in all", f"{count} processes", *cost
+        yield "sample.py, 16 images of 10 steps", f"{count} processes", *command(
+            "sample.py", "--base", "tiny", "--prompt", "a film", "--num-images", 16, "--steps", 10, "--out",
+            place / f"drawn{count}", processes=count)
 
 
-BENCHES = {"training": [bench_training], "sampling": [bench_sampling], "reading": [bench_reading], "caching": [bench_caching],
-           "numbers": [bench_distances, bench_images], "evaluation": [bench_evaluation], "filtering": [bench_filtering],
-           "growth": [bench_growth]}
+BENCHES = {"training": [bench_training], "sampling": [bench_sampling], "reading": [bench_reading],
+           "caching": [bench_caching], "numbers": [bench_distances, bench_images], "evaluation": [bench_evaluation],
+           "filtering": [bench_filtering], "growth": [bench_growth]}
+PACKAGES = ("torch diffusers transformers peft pytorch-fid clean-fid torch-fidelity torchmetrics lpips scikit-image "
+            "pillow").split()
 
 
 def machine(args):
@@ -552,8 +540,7 @@ def machine(args):
     import torch
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     found = []
-    for package in ("torch", "diffusers", "transformers", "peft", "pytorch-fid", "clean-fid", "torch-fidelity", "torchmetrics",
-                    "lpips", "scikit-image", "pillow"):
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
     return f"{time.strftime('%d %B %Y')}, {device}, {', '.join(found)}"

@@ -69,6 +69,21 @@ def save_base(folder, *prediction_type, **unet_flags):
     return str(folder)
 
 
+def write_selector(path, **spec):
+    """A selector for 64 px that likes bright pictures and knows no labels; returns its path."""
+    import metrics
+    weight = np.zeros(410)
+    weight[10] = 3.0   # the 5 % point of the grey values
+    spec = dict(features=[dict(name=name, dim=dim, size=64) for name, dim in metrics.QUALITY_FEATURES], good=3, modalities=[""],
+                classes=[], thresholds={"quality": 0.5}, warnings=[], judging=[], ratings_sha256=[]) | spec
+    metrics.save_selector(path, spec, {
+        "feat.mean": np.zeros(410), "feat.scale": np.ones(410), "head.weight": weight, "head.bias": [0], "head.modality_bias": [],
+        "head.cut": [0, 0], "cal.platt": [1, 0], "shell.mean": np.zeros(410), "shell.whiten": np.zeros((410, 1)), "shell.q": [1],
+        "boot.weight": weight + np.linspace(-0.01, 0.01, 20)[:, None], "boot.bias": np.zeros(20),
+        "align.proto": np.zeros((0, 410)), "align.bias": [], "align.logit": [1]})
+    return path
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """The folder of a base of SD 1.5's kind with random weights: 64 px, 8 x 8 latents."""

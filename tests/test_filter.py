@@ -439,7 +439,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = """<script>
 const key = k => document.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true, cancelable: true}));
 const log = JSON.parse(sessionStorage.getItem("log") || "[]");
-const rate = (k, guess) => { if (guess) key(guess); log.push([$("picture").src, k, guess]); key(k); };
+const rate = (k, guess) => { if (guess) key(guess); log.push([$("picture").innerHTML, k, guess]); key(k); };
 addEventListener("load", () => {
   if (!log.length) {
     $("name").value = 'Dr. "A", Ünal'; $("start").requestSubmit();

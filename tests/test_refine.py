@@ -14,7 +14,7 @@ import torch
 import metrics
 import sample
 import train
-from conftest import ROOT
+from conftest import ROOT, write_selector
 from metrics import generator
 
 MODES = 2 * torch.tensor([[[math.cos(a), math.sin(a)] for a in (k * math.pi / 2 + p * math.pi / 4 for k in range(4))]
@@ -291,19 +291,9 @@ def adapter(base, images, tmp_path_factory):
                    capture_output=True)
     rows = [[str(path), 1 + 2 * (i % 2), "", 3, "a sore foot"] for i, path in enumerate(sorted(Path(images).rglob("*.png")))]
     metrics.write_csv(folder / "ratings.csv", ["image_path", "rating", "modality", "expert_level", "prompt"], rows)
-    sizes, weight = [dim for _, dim in metrics.QUALITY_FEATURES], np.zeros(410)
-    weight[10] = 3.0   # the 5 % point of the grey values
-    spec = dict(features=[dict(name=name, dim=dim, size=64) for name, dim in metrics.QUALITY_FEATURES], good=3, modalities=[""],
-                classes=[], thresholds={"quality": 0.5}, warnings=[], judging=[metrics.content_hash(rows[0][0])[:16]],
-                ratings_sha256=[metrics.content_hash(folder / "ratings.csv")])
-    tensors = {"feat.mean": np.zeros(410), "feat.scale": np.ones(410), "head.weight": weight, "head.bias": [0],
-               "head.modality_bias": [], "head.cut": [0, 0], "cal.platt": [1, 0], "shell.mean": np.zeros(410),
-               "shell.whiten": np.zeros((410, 1)), "shell.q": [1], "boot.weight": np.tile(weight, (20, 1)) + np.linspace(
-                   -0.01, 0.01, 20)[:, None], "boot.bias": np.zeros(20), "align.proto": np.zeros((0, 410)), "align.bias": [],
-               "align.logit": [1]}
-    assert sum(sizes) == 410
-    for name, warnings in (("selector", []), ("forced", ["the ratings do not predict quality better than chance"])):
-        metrics.save_selector(folder / f"{name}.safetensors", {**spec, "warnings": warnings}, tensors)
+    spec = dict(judging=[metrics.content_hash(rows[0][0])[:16]], ratings_sha256=[metrics.content_hash(folder / "ratings.csv")])
+    write_selector(folder / "selector.safetensors", **spec)
+    write_selector(folder / "forced.safetensors", **spec, warnings=["the ratings do not predict quality better than chance"])
     return folder
 
 

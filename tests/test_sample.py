@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import lora
 import sample
 import train
-from metrics import read_image
+from conftest import write_selector
+from metrics import read_image, read_table
 
 CPU = torch.device("cpu")
 JOBS = [("a wound", 0), ("a wound", 1), ("a film", 0), ("", 3), ("a film", 7)]
@@ -476,3 +477,64 @@ def test_a_pictures_bits_do_not_depend_on_its_neighbours(base, tmp_path, run):
         (tmp_path / f"{lost}.png").unlink()
     run(sample, *flags, "--out", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- quality control
+
+def test_what_the_selector_refuses_is_drawn_anew_and_filter_agrees(base, images, tmp_path, run, capsys):
+    import filter as filter_script
+    selector = write_selector(tmp_path / "s.safetensors")
+    flags = ["--base", base, "--prompt", "a foot", "--num-images", 12, "--steps", 2, "--height", 64, "--width", 64]
+    run(sample, *flags, "--out", tmp_path / "plain")
+    run(filter_script, tmp_path / "plain", "--reference", images, "--selector", selector, "--min-quality", 0, "--out",
+        tmp_path / "all", "--dry-run")
+    quality = [float(row["quality"]) for row in read_table(tmp_path / "all" / "decisions.csv")]
+    limit = np.round(np.median(quality), 4)   # so that half of the first drawings fail
+    control = ["--selector", selector, "--min-quality", limit, "--max-attempts", 2]
+    run(sample, *flags, *control, "--out", tmp_path / "a", "--grid")
+    rows = read_table(tmp_path / "a" / "manifest.csv")
+    first = [row for row in rows if row["attempts"] == "1"]
+    assert len(first) == sum(q >= limit for q in quality) and {row["attempts"] for row in rows} == {"1", "2"}
+    for row in first:   # the picture of a run without control
+        stem = row["file"].split("_quality_")[0]
+        assert row["file"] == f"{stem}_quality_{float(row['quality']):.2f}.png"
+        assert np.array_equal(*(np.asarray(Image.open(path)) for path in (tmp_path / "a" / row["file"], tmp_path / "plain" / f"{stem}.png")))
+    refused = sorted(path.name for path in (tmp_path / "a" / "refused").iterdir())
+    assert len(refused) + len(rows) == 12 and f"{len(refused)} did not in 2 attempts" in capsys.readouterr().out
+    run(filter_script, tmp_path / "a", "--reference", images, "--selector", selector, "--min-quality", limit, "--out",
+        tmp_path / "b", "--dry-run")
+    decisions = read_table(tmp_path / "b" / "decisions.csv")
+    assert [row["kept"] for row in decisions] == ["1"] * len(rows)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.png") if path.name != "grid.png"}
+    sorted(before)[0].unlink()
+    run(sample, *flags, *control, "--out", tmp_path / "a")   # goes on: the one that is gone alone is drawn
+    assert "1 images drawn, 11 were there" in capsys.readouterr().out and set(before) == {
+        path for path in (tmp_path / "a").rglob("*.png") if path.name != "grid.png"}
+    assert sum(path.stat().st_mtime_ns != then for path, then in before.items()) == 1
+    run(sample, *flags, "--selector", selector, "--min-quality", limit, "--max-attempts", 40, "--out", tmp_path / "a")
+    assert len(read_table(tmp_path / "a" / "manifest.csv")) + len(list((tmp_path / "a" / "refused").iterdir())) == 12
+    assert len(read_table(tmp_path / "a" / "manifest.csv")) > len(rows)
+
+
+def test_pictures_are_held_against_real_ones_as_filter_does(base, images, tmp_path, run, capsys):
+    flags = ["--base", base, "--prompt", "a foot", "--num-images", 6, "--steps", 2, "--height", 64, "--width", 64]
+    run(sample, *flags, "--reference", images, "--min-ssim", 0.99, "--max-attempts", 1, "--out", tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "0 passed, of 6 drawings" in said and "nothing passed" in said and "--min-ssim 0.99 would refuse" in said
+    assert not read_table(tmp_path / "a" / "manifest.csv")
+    run(sample, *flags, "--reference", images, "--min-ssim", -1, "--drop-copies", "--out", tmp_path / "a", "--overwrite")
+    assert len(read_table(tmp_path / "a" / "manifest.csv")) == 6 and not list((tmp_path / "a" / "refused").iterdir())
+
+
+@pytest.mark.parametrize("change, said", [
+    (["--min-quality", "0.5"], "needs --selector"), (["--max-lpips", "0.3"], "needs --reference"),
+    (["--selector", "BAD"], "not a readable selector"), (["--min-quality", "2", "--selector", "S"], "--min-quality"),
+    (["--selector", "S", "--min-alignment", "0.5"], "does not know the label"),
+    (["--selector", "SEVERAL"], "without modality"), (["--reference", "NOWHERE"], "NOWHERE"),
+])
+def test_quality_control_that_cannot_be_is_one_line(change, said, base, tmp_path, refused):
+    write_selector(tmp_path / "S")
+    write_selector(tmp_path / "SEVERAL", modalities=["ct", "mri"])
+    (tmp_path / "BAD").write_bytes(b"no selector")
+    change = [tmp_path / word if word in ("S", "SEVERAL", "BAD") else word for word in change]
+    assert said in refused(sample, "--base", base, "--prompt", "a foot", "--out", tmp_path / "out", *change)
