@@ -1402,11 +1402,12 @@ def refine(base, real, val, state, args, log, look, learn):
 
 
 def take_over(args):
-    """--refine: base, rank, layers and resolution are those of the adapter."""
+    """--refine: base, rank, layers, resolution and, where none is given, the prompt are those of the adapter."""
     pairs, about, extra = lora.load(args.init_lora)
     args.base = args.base or about.get("base") or fail(f"{args.init_lora} names no base: give --base")
     if extra:
         fail(f"--init-lora {args.init_lora} brings more than pairs of matrices ({min(extra)}), which --refine cannot change")
+    args.prompt = args.prompt or about.get("prompt") or None
     args.rank, args.targets = len(next(iter(pairs.values()))[0]), about.get("targets", "attention")
     args.alpha, args.text_lora = float(about.get("alpha", args.rank)), any(name.startswith("text") for name in pairs)
     args.resolution, args.validate_every = args.resolution or int(about.get("resolution", 0)) or None, 0

@@ -48,7 +48,8 @@ UNETS = {"sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_di
          "sd21": dict(sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
                       use_linear_projection=True, upcast_attention=True),
          "sdxl": dict(sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-                      use_linear_projection=True, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10),
+                      use_linear_projection=True, block_out_channels=(320, 640, 1280),
+                      transformer_layers_per_block=(1, 2, 10),
                       down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                       up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
                       addition_embed_type="text_time", addition_time_embed_dim=256,
@@ -169,7 +170,7 @@ def child(report, script, *flags):
 def measure(script, flags, report, environment):
     """(seconds a step, peak bytes) of one run."""
     ran = subprocess.run([sys.executable, __file__, "--child", report, script, *map(str, flags)],
-                         cwd=Path(script).parent, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", **environment})
+                         cwd=Path(script).parent, capture_output=True, text=True, env={**os.environ, **environment})
     if ran.returncode:
         sys.exit(f"{script} failed:\n{ran.stderr[-3000:]}")
     found = json.loads(Path(report).read_text())
@@ -181,8 +182,8 @@ def bench_training(args, place):
     """Seconds a step and peak memory of train.py and of the peer's script, rank 16 on random images."""
     base = make_base(args.shape, place / "base")
     make_images(place / "images", 16, args.resolution)
-    ours = ["--base", base, "--data", place / "images", "--resolution", args.resolution, "--batch-size", args.batch_size,
-            "--steps", args.steps, "--precision", args.precision, "--device", args.device, "--val-split", 0,
+    ours = ["--base", base, "--data", place / "images", "--resolution", args.resolution, "--batch-size",
+            args.batch_size, "--steps", args.steps, "--precision", args.precision, "--device", args.device, "--val-split", 0,
             "--val-samples", 0, "--save-every", 10 ** 6, "--log-every", 10 ** 6] + ["--compile"] * args.compile
     peer = ["--pretrained_model_name_or_path", base, "--train_data_dir", place / "images", "--caption_column", "text",
             "--resolution", args.resolution, "--train_batch_size", args.batch_size, "--max_train_steps", args.steps,
@@ -195,11 +196,12 @@ def bench_training(args, place):
                             place / "b.json", on_cpu)
         ratios.append(b / a)
         memory.append(a_peak / b_peak)
-        print(f"training, pair {pair}: ours {a:.3f} s a step, {a_peak / 1e6:.0f} MB; peer {b:.3f} s, {b_peak / 1e6:.0f} MB",
-              flush=True)
+        print(f"training, pair {pair}: ours {a:.3f} s a step, {a_peak / 1e6:.0f} MB; theirs {b:.3f} s, "
+              f"{b_peak / 1e6:.0f} MB", flush=True)
     yield (f"training, {args.shape}, {args.resolution} px, batch {args.batch_size}, ours {args.precision}"
            f"{' --compile' * args.compile}, theirs {args.peer_precision.replace('no', 'fp32')}",
-           "diffusers' train_text_to_image_lora.py", f"{in_words(ratios)}, {statistics.median(memory):.2f} × its memory")
+           "diffusers' train_text_to_image_lora.py",
+           f"{in_words(ratios)}, {statistics.median(memory):.2f} × its memory")
 
 
 def in_words(ratios):
@@ -266,8 +268,8 @@ def bench_sampling(args, place):
         pipe.load_lora_weights(str(place), weight_name=adapter.name)
 
         def draw_ours():
-            list(sample.generate(base, [(p, i) for i, p in enumerate(prompts)], args.steps, 7.5, "ddim", args.resolution,
-                                 args.resolution, batch_size=sizes[0]))
+            list(sample.generate(base, [(prompt, i) for i, prompt in enumerate(prompts)], args.steps,
+                                 height=args.resolution, width=args.resolution, batch_size=sizes[0]))
 
         def draw_theirs():
             for i in range(0, len(prompts), sizes[1]):
@@ -326,15 +328,16 @@ def bench_caching(args, place):
     loaded = sample.load_base(str(base), torch.device(args.device), "fp32", "lora")
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae").to(args.device)
     look = transforms.Compose([
-        transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS), transforms.CenterCrop(args.resolution),
-        transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
+        transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS),
+        transforms.CenterCrop(args.resolution), transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
 
     @torch.no_grad()
     def theirs():
         for i in range(0, len(paths), args.batch_size):
             images = torch.stack([look(Image.open(path).convert("RGB")) for path in paths[i:i + args.batch_size]])
             vae.encode(images.to(args.device)).latent_dist.sample()
-    with typed(train, "--data", place / "many", "--resolution", args.resolution, "--batch-size", args.batch_size) as flags:
+    with typed(train, "--data", place / "many", "--resolution", args.resolution, "--batch-size",
+               args.batch_size) as flags:
         def ours():
             train.cache(loaded, *train.load_uncached(train.list_data(flags), flags), flags, "images")
         yield (f"caching, {args.shape}'s VAE, films of 1024 px to latents of {args.resolution}, fp32",
@@ -429,12 +432,13 @@ def bench_evaluation(args, place, count=64):
 
     def ours(*flags):
         metrics.CACHE = Path(tempfile.mkdtemp(dir=place))
-        with typed(evaluate, real, fake, "--features", weights, "--lpips", "random", "--out", place / "r", *flags) as given:
+        with typed(evaluate, real, fake, "--features", weights, "--lpips", "random", "--out", place / "report.html",
+                   *flags) as given:
             evaluate.main(given)
 
     def with_torch_fidelity():
-        calculate_metrics(input1=fake, input2=real, fid=True, kid=True, isc=True, prc=True, kid_subset_size=50, cuda=False,
-                          feature_extractor_weights_path=weights, cache=False, verbose=False)
+        calculate_metrics(input1=fake, input2=real, fid=True, kid=True, isc=True, prc=True, kid_subset_size=50,
+                          cuda=False, feature_extractor_weights_path=weights, cache=False, verbose=False)
 
     def with_clean_fid():
         fid.compute_fid(fake, real, custom_feat_extractor=lambda x: net(x.round().byte()).numpy(), num_workers=0,
@@ -470,8 +474,8 @@ def bench_filtering(args, place, count=100):
     pixels = [load_pixels(list_images(folder), 64)[1] for folder in folders]
 
     def ours():
-        with typed(filter, folders[1], "--reference", folders[0], "--lpips", "random", "--max-lpips", 0.3, "--min-ssim", 0.4,
-                   "--calibrate", 0.05, "--drop-copies", "--out", tempfile.mkdtemp(dir=place)) as flags:
+        with typed(filter, folders[1], "--reference", folders[0], "--lpips", "random", "--max-lpips", 0.3, "--min-ssim",
+                   0.4, "--calibrate", 0.05, "--drop-copies", "--out", tempfile.mkdtemp(dir=place)) as flags:
             filter.main(flags)
 
     @torch.inference_mode()
@@ -501,18 +505,17 @@ def bench_growth(args, place):
     """Rows of (what, size, seconds, GB): cost as images, pixels, rank and processes grow, with the tiny base."""
     def trained(name, *flags, processes=1):
         out = place / f"run-{name}"
-        command("train.py", "--base", "tiny", "--data", place / "a100", "--val-split", 0, "--val-samples", 0, "--save-every",
-                10 ** 6, "--log-every", 2, "--steps", 10, "--out", out, *flags, processes=processes)
+        command("train.py", "--base", "tiny", "--data", place / "a100", "--val-split", 0, "--val-samples", 0,
+                "--save-every", 10 ** 6, "--log-every", 2, "--steps", 10, "--out", out, *flags, processes=processes)
         line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         return 1 / line["images_per_second"], line["memory"] / 1e3
     for count in (100, 1000, 10000):
         for name in ("a", "b"):
             make_images(place / f"{name}{count}", count, 64, seed=name == "b")
         sets = [place / f"{name}{count}" for name in "ab"]
-        for script, flags in (
-                ("train.py", ["--base", "tiny", "--data", sets[0], "--resolution", 64, "--steps", 1, "--val-samples", 0]),
-                ("evaluate.py", sets),
-                ("filter.py", [sets[1], "--reference", sets[0], "--calibrate", 0.05, "--drop-copies", "--drop-duplicates"])):
+        trained_on = ["--base", "tiny", "--data", sets[0], "--resolution", 64, "--steps", 1, "--val-samples", 0]
+        filtered = [sets[1], "--reference", sets[0], "--calibrate", 0.05, "--drop-copies", "--drop-duplicates"]
+        for script, flags in (("train.py", trained_on), ("evaluate.py", sets), ("filter.py", filtered)):
             yield f"{script}, 64 px", f"{count} images", *command(script, *flags, "--out", place / f"{script}-{count}")
     for side in (64, 128, 256, 512):
         yield "training, an image", f"{side} px", *trained(f"px{side}", "--resolution", side, "--batch-size", 4)
@@ -556,8 +559,8 @@ def main():
     parser.add_argument("--steps", type=int, default=12, help="of training, or of denoising")
     parser.add_argument("--images", type=int, default=16, help="to draw")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32", help="of our training, and of both "
-                        "that draw")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32",
+                        help="of our training, and of both that draw")
     parser.add_argument("--peer-precision", choices=["no", "bf16"], default="no", help="the peer's --mixed_precision")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="our training with --compile")
