@@ -197,9 +197,9 @@ def draw_checkpoints(args):
 
 
 def load_set(path, rows, resolution, networks, args, device, drawn=None):
-    """A set: {"path", "rows", "pixels" uint8 (N, 3, S, S), "features" (N, D), "every": (all, D) or None}.
+    """A set: {"path", "n", "rows", "pixels" uint8 (N, 3, S, S), "features" (N, D), "every": (all, D) or None}.
 
-    drawn: how many of a large set, by the seed, keep their pixels; all of it is read, in parts, and "every" has its features.
+    drawn: how many of a large set, by the seed, keep their pixels; "every" has the features of all, read in parts.
     """
     def read(rows):
         good, pixels = load_pixels(rows, resolution, measure=artefacts)
@@ -215,8 +215,9 @@ def load_set(path, rows, resolution, networks, args, device, drawn=None):
     rest = [read(rows[n:n + 500])[2].astype(np.float32) for n in range(drawn or len(rows), len(rows), 500)]
     if len(kept) < 2:
         fail(f"{path}: {len(kept)} readable image; a comparison of sets needs at least 2, and says little under 50")
-    return {"path": path, "rows": kept, "pixels": pixels, "features": features,
-            "every": drawn and np.concatenate([features, *rest], dtype=np.float32)}
+    every = drawn and np.concatenate([features, *rest], dtype=np.float32)
+    return {"path": path, "n": len(every if drawn else kept), "rows": kept, "pixels": pixels, "features": features,
+            "every": every}
 
 
 # ------------------------------------------------------------------------------------------------- the figures
@@ -270,7 +271,7 @@ def evaluate_set(real, fake, known, args, names, networks, device):
     large = {}
     if real["every"] is not None:
         large = large_values(real["every"], fake["every"], networks["features"]["standardise"])
-    entry = {"path": fake["path"], "n": m, "real_n": n, "metrics": {}, "table": [], "halves": None}
+    entry = {"path": fake["path"], "n": fake["n"], "real_n": real["n"], "metrics": {}, "table": [], "halves": None}
     for name in names:
         function, lower_is_better, need = METRICS[name]
         f = yardstick(function(joint, draws), lower_is_better)
@@ -289,8 +290,6 @@ def evaluate_set(real, fake, known, args, names, networks, device):
                                f["band"] or "–",
                                f"{number(f['null'])} [{number(f['null_low'])} – {number(f['null_high'])}]",
                                number(f["excess"], sign="+"), *chances, *map(number, middle)))
-    entry["n"] = m if fake["every"] is None else len(fake["every"])
-    entry["real_n"] = n if real["every"] is None else len(real["every"])
     entry["memorisation"] = memorisation(known, fake, known is real)
     entry["copies"] = are_copies(entry)
     entry["subgroups"] = subgroups(joint, real, fake, args)
@@ -702,9 +701,9 @@ images chance alone moves every figure. So each value stands beside what chance 
 shared out anew. <b>excess</b> is what is left. <b>p_high</b> is how often chance is as bad or worse: under 0.05, the
 sets differ. <b>p_low</b> is how often chance is as good or better: under 0.01, the images are closer than fresh ones
 would be, as copies are. <b>frechet, kid, cmmd</b>: distance of the two sets; <b>colour</b>: the same of their colours, which
-the texture descriptor does not see; <b>artefacts</b>: the same of the files as stored, before any resizing: JPEG's blocks,
-grain, blur (images saved in another format or size differ here by that alone). <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
-real variety that is reached; <b>vendi</b>: how many different images the generated ones amount to. <b>ssim, lpips</b>:
+the texture descriptor does not see; <b>artefacts</b>: the same of the files as stored: JPEG's blocks, grain, blur (images
+saved in another format or size differ here by that alone). <b>precision, density</b>: generated images that look real.
+<b>recall, coverage</b>: real variety that is reached; <b>vendi</b>: how many different images the generated ones amount to. <b>ssim, lpips</b>:
 likeness to the nearest real image, and of generated images to one another. <b>clip_score</b>: images and their captions,
 beside shuffled captions (there a small p_low is good). <b>band</b>: excellent, good, fair or poor by a fixed table; read it
 beside what the real images score against one another (real halves).</p>"""

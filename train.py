@@ -1426,7 +1426,8 @@ def changed(args, **values):
 
 def drawn_rows(base, known, name, args):
     """Rows of --candidates images that the network draws as it is, in --out/drawn, evenly of the frequent captions of the
-    rows `known`. What is there stays; under torchrun the drawing is shared out."""
+    rows `known`. What is there stays; under torchrun the drawing is shared out. name: a step, or "plain-" and a hash: the
+    noise is keyed by what stands before the hash."""
     captions = [caption for caption, _ in Counter(row["caption"] for row in known).most_common(max(1, args.candidates // 8))]
     jobs = [(captions[i % len(captions)], i // len(captions)) for i in range(args.candidates)]
     settings = [value for flag, value in sorted(vars(args).items()) if flag not in HARMLESS or flag.startswith("val_")]
@@ -1438,7 +1439,7 @@ def drawn_rows(base, known, name, args):
         batch, wanted = jobs[start:start + args.batch_size], paths[start:start + args.batch_size]
         if not all(path.exists() for path in wanted):
             images = generate(base, batch, args.val_steps, args.val_guidance_scale, height=args.resolution,
-                              width=args.resolution, batch_size=len(batch), seed=(args.seed, str(name)))
+                              width=args.resolution, batch_size=len(batch), seed=(args.seed, str(name).split("-")[0]))
             for image, path, (caption, _) in zip(images, wanted, batch):
                 save_png(image, path, caption)
     if WORLD > 1:
@@ -1446,6 +1447,20 @@ def drawn_rows(base, known, name, args):
     source = {row["caption"]: row for row in known}
     return [{"path": str(path), "file_name": path.name, "caption": caption, "label": source[caption]["label"], "group": "",
              "fields": source[caption]["fields"], "slice": None} for path, (caption, _) in zip(paths, jobs)]
+
+
+def rated_rows(paths, spec):
+    """The good (weight above 0) and the worst (below) of the images that these files rate, without the half that judges."""
+    rows = [{"path": row["path"], "file_name": row["path"], "caption": row["prompt"], "label": "", "group": "", "fields": {},
+             "slice": None, "weight": row["level"] * (1 if row["rating"] >= spec["good"] else -1)}
+            for row in read_ratings(paths) if row["rating"] in (1, *range(spec["good"], 4))]
+    missing = [row["path"] for row in rows if not os.path.isfile(row["path"])]
+    if missing:
+        fail(f"{len(missing)} rated images of {paths[0]} are not there, such as {missing[0]}")
+    rows = [row for row in rows if content_hash(row["path"])[:16] not in spec["judging"]]
+    if len({row["weight"] > 0 for row in rows}) < 2:
+        fail(f"--ratings {paths[0]}: has no good or no bad images beside those that judge; rate more")
+    return rows
 
 
 def judged_by_selector(base, data, args):
@@ -1477,14 +1492,8 @@ def judged_by_selector(base, data, args):
             found = cache(base, *load_pixels(seen["rows"], args.resolution), plain, "drawn images")
             found.weight = torch.tensor(seen["weights"], dtype=torch.float32, device=device)
             return found
-        levels = {(row["path"], row["expert"]): row for row in read_ratings(args.ratings)}
-        rated = [{"path": path, "file_name": path, "caption": row["prompt"], "label": "", "group": "", "fields": {},
-                  "slice": None, "weight": row["level"] * (1 if row["rating"] >= spec["good"] else -1)}
-                 for (path, _), row in levels.items() if row["rating"] in (1, *range(spec["good"], 4))
-                 and content_hash(path)[:16] not in spec["judging"]]
-        rows, pixels = load(rated, plain)
-        found = cache(base, rows, pixels, plain, "rated images")
-        weights = torch.tensor([row["weight"] for row in rows], device=device)
+        found = cache(base, *load(rated_rows(args.ratings, spec), plain), plain, "rated images")
+        weights = torch.tensor([row["weight"] for row in found.rows], device=device)
         found.weight, found.classes = weights / weights.abs().max(), tuple(str(weight > 0) for weight in weights.tolist())
         return found
     return look, learn

@@ -34,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 2   # steps left out
 N, D = 376, 2048   # of the numbers: images a set, features an image
+GROWTH = {"images": (100, 1000, 10000), "px": (64, 128, 256, 512), "rank": (4, 16, 64, 128), "processes": (1, 2)}
 sys.path[:0] = [str(ROOT)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -183,8 +184,8 @@ def bench_training(args, place):
     base = make_base(args.shape, place / "base")
     make_images(place / "images", 16, args.resolution)
     ours = ["--base", base, "--data", place / "images", "--resolution", args.resolution, "--batch-size",
-            args.batch_size, "--steps", args.steps, "--precision", args.precision, "--device", args.device, "--val-split", 0,
-            "--val-samples", 0, "--save-every", 10 ** 6, "--log-every", 10 ** 6] + ["--compile"] * args.compile
+            args.batch_size, "--steps", args.steps, "--precision", args.precision, "--device", args.device,
+            "--val-split", 0, "--val-samples", 0, "--save-every", 10 ** 6, "--log-every", 10 ** 6] + ["--compile"] * args.compile
     peer = ["--pretrained_model_name_or_path", base, "--train_data_dir", place / "images", "--caption_column", "text",
             "--resolution", args.resolution, "--train_batch_size", args.batch_size, "--max_train_steps", args.steps,
             "--rank", 16, "--mixed_precision", args.peer_precision, "--checkpointing_steps", 10 ** 6, "--seed", 0]
@@ -505,11 +506,11 @@ def bench_growth(args, place):
     """Rows of (what, size, seconds, GB): cost as images, pixels, rank and processes grow, with the tiny base."""
     def trained(name, *flags, processes=1):
         out = place / f"run-{name}"
-        command("train.py", "--base", "tiny", "--data", place / "a100", "--val-split", 0, "--val-samples", 0,
+        command("train.py", "--base", "tiny", "--data", place / f"a{GROWTH['images'][0]}", "--val-split", 0, "--val-samples", 0,
                 "--save-every", 10 ** 6, "--log-every", 2, "--steps", 10, "--out", out, *flags, processes=processes)
         line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         return 1 / line["images_per_second"], line["memory"] / 1e3
-    for count in (100, 1000, 10000):
+    for count in GROWTH["images"]:
         for name in ("a", "b"):
             make_images(place / f"{name}{count}", count, 64, seed=name == "b")
         sets = [place / f"{name}{count}" for name in "ab"]
@@ -517,13 +518,13 @@ def bench_growth(args, place):
         filtered = [sets[1], "--reference", sets[0], "--calibrate", 0.05, "--drop-copies", "--drop-duplicates"]
         for script, flags in (("train.py", trained_on), ("evaluate.py", sets), ("filter.py", filtered)):
             yield f"{script}, 64 px", f"{count} images", *command(script, *flags, "--out", place / f"{script}-{count}")
-    for side in (64, 128, 256, 512):
+    for side in GROWTH["px"]:
         yield "training, an image", f"{side} px", *trained(f"px{side}", "--resolution", side, "--batch-size", 4)
-    for rank in (4, 16, 64, 128):
+    for rank in GROWTH["rank"]:
         cost = trained(f"rank{rank}", "--rank", rank, "--batch-size", 4)
         size = (place / f"run-rank{rank}" / "lora.safetensors").stat().st_size / 1e6
         yield "training, an image, 128 px", f"rank {rank}, {size:.1f} MB", *cost
-    for count in (1, 2):
+    for count in GROWTH["processes"]:
         cost = trained(f"processes{count}", "--batch-size", 8 // count, processes=count)
         yield "training, an image, 128 px, batch 8 in all", f"{count} processes", *cost
         yield "sample.py, 16 images of 10 steps", f"{count} processes", *command(
