@@ -226,8 +226,10 @@ def joint_of(real, fake, names, networks, args, device):
     """Every matrix that the metrics `names` are read from."""
     pixels, needs = torch.cat([real["pixels"], fake["pixels"]]), {METRICS[name][2] for name in names}
     joint = joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
-    joint["colour"] = joint_matrices(colour(real["pixels"]), colour(fake["pixels"]), True)
-    joint["artefacts"] = joint_matrices(*(np.array([row["measured"] for row in part["rows"]]) for part in (real, fake)), True)
+    for name, seen in (("colour", lambda part: colour(part["pixels"])),
+                       ("artefacts", lambda part: np.array([row["measured"] for row in part["rows"]]))):
+        found = joint_matrices(seen(real), seen(fake), True)
+        joint[name] = {key: found[key] for key in ("features", "gram")}   # the others are as large and not needed
     if "ssim" in needs:
         joint["ssim"] = ssim_matrix(pixels, pixels, device)
     if "ms_ssim" in needs:
@@ -598,9 +600,9 @@ def methods(args, settings, real, entries):
     return (f"Real images: {args.real}, {entries[0]['real_n']} of {patients or 'unknown'} patients (SHA-256 "
             f"{settings['real_hash'][:12]}). Generated images: {sets}. All were cropped to their central square and resized to "
             f"{settings['resolution']} pixels (Lanczos); {args.resize} resizing before the network. "
-            f"{'; '.join(caveats(settings))}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and "
-            "coverage with 5; Inception Score in one split. Copies: correlation of 16-pixel thumbnails over mirror images "
-            "and 90 % crops, conformal p-values of the distance and of its ratio to the second nearest. Null: "
+            f"{'; '.join(caveats(settings))}. SSIM at 64 pixels, grey; artefacts on the files as stored. Precision and recall "
+            "with 3 neighbours, density and coverage with 5; Inception Score in one split. Copies: correlation of 16-pixel "
+            "thumbnails over mirror images and 90 % crops, conformal p-values of the distance and of its ratio to the second nearest. Null: "
             f"{args.permutations} permutations of the pooled images{whole}, seed {args.seed}; excess is the value less the "
             f"null's median. “Real halves” is the median over {HALVES} random halves of the real set against each other, "
             "“same size” that of as many generated images against a half: these two may be compared; the ranking's "
@@ -807,7 +809,7 @@ def main(args):
     args.generated = args.generated + (draw_checkpoints(args) if args.checkpoint else [])
     fake_rows = [at_most(path, list_images(path), args) for path in args.generated]
     everything = sum(fake_rows, real_rows)
-    resolution = args.resolution or pick_resolution(everything)
+    resolution = args.resolution or pick_resolution(real_rows, *fake_rows)
     if not share_out(everything, resolution, networks, args, device):
         return
     native = all(has_side(row, resolution) for row in everything)
@@ -816,7 +818,7 @@ def main(args):
     real = load_set(args.real, real_rows, resolution, networks, args, device, drawn)
     known = real
     if known_rows is not None:   # searched for copies, read small
-        known = dict(zip(("rows", "pixels"), load_pixels(known_rows, resolution if args.utility else min(128, resolution))))
+        known = dict(zip(("rows", "pixels"), load_pixels(known_rows, resolution if args.utility else min(96, resolution))))
     print(f"{len(real_rows)} real images at {resolution} px; " + "; ".join(caveats(settings)))
     if drawn:
         print(f"values of all images; null, excess, p, SSIM, LPIPS and copies of {DRAWN} drawn from each set")

@@ -70,7 +70,8 @@ def parse_args():
     how.add_argument("--features", default="texture", help="texture, vgg-random, inception or a weight file's path")
     how.add_argument("--lpips", choices=["alex", "vgg", "squeeze", "random"], help="network of the perceptual distance "
                      "(default: alex where its weights are, else none)")
-    how.add_argument("--resolution", type=int, help="pixels at which all are compared (default: the smallest side)")
+    how.add_argument("--resolution", type=int, help="pixels at which all are compared or rated (default: the smallest "
+                     "side, 64 to 256)")
     how.add_argument("--batch-size", type=int, default=32)
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="of the network")
@@ -151,7 +152,7 @@ def draw_order(count, seed, *key):
 def refuse_doubles(reasons, names, vectors, quality, closest):
     """Of generated images nearer than `closest` to one another refuse all but the best, in place."""
     passed = np.array([i for i, why in enumerate(reasons) if not why], int)
-    passed = passed[np.argsort(-quality[passed], kind="stable")]
+    passed, vectors = passed[np.argsort(-quality[passed], kind="stable")], np.float32(vectors - vectors.mean(0))
     for start in range(0, len(passed), 1000):   # never all pairs at once
         end = start + 1000
         near = squared_distances(vectors[passed[start:end]], vectors[passed[:end]]) <= closest**2
@@ -218,8 +219,8 @@ def place(source, target, how):
 def put_back(decisions):
     """Move back what the --move that left this decisions.csv took away; returns how many."""
     moved = [row for row in read_table(decisions) if row.get("kept") == "1" and row.get("moved_from")]
-    if any(Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts for row in moved):
-        fail(f"{decisions}: names files outside its folder")
+    if any(Path(row.get("file", "/")).is_absolute() or ".." in Path(row["file"]).parts for row in moved):
+        fail(f"{decisions}: names files outside its folder, or none")
     count, out = 0, Path(decisions).resolve().parent
     for row in moved:
         source, target = out / row["file"], out / row["moved_from"] / row["file"]
@@ -242,8 +243,8 @@ def clear(wanted, candidates, out):
                      if name not in candidates or content_hash(candidates[name]) != content_hash(out / name))
     if foreign:
         fail(f"{out}: holds {len(foreign)} files of something else, such as {foreign[0]}; give another --out")
-    for name in there - wanted:
-        (out / name).unlink()
+    for path in [*map(out.joinpath, there - wanted), *out.rglob(".*.tmp")]:   # and what was killed in mid-write
+        path.unlink()
 
 
 def leave_images(entries, out, how):
@@ -275,7 +276,7 @@ def read_sets(args):
     absolute = [row["file_name"] for row in all_rows if Path(row["file_name"]).is_absolute()]
     if absolute:
         fail(f"{args.generated}: names absolute paths, such as {absolute[0]}; kept images need names below --out")
-    resolution = size or args.resolution or pick_resolution(real_rows + all_rows)
+    resolution = size or args.resolution or pick_resolution(real_rows, all_rows)
     real_rows, real = load_pixels(real_rows, resolution)
     rows, fake = load_pixels(all_rows, resolution)
     if len(real_rows) < 3 or not rows:
@@ -289,7 +290,8 @@ def decide(selector, real_rows, real, rows, fake, wanted, args):
     reference = measure_reference(real_rows, real, device, args.calibrate, args.max_lpips, args.min_ssim,
                                   args.drop_copies, args.features, args.lpips, args.batch_size, args.precision)
     scores, index, vectors = score(reference, fake)
-    reasons, said = refusals(reference, scores, rows), reference["said"]
+    reasons = refusals(reference, scores, rows)
+    said = [f"all are compared at {real.shape[-1]} pixels a side", *reference["said"]]
     quality = 1.001 - np.max(list(ranks(reference["own"], scores).values()), axis=0)
     if selector:
         spec = selector["spec"]
@@ -359,6 +361,7 @@ def filter_images(args):
     print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html")
     print("nothing passes: is --reference of the same kind? filter.html shows why" if not kept else
           f"put them back: python filter.py --undo {shlex.quote(args.out)}/decisions.csv" if args.move else
+          f"next: python train.py --data {shlex.quote(args.out)}" if args.mix else
           f"next: python evaluate.py {shlex.join([args.reference, args.generated, args.out])}")
 
 
@@ -373,7 +376,8 @@ progress{width:min(94vw,62vh)}#guesses,#marks{display:inline-block}
 [hidden]{display:none!important}#note{width:min(94vw,62vh)}</style>"""
 RATING_BODY = """<form id="start"><p>Your name <input id="name" required> <select id="level">
 <option value="3">specialist<option value="2">resident<option value="1">student</select></p><button>Start</button>
-</form><main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div><div id="picture"></div>
+</form><main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div>
+<div id="picture"></div>
 <p id="text"></p><div id="guesses"><button data-key="r">real (r)</button><button data-key="g">generated (g)</button>
 </div><div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
 <button data-key="3">3 good</button></div><input id="note" placeholder="note (n), Enter ends it"><div>
@@ -467,7 +471,7 @@ def write_rating_page(args):
     device, selector = pick_device(args.device), load_selector(args.selector) if args.selector else None
     rows, real = list_images(args.generated), list_real(args.blind, args) if args.blind else []
     size = selector["spec"]["features"][0]["size"] if selector else args.resolution
-    resolution = size or pick_resolution(rows + real)
+    resolution = size or pick_resolution(rows, real)
     rows, pixels = load_pixels(rows, resolution)
     done = {os.path.realpath(row["path"]) for row in read_ratings(args.rated)}
     known = [i for i, row in enumerate(rows) if os.path.realpath(row["path"]) in done]
@@ -493,8 +497,8 @@ def write_rating_page(args):
     constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in texts.items())
     with replacing(args.rating_page) as file:
         file.write(page("Rate", RATING_STYLE + RATING_BODY + f"<script>{constants}</script>" + RATING_SCRIPT).encode())
-    print(f"{args.rating_page}: {count} generated and {len(mixed)} real images at {resolution} pixels; open it in a "
-          "browser\nnext: python filter.py --fit ratings.csv --out selector.safetensors")
+    print(f"{args.rating_page}: {count} generated and {len(mixed)} real images at {resolution} pixels (--resolution); "
+          "open it in a browser\nnext: python filter.py --fit ratings.csv --out selector.safetensors")
 
 
 def kappa(first, second):

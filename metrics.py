@@ -77,7 +77,7 @@ def need(package, purpose):
     try:
         return importlib.import_module(package)
     except ImportError:
-        fail(f"{purpose} need {package}: pip install {package}")
+        fail(f"{purpose}: needs the package {package}: pip install {package}")
 
 
 def generator(seed, *key):
@@ -485,7 +485,7 @@ def read_table(path, caption_column=None):
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
-            except ValueError:
+            except (ValueError, RecursionError):
                 fail(f"{path}: line {number} is not JSON")
         if not all(isinstance(row, dict) for row in rows):
             fail(f"{path}: every line must be one JSON object")
@@ -751,13 +751,17 @@ def find_disc(image):
     return tuple(round((at + by) * scale) for by in (-half, half) for at in middle)
 
 
-def pick_resolution(rows):
-    """The pixels at which sets are compared: the smallest stored side of their images, from 64 to 256."""
-    sides = []
-    for row in rows:
-        with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels names it
-            sides.append(min(image.size))
-    return min(256, max(64, min(sides, default=256)))
+def pick_resolution(*sets):
+    """The pixels at which sets of rows are compared: the smallest stored side of their images, from 64 to 256, but for
+    one image in twenty of each set: a stray thumbnail does not decide."""
+    picked = [256]
+    for rows in sets:
+        sides = [256]
+        for row in rows:
+            with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels names it
+                sides.append(min(image.size))
+        picked.append(sorted(sides)[(len(sides) - 1) // 20])
+    return max(64, min(picked))
 
 
 def find_range(rows):
@@ -1245,7 +1249,10 @@ def frechet(first, second):
         centred = x - x.mean(0)
         centred /= np.sqrt(len(x) - 1)
         traces += np.vdot(centred, centred)
-        roots.append(np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred)
+        while len(centred) > x.shape[1]:   # in parts: QR copies what it is given
+            parts = np.array_split(centred, 1 + len(centred) // (4 * x.shape[1]))
+            centred = np.concatenate([np.linalg.qr(part, mode="r") for part in parts])
+        roots.append(centred)
     return max(0.0, mean_term + traces - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
 
 
@@ -1287,9 +1294,9 @@ def pooled(real, fake, standardise):
     """Both sets' features stacked, (N, D), (M, D) -> float64 (N + M, D); standardise: centred and divided by the pooled
     standard deviation (the real set's own would favour the real set)."""
     features = np.concatenate([real, fake], dtype=np.float64)
-    if standardise:
-        spread = features.std(0)
+    if standardise:   # in place: they may be large
         features -= features.mean(0)
+        spread = np.sqrt(np.einsum("nd,nd->d", features, features) / len(features))
         features /= np.where(spread > 1e-9, spread, 1)
     return features
 
@@ -1449,11 +1456,11 @@ def large_values(real, fake, standardise=False, width=500):
         recalled.append((block <= radii[1][:, 0]).any(1))
         covered.append(wide.any(1))
     kid, cmmd = ([sums[name, a, b] for a, b in ((0, 0), (1, 1), (0, 1))] for name in ("kid", "cmmd"))
-    unit = sets[1] / np.sqrt(squares[1] + 1e-24)[:, None]
+    covariance = (sets[1] / (squares[1] + 1e-24)[:, None]).T @ sets[1] / m   # has the similarities' eigenvalues
     return {"frechet": frechet(*sets), "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
             "cmmd": 1000 * (cmmd[0] / n**2 + cmmd[1] / m**2 - 2 * cmmd[2] / (n * m)), "precision": reached.mean(),
             "recall": np.concatenate(recalled).mean(), "density": counted / (5 * m),
-            "coverage": np.concatenate(covered).mean(), "vendi": vendi(unit.T @ unit * d / m)}   # same eigenvalues
+            "coverage": np.concatenate(covered).mean(), "vendi": vendi(covariance * d)}
 
 
 # name: (function of the joint matrices and the draws, lower is better, what it needs: evaluate.py brings it)
@@ -1688,7 +1695,7 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
     if copies:
         limit = max(COPY_CHANCE, 1 / (len(rows) + 1))   # the smallest chance that few real images can show
         reference["copies"] = limit, copy_distances(pixels, pixels), same
-        said.append(f"a copy is what is nearer to a real image than all but {limit:.2g} of fresh ones")
+        said.append(f"a copy is what is nearer to a real image than all but {limit:.1%} of fresh ones are")
     if alpha:
         reference["thresholds"] = label_thresholds(own, rows, alpha)
         said.append(f"calibrated on {len(rows)} real images by {', '.join(own)}: about {1 - alpha:.0%} of unseen real "
@@ -1753,8 +1760,11 @@ QUALITY_TENSORS = {"feat.mean", "feat.scale", "head.weight", "head.bias", "head.
 
 def plain_scores(pixels, grey):
     """Log variance of the Laplacian, contrast and mean chroma of uint8 (B, 3, H, W) and its to_grey: (B, 3)."""
-    edges = F.conv2d(grey, torch.tensor([[[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]]]).to(grey))
-    return torch.stack([(edges.var((1, 2, 3)) + 1e-8).log(), grey.std((1, 2, 3)),
+    def variance(maps):   # torch.var takes five times as long
+        return (maps - maps.mean((1, 2, 3), keepdim=True)).square().sum((1, 2, 3)) / (maps[0].numel() - 1)
+    down, across, middle = grey[..., 1:-1], grey[..., 1:-1, :], grey[..., 1:-1, 1:-1]
+    edges = down[..., :-2, :] + down[..., 2:, :] + across[..., :-2] + across[..., 2:] - 4 * middle   # faster than conv2d
+    return torch.stack([(variance(edges) + 1e-8).log(), variance(grey).sqrt(),
                         (pixels.amax(1) - pixels.amin(1)).float().mean((1, 2)) / 255], 1)
 
 
@@ -1808,7 +1818,8 @@ def save_selector(path, spec, tensors):
     For D = 410 `standardised` features: feat.mean, feat.scale, head.weight (D), head.bias (1), head.modality_bias (one
     for each of spec["modalities"], none for one), head.cut (2) and cal.platt (slope, cut) of the logistic calibration,
     shell.mean (D), shell.whiten (D, P), shell.q (1) beyond which an image is unlike all rated ones, boot.weight (20, D),
-    boot.bias (20) of ten bootstraps of each half of the groups, align.proto (C, D), align.bias (C), align.logit (1) of the softmax over spec["classes"].
+    boot.bias (20) of ten bootstraps of each half of the groups, align.proto (C, D), align.bias (C), align.logit (1) of
+    the softmax over spec["classes"].
     """
     from safetensors.torch import save
     metadata = {"format": "medlora-selector", "version": "1", "tool": "medlora", "spec": json.dumps(spec, sort_keys=True)}
@@ -1828,11 +1839,13 @@ def load_selector(path):
             found = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}
             metadata = file.metadata() or {}
         spec = json.loads(metadata.get("spec", "{}"))
+        known = tuple((block["name"], block["dim"]) for block in spec.get("features", ())) == QUALITY_FEATURES and (
+            64 <= spec["features"][0]["size"] <= 4096 and 0 <= spec["thresholds"]["quality"] <= 1 and spec["good"] in (2, 3)
+            and all(isinstance(text, str) for key in ("modalities", "classes", "warnings") for text in spec[key]))
     except Exception:   # a missing file, damaged safetensors, damaged JSON
         fail(f"{path}: is not a readable selector; filter.py --fit writes one")
     if (metadata.get("format"), metadata.get("version")) != ("medlora-selector", "1"):
         fail(f"{path}: is not a selector of version 1; filter.py --fit writes one")
-    known = tuple((block["name"], block["dim"]) for block in spec.get("features", ())) == QUALITY_FEATURES
     wide = ("feat.mean", "feat.scale", "head.weight", "boot.weight", "align.proto")
     if not (known and set(found) == QUALITY_TENSORS and all(np.isfinite(value).all() for value in found.values())
             and {found[name].shape[-1] for name in wide} == {sum(dim for _, dim in QUALITY_FEATURES)}):

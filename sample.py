@@ -226,14 +226,15 @@ def unet_config(folder):
     """The configuration of a base's UNet."""
     try:
         with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as why:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError, RecursionError) as why:
         fail(f"{folder}/unet/config.json cannot be read ({why})")
 
 
 def own_resolution(folder):
     """The pixels a base was made for."""
-    return unet_config(folder)["sample_size"] * 8
+    side = unet_config(folder).get("sample_size")
+    return side * 8 if type(side) is int and 8 <= side <= 512 else fail(f"{folder}/unet/config.json: no sample_size in it")
 
 
 def base_hash(folder, part="unet"):
@@ -291,16 +292,19 @@ def load_base(name, device, precision="auto", method=None):
         text_encoders = [kinds[s].from_pretrained(folder, subfolder="text_encoder" + s, dtype=rest, use_safetensors=True)
                          for s in pairs]
         tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer" + s) for s in pairs]
+        alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     except Exception as why:  # three libraries read these files, each with its own errors for a damaged one
         fail(f"--base {name}: cannot load {folder}: {why}")
     if unet.config.in_channels != vae.config.latent_channels:
         fail(f"--base {name}: its UNet takes {unet.config.in_channels} channels: a base for inpainting or depth, which is "
              "not supported")
+    if not (len(alphas_cumprod) == 1000 and ((0 <= alphas_cumprod) & (alphas_cumprod <= 1)).all()
+            and schedule.get("prediction_type", "epsilon") in ("epsilon", "v_prediction")):
+        fail(f"--base {name}: its scheduler_config.json: only 1000 timesteps and epsilon or v_prediction are supported")
     for model in (unet, vae, *text_encoders):
         model.to(device).eval().requires_grad_(False)
     if device.type == "cuda" or dtype != torch.float32:   # a CPU's fp32 convolutions are a sixth slower with it
         unet.to(memory_format=torch.channels_last)
-    alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     return Base(name, unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod, own_resolution(folder),
                 device, dtype, zero_empty, text_length=text_encoders[0].config.max_position_embeddings)
 

@@ -1088,7 +1088,6 @@ class Log:
         with replacing(self.path) as file:
             file.write(b"".join(kept))
         if args.tensorboard:
-            need("tensorboard", "--tensorboard")
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=step + 1)
         if args.wandb:
@@ -1733,6 +1732,10 @@ def leave(state, args, data, compared):
 
 
 def main(args):
+    for package, flag, wanted in (("tensorboard", "--tensorboard", args.tensorboard), ("wandb", "--wandb", args.wandb),
+                                  ("bitsandbytes", "--optimizer adamw8bit", args.optimizer == "adamw8bit")):
+        if wanted:   # now, not after an hour of caching
+            need(package, flag)
     device, args.window = start_processes(args), pick_window(args.window)
     if args.preview:
         preview(args)

@@ -438,8 +438,8 @@ def bench_evaluation(args, place, count=64):
             evaluate.main(given)
 
     def with_torch_fidelity():
-        calculate_metrics(input1=fake, input2=real, fid=True, kid=True, isc=True, prc=True, kid_subset_size=50,
-                          cuda=False, feature_extractor_weights_path=weights, cache=False, verbose=False)
+        calculate_metrics(input1=fake, input2=real, fid=True, kid=True, isc=True, kid_subset_size=50, cuda=False,
+                          feature_extractor_weights_path=weights, cache=False, verbose=False)
 
     def with_clean_fid():
         fid.compute_fid(fake, real, custom_feat_extractor=lambda x: net(x.round().byte()).numpy(), num_workers=0,
@@ -453,9 +453,9 @@ def bench_evaluation(args, place, count=64):
                 for part in torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).split(32):
                     measure.update(part, real=folder == real)
             measure.compute()
-    five = "fid,kid,inception-score,precision,recall"
-    for flags, peer, theirs in (([], f"torch-fidelity, {five}", with_torch_fidelity),
-                                (["--metrics", five], "torch-fidelity", with_torch_fidelity),
+    three = "fid,kid,inception-score"
+    for flags, peer, theirs in (([], f"torch-fidelity, {three}", with_torch_fidelity),
+                                (["--metrics", three], "torch-fidelity", with_torch_fidelity),
                                 (["--metrics", "fid,kid"], "torchmetrics", with_torchmetrics),
                                 (["--metrics", "fid"], "clean-fid", with_clean_fid)):
         what = f"evaluate.py {' '.join(flags) or 'as by default'}, {count} + {count} images"

@@ -92,11 +92,19 @@ def test_what_cannot_work_is_refused(base, sd21, images, tmp_path, refused):
 
 @pytest.mark.parametrize("part, damage", [
     ("text_encoder/model.safetensors", lambda data: data[:500]), ("unet/config.json", lambda data: b"{"),
+    ("scheduler/scheduler_config.json", lambda data: data.replace(b"1000", b"0")),
+    ("scheduler/scheduler_config.json", lambda data: data.replace(b'"epsilon"', b'"sample"')),
+    ("unet/config.json", lambda data: b"[1]"), ("unet/config.json", lambda data: data.replace(b"sample_size", b"size")),
     ("unet/diffusion_pytorch_model.safetensors", lambda data: b""), ("vae/config.json", lambda data: b"[]")])
 def test_a_damaged_base_is_one_line(part, damage, base, tmp_path, refused):
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / part).write_bytes(damage((tmp_path / "base" / part).read_bytes()))
     refused(sample, "--base", tmp_path / "base", "--prompt", "x", "--steps", 1, "--out", tmp_path / "out")
+
+
+def test_a_tokenizer_that_knows_no_length_reads_as_much_as_its_text_encoder(base, tmp_path):
+    endless = changed(base, tmp_path / "endless", "tokenizer", model_max_length=10**30)   # what transformers writes then
+    assert sample.encode_text(sample.load_base(endless, CPU), ["a film"])["encoder_hidden_states"].shape[1] == 77
 
 
 def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_had_says_what_to_do(refused, monkeypatch, capsys):

@@ -95,6 +95,14 @@ def test_a_picture_that_is_twice_in_the_reference_does_not_hide_its_copies(sets,
     assert share_kept(tmp_path / "kept", "copy") == 0 and share_kept(tmp_path / "kept", "twin") == 0.5
 
 
+def test_a_stray_thumbnail_does_not_make_a_set_of_thumbnails(tmp_path):
+    for n in range(40):
+        Image.new("RGB", (200, 150 if n else 20)).save(tmp_path / f"{n}.png")
+    rows = list_images(str(tmp_path))
+    assert metrics.pick_resolution(rows) == 150 and metrics.pick_resolution(rows[:1]) == 64   # 0.png is the first
+    assert metrics.pick_resolution(rows[1:], rows[:5]) == 64 and metrics.pick_resolution([]) == 256
+
+
 def test_filtering_again_by_other_rules_leaves_no_copy_of_what_is_refused_now(sets, tmp_path, run):
     flags = [sets[1], "--reference", sets[0], "--out", tmp_path / "kept"]
     run(filter_script, *flags, "--min-ssim", 0)
@@ -188,6 +196,19 @@ def test_keeping_n_takes_the_best_of_each_cluster_as_the_determinant_says():
         mine = np.linalg.slogdet(kernel[np.ix_(chosen[:t + 1], chosen[:t + 1])])[1]
         assert mine == pytest.approx(max(gains), abs=1e-3)
     assert len(set(filter_script.best_and_diverse(np.zeros((7, 3)), np.ones(7), 7))) == 7   # all equal: none twice
+
+
+def test_images_judged_a_few_at_a_time_are_judged_as_the_whole_folder(sets, tmp_path, run):
+    flags = dict(alpha=0.1, min_ssim=0.2, max_lpips=0.3, lpips="random", copies=True)
+    run(filter_script, sets[1], "--reference", sets[0], "--calibrate", 0.1, "--min-ssim", 0.2, "--max-lpips", 0.3, "--lpips",
+        "random", "--drop-copies", "--dry-run", "--out", tmp_path / "kept")
+    real, new = (list_images(folder) for folder in sets)
+    reference = metrics.measure_reference(*metrics.load_pixels(real, 96), "cpu", **flags)
+    rows, pixels = metrics.load_pixels(new, 96)
+    for start in range(0, len(rows), 20):
+        few = slice(start, start + 20)
+        reasons = metrics.refusals(reference, metrics.score(reference, pixels[few])[0], rows[few])
+        assert reasons == [decisions(tmp_path / "kept")[row["file_name"]]["reason"] for row in rows[few]]
 
 
 def test_a_label_with_enough_real_images_has_its_own_threshold():
@@ -405,6 +426,12 @@ def test_the_filter_keeps_what_the_selector_finds_good(rated, selector, tmp_path
     assert "judges at 64 pixels" in refused(filter_script, *flags, "--resolution", 128, "--out", tmp_path / "no")
 
 
+def test_a_selector_is_written_with_the_same_bytes_each_time(selector, tmp_path):
+    loaded = metrics.load_selector(selector)
+    metrics.save_selector(tmp_path / "again", loaded.pop("spec"), loaded)
+    assert (tmp_path / "again").read_bytes() == Path(selector).read_bytes()
+
+
 def test_a_selector_file_that_is_not_whole_is_refused(selector, tmp_path, capsys):
     from safetensors.numpy import load_file, save_file
     from safetensors import safe_open
@@ -414,7 +441,9 @@ def test_a_selector_file_that_is_not_whole_is_refused(selector, tmp_path, capsys
     assert not any(str(tmp_path.parent) in text or ".png" in text for text in metadata.values())   # no paths
     damaged = [(tensors | {"head.weight": tensors["head.weight"] * np.nan}, metadata),
                (tensors | {"more": np.zeros(1, np.float32)}, metadata), (tensors, {}),
-               (tensors | {"head.weight": tensors["head.weight"][:9]}, metadata), (tensors, metadata | {"version": "2"})]
+               (tensors | {"head.weight": tensors["head.weight"][:9]}, metadata), (tensors, metadata | {"version": "2"}),
+               *((tensors, metadata | {"spec": metadata["spec"].replace(part, other)}) for part, other in (
+                   ('"size": 64', '"size": -1'), ('"good"', '"goods"'), ('"warnings": []', '"warnings": [1]')))]
     for n, (values, said) in enumerate(damaged):
         save_file(values, tmp_path / f"{n}.safetensors", said)
         with pytest.raises(SystemExit):

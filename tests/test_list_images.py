@@ -52,6 +52,12 @@ def test_a_table_gives_captions_labels_and_groups(tmp_path):
     assert rows[0]["caption"] == "p1"
 
 
+def test_a_line_that_is_no_json_is_named(tmp_path, capsys):
+    for line in ("{", "[" * 10_000):
+        (tmp_path / "metadata.jsonl").write_text(line)
+        assert "line 1 is not JSON" in refused(capsys, tmp_path)
+
+
 def test_jsonl_and_manifests_are_tables_too(tmp_path):
     one, two = pictures(tmp_path / "one", "a.png"), pictures(tmp_path / "two", "a.png")
     (one / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "hello", "age": 7}\n\n')

@@ -111,10 +111,13 @@ def test_cmmd_vendi_and_inception_score_have_the_reference_values():
     assert (found.mean(), found.std()) == pytest.approx((3.759963656667, 0.146130318331), abs=1e-9)
 
 
-def test_large_sets_have_the_same_values_in_blocks():
+@pytest.mark.parametrize("standardise", [False, True])
+def test_large_sets_have_the_same_values_in_blocks(standardise):
     names = ["frechet", "kid", "cmmd", "precision", "recall", "density", "coverage", "vendi"]
-    joint, draws = observed(REAL + 1, FAKE + 1)
-    found = metrics.large_values(REAL + 1, FAKE + 1, width=7)
+    both = np.concatenate([REAL, FAKE]) + 1
+    both = (both - both.mean(0)) / both.std(0) if standardise else both
+    joint, draws = observed(both[:60], both[60:])
+    found = metrics.large_values(REAL + 1, FAKE + 1, standardise, width=7)
     assert found == pytest.approx({name: METRICS[name][0](joint, draws)[0] for name in names}, abs=1e-9)
 
 
@@ -148,6 +151,8 @@ def test_jpeg_blur_and_noise_show_as_artefacts_and_the_excess_grows_with_them():
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
         return Image.open(buffer)
+    blocky, plain = metrics.artefacts(jpeg(other[0], 20)), metrics.artefacts(other[0])
+    assert (blocky[:2] > plain[:2] + 0.3).all() and blocky[3] < plain[3]
     changes = {jpeg: (80, 50, 20), lambda image, size: image.filter(ImageFilter.GaussianBlur(size)): (0.6, 1, 2),
                lambda image, sd: Image.fromarray((np.asarray(image) + sd * draw.randn(96, 96, 1)).clip(0, 255).astype(np.uint8)):
                (2, 5, 15)}

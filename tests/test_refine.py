@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,6 +236,17 @@ def test_with_equal_weights_and_no_guard_terms_it_is_plain_training_to_the_bit(t
     plain.args.refine, plain.args.round_steps, plain.state.reference = None, 0, None
     train.fit(plain.base, [("data", plain.real, 1.0)], lambda: False, plain.state, plain.args, plain.log, 200)
     assert all(torch.equal(w, weighted[name]) for name, w in plain.state.weights.items())
+
+
+def test_the_anchor_draws_back_to_what_the_network_was(toy):
+    t = toy("--refine", "rwr", "--anchor", "1", "--rounds", "1", "--steps", "60")
+    for w in t.state.weights.values():
+        w.data += 0.05 * torch.randn(w.shape, generator=generator(1, "moved", *w.shape))
+    before = partial(train.swapped, t.state, t.base, t.state.reference)
+    far = train.validation_loss(t.base, t.val, 64, before)
+    data = replace(t.real, weight=torch.zeros(len(t.real.rows)))   # nothing else to learn
+    train.fit(t.base, [("data", data, 1.0)], lambda: False, t.state, t.args, t.log, 60)
+    assert train.validation_loss(t.base, t.val, 64, before) < 0.5 * far
 
 
 def test_losses_and_weights_are_what_the_papers_say():

@@ -479,6 +479,37 @@ def test_a_damaged_checkpoint_is_refused_and_never_unpickled(kind, flags, tmp_pa
     assert not (tmp_path / "exploded").exists() and results(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("key, value", [("step", None), ("weights", {}), ("ema", []), ("random", "x"), ("optimizer", {})])
+def test_a_checkpoint_with_a_part_of_another_kind_is_one_line(key, value, flags, tmp_path, run, refused):
+    run(train, *flags, "--out", tmp_path, "--steps", 2, "--val-split", 0)
+    path = tmp_path / "checkpoints" / "latest.pt"
+    torch.save(torch.load(path, weights_only=True) | {key: value}, path)
+    assert "damaged" in refused(train, *flags, "--out", tmp_path, "--steps", 3, "--val-split", 0)
+
+
+def test_the_end_of_another_run_is_a_result_and_a_damaged_log_no_hindrance(flags, tmp_path, run):
+    run(train, *flags, "--out", tmp_path / "a")
+    run(train, *flags, "--out", tmp_path / "b", "--resume", tmp_path / "a" / "checkpoints" / "latest.pt")
+    assert results(tmp_path / "a")[1] == results(tmp_path / "b")[1]
+    lines = (tmp_path / "a" / "log.jsonl").read_text()
+    (tmp_path / "a" / "log.jsonl").write_text("{}\n[1]\n" + lines.replace('"loss"', '"lost"', 1) + '{"step": 1, "loss": [}')
+    run(train, *flags, "--out", tmp_path / "a", "--steps", 13)
+    assert [line["step"] for line in log_of(tmp_path / "a")] == list(range(2, 14))
+
+
+def test_a_grid_that_a_kill_prevented_is_drawn_when_the_run_goes_on(flags, tmp_path, run, monkeypatch):
+    flags = [*flags, "--out", tmp_path, "--val-samples", 1, "--val-steps", 1, "--save-every", 6]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "draw_grid", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(train, *flags)
+    monkeypatch.undo()
+    run(train, *flags)
+    assert [path.name for path in sorted(tmp_path.glob("samples/*"))] == ["step-00000006.png", "step-00000012.png"]
+
+
 def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(flags, tmp_path, run, refused):
     run(train, *flags, "--out", tmp_path)
     before = [*results(tmp_path), (tmp_path / "split.csv").read_bytes(), (tmp_path / "args.json").read_bytes()]
