@@ -259,12 +259,12 @@ from torchvision.transforms.v2 import functional as vision  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (COPY_CHANCE, FORMATS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage, apply_selector,  # noqa: E402
-                     content_hash, copy_chances, copy_distances, curve, extract, find_range, find_weights, frechet,
-                     generator, guarded, is_deep, joint_matrices, kid, list_images, load_features, load_pixels,
-                     load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page, pick_window,
-                     quality_features, read_image, read_ratings, replacing, same_unit, split_rows, squared_distances, table,
-                     taps, thumbnail, trunk_of, vendi, write_csv)
+from metrics import (COPY_CHANCE, FORMATS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage,  # noqa: E402
+                     apply_selector, content_hash, copy_chances, copy_distances, curve, extract, find_range,
+                     find_weights, generator, guarded, is_deep, joint_matrices, list_images, load_features,
+                     load_pixels, load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom,
+                     page, permutation_draws, pick_window, quality_features, read_image, read_ratings, replacing,
+                     same_unit, split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi, write_csv)
 from sample import (BASES, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, classes_of, contact_sheet,  # noqa: E402
                     decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_device,
                     own_resolution, predicted_latents, project, save_png, split_labels, text_states, tokenize, use_text_encoder)
@@ -1005,8 +1005,8 @@ def set_distance(base, data, args):
     network = load_features("inception" if args.select_by == "fid" else "texture", base.device)
     real = load(data.rows, args)[1]
     found = joint_matrices(*(extract(part, network, base.device) for part in (real, pixels)), network["standardise"])
-    halves = found["features"][:len(real)], found["features"][len(real):]
-    return float(kid(*halves)[0] if args.select_by == "kid" else frechet(*halves))
+    distance, _, _ = METRICS["kid" if args.select_by == "kid" else "frechet"]
+    return float(distance(found, permutation_draws(len(real), len(pixels), 0, args.seed))[0])
 
 
 def validate(base, state, val, args, log):
