@@ -733,9 +733,10 @@ def plan(args, base_name, prompts):
         for number in range(p["count"]):
             parameters = f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\n{settings}, Image: {number}{options}"
             name = f"{stems[p['prompt']]}-{number:04d}.{args.format}"
-            planned.append({"file": name, "name": name, "path": None, "number": number, "parameters": parameters, **p, "negative_prompt": args.negative_prompt, "seed": args.seed,
-                            "steps": args.steps, "guidance_scale": args.guidance_scale, "scheduler": args.scheduler,
-                            "base": base_name, "lora": loras, "quality": "", "alignment": "", "attempts": 1})
+            planned.append({**p, "file": name, "name": name, "path": None, "number": number, "parameters": parameters,
+                            "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps,
+                            "guidance_scale": args.guidance_scale, "scheduler": args.scheduler, "base": base_name,
+                            "lora": loras, "quality": "", "alignment": "", "attempts": 1, "refused": False})
     return planned
 
 
@@ -842,9 +843,10 @@ def look_up(planned, args):
     there, other = [], []
     for item in planned:
         item["path"] = path = names.get(item["name"])
-        settings, attempt = re.fullmatch(r"(.*?)(?:, Attempt: (\d+))?", path and parameters_of(path) or "", re.DOTALL).groups()
+        text = path and parameters_of(path) or ""
+        settings, attempt = re.fullmatch(r"(.*?)(?:, Attempt: (\d+))?", text, re.DOTALL).groups()
         refused = path and path.parent.name == "refused"
-        if path and settings == item["parameters"] and not (refused and int(attempt) < args.max_attempts):
+        if path and settings == item["parameters"] and not (refused and int(attempt or 1) < args.max_attempts):
             scores = SCORES.search(path.name)
             quality, alignment = scores.groups("") if scores else ("", "")
             item |= {"file": path.relative_to(args.out).as_posix(), "attempts": int(attempt or 1), "quality": quality,
@@ -862,7 +864,8 @@ def quality_control(args, prompts, device):
         return None, ""
     selector = load_selector(args.selector) if args.selector else None
     rows, reference = list_images(args.reference) if args.reference else [], None
-    size = selector["spec"]["features"][0]["size"] if selector else min(pick_resolution(rows), max(64, min(args.height, args.width)))
+    size = (selector["spec"]["features"][0]["size"] if selector else
+            min(pick_resolution(rows), max(64, min(args.height, args.width))))
     used = {"Selector": args.selector and content_hash(args.selector)[:10]}
     if args.reference:
         rows, real = load_pixels(rows, size)
@@ -891,8 +894,8 @@ def quality_control(args, prompts, device):
         for name, least in (("quality", args.min_quality), ("alignment", args.min_alignment)):
             if least is not None:
                 refuse(reasons, ~(given[name] >= least), lambda i, name=name: name)
-        shown = [{name: f"{given[name][i]:.2f}" for name in ("quality", "alignment") if given and not np.isnan(given[name][i])}
-                 for i in range(len(items))]
+        shown = [{name: f"{given[name][i]:.2f}" for name in ("quality", "alignment")
+                  if given and not np.isnan(given[name][i])} for i in range(len(items))]
         return reasons, shown
     return judge, "".join(f", {name}: {value}" for name, value in used.items() if value is not None)
 

@@ -1379,8 +1379,9 @@ def refine(base, real, val, state, args, log, look, learn):
 
     def check():
         with looking(state, base, args):
-            figures = {"step": state.step, "val_loss": validation_loss(base, val, args.batch_size), "drift": validation_loss(
-                base, val, args.batch_size, partial(swapped, state, base, state.reference)), **summary(look(state.step))}
+            before = partial(swapped, state, base, state.reference)
+            figures = {"step": state.step, "val_loss": validation_loss(base, val, args.batch_size),
+                       "drift": validation_loss(base, val, args.batch_size, before), **summary(look(state.step))}
         state.history.append(figures)
         log(figures)
         best = not objections(state.history) and figures["judge"] > state.best.get("judge", -math.inf)
@@ -1482,7 +1483,8 @@ def judged_by_selector(base, data, args):
         allowed = (given["quality"] > 0) & ~(given["alignment"] < 1 / max(1, len(spec["classes"])))
         vectors = (found - features.mean(0)) / (features.std(0) + 1e-6)
         return {"rows": rows, "reward": reward, "judge": given["judge"], "prompts": prompts, "vectors": vectors[:, rest],
-                "passes": given["quality"] >= spec["thresholds"]["quality"], "weights": reward_weights(reward, prompts, allowed),
+                "passes": given["quality"] >= spec["thresholds"]["quality"],
+                "weights": reward_weights(reward, prompts, allowed),
                 "copied": copy_chances(own, copy_distances(pixels, real), same) <= max(COPY_CHANCE, 1 / (len(known) + 1)),
                 "bands": ((found - middle) / deviation)[:, bands]}
 
@@ -1503,10 +1505,11 @@ def compare(base, state, val, args, look):
     plain training of equal length and, where a round passed, the refined network."""
     seen, before = look(0), state.history[0]
     third = np.argsort(-seen["reward"], kind="stable")[:len(seen["reward"]) // 3]
-    plain, path = {name: torch.empty_like(w) for name, w in state.weights.items()}, Path(args.out, "plain", "lora.safetensors")
+    path, plain = Path(args.out, "plain", "lora.safetensors"), {n: torch.empty_like(w) for n, w in state.weights.items()}
     start_from_adapter(plain, changed(args, init_lora=path))
     with looking(state, base, args), swapped(state, base, plain):
-        trained = {"val_loss": validation_loss(base, val, args.batch_size), **summary(look(f"plain-{content_hash(path)[:8]}"))}
+        trained = {"val_loss": validation_loss(base, val, args.batch_size),
+                   **summary(look(f"plain-{content_hash(path)[:8]}"))}
     found = {"before": before, "before, filtered to a third": {**before, **summary(seen, third)}, "plain training": trained}
     return {**found, "refined": state.best} if state.best["step"] else found
 
@@ -1516,7 +1519,8 @@ def said_of(compared, state):
     if "refined" not in compared:
         why = "; ".join(objections(state.history)) or "the half that judges saw no gain"
         return f"no round passed ({why}): lora.safetensors is the adapter of --init-lora, unchanged"
-    gains = [f"{compared['refined']['judge'] - compared[name]['judge']:+.3f} over {name}" for name in compared if name != "refined"]
+    gains = [f"{state.best['judge'] - figures['judge']:+.3f} over {name}" for name, figures in compared.items()
+             if name != "refined"]
     return (f"round {state.best['step']} passed; judged by the half of the ratings it did not learn from: {', '.join(gains)}. "
             "Only experts who rate images from before and after, blinded, can prove it")
 
@@ -1743,8 +1747,9 @@ def main(args):
         with lock(args.out) if RANK == 0 else nullcontext():
             if args.refine:
                 take_over(args)
-                run(changed(args, refine=None, selector=None, ratings=None, rounds=1, steps=args.steps and args.steps * args.rounds,
-                            epochs=args.epochs and args.epochs * args.rounds, out=os.path.join(args.out, "plain")), device)
+                run(changed(args, refine=None, selector=None, ratings=None, rounds=1, out=os.path.join(args.out, "plain"),
+                            steps=args.steps and args.steps * args.rounds,
+                            epochs=args.epochs and args.epochs * args.rounds), device)
             run(args, device)
     if WORLD > 1:
         dist.destroy_process_group()
