@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import filter as filter_script
 import metrics
 import sample
 import train
@@ -247,6 +248,33 @@ def test_the_anchor_draws_back_to_what_the_network_was(toy):
     data = replace(t.real, weight=torch.zeros(len(t.real.rows)))   # nothing else to learn
     train.fit(t.base, [("data", data, 1.0)], lambda: False, t.state, t.args, t.log, 60)
     assert train.validation_loss(t.base, t.val, 64, before) < 0.5 * far
+
+
+def test_each_round_begins_with_a_fresh_optimiser(toy, monkeypatch):
+    t, made, make = toy("--refine", "rwr", "--rounds", "3", "--steps", "2"), [], train.make_optimizer
+    monkeypatch.setattr(train, "make_optimizer", lambda *of: made.append(t.state.step) or make(*of))
+    monkeypatch.setattr(train, "objections", lambda history: [])
+    refine(t)
+    assert made == [0, 2, 4]
+
+
+def test_what_rewards_has_not_seen_the_ratings_that_judge(tmp_path):
+    draw = np.random.RandomState(0)
+    x, y, groups = draw.randn(60, 410), draw.randn(60), np.arange(60) // 2
+
+    def fitted(y):
+        return filter_script.heads(x, y, np.ones(60), groups, 1.0, 410, 0)
+    tensors, judging = fitted(y)
+    assert judging.sum() == 30 and (judging[::2] == judging[1::2]).all()   # whole groups
+    for half, same in ((judging, slice(0, 10)), (~judging, slice(10, 20))):
+        other = fitted(np.where(half, -y, y))[0]
+        moved = ~np.isclose(other["boot.bias"], tensors["boot.bias"])
+        assert not moved[same].any() and moved.sum() == 10
+    path = write_selector(tmp_path / "s")
+    selector = metrics.load_selector(path)
+    selector["boot.bias"] = np.repeat([-1.0, 1.0], 10)
+    given = metrics.apply_selector(selector, np.zeros((1, 389)), [{"fields": {}, "label": "", "caption": ""}])
+    assert given["judge"] == pytest.approx(1 / (1 + math.exp(-1))) and given["reward"] == pytest.approx(1 / (1 + math.exp(1)))
 
 
 def test_losses_and_weights_are_what_the_papers_say():
