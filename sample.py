@@ -934,20 +934,20 @@ def draw_once(base, todo, size, attempt, control, pool, args):
     jobs += jobs[-1:] * (-len(jobs) % size)   # kernels differ with the size: so a picture's bits outlive a restart
     images = generate(base, jobs, args.steps, args.guidance_scale, args.scheduler, args.height, args.width,
                       args.negative_prompt, size, args.seed, args.guidance_rescale, args.guidance_interval, args.low_memory)
-    drawn = iter(tqdm(zip(todo, images), "drawing" if attempt == 1 else f"attempt {attempt}", len(todo), unit="image",
-                      disable=RANK > 0))
-    again, writing = [], deque()
-    while batch := list(islice(drawn, max(64, size) if control else 1)):
-        items, pictures = zip(*((item, image.convert("L") if args.grey else image) for item, image in batch))
-        reasons, scores = control(pictures, items) if control else ([""], [{}])
-        for item, image, why, given in zip(items, pictures, reasons, scores):
-            item |= {"attempts": attempt, "refused": bool(why), **given}
-            if why and attempt < args.max_attempts:
-                again.append(item)
-            else:
-                writing.append(pool.submit(write_picture, image, item, args))
-        while len(writing) > 2 * args.batch_size:
-            writing.popleft().result()
+    drawn, again, writing = zip(todo, images), [], deque()
+    with tqdm(desc="drawing" if attempt == 1 else f"attempt {attempt}", total=len(todo), unit="image", disable=RANK > 0) as bar:
+        while batch := list(islice(drawn, max(64, size) if control else 1)):
+            items, pictures = zip(*((item, image.convert("L") if args.grey else image) for item, image in batch))
+            reasons, scores = control(pictures, items) if control else ([""], [{}])
+            for item, image, why, given in zip(items, pictures, reasons, scores):
+                item |= {"attempts": attempt, "refused": bool(why), **given}
+                if why and attempt < args.max_attempts:
+                    again.append(item)
+                else:
+                    writing.append(pool.submit(write_picture, image, item, args))
+            while len(writing) > 2 * args.batch_size:
+                writing.popleft().result()
+            bar.update(len(batch))
     for each in writing:
         each.result()
     return again
