@@ -731,6 +731,8 @@ def fit(args):
     good = y >= args.good - 0.5
     worries = objections(rows, images, good)
     refuse_fit(worries + ["fewer than 10 images cannot be fitted"] * (len(images) < 10 and not args.force), args)
+    if len(set(groups)) < 2:
+        fail(f"{args.fit[0]}: rates one image or group alone; a selector is fitted to one half and judged by the other")
     resolution = args.resolution or pick_resolution(images)
     features = quality_features(load_pixels(images, resolution, strict=True)[1], device)
     mean, scale = units(features)

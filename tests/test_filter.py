@@ -528,3 +528,9 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
     said = capsys.readouterr().out
     assert "anna, ben: weighted kappa 0.6" in said and "12 shared images" in said
     assert "anna: real taken for real 6, for generated 0; generated taken for real 3, for generated 3" in said
+
+
+def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused):
+    Image.new("RGB", (64, 64), (90, 30, 20)).save(tmp_path / "a.png")
+    filter_script.write_csv(tmp_path / "r.csv", ["image_path", "rating"], [["a.png", "3"]])
+    assert "one image or group alone" in refused(filter_script, "--fit", tmp_path / "r.csv", "--force", "--out", tmp_path / "s")
