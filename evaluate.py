@@ -21,7 +21,6 @@ that of blocks and grain as stored.
 """
 import argparse
 import contextlib
-import hashlib
 import html
 import json
 import os
@@ -102,11 +101,11 @@ from PIL import Image  # noqa: E402
 from scipy.stats import binom  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, colour, content_hash, copy_chances,  # noqa: E402
+from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, colour, copy_chances,  # noqa: E402
                      copy_distances, curve, extract, find_range, find_weights, generator, guarded, half_draws, joint_matrices, kid,
                      large_values, list_images, load_features, load_lpips, load_pixels, load_weights, lpips_files,
                      lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws, pick_device,
-                     pick_resolution, read_split, read_table, replacing, same_unit, split_rows, ssim, ssim_matrix,
+                     pick_resolution, read_split, read_table, replacing, same_unit, set_hash, split_rows, ssim, ssim_matrix,
                      table, thumbnail, to_grey, whole_groups, yardstick)
 
 HALVES = 20          # random halves of the real set
@@ -773,11 +772,6 @@ def share_out(rows, resolution, networks, args, device):
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return rank == 0
-
-
-def set_hash(rows):
-    """One SHA-256 for the files of a set, whatever their names and order."""
-    return hashlib.sha256("".join(sorted(content_hash(row["path"]) for row in rows)).encode()).hexdigest()
 
 
 def rank_key(entry):

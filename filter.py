@@ -135,7 +135,7 @@ from scipy import optimize, special, stats  # noqa: E402
 
 from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, generator,  # noqa: E402
                      guarded, list_images, load_pixels, load_selector, measure_reference, page, pick_device,
-                     pick_resolution, quality_features, ranks, read_ratings, read_split, read_table, refusals, refuse,
+                     pick_resolution, quality_features, ranks, read_ratings, read_split, read_table, refusals, refuse_low,
                      replacing, save_selector, score, squared_distances, standardised, table, text_key, thumbnail,
                      write_csv)
 
@@ -301,9 +301,7 @@ def decide(selector, real_rows, real, rows, fake, wanted, args):
         if args.min_alignment is not None and np.isnan(given["alignment"]).all():
             fail(f"--min-alignment: {args.selector} knows none of these images' labels; --fit it with --reference")
         said += [f"the selector was written in spite of: {line}" for line in spec["warnings"]]
-    for name, least in (("quality", args.min_quality), ("alignment", args.min_alignment)):
-        if least is not None:   # an alignment that is not known passes nothing
-            refuse(reasons, ~(scores[name] >= least), lambda i: f"{name} {scores[name][i]:.2f} below {least:.2f}")
+    refuse_low(reasons, scores, args.min_quality, args.min_alignment)
     quality = np.clip(quality, 1e-6, None)
     if args.drop_duplicates:
         closest = np.quantile(reference["own"]["distance"], 0.01)   # nearer than real images of two patients are

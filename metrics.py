@@ -675,6 +675,11 @@ def content_hash(path):
     return digest.hexdigest()
 
 
+def set_hash(rows):
+    """One SHA-256 for the files of a set, whatever their names and order."""
+    return hashlib.sha256("".join(sorted(content_hash(row["path"]) for row in rows)).encode()).hexdigest()
+
+
 def write_csv(path, header, rows):
     """Write a CSV file, atomically."""
     text = io.StringIO(newline="")
@@ -1654,6 +1659,19 @@ def refuse(reasons, which, why):
         reasons[i] = reasons[i] or why(i)
 
 
+def refuse_low(reasons, given, quality, alignment):
+    """Refuse, in place, what a selector gives less than these limits, each None or a number; what is not known fails it."""
+    for name, least in (("quality", quality), ("alignment", alignment)):
+        if least is not None:
+            refuse(reasons, ~(given[name] >= least), lambda i, name=name, least=least: (
+                f"{name} {given[name][i]:.2f} below {least:.2f}"))
+
+
+def copy_limit(count):
+    """The chance up to which an image is a copy, beside `count` real ones: few real images can show no smaller one."""
+    return max(COPY_CHANCE, 1 / (count + 1))
+
+
 def label_thresholds(own, rows, alpha):
     """{label: calibrated threshold}: "" for all, and each label that has enough of the real images `rows` for its own."""
     labels = np.array([text_key(row["label"]) for row in rows])
@@ -1693,7 +1711,7 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
     said = [f"{why} would refuse {np.mean(own[name] > limit):.0%} of the real images"
             for name, limit, why in reference["limits"]]
     if copies:
-        limit = max(COPY_CHANCE, 1 / (len(rows) + 1))   # the smallest chance that few real images can show
+        limit = copy_limit(len(rows))
         reference["copies"] = limit, copy_distances(pixels, pixels), same
         said.append(f"a copy is what is nearer to a real image than all but {limit:.1%} of fresh ones are")
     if alpha:

@@ -146,7 +146,8 @@ from tqdm import tqdm  # noqa: E402
 import lora  # noqa: E402
 from metrics import (QUALITY_FEATURES, BadImage, apply_selector, content_hash, fit_square, generator, guarded,  # noqa: E402
                      list_images, load_pixels, load_selector, measure_reference, need, pick_device, pick_resolution,
-                     quality_features, read_image, read_table, refusals, refuse, replacing, score, write_csv)
+                     quality_features, read_image, read_table, refusals, refuse_low, replacing, score,
+                     set_hash, write_csv)
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -843,8 +844,8 @@ def look_up(planned, args):
     there, other = [], []
     for item in planned:
         item["path"] = path = names.get(item["name"])
-        text = path and parameters_of(path) or ""
-        settings, attempt = re.fullmatch(r"(.*?)(?:, Attempt: (\d+))?", text, re.DOTALL).groups()
+        text = parameters_of(path) if path else None   # None: nothing whole is there
+        settings, attempt = re.fullmatch(r"(.*?)(?:, Attempt: (\d+))?", text or "", re.DOTALL).groups()
         refused = path and path.parent.name == "refused"
         if path and settings == item["parameters"] and not (refused and int(attempt or 1) < args.max_attempts):
             scores = SCORES.search(path.name)
@@ -852,7 +853,7 @@ def look_up(planned, args):
             item |= {"file": path.relative_to(args.out).as_posix(), "attempts": int(attempt or 1), "quality": quality,
                      "alignment": alignment, "refused": refused}
             there.append(item)
-        elif path and settings != item["parameters"] and parameters_of(path) is not None:
+        elif text is not None and settings != item["parameters"]:
             other.append(item)
     return there, other
 
@@ -870,8 +871,7 @@ def quality_control(args, prompts, device):
     if args.reference:
         rows, real = load_pixels(rows, size)
         reference = measure_reference(rows, real, device, args.calibrate, args.max_lpips, args.min_ssim, args.drop_copies)
-        digest = hashlib.sha256("".join(sorted(content_hash(row["path"]) for row in rows)).encode()).hexdigest()
-        used |= {"Reference": digest[:10], "Calibrate": args.calibrate, "Max LPIPS": args.max_lpips, "Min SSIM": args.min_ssim,
+        used |= {"Reference": set_hash(rows)[:10], "Calibrate": args.calibrate, "Max LPIPS": args.max_lpips, "Min SSIM": args.min_ssim,
                  "No copies": args.drop_copies or None}
         print("\n".join(reference["said"]) if RANK == 0 else "", end="\n" * (RANK == 0))
     if selector and args.min_quality is None:
@@ -891,9 +891,7 @@ def quality_control(args, prompts, device):
                                for image in images])
         reasons = refusals(reference, score(reference, squares)[0], items) if reference else [""] * len(items)
         given = told(items, quality_features(squares, device)) if selector else {}
-        for name, least in (("quality", args.min_quality), ("alignment", args.min_alignment)):
-            if least is not None:
-                refuse(reasons, ~(given[name] >= least), lambda i, name=name: name)
+        refuse_low(reasons, given, args.min_quality, args.min_alignment)
         shown = [{name: f"{given[name][i]:.2f}" for name in ("quality", "alignment")
                   if given and not np.isnan(given[name][i])} for i in range(len(items))]
         return reasons, shown

@@ -259,8 +259,8 @@ from torchvision.transforms.v2 import functional as vision  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (COPY_CHANCE, FORMATS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage,  # noqa: E402
-                     apply_selector, content_hash, copy_chances, copy_distances, curve, extract, find_range,
+from metrics import (FORMATS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage,  # noqa: E402
+                     apply_selector, content_hash, copy_chances, copy_distances, copy_limit, curve, extract, find_range,
                      find_weights, generator, guarded, is_deep, joint_matrices, list_images, load_features,
                      load_pixels, load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom,
                      page, permutation_draws, pick_window, quality_features, read_image, read_ratings, replacing,
@@ -1474,6 +1474,7 @@ def judged_by_selector(base, data, args):
     middle, bands, rest = np.median(features, 0), slice(13, 18), slice(QUALITY_FEATURES[0][1], None)
     deviation = 1.4826 * np.median(np.abs(features - middle), 0) + 1e-6
 
+    @lru_cache(1)   # a round's end is the next one's start
     def look(name):
         rows = drawn_rows(base, data.rows, name, args)
         pixels = load_pixels(rows, size.resolution)[1]
@@ -1485,7 +1486,7 @@ def judged_by_selector(base, data, args):
         return {"rows": rows, "reward": reward, "judge": given["judge"], "prompts": prompts, "vectors": vectors[:, rest],
                 "passes": given["quality"] >= spec["thresholds"]["quality"],
                 "weights": reward_weights(reward, prompts, allowed),
-                "copied": copy_chances(own, copy_distances(pixels, real), same) <= max(COPY_CHANCE, 1 / (len(known) + 1)),
+                "copied": copy_chances(own, copy_distances(pixels, real), same) <= copy_limit(len(known)),
                 "bands": ((found - middle) / deviation)[:, bands]}
 
     def learn(seen):
