@@ -105,7 +105,7 @@ from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, co
                      copy_distances, curve, extract, find_range, find_weights, generator, guarded, half_draws, joint_matrices, kid,
                      large_values, list_images, load_features, load_lpips, load_pixels, load_weights, lpips_files,
                      lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws, pick_device,
-                     pick_resolution, read_split, read_table, replacing, same_unit, set_hash, split_rows, ssim, ssim_matrix,
+                     pick_resolution, pooled, read_split, read_table, replacing, same_unit, set_hash, split_rows, ssim, ssim_matrix,
                      table, thumbnail, to_grey, whole_groups, yardstick)
 
 HALVES = 20          # random halves of the real set
@@ -223,16 +223,22 @@ def load_set(path, rows, resolution, networks, args, device, drawn=None):
 
 def joint_of(real, fake, names, networks, args, device):
     """Every matrix that the metrics `names` are read from."""
-    pixels, needs = torch.cat([real["pixels"], fake["pixels"]]), {METRICS[name][2] for name in names}
-    joint = joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
-    for name, seen in (("colour", lambda part: colour(part["pixels"])),
-                       ("artefacts", lambda part: np.array([row["measured"] for row in part["rows"]]))):
-        found = joint_matrices(seen(real), seen(fake), True)
-        joint[name] = {key: found[key] for key in ("features", "gram")}   # the others are as large and not needed
+    sets, needs = (real["pixels"], fake["pixels"]), {METRICS[name][2] for name in names}
+    joint = {name: {"features": pooled(seen(real), seen(fake), True)} for name, seen in (
+        ("colour", lambda part: colour(part["pixels"])),
+        ("artefacts", lambda part: np.array([row["measured"] for row in part["rows"]])))}
+    if "lpips" in needs:   # first: it takes the most memory
+        small = sets
+        if networks["lpips"]["name"] == "random":  # its filters know no scale: the smallest size serves
+            small = [F.interpolate(part.float(), (64, 64), mode="area").round().byte()
+                     for pixels in sets for part in pixels.split(64)]
+        joint["lpips"] = lpips_matrix(torch.cat(small), networks["lpips"], device, args.batch_size)
+    joint |= joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
     if "ssim" in needs:
-        joint["ssim"] = ssim_matrix(pixels, pixels, device)
+        own, cross, other = (ssim_matrix(sets[a], sets[b], device) for a, b in ((0, 0), (0, 1), (1, 1)))
+        joint["ssim"] = np.block([[own, cross], [cross.T, other]])
     if "ms_ssim" in needs:
-        joint["ms_ssim"] = sampled_ms_ssim(pixels, args, device)
+        joint["ms_ssim"] = sampled_ms_ssim(torch.cat(sets), args, device)
     if "logits" in needs:
         joint["logits"] = joint["features"] @ networks["features"]["head"].T
     if "captions" in needs:
@@ -240,10 +246,6 @@ def joint_of(real, fake, names, networks, args, device):
         if not any(captions):
             fail(f"--metrics clip_score: {fake['path']} has no captions: it needs sample.py's manifest.csv, or metadata.csv")
         joint["captions"] = caption_scores(fake["pixels"], captions, args.clip, device, args.batch_size)
-    if "lpips" in needs:
-        if networks["lpips"]["name"] == "random":  # its filters know no scale: the smallest size serves
-            pixels = F.interpolate(pixels.float(), (64, 64), mode="area").round().byte()
-        joint["lpips"] = lpips_matrix(pixels, networks["lpips"], device, args.batch_size)
     return joint
 
 
@@ -265,14 +267,15 @@ HEADER = ("metric", "better", "value", "band", "by chance: median [95 %]", "exce
 
 def evaluate_set(real, fake, known, args, names, networks, device):
     """One generated set against the real one: its entry of the report; known: the set searched for copies."""
+    entry = {"path": fake["path"], "n": fake["n"], "real_n": real["n"], "metrics": {}, "table": [], "halves": None,
+             "memorisation": memorisation(known, fake, known is real)}   # the largest matrices come and go first
+    large = {}
+    if real["every"] is not None:
+        large = large_values(real["every"], fake.pop("every"), networks["features"]["standardise"])
     n, m, joint = len(real["rows"]), len(fake["rows"]), joint_of(real, fake, names, networks, args, device)
     groups = [row["group"] for row in real["rows"] + fake["rows"]]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups)
     halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else ()
-    large = {}
-    if real["every"] is not None:
-        large = large_values(real["every"], fake["every"], networks["features"]["standardise"])
-    entry = {"path": fake["path"], "n": fake["n"], "real_n": real["n"], "metrics": {}, "table": [], "halves": None}
     for name in names:
         function, lower_is_better, need = METRICS[name]
         f = yardstick(function(joint, draws), lower_is_better)
@@ -291,7 +294,6 @@ def evaluate_set(real, fake, known, args, names, networks, device):
                                f["band"] or "–",
                                f"{number(f['null'])} [{number(f['null_low'])} – {number(f['null_high'])}]",
                                number(f["excess"], sign="+"), *chances, *map(number, middle)))
-    entry["memorisation"] = memorisation(known, fake, known is real)
     entry["copies"] = are_copies(entry)
     entry["subgroups"] = subgroups(joint, real, fake, args)
     if args.utility:
@@ -812,7 +814,7 @@ def main(args):
     real = load_set(args.real, real_rows, resolution, networks, args, device, drawn)
     known = real
     if known_rows is not None:   # searched for copies, read small
-        known = dict(zip(("rows", "pixels"), load_pixels(known_rows, resolution if args.utility else min(96, resolution))))
+        known = dict(zip(("rows", "pixels"), load_pixels(known_rows, resolution if args.utility else min(80, resolution))))
     print(f"{len(real_rows)} real images at {resolution} px; " + "; ".join(caveats(settings)))
     if drawn:
         print(f"values of all images; null, excess, p, SSIM, LPIPS and copies of {DRAWN} drawn from each set")

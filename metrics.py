@@ -1138,12 +1138,13 @@ def lpips_vectors(network, images):
     mean, sd = (torch.tensor(v).to(images)[:, None, None] for v in (LPIPS_MEAN, LPIPS_SD))
     parts = []
     for maps, weight in zip(taps(network["trunk"], (images - mean) / sd, network["indices"]), network["weights"]):
-        maps = maps / (maps.square().sum(1, keepdim=True).sqrt() + 1e-10)
-        parts.append((maps * (weight / maps[0, 0].numel()).sqrt()).flatten(1))
+        maps /= torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10
+        maps *= (weight / maps[0, 0].numel()).sqrt()
+        parts.append(maps.flatten(1))
     return torch.cat(parts, 1)
 
 
-def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=None):
+def lpips_matrix(pixels, network, device, batch_size=32, memory=2**28, others=None):
     """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N); under 1e-5 reads 0.
 
     One forward pass an image and one product; where the features of all are more than `memory` bytes, blocks of them
@@ -1251,13 +1252,13 @@ def frechet(first, second):
     mean_term = np.square(first.mean(0) - second.mean(0)).sum()
     roots, traces = [], 0.0
     for x in (first, second):
-        centred = x - x.mean(0)
-        centred /= np.sqrt(len(x) - 1)
-        traces += np.vdot(centred, centred)
-        while len(centred) > x.shape[1]:   # in parts: QR copies what it is given
-            parts = np.array_split(centred, 1 + len(centred) // (4 * x.shape[1]))
-            centred = np.concatenate([np.linalg.qr(part, mode="r") for part in parts])
-        roots.append(centred)
+        mean, root = x.mean(0), np.empty((0, x.shape[1]))
+        for part in np.array_split(x, 1 + len(x) // (1 + x.shape[1])):   # QR copies what it is given
+            centred = (part - mean) / np.sqrt(len(x) - 1)
+            traces += np.vdot(centred, centred)
+            root = np.concatenate([root, centred])
+            root = root if len(root) <= x.shape[1] else np.linalg.qr(root, mode="r")
+        roots.append(root)
     return max(0.0, mean_term + traces - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
 
 
@@ -1347,7 +1348,7 @@ def frechet_draws(joint, draws):
     """The Frechet distance of each draw, by the nuclear norm of a block of the one Gram matrix."""
     def one(draw):
         i, j = np.flatnonzero(draw == 1), np.flatnonzero(draw == -1)
-        if max(len(i), len(j)) > joint["features"].shape[1]:
+        if "gram" not in joint or max(len(i), len(j)) > joint["features"].shape[1]:
             return frechet(joint["features"][i], joint["features"][j])
         a, b, c = (joint["gram"][np.ix_(*pair)] for pair in ((i, i), (j, j), (i, j)))
         traces = sum((x.trace() - len(x) * x.mean()) / (len(x) - 1) for x in (a, b))
@@ -1436,13 +1437,14 @@ def nearest_draws(matrix, draws):
     return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
 
 
-def large_values(real, fake, standardise=False, width=500):
+def large_values(real, fake, standardise=False, width=200):
     """The metrics of features that have too many rows for one matrix, (N, D), (M, D), N, M > 5: {name: value}, in blocks.
 
     frechet, kid, cmmd, precision, recall, density, coverage and vendi, as in METRICS.
     """
     (n, d), m, sets = real.shape, len(fake), np.split(pooled(real, fake, standardise), [len(real)])
-    squares, sums, radii = [np.square(x).sum(1) for x in sets], {}, [[], []]
+    del real, fake   # they are large
+    squares, sums, radii = [np.einsum("nd,nd->n", x, x) for x in sets], {}, [[], []]
 
     def blocks(a, b):  # squared distances, `width` rows at a time; the kernels' sums on the way
         for start in tqdm(range(0, len(sets[a]), width), desc="blocks", leave=False, disable=None):
@@ -1461,8 +1463,10 @@ def large_values(real, fake, standardise=False, width=500):
         recalled.append((block <= radii[1][:, 0]).any(1))
         covered.append(wide.any(1))
     kid, cmmd = ([sums[name, a, b] for a, b in ((0, 0), (1, 1), (0, 1))] for name in ("kid", "cmmd"))
-    covariance = (sets[1] / (squares[1] + 1e-24)[:, None]).T @ sets[1] / m   # has the similarities' eigenvalues
-    return {"frechet": frechet(*sets), "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
+    distance = frechet(*sets)
+    sets[1] /= np.sqrt(squares[1] + 1e-24)[:, None]
+    covariance = sets[1].T @ sets[1] / m   # has the similarities' eigenvalues
+    return {"frechet": distance, "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
             "cmmd": 1000 * (cmmd[0] / n**2 + cmmd[1] / m**2 - 2 * cmmd[2] / (n * m)), "precision": reached.mean(),
             "recall": np.concatenate(recalled).mean(), "density": counted / (5 * m),
             "coverage": np.concatenate(covered).mean(), "vendi": vendi(covariance * d)}
@@ -1601,22 +1605,38 @@ def copy_chances(real, fake, same):
     patient (near copies show in the one, faint copies in the other), combined as Simes (1986) does. Real images that
     are three times nearer than usual are one picture cut twice: a few of them would excuse every copy.
     """
-    twins = real < np.median(nearest(real, same)[1]) / 3
-    same = same | twins | twins.T
+    same = same | (real < np.median(nearest(real, same)[1]) / 3)
+    same |= same.T
 
     def nearness(distances, forbidden):
-        first, d1 = nearest(distances, forbidden)
-        d2 = nearest(distances, same[first] | forbidden)[1]
-        return d1, d1 / np.maximum(d2, 1e-12)
+        parts = []
+        for start in range(0, max(1, len(distances)), 1000):   # the matrices of ten thousand images are large
+            rows, hidden = distances[start:start + 1000], forbidden[start:start + 1000]
+            first, d1 = nearest(rows, hidden)
+            parts.append((d1, d1 / np.maximum(nearest(rows, same[first] | hidden)[1], 1e-12)))
+        return map(np.concatenate, zip(*parts))
     known, asked = nearness(real, same), nearness(fake, np.zeros_like(fake, bool))
     chances = [(1 + np.searchsorted(np.sort(a), b, "right")) / (len(real) + 1) for a, b in zip(known, asked)]
     return np.minimum(2 * np.minimum(*chances), np.maximum(*chances))
 
 
 def image_scores(pixels):
-    """Scores of uint8 pixels (N, 3, H, W), each (N,): log variance of the Laplacian, contrast, mean chroma."""
+    """Scores of uint8 pixels (N, 3, H, W), each (N,): log variance of the Laplacian, contrast."""
     values = torch.cat([plain_scores(part, to_grey(part)) for part in pixels.split(64)]).double().numpy()
-    return dict(zip(("sharpness", "contrast", "colour"), values.T))
+    return dict(zip(("sharpness", "contrast"), values.T))
+
+
+def appearance(pixels, scale=1):
+    """uint8 (N, 3, H, W) -> (N, 200): `colour`, and the 8 x 8 pixels of a thumbnail less their mean, of length 1; over
+    scale. The texture descriptor sees neither a colour nor that a film is inverted."""
+    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in pixels.split(64)]).double()
+    return np.hstack([colour(pixels), F.normalize(small - small.mean(1, keepdim=True)).numpy()]) / scale
+
+
+def appearance_scale(seen):
+    """(200,): the spread of `appearance` (n, 200), so that colour and thumbnail weigh the same."""
+    spread = np.maximum(seen.std(0), 3e-3)
+    return np.append(spread[:8] * 8**0.5, np.full(192, np.linalg.norm(spread[8:])))
 
 
 def two_sided(reference, values):
@@ -1702,7 +1722,8 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
     vectors = seen_by(reference, pixels)
     if reference["network"]["standardise"]:
         reference["spread"] = np.where(vectors.std(0) < 1e-9, 1, vectors.std(0))
-    reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels))
+    reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels), scale=appearance_scale(appearance(pixels)))
+    reference["appearance"] = appearance(pixels, reference["scale"])
     distances = np.sqrt(squared_distances(reference["vectors"], reference["vectors"]))
     same = same_unit([row["group"] for row in rows]) | (distances < 1e-3 * np.median(distances))   # there twice: one
     if same.all(1).any():
@@ -1741,6 +1762,10 @@ def score(reference, pixels, vectors=None, forbidden=None):
     index, distance = nearest(np.sqrt(squared_distances(vectors, reference["vectors"])), forbidden)
     scores = {"distance": distance} | {name: two_sided(reference["simple"][name], values)
                                        for name, values in image_scores(pixels).items()}
+    apart = squared_distances(appearance(pixels, reference["scale"]), reference["appearance"])
+    fifth = min(5, len(real)) - 1   # a few odd real images, grey among photographs, do not excuse others
+    scores["colour"] = np.sqrt(np.partition(np.where(forbidden, np.inf, apart) if forbidden is not None else apart,
+                                                   fifth)[:, fifth])
     if reference["lpips"]:
         matrix = lpips_matrix(pixels, reference["lpips"], device, reference["batch_size"], others=real)
         scores["lpips"] = nearest(matrix, forbidden)[1]
@@ -1764,7 +1789,7 @@ def refusals(reference, scores, rows):
         of = reference["thresholds"]
         threshold = np.array([of.get(text_key(row["label"]), of[""]) for row in rows])
         passes, worst = judge(reference["own"], scores, threshold)
-        refuse(reasons, ~passes, lambda i: f"{worst[i]} unlike the real images")
+        refuse(reasons, ~passes, lambda i: worst[i].replace("colour", "colour or layout") + " unlike the real images")
     return reasons
 
 

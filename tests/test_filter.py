@@ -29,7 +29,7 @@ def wound(seed):
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """(real, generated): 80 wounds; 30 fresh ones, 12 of no use, 6 copies and 3 near-equal pairs."""
+    """(real, generated): 80 wounds; 30 fresh ones, 15 of no use, 6 copies and 3 near-equal pairs."""
     real, generated = tmp_path_factory.mktemp("real"), tmp_path_factory.mktemp("generated")
     noise = np.random.RandomState(0)
     for i in range(80):
@@ -41,6 +41,7 @@ def sets(tmp_path_factory):
         Image.new("RGB", (96, 96), (80 + 40 * i,) * 3).save(generated / f"bad-grey-{i}.png")
         Image.fromarray(phantoms.draw("normal chest", i, 96)[0]).save(generated / f"bad-film-{i}.png")
         wound(2000 + i).filter(ImageFilter.GaussianBlur(6)).save(generated / f"bad-blur-{i}.png")
+        ImageOps.invert(wound(2000 + i)).save(generated / f"bad-negative-{i}.png")
         wound(i).save(generated / f"copy-exact-{i}.png")
         ImageOps.mirror(wound(40 + i)).save(generated / f"copy-mirror-{i}.jpg", quality=70)
         twin = wound(3000 + i)
@@ -109,7 +110,7 @@ def test_filtering_again_by_other_rules_leaves_no_copy_of_what_is_refused_now(se
     run(filter_script, *flags, "--calibrate", 0.05)
     kept = {name for name, row in decisions(tmp_path / "kept").items() if row["kept"] == "1"}
     there = {path.name for path in (tmp_path / "kept").iterdir()}
-    assert there == kept | {"metadata.csv", "decisions.csv", "filter.html"} and len(kept) < 54
+    assert there == kept | {"metadata.csv", "decisions.csv", "filter.html"} and len(kept) < 57
 
 
 def test_the_kept_folder_is_ready_for_training_and_nothing_is_deleted(sets, tmp_path, run):
@@ -209,6 +210,15 @@ def test_images_judged_a_few_at_a_time_are_judged_as_the_whole_folder(sets, tmp_
         few = slice(start, start + 20)
         reasons = metrics.refusals(reference, metrics.score(reference, pixels[few])[0], rows[few])
         assert reasons == [decisions(tmp_path / "kept")[row["file_name"]]["reason"] for row in rows[few]]
+
+
+def test_a_grey_photograph_among_the_real_ones_does_not_excuse_grey_ones():
+    pixels = torch.stack([torch.from_numpy(np.array(wound(n))).permute(2, 0, 1) for n in range(70)])
+    grey = (metrics.to_grey(pixels) * 255).byte().expand(-1, 3, -1, -1)
+    real, rows = torch.cat([pixels[:40], grey[40:41]]), [{"group": "", "label": ""}] * 28
+    reference = metrics.measure_reference([{"group": "", "label": ""}] * 41, real, "cpu", 0.1)
+    kept = [[not why for why in metrics.refusals(reference, metrics.score(reference, x[42:])[0], rows)] for x in (pixels, grey)]
+    assert np.mean(kept[0]) >= 0.7 and np.mean(kept[1]) == 0
 
 
 def test_a_label_with_enough_real_images_has_its_own_threshold():
