@@ -1320,13 +1320,15 @@ def colour(pixels):
     """uint8 (N, 3, H, W) -> (N, 8): mean, spread, covariance, size and fine detail of the two chroma channels; what the
     texture descriptor, which is grey, cannot see: other colours, and the coarse chroma of JPEG."""
     found = []
-    for part in pixels.split(64):
+    for part in pixels.split(16):
         red, green, blue = part.float().div(255).unbind(1)
         chroma = torch.stack([red - green, (red + green) / 2 - blue], 1)
-        centred = chroma - chroma.mean((2, 3), keepdim=True)
-        both, size = centred.prod(1).mean((1, 2)), chroma.norm(dim=1).mean((1, 2))
+        mean = chroma.mean((2, 3), keepdim=True)
+        spread = (chroma - mean).square().mean((2, 3)).sqrt()
+        both = (chroma - mean).prod(1).mean((1, 2))
+        size = torch.hypot(*chroma.unbind(1)).mean((1, 2))   # norm(dim=1) takes sixty times as long
         detail = (chroma.diff(dim=2).diff(dim=3).abs().mean((2, 3)) + 1e-3).log()
-        found.append(torch.cat([chroma.mean((2, 3)), chroma.std((2, 3)), both[:, None], size[:, None], detail], 1))
+        found.append(torch.cat([mean[..., 0, 0], spread, both[:, None], size[:, None], detail], 1))
     return torch.cat(found).double().numpy()
 
 
