@@ -1249,17 +1249,17 @@ def frechet(first, second):
     The trace of the root of S1 S2 is the nuclear norm of X1 X2' / sqrt((n-1)(m-1)) for centred X1, X2: no root of a
     matrix, exact where N < D. Where N > D the triangle of a QR decomposition stands for X.
     """
-    mean_term = np.square(first.mean(0) - second.mean(0)).sum()
-    roots, traces = [], 0.0
-    for x in (first, second):
-        mean, root = x.mean(0), np.empty((0, x.shape[1]))
+    means, roots, traces = [x.mean(0, dtype=np.float64) for x in (first, second)], [], 0.0
+    for x, mean in zip((first, second), means):
+        root = np.empty((0, x.shape[1]))
         for part in np.array_split(x, 1 + len(x) // (1 + x.shape[1])):   # QR copies what it is given
             centred = (part - mean) / np.sqrt(len(x) - 1)
             traces += np.vdot(centred, centred)
             root = np.concatenate([root, centred])
             root = root if len(root) <= x.shape[1] else np.linalg.qr(root, mode="r")
         roots.append(root)
-    return max(0.0, mean_term + traces - 2 * np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
+    nuclear = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
+    return max(0.0, np.square(means[0] - means[1]).sum() + traces - 2 * nuclear)
 
 
 def kid(first, second):
@@ -1444,13 +1444,14 @@ def large_values(real, fake, standardise=False, width=200):
 
     frechet, kid, cmmd, precision, recall, density, coverage and vendi, as in METRICS.
     """
-    (n, d), m, sets = real.shape, len(fake), np.split(pooled(real, fake, standardise), [len(real)])
-    del real, fake   # they are large
-    squares, sums, radii = [np.einsum("nd,nd->n", x, x) for x in sets], {}, [[], []]
+    (n, d), m = real.shape, len(fake)
+    sets = np.split(pooled(real, fake, True), [n]) if standardise else [real, fake]   # float32 until it is their turn
+    squares, sums, radii = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in sets], {}, [[], []]
 
     def blocks(a, b):  # squared distances, `width` rows at a time; the kernels' sums on the way
+        others = sets[b].T.astype(np.float64)
         for start in tqdm(range(0, len(sets[a]), width), desc="blocks", leave=False, disable=None):
-            product, own = sets[a][start:start + width] @ sets[b].T, squares[a][start:start + width, None]
+            product, own = sets[a][start:start + width] @ others, squares[a][start:start + width, None]
             for name, kernel in (("kid", (product / d + 1) ** 3),
                                  ("cmmd", np.exp((product / np.sqrt(own * squares[b] + 1e-24) - 1) / 100))):
                 diagonal = np.trace(kernel, start) if a == b and name == "kid" else 0
@@ -1465,10 +1466,9 @@ def large_values(real, fake, standardise=False, width=200):
         recalled.append((block <= radii[1][:, 0]).any(1))
         covered.append(wide.any(1))
     kid, cmmd = ([sums[name, a, b] for a, b in ((0, 0), (1, 1), (0, 1))] for name in ("kid", "cmmd"))
-    distance = frechet(*sets)
-    sets[1] /= np.sqrt(squares[1] + 1e-24)[:, None]
-    covariance = sets[1].T @ sets[1] / m   # has the similarities' eigenvalues
-    return {"frechet": distance, "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
+    unit = sets[1] / np.sqrt(squares[1] + 1e-24)[:, None]
+    covariance = unit.T @ unit / m   # has the similarities' eigenvalues
+    return {"frechet": frechet(*sets), "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
             "cmmd": 1000 * (cmmd[0] / n**2 + cmmd[1] / m**2 - 2 * cmmd[2] / (n * m)), "precision": reached.mean(),
             "recall": np.concatenate(recalled).mean(), "density": counted / (5 * m),
             "coverage": np.concatenate(covered).mean(), "vendi": vendi(covariance * d)}
