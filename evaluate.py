@@ -103,7 +103,7 @@ from tqdm import tqdm  # noqa: E402
 
 from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, colour, copy_chances,  # noqa: E402
                      copy_distances, curve, extract, find_range, find_weights, generator, guarded, half_draws, joint_matrices, kid,
-                     large_values, list_images, load_features, load_lpips, load_pixels, load_weights, lpips_files,
+                     large_values, list_images, load_features, load_lpips, load_pixels, lpips_files,
                      lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws, pick_device,
                      pick_resolution, pooled, read_split, read_table, replacing, same_unit, set_hash, split_rows, ssim, ssim_matrix,
                      table, thumbnail, to_grey, whole_groups, yardstick)
@@ -185,7 +185,7 @@ def draw_checkpoints(args):
         fail(f"--checkpoint {args.checkpoint}: no checkpoint there; give a file, a run's folder or its checkpoints/")
     folders = []
     for path in found:
-        prompts = load_weights(path).get("args", {}).get("val_prompts") or [""]
+        prompts = sample.read_checkpoint(path)[1].get("val_prompts") or [""]
         folders.append(str(Path(args.out).with_suffix("")) + f"-samples/{path.parent.parent.name}-{path.stem}")
         sample.main(sample.parse_args([
             "--checkpoint", str(path), *(f"--prompt={prompt}" for prompt in prompts), "--num-images",
@@ -232,7 +232,8 @@ def joint_of(real, fake, names, networks, args, device):
         if networks["lpips"]["name"] == "random":  # its filters know no scale: the smallest size serves
             small = [F.interpolate(part.float(), (64, 64), mode="area").round().byte()
                      for pixels in sets for part in pixels.split(64)]
-        joint["lpips"] = lpips_matrix(torch.cat(small), networks["lpips"], device, args.batch_size)
+        memory = 2**29 if real["every"] is None else 2**28   # beside large sets there is less room
+        joint["lpips"] = lpips_matrix(torch.cat(small), networks["lpips"], device, args.batch_size, memory)
     joint |= joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
     if "ssim" in needs:
         own, cross, other = (ssim_matrix(sets[a], sets[b], device) for a, b in ((0, 0), (0, 1), (1, 1)))

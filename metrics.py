@@ -1144,7 +1144,7 @@ def lpips_vectors(network, images):
     return torch.cat(parts, 1)
 
 
-def lpips_matrix(pixels, network, device, batch_size=32, memory=2**28, others=None):
+def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=None):
     """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N); under 1e-5 reads 0.
 
     One forward pass an image and one product; where the features of all are more than `memory` bytes, blocks of them

@@ -292,7 +292,9 @@ def load_base(name, device, precision="auto", method=None):
         vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", torch_dtype=vae_dtype, **diffusers_kind)
         text_encoders = [kinds[s].from_pretrained(folder, subfolder="text_encoder" + s, dtype=rest, use_safetensors=True)
                          for s in pairs]
-        tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer" + s) for s in pairs]
+        length = text_encoders[0].config.max_position_embeddings   # whatever the tokenizers' own files say
+        tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer" + s, model_max_length=length)
+                      for s in pairs]
         alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     except Exception as why:  # three libraries read these files, each with its own errors for a damaged one
         fail(f"--base {name}: cannot load {folder}: {why}")
@@ -307,7 +309,7 @@ def load_base(name, device, precision="auto", method=None):
     if device.type == "cuda" or dtype != torch.float32:   # a CPU's fp32 convolutions are a sixth slower with it
         unet.to(memory_format=torch.channels_last)
     return Base(name, unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod, own_resolution(folder),
-                device, dtype, zero_empty, text_length=text_encoders[0].config.max_position_embeddings)
+                device, dtype, zero_empty, text_length=length)
 
 
 def use_text_encoder(base, name, length=None, projection=None):
@@ -516,6 +518,7 @@ def read_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert content["format"] == 1
         flags, extra = content["args"], dict(content["ema"])
+        assert isinstance(flags, dict) and all(isinstance(value, torch.Tensor) and value.ndim for value in extra.values())
         names = [name.removesuffix(".lora_A.weight") for name in extra if name.endswith(".lora_A.weight")]
         pairs = {name: (extra.pop(name + ".lora_A.weight"), extra.pop(name + ".lora_B.weight")
                         * (flags["alpha"] / flags["rank"])) for name in names}

@@ -351,6 +351,10 @@ def find_checkpoint(args, data_hash, weights_hash):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         then = checkpoint["args"]
         assert checkpoint["format"] == 1 and all(isinstance(checkpoint[key], kind) for key, kind in KINDS.items())
+        best, history, figure = checkpoint["best"], checkpoint["history"], args.select_by.replace("-", "_")
+        for entry in [best, *history] if history else ():
+            assert {"step", "val_loss", figure} <= entry.keys() == best.keys()
+            assert all(isinstance(value, (int, float)) for value in entry.values())
     except Exception as why:  # truncated, a pickle, another program's: torch.load raises whatever it meets
         fail(f"{path}: not a checkpoint of train.py, or damaged ({type(why).__name__}); give --resume an older one of "
              f"{path.parent}, or another --out to start afresh")
@@ -1025,7 +1029,7 @@ def validate(base, state, val, args, log):
             entry[figure] = share.item()
         state.history.append(entry)
         log(entry)
-        best = entry[figure] < state.best.get(figure, math.inf)
+        best = not state.best or entry[figure] < state.best[figure]
         state.best = entry if best else state.best
     return best
 

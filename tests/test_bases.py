@@ -103,8 +103,11 @@ def test_a_damaged_base_is_one_line(part, damage, base, tmp_path, refused):
 
 
 def test_a_tokenizer_that_knows_no_length_reads_as_much_as_its_text_encoder(base, tmp_path):
-    endless = changed(base, tmp_path / "endless", "tokenizer", model_max_length=10**30)   # what transformers writes then
-    assert sample.encode_text(sample.load_base(endless, CPU), ["a film"])["encoder_hidden_states"].shape[1] == 77
+    for length in (10**30, []):   # what transformers writes then, and damage
+        endless = changed(base, tmp_path / str(length), "tokenizer", model_max_length=length)
+        loaded = sample.load_base(endless, CPU)
+        assert sample.encode_text(loaded, ["a film"])["encoder_hidden_states"].shape[1] == 77
+        sample.say_what_is_cut(loaded, ["a film"])
 
 
 def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_had_says_what_to_do(refused, monkeypatch, capsys):

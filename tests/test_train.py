@@ -479,12 +479,13 @@ def test_a_damaged_checkpoint_is_refused_and_never_unpickled(kind, flags, tmp_pa
     assert not (tmp_path / "exploded").exists() and results(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("key, value", [("step", None), ("weights", {}), ("ema", []), ("random", "x"), ("optimizer", {})])
+@pytest.mark.parametrize("key, value", [("step", None), ("weights", {}), ("ema", []), ("random", "x"), ("optimizer", {}),
+                                        ("best", {"step": 2}), ("history", [{}])])
 def test_a_checkpoint_with_a_part_of_another_kind_is_one_line(key, value, flags, tmp_path, run, refused):
-    run(train, *flags, "--out", tmp_path, "--steps", 2, "--val-split", 0)
+    run(train, *flags, "--out", tmp_path, "--steps", 2)
     path = tmp_path / "checkpoints" / "latest.pt"
     torch.save(torch.load(path, weights_only=True) | {key: value}, path)
-    assert "damaged" in refused(train, *flags, "--out", tmp_path, "--steps", 3, "--val-split", 0)
+    assert "damaged" in refused(train, *flags, "--out", tmp_path, "--steps", 3)
 
 
 def test_the_end_of_another_run_is_a_result_and_a_damaged_log_no_hindrance(flags, tmp_path, run):
