@@ -1628,17 +1628,19 @@ def image_scores(pixels):
     return dict(zip(("sharpness", "contrast"), values.T))
 
 
-def appearance(pixels, scale=1):
-    """uint8 (N, 3, H, W) -> (N, 200): `colour`, and the 8 x 8 pixels of a thumbnail less their mean, of length 1; over
-    scale. The texture descriptor sees neither a colour nor that a film is inverted."""
+def appearance(pixels):
+    """uint8 (N, 3, H, W) -> (N, 200): `colour`, and the 8 x 8 pixels of a thumbnail less their mean, of length 1. The
+    texture descriptor sees neither a colour nor that a film is inverted."""
     small = torch.cat([F.adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in pixels.split(64)]).double()
-    return np.hstack([colour(pixels), F.normalize(small - small.mean(1, keepdim=True)).numpy()]) / scale
+    return np.hstack([colour(pixels), F.normalize(small - small.mean(1, keepdim=True)).numpy()])
 
 
-def appearance_scale(seen):
-    """(200,): the spread of `appearance` (n, 200), so that colour and thumbnail weigh the same."""
-    spread = np.maximum(seen.std(0), 3e-3)
-    return np.append(spread[:8] * 8**0.5, np.full(192, np.linalg.norm(spread[8:])))
+def in_units_of(real, seen):
+    """`appearance` (m, 200) in the spread of real images' (n, 200): a colour at most three standard deviations from the
+    median, so that one tinted film among grey ones does not drown the layout, which weighs half as much again."""
+    spread = np.maximum(real.std(0), 3e-3)
+    tint = np.tanh((seen[:, :8] - np.median(real[:, :8], axis=0)) / spread[:8] / 3) * 3 / 8**0.5
+    return np.hstack([tint, 1.5 * seen[:, 8:] / np.linalg.norm(spread[8:])])
 
 
 def two_sided(reference, values):
@@ -1724,8 +1726,7 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
     vectors = seen_by(reference, pixels)
     if reference["network"]["standardise"]:
         reference["spread"] = np.where(vectors.std(0) < 1e-9, 1, vectors.std(0))
-    reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels), scale=appearance_scale(appearance(pixels)))
-    reference["appearance"] = appearance(pixels, reference["scale"])
+    reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels), appearance=appearance(pixels))
     distances = np.sqrt(squared_distances(reference["vectors"], reference["vectors"]))
     same = same_unit([row["group"] for row in rows]) | (distances < 1e-3 * np.median(distances))   # there twice: one
     if same.all(1).any():
@@ -1764,7 +1765,9 @@ def score(reference, pixels, vectors=None, forbidden=None):
     index, distance = nearest(np.sqrt(squared_distances(vectors, reference["vectors"])), forbidden)
     scores = {"distance": distance} | {name: two_sided(reference["simple"][name], values)
                                        for name, values in image_scores(pixels).items()}
-    apart = squared_distances(appearance(pixels, reference["scale"]), reference["appearance"])
+    known = reference["appearance"]
+    apart = np.minimum(*(squared_distances(in_units_of(known, appearance(seen)), in_units_of(known, known))
+                         for seen in (pixels, pixels.flip(3))))
     fifth = min(5, len(real)) - 1   # a few odd real images, grey among photographs, do not excuse others
     scores["colour"] = np.sqrt(np.partition(np.where(forbidden, np.inf, apart) if forbidden is not None else apart,
                                                    fifth)[:, fifth])
