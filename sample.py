@@ -298,6 +298,9 @@ def load_base(name, device, precision="auto", method=None):
         alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     except Exception as why:  # three libraries read these files, each with its own errors for a damaged one
         fail(f"--base {name}: cannot load {folder}: {why}")
+    for tokenizer, encoder in zip(tokenizers, text_encoders):
+        if max(tokenizer.get_vocab().values()) >= encoder.get_input_embeddings().num_embeddings:
+            fail(f"--base {name}: its tokenizer has words that its text encoder does not know: one of the two is damaged")
     if unet.config.in_channels != vae.config.latent_channels:
         fail(f"--base {name}: its UNet takes {unet.config.in_channels} channels: a base for inpainting or depth, which is "
              "not supported")

@@ -92,6 +92,7 @@ def test_what_cannot_work_is_refused(base, sd21, images, tmp_path, refused):
 
 @pytest.mark.parametrize("part, damage", [
     ("text_encoder/model.safetensors", lambda data: data[:500]), ("unet/config.json", lambda data: b"{"),
+    ("tokenizer/tokenizer_config.json", lambda data: data.replace(b"<|endoftext|>", b"<|endoftoxt|>")),
     ("scheduler/scheduler_config.json", lambda data: data.replace(b"1000", b"0")),
     ("scheduler/scheduler_config.json", lambda data: data.replace(b'"epsilon"', b'"sample"')),
     ("unet/config.json", lambda data: b"[1]"), ("unet/config.json", lambda data: data.replace(b"sample_size", b"size")),
