@@ -1725,7 +1725,8 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
         reference["limits"].append(("dissimilarity", 1 - min_ssim, f"--min-ssim {min_ssim:g}"))
     vectors = seen_by(reference, pixels)
     if reference["network"]["standardise"]:
-        reference["spread"] = np.where(vectors.std(0) < 1e-9, 1, vectors.std(0))
+        spread = vectors.std(0)   # a corner that is black in all of them must not outweigh the rest
+        reference["spread"] = np.maximum(spread, 0.2 * np.median(spread)) + 1e-9
     reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels), appearance=appearance(pixels))
     distances = np.sqrt(squared_distances(reference["vectors"], reference["vectors"]))
     same = same_unit([row["group"] for row in rows]) | (distances < 1e-3 * np.median(distances))   # there twice: one
