@@ -221,9 +221,9 @@ def test_a_grey_photograph_among_the_real_ones_does_not_excuse_grey_ones():
     assert np.mean(kept[0]) >= 0.7 and np.mean(kept[1]) == 0
 
 
-def test_a_corner_that_is_black_in_all_real_images_does_not_outweigh_the_rest():
+def test_a_corner_that_is_nearly_black_in_all_real_images_does_not_outweigh_the_rest():
     pixels = torch.stack([torch.from_numpy(np.array(wound(n))).permute(2, 0, 1) for n in range(41)])
-    pixels[:40, :, 72:, 72:] = 0
+    pixels[:40, :, 72:, 72:] = (torch.arange(40) % 2).byte()[:, None, None, None]
     reference = metrics.measure_reference([{"group": "", "label": ""}] * 40, pixels[:40], "cpu", 0.1)
     assert metrics.score(reference, pixels[40:])[0]["distance"][0] < 10 * np.median(reference["own"]["distance"])
 
