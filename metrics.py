@@ -1769,9 +1769,9 @@ def score(reference, pixels, vectors=None, forbidden=None):
     known = reference["appearance"]
     apart = np.minimum(*(squared_distances(in_units_of(known, appearance(seen)), in_units_of(known, known))
                          for seen in (pixels, pixels.flip(3))))
+    apart = apart if forbidden is None else np.where(forbidden, np.inf, apart)
     fifth = min(5, len(real)) - 1   # a few odd real images, grey among photographs, do not excuse others
-    scores["colour"] = np.sqrt(np.partition(np.where(forbidden, np.inf, apart) if forbidden is not None else apart,
-                                                   fifth)[:, fifth])
+    scores["colour"] = np.sqrt(np.partition(apart, fifth)[:, fifth])
     if reference["lpips"]:
         matrix = lpips_matrix(pixels, reference["lpips"], device, reference["batch_size"], others=real)
         scores["lpips"] = nearest(matrix, forbidden)[1]
