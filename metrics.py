@@ -1766,9 +1766,9 @@ def score(reference, pixels, vectors=None, forbidden=None):
     index, distance = nearest(np.sqrt(squared_distances(vectors, reference["vectors"])), forbidden)
     scores = {"distance": distance} | {name: two_sided(reference["simple"][name], values)
                                        for name, values in image_scores(pixels).items()}
-    known = reference["appearance"]
-    apart = np.minimum(*(squared_distances(in_units_of(known, appearance(seen)), in_units_of(known, known))
-                         for seen in (pixels, pixels.flip(3))))
+    seen, known = (in_units_of(reference["appearance"], x) for x in (appearance(pixels), reference["appearance"]))
+    mirrored = np.hstack([seen[:, :8], seen[:, 8:].reshape(-1, 8)[:, ::-1].reshape(-1, 192)])
+    apart = np.minimum(squared_distances(seen, known), squared_distances(mirrored, known))
     apart = apart if forbidden is None else np.where(forbidden, np.inf, apart)
     fifth = min(5, len(real)) - 1   # a few odd real images, grey among photographs, do not excuse others
     scores["colour"] = np.sqrt(np.partition(apart, fifth)[:, fifth])
