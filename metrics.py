@@ -1279,9 +1279,12 @@ def kid(first, second):
 
 def squared_distances(first, second):
     """|x - y|^2 of all pairs, (N, D), (M, D) -> (N, M); what rounding leaves between equal rows reads 0."""
-    norms = np.square(first).sum(1)[:, None] + np.square(second).sum(1)
-    distances = norms - 2 * first @ second.T
-    return np.where(distances < 1e-12 * norms, 0, distances)
+    (a, b), distances = (np.square(x).sum(1) for x in (first, second)), -2 * first @ second.T
+    for start in range(0, len(a), 1000):   # in place: the matrices of ten thousand images are large
+        rows, norms = distances[start:start + 1000], a[start:start + 1000, None] + b
+        rows += norms
+        rows[rows < 1e-12 * norms] = 0
+    return distances
 
 
 def precision_recall(real, fake, cross, k):
