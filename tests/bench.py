@@ -442,7 +442,7 @@ def bench_evaluation(args, place, count=64):
                           feature_extractor_weights_path=weights, cache=False, verbose=False)
 
     def with_clean_fid():
-        fid.compute_fid(fake, real, custom_feat_extractor=lambda x: net(x.round().byte()).numpy(), num_workers=0,
+        fid.compute_fid(fake, real, custom_feat_extractor=lambda x: net(x.round().byte()), num_workers=0,
                         device="cpu", verbose=False)
 
     @torch.no_grad()
