@@ -208,7 +208,8 @@ def test_checkpoints_of_a_folder_are_drawn_from_and_ranked(tmp_path, monkeypatch
     real, drawn = draw(tmp_path / "real", 20, 1), []
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for step in (5, 10):
-        torch.save({"args": {"val_prompts": ["a wound", "@b"]}}, tmp_path / "run" / "checkpoints" / f"step-{step:08}.pt")
+        torch.save({"format": 1, "args": {"val_prompts": ["a wound", "@b"]}, "ema": {}},
+                   tmp_path / "run" / "checkpoints" / f"step-{step:08}.pt")
 
     def stand_in(args):   # better pictures from the later checkpoint
         drawn.append(args)
