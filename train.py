@@ -352,9 +352,9 @@ def find_checkpoint(args, data_hash, weights_hash):
         then = checkpoint["args"]
         assert checkpoint["format"] == 1 and all(isinstance(checkpoint[key], kind) for key, kind in KINDS.items())
         best, history, figure = checkpoint["best"], checkpoint["history"], args.select_by.replace("-", "_")
-        for entry in [best, *history] if history else ():
-            assert {"step", "val_loss", figure} <= entry.keys() == best.keys()
-            assert all(isinstance(value, (int, float)) for value in entry.values())
+        for entry in (best, *history):   # best is of step 0, without figures, as long as none was a number
+            assert "step" in entry and all(isinstance(value, (int, float)) for value in entry.values())
+            assert {"val_loss", figure} <= entry.keys() or entry is best and not best["step"]
     except Exception as why:  # truncated, a pickle, another program's: torch.load raises whatever it meets
         fail(f"{path}: not a checkpoint of train.py, or damaged ({type(why).__name__}); give --resume an older one of "
              f"{path.parent}, or another --out to start afresh")
@@ -1029,7 +1029,7 @@ def validate(base, state, val, args, log):
             entry[figure] = share.item()
         state.history.append(entry)
         log(entry)
-        best = not state.best or entry[figure] < state.best[figure]
+        best = entry[figure] < state.best.get(figure, math.inf)
         state.best = entry if best else state.best
     return best
 
@@ -1622,7 +1622,7 @@ def write_report(state, args, compared):
     def points(key):
         parts = [steps[i:i + width] for i in range(0, len(steps), width)]
         return [(part[-1]["step"], sum(line[key] for line in part) / len(part)) for part in parts]
-    best = f", best {state.best['val_loss']:.4f} at step {state.best['step']}" if state.history else ""
+    best = f", best {state.best['val_loss']:.4f} at step {state.best['step']}" if "val_loss" in state.best else ""
     body = "<h2>What refining brought</h2>" + table(*compared_rows(compared)) + f"<p>{escape(said_of(compared, state))}</p>" \
         if compared else ""
     cost = [f"; peak memory {line.get('memory')} MB, {line.get('images_per_second')} images a second" for line in steps[-1:]]
