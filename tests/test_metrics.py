@@ -587,13 +587,15 @@ def test_the_nearest_real_image_of_a_real_one_is_never_its_own_patient():
     assert index.tolist() == [2, 3, 3, 1] and found.tolist() == [5, 2, 3, 2]
 
 
-def test_scores_rise_with_sharpness_and_contrast():
+def test_scores_rise_with_sharpness_contrast_and_colour():
     pixels = noise(3, size=64)
     sharp = pixels + torch.randint(0, 9, pixels.shape, generator=metrics.generator(0, "speckle")).to(torch.uint8)
     flat = (pixels // 2 + 64).to(torch.uint8)
     plain = metrics.image_scores(pixels)
     assert (metrics.image_scores(sharp)["sharpness"] > plain["sharpness"]).all()
     assert (metrics.image_scores(flat)["contrast"] < plain["contrast"]).all()
+    grey = pixels[:, :1].expand(-1, 3, -1, -1)
+    assert (metrics.colour(grey)[:, 5] == 0).all() and (metrics.colour(pixels)[:, 5] > 0.05).all()
     assert metrics.two_sided(np.arange(101.0), np.array([0.0, 50, 100])) == pytest.approx([1.349, 0, 1.349], abs=1e-3)
 
 
