@@ -125,7 +125,6 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import shlex  # noqa: E402
-import shutil  # noqa: E402
 from collections import Counter  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -133,7 +132,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy import optimize, special, stats  # noqa: E402
 
-from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, generator,  # noqa: E402
+from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, copy_file, generator,  # noqa: E402
                      guarded, list_images, load_pixels, load_selector, measure_reference, page, pick_device,
                      pick_resolution, quality_features, ranks, read_ratings, read_split, read_table, refusals, refuse_low,
                      replacing, save_selector, score, squared_distances, standardised, table, text_key, thumbnail,
@@ -210,8 +209,7 @@ def place(source, target, how):
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
-    with replacing(target) as file, open(source, "rb") as original:
-        shutil.copyfileobj(original, file)
+    copy_file(source, target)
     if how == "move":
         os.unlink(source)
 

@@ -2,7 +2,7 @@
 
 Everything above imports from here; this file imports none of ours. Files, pixels or features go in; pixels, features,
 numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
-    errors, files, seeds   fail, replacing, need, generator, guarded, pick_device
+    errors, files, seeds   fail, replacing, copy_file, need, generator, guarded, pick_device
     reading and listing    read_image, list_images, split_rows, fit_square, load_pixels, near_duplicates
     features               texture, fid_inception, load_features, extract
     image against image    lpips_matrix, ssim, ms_ssim, ssim_matrix
@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import string
 import sys
@@ -70,6 +71,12 @@ def replacing(path):
         if isinstance(cause, OSError) and cause.filename is None:
             cause.filename = str(path)
         raise cause
+
+
+def copy_file(source, target):
+    """Copy a file, atomically."""
+    with replacing(target) as file, open(source, "rb") as original:
+        shutil.copyfileobj(original, file)
 
 
 def need(package, purpose):
@@ -828,6 +835,11 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
     return [rows[n] for n in good], pixels[good] if bad else pixels
 
 
+def picture(pixels):
+    """uint8 (3, H, W) -> PIL image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
 def near_duplicates(pixels, alike=0.95):
     """Pairs of pictures that are the same: [(i, j, kind)], i < j, for uint8 pixels (N, 3, S, S).
 
@@ -1572,9 +1584,9 @@ def same_unit(groups):
     return names[:, None] == names
 
 
-def nearest(distances, forbidden=None):
+def nearest(distances, forbidden=False):
     """(index, distance) of each row's smallest entry; entries that are True in `forbidden` do not count."""
-    forbidden = np.broadcast_to(False, distances.shape) if forbidden is None else forbidden
+    forbidden = np.broadcast_to(forbidden, distances.shape)   # by parts: the matrices of ten thousand images are large
     parts = (np.where(forbidden[n:n + 1000], np.inf, distances[n:n + 1000]) for n in range(0, max(1, len(distances)), 1000))
     return tuple(map(np.concatenate, zip(*((part.argmin(1), part.min(1)) for part in parts))))
 
@@ -1614,21 +1626,26 @@ def copy_chances(real, fake, same):
     same |= same.T
 
     def nearness(distances, forbidden):
-        parts = []
-        for start in range(0, max(1, len(distances)), 1000):   # the matrices of ten thousand images are large
-            rows, hidden = distances[start:start + 1000], forbidden[start:start + 1000]
-            first, d1 = nearest(rows, hidden)
-            parts.append((d1, d1 / np.maximum(nearest(rows, same[first] | hidden)[1], 1e-12)))
-        return map(np.concatenate, zip(*parts))
-    known, asked = nearness(real, same), nearness(fake, np.zeros_like(fake, bool))
+        first, d1 = nearest(distances, forbidden)
+        return d1, d1 / np.maximum(nearest(distances, same[first] | forbidden)[1], 1e-12)
+    known, asked = nearness(real, same), nearness(fake, False)
     chances = [(1 + np.searchsorted(np.sort(a), b, "right")) / (len(real) + 1) for a, b in zip(known, asked)]
     return np.minimum(2 * np.minimum(*chances), np.maximum(*chances))
 
 
+def plain_scores(grey):
+    """Log variance of the Laplacian and contrast of (B, 1, H, W) in [0, 1]: two (B,)."""
+    def variance(maps):   # torch.var takes five times as long
+        return (maps - maps.mean((1, 2, 3), keepdim=True)).square().sum((1, 2, 3)) / (maps[0].numel() - 1)
+    down, across, middle = grey[..., 1:-1], grey[..., 1:-1, :], grey[..., 1:-1, 1:-1]
+    edges = down[..., :-2, :] + down[..., 2:, :] + across[..., :-2] + across[..., 2:] - 4 * middle   # faster than conv2d
+    return (variance(edges) + 1e-8).log(), variance(grey).sqrt()
+
+
 def image_scores(pixels):
     """Scores of uint8 pixels (N, 3, H, W), each (N,): log variance of the Laplacian, contrast."""
-    values = torch.cat([plain_scores(part, to_grey(part)) for part in pixels.split(64)]).double().numpy()
-    return dict(zip(("sharpness", "contrast"), values.T))
+    parts = zip(*(plain_scores(to_grey(part)) for part in pixels.split(64)))
+    return {name: torch.cat(part).double().numpy() for name, part in zip(("sharpness", "contrast"), parts)}
 
 
 def appearance(pixels):
@@ -1758,7 +1775,7 @@ def seen_by(reference, pixels):
     return vectors / reference["spread"]
 
 
-def score(reference, pixels, vectors=None, forbidden=None):
+def score(reference, pixels, vectors=None, forbidden=False):
     """Scores beside a measured reference of uint8 pixels (m, 3, S, S): ({name: (m,)}, nearest real image (m,), vectors).
 
     Large is bad in all but copy_chance. vectors, forbidden: of the real images themselves, their features and bool
@@ -1772,7 +1789,7 @@ def score(reference, pixels, vectors=None, forbidden=None):
     seen, known = (in_units_of(reference["appearance"], x) for x in (appearance(pixels), reference["appearance"]))
     mirrored = np.hstack([seen[:, :8], seen[:, 8:].reshape(-1, 8)[:, ::-1].reshape(-1, 192)])
     apart = np.minimum(squared_distances(seen, known), squared_distances(mirrored, known))
-    apart = apart if forbidden is None else np.where(forbidden, np.inf, apart)
+    apart[np.broadcast_to(forbidden, apart.shape)] = np.inf
     fifth = min(5, len(real)) - 1   # a few odd real images, grey among photographs, do not excuse others
     scores["colour"] = np.sqrt(np.partition(apart, fifth)[:, fifth])
     if reference["lpips"]:
@@ -1810,16 +1827,6 @@ QUALITY_TENSORS = {"feat.mean", "feat.scale", "head.weight", "head.bias", "head.
                    "align.logit"}
 
 
-def plain_scores(pixels, grey):
-    """Log variance of the Laplacian, contrast and mean chroma of uint8 (B, 3, H, W) and its to_grey: (B, 3)."""
-    def variance(maps):   # torch.var takes five times as long
-        return (maps - maps.mean((1, 2, 3), keepdim=True)).square().sum((1, 2, 3)) / (maps[0].numel() - 1)
-    down, across, middle = grey[..., 1:-1], grey[..., 1:-1, :], grey[..., 1:-1, 1:-1]
-    edges = down[..., :-2, :] + down[..., 2:, :] + across[..., :-2] + across[..., 2:] - 4 * middle   # faster than conv2d
-    return torch.stack([(variance(edges) + 1e-8).log(), variance(grey).sqrt(),
-                        (pixels.amax(1) - pixels.amin(1)).float().mean((1, 2)) / 255], 1)
-
-
 def hand(pixels):
     """What spoils a picture technically: uint8 (B, 3, H, W), H, W >= 32 -> (B, 21).
 
@@ -1841,7 +1848,8 @@ def hand(pixels):
     across, down = grey.diff(dim=3), grey.diff(dim=2)
     blocks = [(steps[..., 7::8].abs().mean((1, 2, 3)) + 1e-3).log() - (steps.abs().mean((1, 2, 3)) + 1e-3).log()
               for steps in (across, down.transpose(2, 3))]
-    return torch.stack([*plain_scores(pixels, grey).T, *strength[:, :2].log().T, noise.log(),
+    chroma = (pixels.amax(1) - pixels.amin(1)).float().mean((1, 2)) / 255
+    return torch.stack([*plain_scores(grey), chroma, *strength[:, :2].log().T, noise.log(),
                         (mean + 1e-4).log() - noise.log(), high - low, (grey < 0.02).float().mean((1, 2, 3)),
                         (grey > 0.98).float().mean((1, 2, 3)), low, red - green, blue - green,
                         *power.diff(dim=1).T, *blocks, (across.diff(dim=2).abs().mean((1, 2, 3)) + 1e-4).log()], 1)
@@ -2004,9 +2012,7 @@ def table(header, rows):
 
 def thumbnail(image, size=96, **how):
     """A PIL image, or uint8 pixels (3, H, W), as a JPEG of at most `size` pixels a side in an <img> element."""
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(image.permute(1, 2, 0).numpy())
-    image, buffer = image.convert("RGB"), io.BytesIO()
+    image, buffer = (image if isinstance(image, Image.Image) else picture(image)).convert("RGB"), io.BytesIO()
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", **{"quality": 85, **how})
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -146,7 +146,7 @@ from tqdm import tqdm  # noqa: E402
 import lora  # noqa: E402
 from metrics import (QUALITY_FEATURES, BadImage, apply_selector, content_hash, fit_square, generator, guarded,  # noqa: E402
                      list_images, load_pixels, load_selector, measure_reference, need, pick_device, pick_resolution,
-                     quality_features, read_image, read_table, refusals, refuse_low, replacing, score,
+                     picture, quality_features, read_image, read_table, refusals, refuse_low, replacing, score,
                      set_hash, write_csv)
 
 diffusers.utils.logging.set_verbosity_error()
@@ -615,7 +615,7 @@ def generate(base, jobs, steps=50, guidance_scale=7.5, scheduler="ddim", height=
         if not latents.isfinite().all():
             fail("the UNet's numbers became NaN or infinite: give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):
-            yield Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            yield picture(pixels)
 
 
 def contact_sheet(images, captions, columns=8, side=160):

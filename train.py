@@ -235,7 +235,6 @@ import platform  # noqa: E402
 import re  # noqa: E402
 import secrets  # noqa: E402
 import shlex  # noqa: E402
-import shutil  # noqa: E402
 import signal  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
@@ -260,10 +259,10 @@ from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
 from metrics import (FORMATS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage,  # noqa: E402
-                     apply_selector, content_hash, copy_chances, copy_distances, copy_limit, curve, extract, find_range,
+                     apply_selector, content_hash, copy_chances, copy_distances, copy_file, copy_limit, curve, extract, find_range,
                      find_weights, generator, guarded, is_deep, joint_matrices, list_images, load_features,
                      load_pixels, load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom,
-                     page, permutation_draws, pick_window, quality_features, read_image, read_ratings, replacing,
+                     page, permutation_draws, pick_window, picture, quality_features, read_image, read_ratings, replacing,
                      same_unit, split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi, write_csv)
 from sample import (BASES, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, classes_of, contact_sheet,  # noqa: E402
                     decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_device,
@@ -570,11 +569,6 @@ def preview(args):
               f"next: the same command without --preview, or python train.py --data {shlex.quote(str(folder))}")
 
 
-def picture(pixels):
-    """uint8 (3, S, S) → PIL image."""
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
 def examine(row, args):
     """What a file is, for the doctor: {"size", "kind", "inverted", "burned", "text"}, or {"bad": why}. Of a DICOM's header
     nothing is kept that could name a patient."""
@@ -744,6 +738,12 @@ def cache(base, rows, pixels, args, what):
                 torch.tensor([place[row["caption"]] for row in rows], device=base.device), live)
 
 
+def pictures_of(base, jobs, args, **how):
+    """Yield a picture for each of `jobs`, drawn as the run's flags have it."""
+    usual = {"height": args.resolution, "width": args.resolution, "seed": args.seed, "batch_size": args.batch_size}
+    return generate(base, jobs, args.val_steps, args.val_guidance_scale, **usual | how)
+
+
 def class_images(base, count, args):
     """Fill --class-data up to `count` images of --class-prompt, drawn by the base as it is; what is there stays.
     Returns them, encoded."""
@@ -751,9 +751,7 @@ def class_images(base, count, args):
     free = [i for i in range(count) if not Path(args.class_data, f"class-{i:05d}.png").exists()]
     missing = [(args.class_prompt, i) for i in free[:max(0, count - there)]]
     if RANK == 0:
-        drawn = generate(base, missing, args.val_steps, args.val_guidance_scale, height=args.resolution,
-                         width=args.resolution, seed=args.seed, batch_size=args.batch_size)
-        for job, image in zip(missing, tqdm(drawn, "drawing the class", len(missing), unit="image")):
+        for job, image in zip(missing, tqdm(pictures_of(base, missing, args), "drawing the class", len(missing), unit="image")):
             save_png(image, Path(args.class_data, f"class-{job[1]:05d}.png"), args.class_prompt)
     if WORLD > 1:
         dist.barrier()
@@ -949,8 +947,7 @@ def point(name, path):
     try:
         os.link(path, temporary)
     except OSError:
-        with replacing(name) as file, open(path, "rb") as source:
-            shutil.copyfileobj(source, file)
+        copy_file(path, name)
     else:
         os.replace(temporary, name)
 
@@ -1002,10 +999,8 @@ def validation_loss(base, data, batch_size, before=None):
 
 def set_distance(base, data, args):
     """--select-by kid or fid: the distance between as many drawn images as there are validation images, and these."""
-    drawn = generate(base, [(row["caption"], i) for i, row in enumerate(data.rows)], args.val_steps,
-                     args.val_guidance_scale, height=args.resolution, width=args.resolution, seed=args.seed,
-                     batch_size=args.batch_size)
-    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in drawn])
+    jobs = [(row["caption"], i) for i, row in enumerate(data.rows)]
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in pictures_of(base, jobs, args)])
     network = load_features("inception" if args.select_by == "fid" else "texture", base.device)
     real = load(data.rows, args)[1]
     found = joint_matrices(*(extract(part, network, base.device) for part in (real, pixels)), network["standardise"])
@@ -1061,8 +1056,7 @@ def draw_grid(base, state, args, log):
     if RANK > 0 or not jobs or path.exists():
         return
     with looking(state, base, args):
-        images = list(generate(base, jobs, args.val_steps, args.val_guidance_scale, height=args.resolution,
-                               width=args.resolution, seed=args.seed, batch_size=args.batch_size))
+        images = list(pictures_of(base, jobs, args))
     grid = contact_sheet(images, [prompt for prompt, _ in jobs], columns=min(8, max(4, args.val_samples)))
     with replacing(path) as file:
         grid.save(file, "PNG")
@@ -1442,8 +1436,7 @@ def drawn_rows(base, known, name, args):
     for start in tqdm(starts, "drawing to judge", unit="batch", disable=RANK > 0, leave=False):
         batch, wanted = jobs[start:start + args.batch_size], paths[start:start + args.batch_size]
         if not all(path.exists() for path in wanted):
-            images = generate(base, batch, args.val_steps, args.val_guidance_scale, height=args.resolution,
-                              width=args.resolution, batch_size=len(batch), seed=(args.seed, str(name).split("-")[0]))
+            images = pictures_of(base, batch, args, batch_size=len(batch), seed=(args.seed, str(name).split("-")[0]))
             for image, path, (caption, _) in zip(images, wanted, batch):
                 save_png(image, path, caption)
     if WORLD > 1:
@@ -1545,8 +1538,7 @@ def save_results(state, args, data):
         save_model(best, args)
         return Path(args.out, "model")
     if args.refine and not state.best["step"]:
-        with replacing(Path(args.out, "lora.safetensors")) as file, open(args.init_lora, "rb") as before:
-            shutil.copyfileobj(before, file)
+        copy_file(args.init_lora, Path(args.out, "lora.safetensors"))
         return Path(args.out, "lora.safetensors")
     about = {"base": args.base, "rank": args.rank, "alpha": f"{args.alpha:g}", "targets": args.targets,
              "prompt": args.prompt or "", "resolution": args.resolution, "seed": args.seed, "images": len(data.rows),
@@ -1600,8 +1592,7 @@ def save_model(weights, args):
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if path.is_file() and relative.as_posix() != unet and any(fnmatch(relative.as_posix(), part) for part in PARTS):
-            with replacing(folder / relative) as file, open(path, "rb") as part:
-                shutil.copyfileobj(part, file)
+            copy_file(path, folder / relative)
     with replacing(folder / unet) as file:
         file.write(lora.to_bytes({name.removeprefix("unet."): w.cpu().contiguous() for name, w in weights.items()}, {}))
 
