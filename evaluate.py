@@ -22,10 +22,13 @@ that of blocks and grain as stored.
 import argparse
 import contextlib
 import html
+import itertools
 import json
 import os
 import platform
+import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -39,8 +42,8 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
-        "\ufeff \t").split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if (line := line.strip("\ufeff \t"))[:1] in ("", "#") else [
+        re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
     parser.error = fail
     data = parser.add_argument_group("data")
     data.add_argument("real", metavar="REAL", help="real images: a folder or a table")
@@ -82,17 +85,23 @@ def parse_args():
         args = parser.parse_args()
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
-    for flag, least, most in (("max_images", 2, 10**6), ("resolution", 64, 4096), ("permutations", 99, 10**6),
-                              ("batch_size", 1, 10**6), ("num_samples", 2, 10**6)):
+    for flag, least, most in (("max_images", 2, 10**6), ("resolution", 64, 4096), ("permutations", 99, 10**6), ("steps", 1, 999),
+                              ("batch_size", 1, 10**6), ("num_samples", 2, 10**6), ("guidance_scale", 0, 1000)):
         if getattr(args, flag) is not None and not least <= getattr(args, flag) <= most:
-            fail(f"--{flag.replace('_', '-')} {getattr(args, flag)}: give a number from {least} to {most}")
+            fail(f"--{flag.replace('_', '-')} {getattr(args, flag):g}: give a number from {least} to {most}")
     if not args.generated and not args.checkpoint:
         fail("nothing to compare REAL with: give GENERATED, one or more folders, or --checkpoint")
+    for path in filter(None, (args.out, args.json)):   # now, not after an hour
+        folder = os.path.dirname(os.path.abspath(path))
+        if os.path.isdir(path) or os.path.isdir(folder) and not os.access(folder, os.W_OK):
+            fail(f"{path}: is a directory, or in one that cannot be written to; give another --out or --json")
     return args
 
 
 if __name__ == "__main__":
     args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
+        signal.signal(number, lambda *_: os._exit(130))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -135,10 +144,13 @@ def read_bands(path):
     if path is None:
         return BANDS
     try:
-        return {row["metric"].replace("-", "_"): tuple(float(row[word]) for word in ("excellent", "good", "fair"))
-                for row in read_table(path)}
+        found = {row["metric"].replace("-", "_"): tuple(float(row[word]) for word in ("excellent", "good", "fair"))
+                 for row in read_table(path)}
     except (KeyError, ValueError):
         fail(f"--bands {path}: needs the columns metric,excellent,good,fair and numbers in the last three")
+    for name in found.keys() - {"fid", *METRICS}:
+        fail(f"--bands {path}: no metric {name!r}; there are fid, {', '.join(METRICS)}")
+    return {"fid": found["frechet"]} | found if "frechet" in found else found
 
 
 def band(limits, value, lower_is_better):
@@ -160,8 +172,9 @@ def at_most(path, rows, args):
 def list_real(args):
     """(the rows to compare with, the rows that the generator learnt from) by --split and --train-data."""
     rows, known = list_images(args.real, group_column=args.group_column), None
-    if args.by not in (None, "label", *rows[0]["fields"]):
-        fail(f"--by {args.by}: {args.real} has no such column; it has {', '.join(rows[0]['fields']) or 'no table'}")
+    columns = dict.fromkeys(name for row in rows for name in row["fields"])
+    if args.by not in (None, "label", *columns):
+        fail(f"--by {args.by}: {args.real} has no such column; it has {', '.join(columns) or 'no table'}")
     if args.split:
         read_split(rows, args.split)
         known, rows = ([row for row in rows if (row["split"] in ("val", "test")) == held] for held in (False, True))
@@ -176,23 +189,28 @@ def list_real(args):
 
 
 def draw_checkpoints(args):
-    """Folders of images, one a checkpoint, drawn with the prompts that validated the run; they are kept."""
+    """[(folder, rows of --num-samples images)], one a checkpoint, drawn with the prompts that validated the run; they are
+    kept."""
     import sample
     found = [Path(args.checkpoint)]
     if os.path.isdir(args.checkpoint):
         found = [path for place in (".", "checkpoints") for path in sorted(Path(args.checkpoint, place).glob("step-*.pt"))]
     if not found or not found[0].is_file():
         fail(f"--checkpoint {args.checkpoint}: no checkpoint there; give a file, a run's folder or its checkpoints/")
-    folders = []
+    drawn = []
     for path in found:
-        prompts = sample.read_checkpoint(path)[1].get("val_prompts") or [""]
-        folders.append(str(Path(args.out).with_suffix("")) + f"-samples/{path.parent.parent.name}-{path.stem}")
+        prompts, of_prompt = sample.read_checkpoint(path)[1].get("val_prompts") or [""], {}
+        folder = str(Path(args.out).with_suffix("")) + f"-samples/{path.parent.parent.name}-{path.stem}"
         sample.main(sample.parse_args([
             "--checkpoint", str(path), *(f"--prompt={prompt}" for prompt in prompts), "--num-images",
             str(-(-args.num_samples // len(prompts))), "--steps", str(args.steps), "--guidance-scale",
             str(args.guidance_scale), "--batch-size", str(args.batch_size), "--device", args.device, "--seed",
-            str(args.seed), "--out", folders[-1]]))
-    return folders
+            str(args.seed), "--out", folder]))
+        for row in list_images(folder):
+            of_prompt.setdefault(row["caption"], []).append(row)
+        in_turn = [row for turn in itertools.zip_longest(*of_prompt.values()) for row in turn if row]
+        drawn.append((folder, in_turn[:args.num_samples]))
+    return drawn
 
 
 def load_set(path, rows, resolution, networks, args, device, drawn=None):
@@ -207,9 +225,8 @@ def load_set(path, rows, resolution, networks, args, device, drawn=None):
             if not np.isfinite(vector).all():
                 fail(f"{row['path']}: its features are not finite: are the weights of --features {args.features} sound?")
         return good, pixels, found
-    if drawn is not None:   # one range of grey values for all parts
-        ranges, order = find_range(rows), torch.randperm(len(rows), generator=generator(args.seed, "drawn")).tolist()
-        rows = [{**rows[n], "range": ranges.get(rows[n]["path"])} for n in order]
+    if drawn is not None:
+        rows = [rows[n] for n in torch.randperm(len(rows), generator=generator(args.seed, "drawn")).tolist()]
     kept, pixels, features = read(rows[:drawn])
     rest = [read(rows[n:n + 500])[2].astype(np.float32) for n in range(drawn or len(rows), len(rows), 500)]
     if len(kept) < 2:
@@ -226,7 +243,7 @@ def joint_of(real, fake, names, networks, args, device):
     sets, needs = (real["pixels"], fake["pixels"]), {METRICS[name][2] for name in names}
     joint = {name: {"features": pooled(seen(real), seen(fake), True)} for name, seen in (
         ("colour", lambda part: colour(part["pixels"])),
-        ("artefacts", lambda part: np.array([row["measured"] for row in part["rows"]])))}
+        ("artefacts", lambda part: np.array([row["measured"] for row in part["rows"]]))) if name in needs}
     if "lpips" in needs:   # first: it takes the most memory
         small = sets
         if networks["lpips"]["name"] == "random":  # its filters know no scale: the smallest size serves
@@ -244,8 +261,6 @@ def joint_of(real, fake, names, networks, args, device):
         joint["logits"] = joint["features"] @ networks["features"]["head"].T
     if "captions" in needs:
         captions = [row["caption"] for row in fake["rows"]]
-        if not any(captions):
-            fail(f"--metrics clip_score: {fake['path']} has no captions: it needs sample.py's manifest.csv, or metadata.csv")
         joint["captions"] = caption_scores(fake["pixels"], captions, args.clip, device, args.batch_size)
     return joint
 
@@ -269,7 +284,7 @@ HEADER = ("metric", "better", "value", "band", "by chance: median [95 %]", "exce
 def evaluate_set(real, fake, known, args, names, networks, device):
     """One generated set against the real one: its entry of the report; known: the set searched for copies."""
     entry = {"path": fake["path"], "n": fake["n"], "real_n": real["n"], "metrics": {}, "table": [], "halves": None,
-             "memorisation": memorisation(known, fake, known is real)}   # the largest matrices come and go first
+             "memorisation": memorisation(known, fake, not (args.split or args.train_data))}   # the largest matrices come and go first
     large = {}
     if real["every"] is not None:
         large = large_values(real["every"], fake.pop("every"), networks["features"]["standardise"])
@@ -289,7 +304,7 @@ def evaluate_set(real, fake, known, args, names, networks, device):
         limits = None if label == "lpips_nearest" and args.lpips == "random" and not args.bands else args.limits.get(label)
         f |= {"real_vs_real": middle[0], "band": band(limits, f["value"], lower_is_better)}
         entry["metrics"][label] = f
-        error = f" ± {number(kid(joint['features'][:n], joint['features'][n:])[1], 2)}" if name == "kid" else ""
+        error = f" ± {number(kid(joint['features'][:n], joint['features'][n:])[1], 2)}" if name == "kid" and not large else ""
         chances = [("≤" if f[p] <= 1 / (1 + args.permutations) else "") + f"{f[p]:.2g}" for p in ("p_high", "p_low")]
         entry["table"].append((label, "lower" if lower_is_better else "higher", number(f["value"], 4) + error,
                                f["band"] or "–",
@@ -339,10 +354,10 @@ def are_copies(entry):
 def values_of(row, column):
     """The subgroups that an image belongs to: findings one by one, an age as its decade."""
     text = row["label"] if column == "label" else row["fields"].get(column, "")
-    if column != "age":
+    if column.lower() != "age":
         return [part.strip() for part in text.split("|") if part.strip()]
-    digits = "".join(c for c in text.split(".")[0] if c.isdigit())
-    return [f"{int(digits) // 10 * 10}–{int(digits) // 10 * 10 + 9}"] if digits else []
+    decade = int((re.search(r"[0-9]+", text) or ["-1"])[0]) // 10 * 10
+    return [f"{decade}–{decade + 9}"] * (decade >= 0)
 
 
 def subgroups(joint, real, fake, args, least=10):
@@ -433,12 +448,14 @@ def utility_parts(real, known, fake, networks, args, device, least=5):
 
 
 def fit_arms(parts, args, steps=200):
-    """{classifier: {share: (orders, balanced accuracy)}}: orders, a class each, hold how often a positive test image scores
-    above a negative one, (positive, negative), the mean over seeds; their weighted mean is the AUROC."""
+    """{classifier: {share: (orders, hits)}}, means over seeds. orders: a class each, how often a positive test image scores
+    above a negative one, (positive, negative); their weighted mean is the AUROC. hits: (classes, N), how often a test image
+    is told right."""
     train, test, fake = parts
     shares = [share for share in SHARES if share * len(train["rows"]) <= 100 * len(fake["rows"])]
     count = test["targets"].shape[1]
     found = {name: {share: [[0] * count, 0] for share in shares} for name in ("linear probe", "small CNN")}
+    positive = test["targets"].T > 0
     for seed, share in tqdm([(seed, share) for seed in range(SEEDS) for share in shares], desc="utility", disable=None):
         added = torch.randperm(len(fake["rows"]), generator=generator(args.seed, "added", seed))
         added = added[:share * len(train["rows"]) // 100]
@@ -448,19 +465,36 @@ def fit_arms(parts, args, steps=200):
                         torch.from_numpy(targets).float().to(train["small"].device), steps, (args.seed, seed))
         for name, scores in (("linear probe", probe(test["features"])), ("small CNN", cnn(test["small"]))):
             arm = found[name][share]
-            for k, (s, y) in enumerate(zip(scores.T, test["targets"].T > 0)):
+            for k, (s, y) in enumerate(zip(scores.T, positive)):
                 arm[0][k] = arm[0][k] + np.heaviside(s[y][:, None] - s[~y], 0.5) / SEEDS
-                arm[1] += ((s[y] > 0).mean() + (s[~y] <= 0).mean()) / (2 * SEEDS * count)
+            arm[1] = arm[1] + ((scores.T > 0) == positive) / SEEDS
     return found
 
 
 def aurocs(orders, targets, weights):
-    """AUROC under each row of weights (B, test images): (B,), the classes' mean."""
+    """AUROC under each row of weights (B, test images): (B,), the mean of the classes that have both kinds, NaN without."""
     each = []
     for order, y in zip(orders, targets.T > 0):
         first, second = weights[:, y], weights[:, ~y]
-        each.append(((first @ order) * second).sum(1) / np.maximum(first.sum(1) * second.sum(1), 1e-12))
-    return np.mean(each, 0)
+        pairs = first.sum(1) * second.sum(1)
+        each.append(np.where(pairs > 0, ((first @ order) * second).sum(1) / np.maximum(pairs, 1e-12), np.nan))
+    return mean_known(each)
+
+
+def balanced_accuracies(hits, targets, weights):
+    """Balanced accuracy under each row of weights, as `aurocs`; hits: (classes, test images) in [0, 1]."""
+    each = []
+    for hit, y in zip(hits, targets.T > 0):
+        sums = [weights[:, kind].sum(1) for kind in (y, ~y)]
+        rates = [weights[:, kind] @ hit[kind] / np.maximum(total, 1e-12) for kind, total in zip((y, ~y), sums)]
+        each.append(np.where(np.minimum(*sums) > 0, sum(rates) / 2, np.nan))
+    return mean_known(each)
+
+
+def mean_known(values):
+    """The mean of (K, B) over K without what is NaN: (B,), NaN where all are."""
+    known = np.isfinite(values).sum(0)
+    return np.where(known > 0, np.nansum(values, 0) / np.maximum(known, 1), np.nan)
 
 
 def resamples(rows, args, count=1000):
@@ -483,12 +517,15 @@ def utility(real, known, fake, networks, args, device):
         views.append((group, range(len(classes)), inside, inside.sum()))
     for name, arms in fit_arms(parts, args).items():
         boots = {share: aurocs(orders, test["targets"], weights) for share, (orders, _) in arms.items()}
+        right = {share: balanced_accuracies(hits, test["targets"], weights) for share, (_, hits) in arms.items()}
         found["rows"][name] = rows = []
         for share, values in boots.items():
-            (low, high), gains = np.quantile(values[1:], (0.025, 0.975)).tolist(), values - boots[0]
-            gain_low, gain_high = np.quantile(gains[1:], (0.005, 0.995)).tolist()
-            rows.append({"share": share, "auroc": float(values[0]), "low": low, "high": high, "gain": float(gains[0]),
-                         "gain_low": gain_low, "gain_high": gain_high, "balanced_accuracy": float(arms[share][1])})
+            low, high = np.nanquantile(values[1:], (0.025, 0.975)).tolist()
+            row = {"share": share, "auroc": float(values[0]), "low": low, "high": high}
+            for which, gains in (("", values - boots[0]), ("balanced_", right[share] - right[0])):
+                row |= {f"{which}gain": float(gains[0]), **dict(zip(
+                    (f"{which}gain_low", f"{which}gain_high"), np.nanquantile(gains[1:], (0.005, 0.995)).tolist()))}
+            rows.append(row | {"balanced_accuracy": float(right[share][0])})
         found["said"].append(f"{name}: " + dose_sentence(rows, boots))
         best = max(arms, key=lambda share: boots[share][0])
         for title, which, counted, count in views:
@@ -509,7 +546,7 @@ def dose_sentence(rows, boots):
         return (f"no gain (AUROC {rows[0]['auroc']:.3f} on real images alone, at best {best['auroc']:.3f} with "
                 f"{best['share']} % generated ones, within chance)"
                 + (f"; from {harm[0]} % on they do harm" if harm else ""))
-    enough = next(row["share"] for row in rows[1:] if np.quantile(boots[best["share"]] - boots[row["share"]], 0.005) <= 0)
+    enough = next(row["share"] for row in rows[1:] if np.nanquantile(boots[best["share"]] - boots[row["share"]], 0.005) <= 0)
     return (f"AUROC rises from {rows[0]['auroc']:.3f} to {best['auroc']:.3f} with {best['share']} % generated images (gain "
             f"{best['gain']:.3f}, 99 % interval {best['gain_low']:.3f} to {best['gain_high']:.3f})"
             + (f"; more than {enough} % adds nothing: stop at {enough} %" if enough < rows[-1]["share"] else ""))
@@ -538,10 +575,13 @@ def copies_sentence(found):
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    figures, main, said = entry["metrics"], next(iter(entry["metrics"])), []
-    f, worse = figures[main], {name for name in figures if figures[name]["p_high"] <= 0.05}
-    beside = f"{main} is {number(f['excess'] + f['null'])}, chance alone gives {number(f['null'])}"
-    if entry["copies"]:
+    figures, said = entry["metrics"], []
+    main = next((name for name in figures if name != "clip_score"), None)   # beside shuffled captions: of words, not sets
+    f, worse = figures.get(main), {name for name in figures if figures[name]["p_high"] <= 0.05}
+    beside = f and f"{main} is {number(f['excess'] + f['null'])}, chance alone gives {number(f['null'])}"
+    if not f:
+        said.append("Whether these images can be told from the real ones was not measured.")
+    elif entry["copies"]:
         said.append(f"These images lie closer to the real ones than fresh ones would ({beside}): they may be copies. "
                     "Look at the nearest pairs.")
     elif main not in worse:
@@ -564,8 +604,8 @@ def verdict(entry):
 def compare(entries, names):
     """Rows of the ranking: excess of the first metric with a 95 % interval, and whether the first set is really better.
 
-    The spread over random halves of a set is the delete-half jackknife's error of the whole; all sets meet the same halves
-    of the real one, so that differences are paired.
+    The spread over random halves of a set is the delete-half jackknife's error of the whole; sets of one size meet the same
+    halves of the real one, so that differences are paired.
     """
     def steps(entry):
         return entry["halves"][1] - entry["halves"][0] if entry["halves"] else np.full(HALVES, np.nan)
@@ -597,8 +637,8 @@ def methods(args, settings, real, entries):
              if real["every"] is not None else "")
     used = ("" if not args.utility else " Utility: ridge regression on the features and a convolutional network of three "
             f"layers (200 steps of 32 images at 64 pixels, whatever the dose), {SEEDS} paired seeds, held-out real images"
-            + ("" if args.split else ", 30 % by patient, which the generator may have learnt from (no --split)")
-            + "; intervals from 1000 bootstraps of the held-out patients.")
+            + ("" if args.split else f", 30 %{' by patient' * bool(patients)}, which the generator may have learnt from (no --split)")
+            + f"; intervals from 1000 bootstraps of the held-out {'patients' if patients else 'images'}.")
     return (f"Real images: {args.real}, {entries[0]['real_n']} of {patients or 'unknown'} patients (SHA-256 "
             f"{settings['real_hash'][:12]}). Generated images: {sets}. All were cropped to their central square and resized to "
             f"{settings['resolution']} pixels (Lanczos); {args.resize} resizing before the network. "
@@ -661,10 +701,10 @@ def utility_section(found):
              f"{found['sizes'][1]} held-out real ones.</p>", *(f"<p>{html.escape(line)}.</p>" for line in found["said"]),
              curve(lines, "generated images added, % of the real ones", "AUROC")]
     for name, rows in found["rows"].items():
-        parts.append("<br>" + table((name, "AUROC [95 %]", "gain [99 %]", "balanced accuracy"), [
-            (f"{row['share']} %", f"{row['auroc']:.3f} [{row['low']:.3f} – {row['high']:.3f}]",
-             f"{row['gain']:+.3f} [{row['gain_low']:+.3f} – {row['gain_high']:+.3f}]", f"{row['balanced_accuracy']:.3f}")
-            for row in rows]))
+        parts.append("<br>" + table((name, "AUROC [95 %]", "gain [99 %]", "balanced accuracy", "gain [99 %]"), [
+            (f"{row['share']} %", f"{row['auroc']:.3f} [{row['low']:.3f} – {row['high']:.3f}]", f"{row['gain']:+.3f} "
+             f"[{row['gain_low']:+.3f} – {row['gain_high']:+.3f}]", f"{row['balanced_accuracy']:.3f}", f"{row['balanced_gain']:+.3f} "
+             f"[{row['balanced_gain_low']:+.3f} – {row['balanced_gain_high']:+.3f}]") for row in rows]))
     return "".join([*parts, table(("classifier", "label or subgroup", "test images", "AUROC, real alone",
                                    "with generated ones"), found["views"])])
 
@@ -766,6 +806,16 @@ def describe(args, names, networks, resolution, native, device):
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
+def check_sets(args, names, real_rows, sets):
+    """Stop, before anything is computed, where a set lacks what a flag asks of it."""
+    for path, rows in [(args.real, real_rows), *sets]:
+        if args.utility and not any(row["label"] for row in rows):
+            fail(f"--utility: no labels in {path}: it needs a column label, or a folder for each class")
+    for path, rows in sets:
+        if "clip_score" in names and not any(row["caption"] for row in rows):
+            fail(f"--metrics clip_score: {path} has no captions: it needs sample.py's manifest.csv, or metadata.csv")
+
+
 def share_out(rows, resolution, networks, args, device):
     """Under torchrun every process computes the features of its part into the cache; True for the one that goes on."""
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -803,15 +853,20 @@ def main(args):
     device, names, args.limits = pick_device(args.device), chosen_metrics(args.metrics), read_bands(args.bands)
     networks = load_networks(args, names, device)
     real_rows, known_rows = list_real(args)
-    args.generated = args.generated + (draw_checkpoints(args) if args.checkpoint else [])
-    fake_rows = [at_most(path, list_images(path), args) for path in args.generated]
-    everything = sum(fake_rows, real_rows)
-    resolution = args.resolution or pick_resolution(real_rows, *fake_rows)
+    sets = [(path, list_images(path)) for path in args.generated] + (draw_checkpoints(args) if args.checkpoint else [])
+    sets = [(path, at_most(path, rows, args)) for path, rows in sets]
+    check_sets(args, names, real_rows, sets)
+    for _, rows in [(args.real, real_rows), *sets]:   # one range of grey values for all parts of a set
+        ranges = find_range(rows)
+        for row in rows:
+            row["range"] = ranges.get(row["path"])
+    everything = sum((rows for _, rows in sets), real_rows)
+    resolution = args.resolution or pick_resolution(real_rows, *(rows for _, rows in sets))
     if not share_out(everything, resolution, networks, args, device):
         return
     native = all(has_side(row, resolution) for row in everything)
     settings = describe(args, names, networks, resolution, native, device) | {"real_hash": set_hash(real_rows)}
-    drawn = DRAWN if max(len(rows) for rows in fake_rows) + len(real_rows) > LARGE else None
+    drawn = DRAWN if max(len(rows) for _, rows in sets) + len(real_rows) > LARGE else None
     real = load_set(args.real, real_rows, resolution, networks, args, device, drawn)
     known = real
     if known_rows is not None:   # searched for copies, read small
@@ -820,7 +875,7 @@ def main(args):
     if drawn:
         print(f"values of all images; null, excess, p, SSIM, LPIPS and copies of {DRAWN} drawn from each set")
     entries = []
-    for path, rows in zip(args.generated, fake_rows):
+    for path, rows in sets:
         if os.path.realpath(path) == os.path.realpath(args.real):
             print(f"{path} is the REAL set itself: these are the figures of perfect copies")
         fake = load_set(path, rows, resolution, networks, args, device, drawn)

@@ -18,6 +18,9 @@ with whole patients or prompts left out, calibrated to a probability. Ratings th
 or that merely repeat who rated or what, give none. From metrics: reading, features, the quality head, the page.
 """
 import argparse
+import os
+import re
+import signal
 import sys
 
 
@@ -30,8 +33,8 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
-        "\ufeff \t").split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if (line := line.strip("\ufeff \t"))[:1] in ("", "#") else [
+        re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
     parser.error = fail
     parser.add_argument("generated", nargs="?", metavar="GENERATED", help="a folder, CSV or manifest.csv of sample.py")
     parser.add_argument("--reference", metavar="REAL", help="the real images, in any form of train.py")
@@ -55,7 +58,7 @@ def parse_args():
     how.add_argument("--move", action="store_true", help="move the kept images; --undo puts them back")
     how.add_argument("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
     left.add_argument("--mix", metavar="REAL", help="put these real images beside the kept ones")
-    left.add_argument("--share", type=float, default=25, help="per cent of a --mix that is generated (25)")
+    left.add_argument("--share", type=float, help="per cent of a --mix that is generated (25)")
     left.add_argument("--undo", metavar="DECISIONS", help="put back what --move took away")
     rate = parser.add_argument_group("experts' ratings")
     rate.add_argument("--rating-page", metavar="HTML", help="write a page on which an expert rates GENERATED")
@@ -64,7 +67,7 @@ def parse_args():
     rate.add_argument("--rated", nargs="+", default=[], metavar="CSV", help="leave out what these ratings hold")
     rate.add_argument("--agreement", nargs="+", metavar="CSV", help="weighted kappa; real and generated told apart?")
     rate.add_argument("--fit", nargs="+", metavar="CSV", help="learn a selector from ratings")
-    rate.add_argument("--good", type=int, choices=[2, 3], default=3, help="from which rating on an image is good (3)")
+    rate.add_argument("--good", type=int, choices=[2, 3], help="from which rating on an image is good (3)")
     rate.add_argument("--force", action="store_true", help="write a selector in spite of objections, and mark it")
     how = parser.add_argument_group("how")
     how.add_argument("--features", default="texture", help="texture, vgg-random, inception or a weight file's path")
@@ -102,9 +105,12 @@ def check_args(args):
              + (args.generated if len(modes) == 1 else f"--{modes[0].replace('_', '-')}"))
     if modes == ["rating_page"] and not args.generated or not modes and not (args.generated and args.reference):
         fail("give GENERATED, a folder of images" + ("" if modes else ", and --reference, the real ones"))
-    for flag in ("min_quality", "min_alignment"):
-        if getattr(args, flag) is not None and not args.selector:
-            fail(f"--{flag.replace('_', '-')}: needs --selector, a file that --fit wrote")
+    for needed, flags in (("selector", ("min_quality", "min_alignment")), ("mix", ("share",)), ("fit", ("good", "force")),
+                          ("rating_page", ("suggest", "blind", "rated"))):
+        alone = [flag for flag in flags if getattr(args, flag) not in (None, False, [])]
+        if alone and not getattr(args, needed):
+            fail(f"--{alone[0].replace('_', '-')}: needs --{needed.replace('_', '-')}")
+    args.share, args.good = args.share or 25, args.good or 3
     if args.mix and (args.move or args.dry_run):
         fail("--mix copies or links: it goes with neither --move nor --dry-run")
     if not (modes or args.calibrate or args.drop_copies or args.drop_duplicates or args.selector or args.keep
@@ -115,6 +121,8 @@ def check_args(args):
 
 if __name__ == "__main__":
     args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
+        signal.signal(number, lambda *_: os._exit(130))
 
 import base64  # noqa: E402
 import errno  # noqa: E402
@@ -122,8 +130,6 @@ import hashlib  # noqa: E402
 import html  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
 import shlex  # noqa: E402
 from collections import Counter  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -166,7 +172,8 @@ def best_and_diverse(vectors, quality, count):
     The greedy mode of a determinantal point process (Chen et al. 2018) with kernel q_i q_j exp(-|x_i - x_j|^2 / 2s),
     s the median squared distance. Deterministic; ties go to the first.
     """
-    x = (vectors / np.sqrt(np.median(squared_distances(vectors[:500], vectors[:500])) + 1e-12)).astype(np.float32)
+    x, apart = vectors - vectors.mean(0), squared_distances(vectors[:500], vectors[:500])
+    x = (x / np.sqrt(np.median(apart[apart > 0]) if apart.any() else 1)).astype(np.float32)   # equal images tell no scale
     halves, gain, chosen = np.square(x).sum(1) / 2, 2 * np.log(quality), []
     left, rows = np.ones(len(x), np.float32), np.zeros((count, len(x)), np.float32)
     for t in range(count):
@@ -247,8 +254,8 @@ def clear(wanted, candidates, out):
 
 def leave_images(entries, out, how):
     """Put the images into `out` with their metadata.csv. entries: [(name below out, row, is it generated)]."""
-    for name, row, _ in entries:
-        place(row["path"], out / name, how)
+    for name, path in {name: row["path"] for name, row, _ in entries}.items():   # a table may name a file twice
+        place(path, out / name, how)
     roles = {"synthetic", *itertools.chain(*COLUMNS.values())}
     extra = list(dict.fromkeys(field for _, row, _ in entries for field in row["fields"] if field.lower() not in roles))
     write_csv(out / "metadata.csv", ["file_name", "text", "label", "patient_id", "synthetic", *extra],
@@ -264,6 +271,11 @@ def list_real(data, args):
     return [row for row in rows if row.get("split") != "test"]
 
 
+def home_of(data):
+    """The folder of a data set, or of its table."""
+    return Path(data if os.path.isdir(data) else Path(data).parent).resolve()
+
+
 def read_sets(args):
     """(selector or None, real rows, their pixels, all generated rows, the readable ones, their pixels)."""
     selector = load_selector(args.selector) if args.selector else None
@@ -271,6 +283,9 @@ def read_sets(args):
     if size and args.resolution not in (None, size):
         fail(f"--resolution {args.resolution}: the selector judges at {size} pixels")
     real_rows, all_rows = list_real(args.reference, args), list_images(args.generated)
+    for row in all_rows:
+        if "\\" in row["file_name"]:   # written on Windows
+            row["file_name"] = os.path.relpath(row["path"], home_of(args.generated))
     absolute = [row["file_name"] for row in all_rows if Path(row["file_name"]).is_absolute()]
     if absolute:
         fail(f"{args.generated}: names absolute paths, such as {absolute[0]}; kept images need names below --out")
@@ -315,11 +330,12 @@ def decide(selector, real_rows, real, rows, fake, wanted, args):
 
 def filter_images(args):
     """The main job: read both sets, decide, leave the kept images and say why the others went."""
-    out, root = Path(args.out).resolve(), Path(args.generated if os.path.isdir(args.generated) else
-                                               Path(args.generated).parent).resolve()
-    for folder in filter(None, (args.generated, args.reference, args.mix)):
-        if out == Path(folder).resolve() or Path(folder).resolve() in out.parents:
-            fail(f"--out {args.out} lies in {folder}: its images would be read again; give another folder")
+    out, root = Path(args.out).resolve(), home_of(args.generated)
+    for data in filter(None, (args.generated, args.reference, args.mix)):
+        if out in (home_of(data), *home_of(data).parents):
+            fail(f"--out {args.out} holds {data}: what is refused would be taken from there; give another folder")
+        if Path(data).resolve() in out.parents:
+            fail(f"--out {args.out} lies in {data}: its images would be read again; give another folder")
     if (out / "decisions.csv").is_file() and any(row.get("moved_from") for row in read_table(out / "decisions.csv")):
         if args.dry_run:
             fail(f"{args.out}: holds what a --move took: --undo {args.out}/decisions.csv, or give another --out")
@@ -524,6 +540,9 @@ def agreement(args):
             print(f"{a}, {b}: {len(both)} shared images, too few")
             continue
         draws = torch.randint(len(both), (1000, len(both)), generator=generator(args.seed, "kappa", a, b)).numpy()
+        if np.isnan(kappa(*both.T)):
+            print(f"{a}, {b}: one and the same rating for all {len(both)} shared images: no kappa")
+            continue
         low, high = np.nanpercentile([kappa(*both[draw].T) for draw in draws], (2.5, 97.5))
         print(f"{a}, {b}: weighted kappa {kappa(*both.T):.2f}, 95 % {low:.2f} to {high:.2f}, {len(both)} shared images")
     for rater in raters:
@@ -601,15 +620,18 @@ def best_prediction(maps, y, weights):
     return np.take_along_axis(found, best[None, None], 0)[0], best
 
 
-def auroc(scores, good, strata):
-    """Share of (good, bad) pairs of one stratum that the scores order right, ties half: scores, good (n, m) -> (m,)."""
+def auroc(scores, good, strata, without=0.0):
+    """Share of (good, bad) pairs of one stratum that the scores order right, ties half: scores, good (n, m) -> (m,).
+
+    without: the answer where there is no such pair.
+    """
     right, pairs = np.zeros(scores.shape[1]), np.zeros(scores.shape[1])
     for stratum in np.unique(strata):
         s, g = scores[strata == stratum], good[strata == stratum]
         positive = g.sum(0)
         right += (stats.rankdata(s, axis=0) * g).sum(0) - positive * (positive + 1) / 2
         pairs += positive * (len(g) - positive)
-    return right / np.maximum(pairs, 1)
+    return np.where(pairs > 0, right / np.maximum(pairs, 1), without)
 
 
 def cross_validate(x, y, weights, good, groups, strata, seed):
@@ -627,9 +649,9 @@ def cross_validate(x, y, weights, good, groups, strata, seed):
     names, numbers = np.unique(groups, return_inverse=True)
     draws = torch.randint(len(names), (500, len(names)), generator=generator(seed, "interval")).numpy()
     members = [np.flatnonzero(numbers == n) for n in range(len(names))]
-    again = [auroc(own[i][:, None], good[i][:, None], strata[i])[0]
+    again = [auroc(own[i][:, None], good[i][:, None], strata[i], np.nan)[0]
              for i in (np.concatenate([members[n] for n in draw]) for draw in draws)]
-    measured = dict(auroc=float(values[0]), ci=[float(v) for v in np.percentile(again, (2.5, 97.5))],
+    measured = dict(auroc=float(values[0]), ci=np.nanpercentile(again, (2.5, 97.5)).tolist(),
                     perm_p=float((values[1:] >= values[0]).sum() + 1) / 500, spearman=float(stats.spearmanr(own, y)[0]))
     return measured, own, PENALTIES[best[0]]
 
@@ -669,12 +691,13 @@ def fit_alignment(rows, z, seed):
     """
     keys = [text_key(row["label"] or row["caption"]) for row in rows]
     classes = sorted(key for key, count in Counter(keys).items() if key and count >= 8)
-    if len(classes) < 2:
-        return {"align.proto": np.zeros((0, z.shape[1])), "align.bias": [], "align.logit": [1.0]}, [], {}
     used = [i for i, key in enumerate(keys) if key in classes]
+    groups = [rows[i]["group"] or f"\0{i}" for i in used]
+    if min(len(classes), len(set(groups))) < 2:
+        return {"align.proto": np.zeros((0, z.shape[1])), "align.bias": [], "align.logit": [1.0]}, [], {}
     own, z, weights = np.array([classes.index(keys[i]) for i in used]), z[used], np.ones(len(used))
     y = np.eye(len(classes))[own]
-    maps = out_of_fold(z, weights, [rows[i]["group"] or f"\0{i}" for i in used], seed)
+    maps = out_of_fold(z, weights, groups, seed)
     best = int(np.square(maps @ y - y).sum((1, 2)).argmin())
     scores, inside = maps[best] @ y, (np.arange(len(own)), own)
     sharp = np.exp(optimize.minimize_scalar(

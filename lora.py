@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 
 
@@ -31,8 +32,8 @@ def fail(message):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
-        "\ufeff \t").split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if (line := line.strip("\ufeff \t"))[:1] in ("", "#") else [
+        re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
     parser.error = fail
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False) for name, text in (
@@ -63,6 +64,8 @@ def parse_args():
 
 if __name__ == "__main__":
     args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
+        signal.signal(number, lambda *_: os._exit(130))
 
 import torch  # noqa: E402
 from safetensors import SafetensorError, safe_open  # noqa: E402
@@ -566,6 +569,9 @@ def info(path):
 
 
 def main(args):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8
     try:
         if args.command == "info":
             return info(args.file)

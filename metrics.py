@@ -95,9 +95,10 @@ def generator(seed, *key):
 
 def guarded(main, args):
     """Run main(args); what a user, a disk or a signal did ends in one line, what a bug did in a traceback."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):   # a terminal that is not UTF-8 ends no run
+        stream.reconfigure(errors="replace")
     try:
         main(args)
     except KeyboardInterrupt:
@@ -109,8 +110,8 @@ def guarded(main, args):
         others = [name for name in ("gradient_checkpointing", "precision") if name in vars(args)]
         flags = " or --".join(["a smaller --batch-size", *others]).replace("_", "-")
         fail(f"the GPU's memory is full: try {flags}")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
         fail("the memory is full: try a smaller --resolution or --batch-size")
     except OSError as error:
@@ -466,7 +467,7 @@ def leave_out(bad, count, strict, message):
 
 def list_folder(folder):
     """Rows of the images below a folder; the label is the name of the first subfolder."""
-    rows = []
+    rows, odd = [], []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
@@ -478,6 +479,9 @@ def list_folder(folder):
             file_name = Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
             label = file_name.split("/")[0] if "/" in file_name else ""
             rows.append(dict(path=path, file_name=file_name, caption="", label=label, group="", fields={}))
+            odd += [ascii(file_name)] * (file_name.encode(errors="replace").decode() != file_name)
+    if odd:   # no table could name them
+        fail(f"{folder}: {len(odd)} files have names that are not UTF-8, such as {odd[0]}: rename them")
     return sorted(rows, key=lambda row: row["file_name"])
 
 
@@ -513,7 +517,7 @@ def read_csv(path, text, caption_column):
         header = [name.strip() for name in next(reader, [])]
         name = caption_column or find_column(header, "caption")
         place = header.index(name) if name in header else None
-        for cells in filter(None, reader):
+        for cells in filter(any, reader):
             surplus = len(cells) - len(header)
             if surplus > 0 and not any(cells[len(header):]):  # a spreadsheet's empty columns
                 cells = cells[:len(header)]
@@ -721,7 +725,7 @@ def read_split(rows, path):
     """Set row["split"] as a run's split.csv (file_name, group, split) has it; fail() where it names none of the images."""
     known = {cells.get("file_name"): cells.get("split") for cells in read_table(path)}
     for row in rows:
-        row["split"] = known.get(row["file_name"]) or ""
+        row["split"] = known.get(row["path"]) or known.get(row["file_name"]) or ""
     if not any(row["split"] for row in rows):
         fail(f"--split {path}: names none of these {len(rows)} images, such as {rows[0]['file_name']}; "
              "give the same data folder as train.py had")
@@ -790,7 +794,7 @@ def find_range(rows):
     for kind, ends in kinds.items():
         if ends:
             low, high = (float(pick(end[n] for end in ends.values())) for n, pick in enumerate((min, max)))
-            print(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
+            note(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
             ranges |= dict.fromkeys(ends, (low, high))
     return ranges
 
@@ -830,6 +834,8 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
         note(f"skipped: {error}")
     if bad and (strict or len(bad) > BAD_SHARE * len(rows)):
         fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
+    if len(bad) > 1:
+        note(f"{len(bad)} of {len(rows)} images cannot be read: left out")
     if discless:
         note(f"{len(discless)} of {len(rows)} images show no disc of a fundus: padded whole, such as {min(discless)}")
     return [rows[n] for n in good], pixels[good] if bad else pixels
@@ -1134,7 +1140,7 @@ def load_lpips(net, device):
         trunk_path, linear_path = lpips_files(net)
         if not trunk_path or not linear_path:
             fail(f"--lpips {net}: needs torchvision's {file} in {CACHE} and the linear layers of the package lpips "
-                 "(pip install lpips); --lpips random needs neither")
+                 "(pip install lpips); evaluate.py and filter.py can do without: --lpips random")
         state = load_weights(trunk_path, file.split("-")[-1][:8])
         state = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
         trunk, linear = trunk_of(kind, state), load_weights(linear_path, digest)
@@ -1264,7 +1270,7 @@ def frechet(first, second):
     means, roots, traces = [x.mean(0, dtype=np.float64) for x in (first, second)], [], 0.0
     for x, mean in zip((first, second), means):
         root = np.empty((0, x.shape[1]))
-        for part in np.array_split(x, 1 + len(x) // (1 + x.shape[1])):   # QR copies what it is given
+        for part in np.array_split(x, 1 + len(x) // (1000 + x.shape[1])):   # QR copies what it is given
             centred = (part - mean) / np.sqrt(len(x) - 1)
             traces += np.vdot(centred, centred)
             root = np.concatenate([root, centred])
@@ -1494,10 +1500,8 @@ METRICS = {
     "frechet": (frechet_draws, True, "features"),
     "kid": (kid_draws, True, "features"),
     "cmmd": (cmmd_draws, True, "features"),
-    "precision": (lambda joint, draws: neighbour_draws(joint, draws, 0), False, "features"),
-    "recall": (lambda joint, draws: neighbour_draws(joint, draws, 1), False, "features"),
-    "density": (lambda joint, draws: neighbour_draws(joint, draws, 2), False, "features"),
-    "coverage": (lambda joint, draws: neighbour_draws(joint, draws, 3), False, "features"),
+    **{name: (functools.partial(neighbour_draws, number=number), False, "features")
+       for number, name in enumerate(("precision", "recall", "density", "coverage"))},
     "vendi": (vendi_draws, False, "features"),
     "colour": (lambda joint, draws: frechet_draws(joint["colour"], draws), True, "colour"),
     "artefacts": (lambda joint, draws: frechet_draws(joint["artefacts"], draws), True, "artefacts"),
@@ -1551,7 +1555,8 @@ def half_draws(n, m, count, seed, groups=None):
     against_real, against_fake = (np.zeros((count, n + m), np.int8) for _ in range(2))
     for row, split in enumerate(splits):
         order = torch.randperm(m, generator=generator(seed, "half of the second set", row)).numpy() + n
-        first, rest = np.flatnonzero(split == 1), np.flatnonzero(split == -1)
+        mixed = torch.randperm(n, generator=generator(seed, "half of the first set", row)).numpy()
+        first, rest = (mixed[split[mixed] == side] for side in (1, -1))
         size = min(len(first), len(rest), m)   # whole patients can leave a half short
         against_real[row, first[:size]], against_fake[row, first[:size]] = 1, 1
         against_real[row, rest[:size]], against_fake[row, order[:size]] = -1, -1
@@ -1749,7 +1754,7 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
         reference["spread"] = np.maximum(spread, 0.2 * np.median(spread)) + 1e-9
     reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels), appearance=appearance(pixels))
     distances = np.sqrt(squared_distances(reference["vectors"], reference["vectors"]))
-    same = same_unit([row["group"] for row in rows]) | (distances < 1e-3 * np.median(distances))   # there twice: one
+    same = same_unit([row["group"] for row in rows]) | (distances <= 1e-3 * np.median(distances))   # there twice: one
     if same.all(1).any():
         fail("--reference: all its images are of one patient; it takes several")
     own = score(reference, pixels, reference["vectors"], same)[0]
@@ -1798,8 +1803,10 @@ def score(reference, pixels, vectors=None, forbidden=False):
     if any(name == "dissimilarity" for name, *_ in reference["limits"]):
         scores["dissimilarity"] = 1 + nearest(-ssim_matrix(pixels, real, device), forbidden)[1]
     if "copies" in reference:
-        _, known, same = reference["copies"]
-        scores["copy_chance"] = copy_chances(known, copy_distances(pixels, real), same)
+        limit, known, same = reference["copies"]
+        apart = copy_distances(pixels, real)
+        scores["copy_chance"] = copy_chances(known, apart, same)
+        index = np.where(scores["copy_chance"] <= limit, apart.argmin(1), index)   # of a copy, what it is a copy of
     return scores, index, vectors
 
 
@@ -1932,8 +1939,9 @@ def read_ratings(paths):
             if wrong:
                 fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be 1, 2 or 3" + " or more" * (name != "rating"))
         for row in rows:
+            place = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"]))
             found.append({name: row.get(name, "") for name in RATING_COLUMNS.split(",")} | dict(
-                path=os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])),
+                path=place if os.path.exists(place) else place.replace("\\", "/"),   # written on Windows
                 rating=int(row["rating"][0]), level=float(row.get("expert_level") or 3),
                 expert=row.get("expert") or Path(path).stem))
     return found

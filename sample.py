@@ -11,6 +11,9 @@ or a reference judges them, the last attempts at pictures that never passed lie 
 From metrics: reading data, keyed randomness, atomic writes; from lora: adapters.
 """
 import argparse
+import os
+import re
+import signal
 import sys
 
 
@@ -73,8 +76,8 @@ def parse_args(argv=None):
     """The flags, of `argv` where a script calls this one, else as typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
-        "\ufeff \t").split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if (line := line.strip("\ufeff \t"))[:1] in ("", "#") else [
+        re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
     parser.error = fail
     add_flags(parser)
     try:
@@ -116,11 +119,11 @@ def parse_args(argv=None):
 
 if __name__ == "__main__":
     args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
+        signal.signal(number, lambda *_: os._exit(130))
 
 import hashlib  # noqa: E402
 import json  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
 import shlex  # noqa: E402
 import time  # noqa: E402
 import warnings  # noqa: E402
@@ -205,7 +208,7 @@ class Base:
 def find_base(name):
     """The local folder of a base: a short name, a diffusers folder or a Hub id (downloaded once, safetensors only)."""
     if name in MOVED:
-        print(f"{name} is gone from the Hub; using {BASES[MOVED[name]]}")
+        RANK or print(f"{name} is gone from the Hub; using {BASES[MOVED[name]]}")
         name = MOVED[name]
     where = BASES.get(name, name)
     if os.path.isdir(where):
@@ -321,16 +324,20 @@ def use_text_encoder(base, name, length=None, projection=None):
     name: a Hub id or a folder; length: tokens, at most 512; projection: its weights, or None for fresh ones. The
     UNet's attention is told which tokens are padding.
     """
+    if len(base.text_encoders) > 1:
+        fail(f"--text-encoder: the base {base.name} reads captions in a second way too, which no other encoder can give")
     try:
         encoder = transformers.AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, KeyError) as why:
-        fail(f"--text-encoder {name}: cannot be loaded ({type(why).__name__}); give a Hub id, or a folder that holds "
-             "config.json, model.safetensors and the tokenizer")
-    base.text_encoders, base.tokenizers = [encoder.to(base.device).eval().requires_grad_(False)], [tokenizer]
-    longest = getattr(encoder.config, "max_position_embeddings", 512)
-    base.text_length = min(length or 512, longest, 512)
-    base.text_projection = torch.nn.Linear(encoder.config.hidden_size, base.unet.config.cross_attention_dim)
+        base.text_encoders, base.tokenizers = [encoder.to(base.device).eval().requires_grad_(False)], [tokenizer]
+        longest = getattr(encoder.config, "max_position_embeddings", 512)
+        base.text_length = min(length or 512, longest, tokenizer.model_max_length, 512)
+        base.text_projection = torch.nn.Linear(encoder.config.hidden_size, base.unet.config.cross_attention_dim)
+        with torch.no_grad():
+            text_states(base, tokenize(base, ["a long caption " * 512]))   # not every kind of encoder can read one
+    except Exception as why:   # whatever a folder of something else brings
+        fail(f"--text-encoder {name}: cannot be used ({type(why).__name__}); give a Hub id of BERT's family, or a folder that "
+             "holds config.json, model.safetensors and the tokenizer")
     if projection and {k: v.shape for k, v in projection.items()} != {
             k: v.shape for k, v in base.text_projection.state_dict().items()}:
         fail(f"the adapter's text projection does not fit {name} and the base {base.name}; was it trained on another base?")
@@ -499,6 +506,8 @@ def use_extra(base, metadata, extra):
         except RuntimeError:
             fail(f"the checkpoint's UNet does not fit the base {base.name}; give the --base it was trained on")
     if projection:
+        if not {"text_encoder", "text_length"} <= metadata.keys():
+            fail("the adapter has a text projection but does not say for which --text-encoder: it is not of train.py")
         use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
     if tokens:
         add_tokens(base, tokens)
@@ -675,7 +684,7 @@ def read_prompts(args, adapters):
         rows, found = listed(args.labels_from, prompt=args.prompt[0] if args.prompt else None)
         if args.counts:
             counts = deal(rows, args.num_images * len({row["caption"] for row in rows}), args.counts == "balanced")
-    if args.prompts and args.prompts.endswith((".csv", ".jsonl")):
+    if args.prompts and args.prompts.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson")):
         found += listed(args.prompts)[1]
     elif args.prompts:
         try:

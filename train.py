@@ -12,6 +12,8 @@ From sample: the base and drawing from it; from metrics: reading data, keyed ran
 """
 import argparse
 import os
+import re
+import signal
 import sys
 
 
@@ -78,14 +80,15 @@ def add_data_and_model(parser):
                       "then end; with --augment and --variants also the way to write an augmented data set")
     data.add_argument("--skip-bad", dest="strict", action="store_false", default=False,
                       help="name and leave out unreadable images, up to 5 %% (the default)")
-    data.add_argument("--strict", action="store_true", help="stop at the first unreadable image instead of skipping it")
+    data.add_argument("--strict", "--no-skip-bad", action="store_true", help="stop where an image cannot be read")
     model = parser.add_argument_group("model")
     model.add_argument("--base", help="tiny, sd15, sd21-base, sd21, sdxl, a Hub id or a folder (default: sd21-base; with "
                        "--refine, the adapter's)")
     model.add_argument("--method", choices=["lora", "full", "dreambooth", "textual-inversion"], default="lora")
     model.add_argument("--rank", type=int, default=16, help="of the adapter's matrices")
     model.add_argument("--alpha", type=float, help="the adapter acts with alpha/rank (default: the rank)")
-    model.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input")
+    model.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input; its draws alone depend on how "
+                       "many processes and passes share a step")
     model.add_argument("--targets", default="attention", help="attention, all, or layer name endings: to_q,to_v")
     model.add_argument("--text-lora", action="store_true", help="adapt the text encoder's attention too")
     model.add_argument("--text-encoder", metavar="HUB-ID|FOLDER", help="another encoder (BERT and its family) reads the "
@@ -110,8 +113,9 @@ def add_training(parser):
     loss.add_argument("--perceptual", choices=["vgg", "vae"], default="vae", help="VGG-16 conv3_3, or the VAE decoder's "
                       "own features, which need no weight file")
     refining = parser.add_argument_group("refining")
-    refining.add_argument("--refine", choices=["rwr", "kto"], help="better --init-lora by experts' ratings: rwr draws images "
-                          "each round and learns from those that --selector prefers, kto learns from the rated ones")
+    refining.add_argument("--refine", choices=["rwr", "kto"], help="better --init-lora, at its rank and layers, by experts' "
+                          "ratings: rwr draws images each round and learns from those that --selector prefers, kto learns "
+                          "from the rated ones")
     refining.add_argument("--selector", metavar="FILE", help="of filter.py --fit; half of its ratings reward, half judge")
     refining.add_argument("--ratings", action="append", metavar="CSV", help="kto: what --selector was fitted to; may be "
                           "repeated")
@@ -126,7 +130,7 @@ def add_training(parser):
     optimiser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")
     optimiser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4, with --refine 3e-5)")
     optimiser.add_argument("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine")
-    optimiser.add_argument("--warmup", type=int, default=100, help="steps (at most a tenth of the run)")
+    optimiser.add_argument("--warmup", type=int, help="steps (default: 100; a tenth of a run that is too short for it)")
     optimiser.add_argument("--weight-decay", type=float, default=1e-2)
     optimiser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to it (0: off)")
     optimiser.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
@@ -159,8 +163,8 @@ def add_training(parser):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      fromfile_prefix_chars="@", allow_abbrev=False)
-    parser.convert_arg_line_to_args = lambda line: [] if line.strip("\ufeff \t")[:1] in ("", "#") else line.strip(
-        "\ufeff \t").split(None, 1)
+    parser.convert_arg_line_to_args = lambda line: [] if (line := line.strip("\ufeff \t"))[:1] in ("", "#") else [
+        re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
     parser.error = fail
     add_data_and_model(parser)
     add_training(parser)
@@ -168,9 +172,11 @@ def parse_args():
         args = parser.parse_args()
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
+    check_given(args, [name for name, value in vars(args).items() if value != parser.get_default(name)])
     if args.steps is None and args.epochs is None:
         args.steps = 300 if args.refine else 1000
-    args.lr = args.lr or (3e-5 if args.refine else 1e-4)
+    if args.lr is None:
+        args.lr = 3e-5 if args.refine else 1e-4
     args.base = args.base or (None if args.refine else "sd21-base")
     if args.alpha is None:
         args.alpha = float(args.rank)
@@ -192,8 +198,19 @@ def parse_args():
     return args
 
 
+def check_given(args, given):
+    """Flags that would be ignored; given: the names of those that were given."""
+    for needed, there, names in (("--method dreambooth", args.method == "dreambooth", "class_data class_prompt prior_weight"),
+                                 ("--method textual-inversion", args.method == "textual-inversion", "token init_word vectors"),
+                                 ("--text-encoder", args.text_encoder, "text_length"),
+                                 ("--perceptual-weight", args.perceptual_weight, "perceptual"),
+                                 ("--refine", args.refine, "selector ratings rounds candidates anchor real_mix")):
+        for name in set(given) & set(names.split()) if not there else ():
+            fail(f"--{name.replace('_', '-')} goes with {needed}")
+
+
 def check_together(args):
-    """Flags that contradict one another, or that would be ignored."""
+    """Flags that contradict one another."""
     if args.method == "dreambooth" and not args.class_prompt:
         fail("--method dreambooth needs --class-prompt, what the base calls the class, such as \"a skin lesion\"")
     if args.method == "dreambooth":
@@ -206,6 +223,8 @@ def check_together(args):
         args.variants = 4 if varied else 1
     if (args.variants > 1) != varied:
         fail(f"--variants {args.variants}: the first is the plain picture, further ones come of --augment or --crop random")
+    if len(args.token.split()) != 1:
+        fail(f"--token \"{args.token}\": give one word, such as <lesion>")
     if args.method == "textual-inversion" and (not args.prompt or args.token not in args.prompt):
         fail(f"--method textual-inversion needs --prompt with the new word in it, such as \"a photo of {args.token}\"")
     lora_only = [f"--{name.replace('_', '-')}" for name in ("text_lora", "init_lora", "text_encoder") if getattr(args, name)]
@@ -217,25 +236,28 @@ def check_together(args):
              "without ratings that predict quality it would do harm; filter.py --fit writes one"))
     if args.refine and (args.method != "lora" or args.text_encoder or args.patience or args.select_by != "val-loss"):
         fail("--refine goes with --method lora, without --text-encoder, --patience and --select-by: its guards select")
+    if args.refine == "kto" and args.perceptual_weight:
+        fail("--refine kto compares losses with those of the network before: it goes without --perceptual-weight")
     if (args.refine == "kto") != bool(args.ratings):
         fail("--refine kto learns from --ratings CSV, the file that --selector was fitted to; give both or neither")
     args.rounds, args.round_steps = args.rounds if args.refine else 1, 0
+    if args.method == "dreambooth" and args.text_encoder:
+        fail("--text-encoder: the base could not draw dreambooth's class with an encoder that it does not know yet")
     if args.text_lora and args.text_encoder:
         fail("--text-lora adapts the base's own text encoder, --text-encoder replaces it: give one of them")
 
 
 if __name__ == "__main__":
     args = parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
+        signal.signal(number, lambda *_: os._exit(130))
 
 import hashlib  # noqa: E402
-import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import platform  # noqa: E402
-import re  # noqa: E402
 import secrets  # noqa: E402
 import shlex  # noqa: E402
-import signal  # noqa: E402
 import time  # noqa: E402
 from collections import Counter  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
@@ -320,8 +342,9 @@ def lock(out):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         fail(f"{out}: another run is writing here; wait for it or give another --out")
-    for litter in list(Path(out).rglob(".*.tmp")):  # of runs that were killed in mid-write
-        litter.unlink()
+    for place in (".", "checkpoints", "samples", "model", "model/*", "drawn/*", "plain", "plain/*"):
+        for litter in Path(out).glob(f"{place}/.*.[0-9]*.tmp"):   # of runs that were killed in mid-write
+            litter.unlink()
     with file:
         yield
 
@@ -331,17 +354,27 @@ HARMLESS = ("steps epochs out resume device precision save_every keep_last log_e
             "tensorboard wandb compile gradient_checkpointing rounds").split()
 
 
+TRAINED_ON = "the training images, captions or their order have"   # of what a run is made of
+
+
 def effective_batch(args):
     """Images an optimizer step."""
     return args.batch_size * args.accumulate * WORLD
 
 
 KINDS = {"args": dict, "step": int, "weights": dict, "ema": dict, "optimizer": dict, "scaler": dict, "best": dict,
-         "history": list, "random": torch.Tensor}   # of what a checkpoint holds
+         "history": list, "random": torch.Tensor, "made_of": dict}   # of what a checkpoint holds
 
 
-def find_checkpoint(args, data_hash, weights_hash):
-    """The checkpoint that --resume means, read, or None to start afresh. Nothing is unpickled."""
+def plain(value):
+    """What a checkpoint may hold: tuples become lists, and what is None is left out."""
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items() if part is not None}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def find_checkpoint(args, made_of):
+    """The checkpoint that --resume means, read, or None to start afresh. Nothing is unpickled. made_of: as in Data."""
     names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
     path = Path(args.out, "checkpoints", names[args.resume]) if args.resume in names else Path(args.resume)
     if not path.exists():
@@ -357,7 +390,8 @@ def find_checkpoint(args, data_hash, weights_hash):
     except Exception as why:  # truncated, a pickle, another program's: torch.load raises whatever it meets
         fail(f"{path}: not a checkpoint of train.py, or damaged ({type(why).__name__}); give --resume an older one of "
              f"{path.parent}, or another --out to start afresh")
-    changed = [name for name, value in vars(args).items() if name not in HARMLESS and then.get(name) != value]
+    changed = [name for name, value in vars(args).items() if then.get(name) != plain(value)
+               and (name not in HARMLESS or args.refine and name.startswith("val_"))]   # by which --refine judges
     if changed:
         fail(f"{path} was made with other flags: " + "; ".join(
             f"--{name.replace('_', '-')} {then.get(name)} there, {getattr(args, name)} here" for name in changed)
@@ -366,10 +400,9 @@ def find_checkpoint(args, data_hash, weights_hash):
     if then_batch != batch:
         fail(f"{path}: the effective batch was {then_batch}, now it is {batch} = --batch-size {args.batch_size} × "
              f"--accumulate {args.accumulate} × {WORLD} processes; change one of them")
-    if checkpoint["base_hash"] != weights_hash:
-        fail(f"{path}: the weights of --base {args.base} have changed since; give another --out")
-    if checkpoint["data"] != data_hash:
-        fail(f"{path}: the training images or captions of {args.data} have changed since; give another --out")
+    for name, digest in made_of.items():
+        if checkpoint["made_of"].get(name) != digest:
+            fail(f"{path}: {name} changed since; give another --out")
     return checkpoint
 
 
@@ -402,8 +435,7 @@ class Data:
     live: bool
     classes: tuple = ()   # of the rows, for --balance
     weight: torch.Tensor = None   # (N,) of each row's loss, with --refine; kto: below 0 for what is bad
-    hash: str = ""   # of the files and captions that were asked for
-    weights_hash: str = ""   # of the base that encoded them
+    made_of: dict = field(default_factory=dict)   # what must not change while a run goes on → its hash
 
 
 def cond_of(base, data, part):
@@ -426,8 +458,10 @@ def list_data(args):
         if share and not parts[part]:
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none fell to {part}; "
                  "add images or give --val-split 0")
-    if args.val_data:
-        rows += [{**row, "split": "val"} for row in list_images(args.val_data, **columns)]
+    if args.val_data:   # a name that both sets have is no name in split.csv
+        known = {row["file_name"] for row in rows}
+        rows += [{**row, "split": "val", "file_name": row["path"] if row["file_name"] in known else row["file_name"]}
+                 for row in list_images(args.val_data, **columns)]
     if RANK == 0 and not any(row["caption"] for row in rows):
         print("no captions: no --prompt and no caption column, so every image gets the empty one")
     add_facts(rows, args)
@@ -530,7 +564,7 @@ def preview(args):
     if target.exists() and target.read_text(encoding="utf-8", errors="replace").split("\n")[0].strip() != ",".join(ours):
         fail(f"--preview {folder}: there is another data set's metadata.csv; give another folder")
     if args.resolution is None:   # a base that is not on this machine yet is not fetched for this
-        where = BASES.get(args.base, args.base)
+        where = BASES.get(args.base, args.base) or ""
         args.resolution = own_resolution(where) if os.path.isdir(where) else {"sd21": 768, "sdxl": 1024}.get(args.base, 512)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         seen = list(tqdm(pool.map(lambda row: examine(row, args), listed), "examining", len(listed), unit="image",
@@ -570,13 +604,14 @@ def preview(args):
 
 
 def examine(row, args):
-    """What a file is, for the doctor: {"size", "kind", "inverted", "burned", "text"}, or {"bad": why}. Of a DICOM's header
-    nothing is kept that could name a patient."""
+    """What a file is, for the doctor: {"size", "ends", "kind", "inverted", "burned", "text"}, or {"bad": why}. Of a DICOM's
+    header nothing is kept that could name a patient."""
     try:
         image = read_image(row["path"], row["slice"], args.window, row["range"], args.allow_burned_in)
     except BadImage as error:
         return {"bad": error.why}
-    facts = {"size": image.size, "kind": "volume", "inverted": None, "burned": False, "text": has_lettering(image)}
+    ends = image.convert("L").getextrema()
+    facts = {"size": image.size, "ends": ends, "kind": "volume", "inverted": None, "burned": False, "text": has_lettering(image)}
     if not row["path"].lower().endswith(VOLUME_SUFFIXES) and looks_like_dicom(row["path"]):
         header = open_dicom(row["path"], stop_before_pixels=True)
         return {**facts, "kind": f"DICOM of {header.get('BitsStored') or 32} bits",
@@ -612,10 +647,11 @@ def has_lettering(image, margin=0.15, letters=4):
 def describe_data(rows, args):
     """Count, shapes, depth, labels and patients of the readable rows."""
     split, kinds = Counter(row["split"] for row in rows), Counter(row["kind"] for row in rows)
-    sides = [side for row in rows for side in row["size"]]
+    sides, (low, high) = [side for row in rows for side in row["size"]], zip(*(row["ends"] for row in rows))
     print(f"{len(rows)} images: {split['train']} to train on, {split['val']} for validation, {split['test']} for a test")
     print("files: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-          + f"; sides from {min(sides)} to {max(sides)} pixels, {len({row['size'] for row in rows})} shapes")
+          + f"; sides from {min(sides)} to {max(sides)} pixels, {len({row['size'] for row in rows})} shapes; grey values "
+          f"from {min(low)} to {max(high)}, of the dimmest up to {min(high)}")
     groups = Counter(row["group"] for row in rows if row["group"])
     print(f"patients: {len(groups)}, with 1 to {max(groups.values())} images" if groups else "patients: unknown")
     labels = Counter(label for row in rows for label in split_labels(row))
@@ -718,7 +754,7 @@ def cache(base, rows, pixels, args, what):
     if not rows:
         fail(f"{args.data}: none of the {what} can be read")
     scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
-    jobs = [job for number in range(variants_of(rows[0], args)) for job in zip(rows, pixels, itertools.repeat(number))]
+    jobs = [(row, plain, number) for number in range(variants_of(rows[0], args)) for row, plain in zip(rows, pixels)]
     shape = (len(jobs), base.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
     mean, std = torch.zeros(2, *shape, device=base.device)
     size = min(8, args.batch_size)
@@ -747,9 +783,12 @@ def pictures_of(base, jobs, args, **how):
 def class_images(base, count, args):
     """Fill --class-data up to `count` images of --class-prompt, drawn by the base as it is; what is there stays.
     Returns them, encoded."""
-    there = len(list_images(args.class_data)) if any(Path(args.class_data).glob("[!.]*")) else 0
+    there = list_images(args.class_data) if any(Path(args.class_data).glob("[!.]*")) else []
     free = [i for i in range(count) if not Path(args.class_data, f"class-{i:05d}.png").exists()]
-    missing = [(args.class_prompt, i) for i in free[:max(0, count - there)]]
+    missing = [(args.class_prompt, i) for i in free[:max(0, count - len(there))]]
+    if missing and there and there[0]["fields"]:
+        fail(f"--class-data {args.class_data}: its table names {len(there)} images, {count} are needed: add some, or give a "
+             "folder without a table, which the base fills up")
     if RANK == 0:
         for job, image in zip(missing, tqdm(pictures_of(base, missing, args), "drawing the class", len(missing), unit="image")):
             save_png(image, Path(args.class_data, f"class-{job[1]:05d}.png"), args.class_prompt)
@@ -760,8 +799,8 @@ def class_images(base, count, args):
 
 
 def fingerprint(rows):
-    """One hash of a data set: what is in its files and what its captions and labels say."""
-    parts = sorted(f"{row['hash']}{row['slice']}{row['caption']}{row['label']}" for row in rows)
+    """One hash of a data set: what is in its files and what its captions and labels say, in this order."""
+    parts = [f"{row['hash']}{row['slice']}{row['caption']}{row['label']}" for row in rows]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -816,7 +855,9 @@ def make_batch(data, step, slots, args, stream="data"):
 def learning_rate(step, args):
     """Warm-up, then cosine or linear to zero, or constant; in each round of --refine anew."""
     length = args.round_steps or args.steps
-    step, warmup = step % length if args.refine else step, min(args.warmup, length // 10)
+    step, warmup = step % length if args.refine else step, args.warmup
+    if warmup is None or warmup >= length:
+        warmup = min(100, length // 10)
     if step < warmup:
         return args.lr * (step + 1) / warmup
     done = (step - warmup) / max(1, length - warmup)
@@ -855,7 +896,8 @@ def trainable(base, args):
     if args.method == "full":
         return {f"unet.{name}": w for name, w in base.unet.requires_grad_(True).named_parameters()}
     if args.method == "textual-inversion":
-        words = base.tokenizers[0](args.init_word, add_special_tokens=False).input_ids
+        words = base.tokenizers[0](args.init_word, add_special_tokens=False).input_ids or fail(
+            f"--init-word \"{args.init_word}\": give a word, such as lesion")
         known = base.text_encoders[0].get_input_embeddings().weight[words].mean(0)
         return {args.token: add_tokens(base, {args.token: known.repeat(args.vectors, 1)})}
     weights = lora.inject(base.unet, args.targets, args.rank, args.alpha, args.dropout, generator(args.seed, "init"))
@@ -928,9 +970,9 @@ def save_checkpoint(state, args, data, best=False):
                "weights": {name: w.detach() for name, w in state.weights.items()}, "ema": state.ema,
                "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "effective_batch": batch,
                "schedule": {"lr": learning_rate(state.step, args)}, "best": state.best, "history": state.history,
-               "args": vars(args), "data": data.hash, "base_hash": data.weights_hash, "random": torch.get_rng_state()}
+               "args": vars(args), "made_of": data.made_of, "random": torch.get_rng_state()}
     with replacing(path) as file:
-        torch.save(content, file)
+        torch.save(plain(content), file)
     if best:   # before latest.pt: a run killed between the two then does this step again
         point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
@@ -1009,23 +1051,22 @@ def set_distance(base, data, args):
 
 
 def validate(base, state, val, args, log):
-    """Validation loss, a grid, the selection figure; True if it is the best so far."""
-    best, entry = False, {"step": state.step}
+    """Validation loss and the selection figure; True if it is the best so far."""
+    if not val:
+        return False
+    figure = args.select_by.replace("-", "_")
     with looking(state, base, args):
-        if val:
-            entry["val_loss"] = validation_loss(base, val, args.batch_size)
+        entry = {"step": state.step, "val_loss": validation_loss(base, val, args.batch_size)}
         if RANK == 0 and args.select_by != "val-loss":
-            entry[args.select_by] = set_distance(base, val, args)
-    if val:
-        figure = args.select_by.replace("-", "_")
-        if WORLD > 1 and args.select_by != "val-loss":
-            share = torch.tensor(entry.get(figure, 0.0), dtype=torch.float64, device=base.device)
-            dist.all_reduce(share)   # only rank 0 drew: all must agree on which is best
-            entry[figure] = share.item()
-        state.history.append(entry)
-        log(entry)
-        best = entry[figure] < state.best.get(figure, math.inf)
-        state.best = entry if best else state.best
+            entry[figure] = set_distance(base, val, args)
+    if WORLD > 1 and args.select_by != "val-loss":
+        share = torch.tensor(entry.get(figure, 0.0), dtype=torch.float64, device=base.device)
+        dist.all_reduce(share)   # only rank 0 drew: all must agree on which is best
+        entry[figure] = share.item()
+    state.history.append(entry)
+    log(entry)
+    best = entry[figure] < state.best.get(figure, math.inf)
+    state.best = entry if best else state.best
     return best
 
 
@@ -1085,12 +1126,16 @@ class Log:
                         kept.append(line)
         with replacing(self.path) as file:
             file.write(b"".join(kept))
+        for grid in Path(args.out, "samples").glob("step-" + 8 * "[0-9]" + ".png"):
+            if not step or int(grid.stem[5:]) > step:
+                grid.unlink()
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=step + 1)
         if args.wandb:
             self.run = need("wandb", "--wandb").init(project="medlora", name=Path(args.out).name, dir=args.out,
-                                                     config=vars(args), resume="allow", id=Path(args.out).name)
+                                                     config=vars(args), resume="allow",
+                                                     id=hashlib.sha256(os.path.abspath(args.out).encode()).hexdigest()[:16])
 
     def __call__(self, *entries):
         if RANK > 0:
@@ -1103,6 +1148,11 @@ class Log:
             if self.run:
                 self.run.log(entry, step=entry["step"])
 
+    def close(self):
+        for mirror, end in ((self.board, "close"), (self.run, "finish")):
+            if mirror:
+                getattr(mirror, end)()
+
     def picture(self, image, step):
         if self.board:
             self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
@@ -1112,19 +1162,29 @@ class Log:
 
 # ------------------------------------------------------------------------------------------------- the loop
 
+@contextmanager
+def deferred():
+    """A list that SIGINT and SIGTERM are added to, instead of ending what runs."""
+    asked, signals = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda *_: asked.append(True)) for number in signals]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+
+
 def fit(base, streams, check, state, args, log, until):
     """Train until step `until` or out of patience; check() validates: is this the best so far? SIGINT and SIGTERM save first
     and then end the run."""
-    asked, weights, first, data = [], list(state.weights.values()), state.step, streams[0][1]
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: asked.append(True))
+    weights, first, data, stop = list(state.weights.values()), state.step, streams[0][1], False
     features = perceptual_features(base, args)
     seen, clock = [], time.perf_counter()
     for module in base.parts().values():   # so that adapters drop out; the base itself has no dropout
         module.train()
-    with tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=RANK > 0,
-              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
-        while state.step < until and not out_of_patience(state.history, state.best, args):
+    with deferred() as asked, tqdm(total=args.steps, initial=state.step, desc="training", unit="step", disable=RANK > 0,
+                                   mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+        while state.step < until and not stop and not out_of_patience(state.history, state.best, args):
             loss = compute_gradients(base, streams, features, state, args)
             numbers = torch.stack([loss, torch.full_like(loss, len(asked))])
             loss, stop = sum_over_processes(weights, numbers)
@@ -1145,7 +1205,7 @@ def fit(base, streams, check, state, args, log, until):
             if state.bad_steps >= 3:
                 bar.close()
                 fail(f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller --lr or --precision "
-                     f"fp32; {args.out}/checkpoints/latest.pt is from before")
+                     f"fp32; what lies in {args.out}/checkpoints is from before")
             best = validating and check()
             if saving or best or stop or out_of_patience(state.history, state.best, args):
                 save_checkpoint(state, args, data, best)
@@ -1153,9 +1213,9 @@ def fit(base, streams, check, state, args, log, until):
                 draw_grid(base, state, args, log)
             if look:
                 clock = time.perf_counter()
-            if stop and not last:
-                tqdm.write(f"stopped at step {state.step}, saved; the same command goes on from here")
-                raise KeyboardInterrupt
+    if stop or asked:
+        print(f"stopped at step {state.step}, saved; the same command goes on from here")
+        raise KeyboardInterrupt
 
 
 def compute_gradients(base, streams, features, state, args):
@@ -1209,7 +1269,8 @@ def perceptual_features(base, args):
     if path is None:
         fail("--perceptual vgg: needs torchvision's vgg16-397923af.pth in ~/.cache/torch/hub/checkpoints; "
              "--perceptual vae needs no file")
-    state = {key.removeprefix("features."): value for key, value in load_weights(path).items() if "features." in key}
+    state = load_weights(path, "397923af")
+    state = {key.removeprefix("features."): value for key, value in state.items() if "features." in key}
     trunk = trunk_of("vgg16", state).to(base.device)
     mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours), ImageNet's mean and deviation
@@ -1264,15 +1325,11 @@ def apply_gradients(state, weights, args):
     norm = torch.nn.utils.get_total_norm(grads)
     if args.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(weights, args.max_grad_norm, norm)
-    if state.scaler.is_enabled():
+    if args.optimizer == "adamw" and not state.scaler.is_enabled():
+        state.optimizer.found_inf = (~norm.isfinite()).float()   # fused: it then skips without the host asking
+    if args.optimizer == "adamw" or state.scaler.is_enabled() or norm.isfinite():
         state.scaler.step(state.optimizer)
-        state.scaler.update()
-    elif args.optimizer == "adamw8bit":
-        if norm.isfinite():
-            state.optimizer.step()
-    else:
-        state.optimizer.found_inf = (~norm.isfinite()).float()   # fused AdamW then skips, without the host asking
-        state.optimizer.step()
+    state.scaler.update()
     state.optimizer.zero_grad()
     decay = min(args.ema, (1 + state.step) / (10 + state.step)) if args.ema else 0.0
     torch._foreach_lerp_(list(state.ema.values()), [w.data for w in weights], 1 - decay)
@@ -1375,28 +1432,29 @@ def refine(base, real, val, state, args, log, look, learn):
     length = args.round_steps
     streams = [("real", real, args.real_mix)] * (args.real_mix > 0)
 
-    def check():
+    def judge():
         with looking(state, base, args):
             before = partial(swapped, state, base, state.reference)
             figures = {"step": state.step, "val_loss": validation_loss(base, val, args.batch_size),
                        "drift": validation_loss(base, val, args.batch_size, before), **summary(look(state.step))}
         state.history.append(figures)
         log(figures)
-        best = not objections(state.history) and figures["judge"] > state.best.get("judge", -math.inf)
+        best = state.step == 0 or not objections(state.history) and figures["judge"] > state.best["judge"]
         state.best = figures if best else state.best
-        return best
-    if not state.history:
-        check()
-        state.best = state.history[0]
-    draw_grid(base, state, args, log)
-    while state.step < args.steps and not objections(state.history):
+        if state.step:
+            save_checkpoint(state, args, real, best)
+    while True:
         begun = state.step // length * length
+        if state.step == begun and not any(figures["step"] == begun for figures in state.history):
+            judge()   # after the round's checkpoint: drawing takes long, and may be stopped
+        draw_grid(base, state, args, log)
+        if state.step >= args.steps or objections(state.history):
+            return
         if state.step == begun:
             state.optimizer = make_optimizer(state.weights, args)
         with looking(state, base, args):
-            data = replace(learn(look(begun)), hash=real.hash, weights_hash=real.weights_hash)
-        fit(base, [("data", data, 1 - args.real_mix), *streams], check, state, args, log, begun + length)
-        draw_grid(base, state, args, log)
+            data = replace(learn(look(begun)), made_of=real.made_of)
+        fit(base, [("data", data, 1 - args.real_mix), *streams], lambda: False, state, args, log, begun + length)
 
 
 def take_over(args):
@@ -1407,8 +1465,13 @@ def take_over(args):
         fail(f"--init-lora {args.init_lora} brings more than pairs of matrices ({min(extra)}), which --refine cannot change")
     args.prompt = args.prompt or about.get("prompt") or None
     args.rank, args.targets = len(next(iter(pairs.values()))[0]), about.get("targets", "attention")
-    args.alpha, args.text_lora = float(about.get("alpha", args.rank)), any(name.startswith("text") for name in pairs)
-    args.resolution, args.validate_every = args.resolution or int(about.get("resolution", 0)) or None, 0
+    args.text_lora, args.validate_every = any(name.startswith("text") for name in pairs), 0
+    try:
+        args.alpha = float(about.get("alpha", args.rank))
+        args.resolution = args.resolution or int(about.get("resolution", 0)) or None
+    except ValueError:
+        fail(f"--init-lora {args.init_lora}: its alpha or resolution is no one number (see python lora.py info): train.py's own "
+             "adapters can be refined")
     spec = load_selector(args.selector)["spec"]
     if spec["warnings"]:
         fail(f"--selector {args.selector} was written in spite of: {spec['warnings'][0]}; what it says must not be learnt")
@@ -1501,7 +1564,8 @@ def judged_by_selector(base, data, args):
 def compare(base, state, val, args, look):
     """What the report shows beside one another, {name: figures}: the network before, the better third of what it draws,
     plain training of equal length and, where a round passed, the refined network."""
-    seen, before = look(0), state.history[0]
+    with looking(state, base, args), swapped(state, base, state.reference):   # should its pictures be gone
+        seen, before = look(0), state.history[0]
     third = np.argsort(-seen["reward"], kind="stable")[:len(seen["reward"]) // 3]
     path, plain = Path(args.out, "plain", "lora.safetensors"), {n: torch.empty_like(w) for n, w in state.weights.items()}
     start_from_adapter(plain, changed(args, init_lora=path))
@@ -1533,7 +1597,7 @@ def save_results(state, args, data):
         kept = torch.load(best_path, map_location="cpu", weights_only=True)
         best = kept["ema"] if kept["step"] == state.best["step"] else best
     if best is state.ema and not args.refine:
-        state.best = {**state.best, "step": state.step}
+        state.best = {"step": state.step}
     if args.method == "full":
         save_model(best, args)
         return Path(args.out, "model")
@@ -1542,7 +1606,7 @@ def save_results(state, args, data):
         return Path(args.out, "lora.safetensors")
     about = {"base": args.base, "rank": args.rank, "alpha": f"{args.alpha:g}", "targets": args.targets,
              "prompt": args.prompt or "", "resolution": args.resolution, "seed": args.seed, "images": len(data.rows),
-             "data": data.hash, "format_version": 1, "made_by": "medlora",
+             "data": data.made_of[TRAINED_ON], "format_version": 1, "made_by": "medlora",
              "licence": "that of the base; research use, not for diagnosis"}
     if args.method == "textual-inversion":   # {"<word>": (n, D)}: the form diffusers' load_textual_inversion reads
         path = Path(args.out, "embeddings.safetensors")
@@ -1565,13 +1629,14 @@ def write_card(state, args, data, result):
     head = ["---", f"base_model: {base}"] * ("/" in base and not os.path.exists(base)) or ["---"]
     head += [f"license: {LICENCES.get(args.base, 'other')}", "library_name: diffusers", f"instance_prompt: {prompt}", "tags:"]
     head += [f"- {tag}" for tag in tags] + ["---"]
-    best = f" Best validation: {state.best} ." if state.history else ""
+    best = f" Best validation: {state.best} ." if "val_loss" in state.best else ""
+    kind = {"full": "A whole UNet", "textual-inversion": "A new word"}.get(args.method, "An adapter")
     patients = len({row["group"] for row in data.rows} - {""}) or "unknown"
     text = f"""
 # {Path(args.out).name}
 
-An adapter for {args.base}, trained with medlora on {len(data.rows)} images of {patients} patients (SHA-256 of the set:
-`{data.hash[:16]}…`) at {args.resolution} px for {state.step} steps, caption {prompt}.{best}
+{kind} for {args.base}, trained with medlora on {len(data.rows)} images of {patients} patients (SHA-256 of the set:
+`{data.made_of[TRAINED_ON][:16]}…`) at {args.resolution} px for {state.step} steps, caption {prompt}.{best}
 
 Use: `python sample.py --{'base' if args.method == 'full' else 'lora'} {result.name} --prompt {prompt}`
 
@@ -1667,10 +1732,13 @@ def run(args, device):
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
              "means something at any number")
     args.val_prompts = args.val_prompts or [caption for caption, _ in Counter(r["caption"] for r in train_rows).most_common(4)]
-    data_hash, weights_hash = fingerprint(train_rows), base_hash(find_base(args.base))
+    made_of = {TRAINED_ON: fingerprint(train_rows), "the validation images or captions have": fingerprint(val_rows),
+               "the weights of --base have": base_hash(find_base(args.base)),
+               **{f"the file of --{flag.replace('_', '-')} has": content_hash(path) for flag, path in
+                  (("init_lora", args.init_lora), ("selector", args.selector)) if path and os.path.isfile(path)}}
     if args.cache:   # another VAE, another folder
         args.cache = os.path.join(args.cache, base_hash(find_base(args.base), "vae"))
-    checkpoint = find_checkpoint(args, data_hash, weights_hash)
+    checkpoint = find_checkpoint(args, made_of)
     if checkpoint and finished(args.out) == checkpoint["step"] and (
             checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)
             or args.refine and objections(checkpoint["history"])):
@@ -1680,6 +1748,8 @@ def run(args, device):
     base = prepare_base(args, device)
     classes = class_images(base, len(train_rows), args) if args.method == "dreambooth" else None
     state = start(base, args, checkpoint)   # before captions are encoded: a new word must exist by then
+    resumed = checkpoint is not None
+    del checkpoint   # gigabytes, with --method full
     if args.compile:
         base.unet.compile()
     rows, pixels = load_uncached(train_rows + val_rows, args)
@@ -1688,7 +1758,8 @@ def run(args, device):
     count = sum(row["split"] == "train" for row in rows)
     data = cache(base, rows[:count], pixels[:count], args, "training images")
     val = cache(base, rows[count:], pixels[count:], args, "validation images") if val_rows else None
-    data.hash, data.weights_hash, data.classes = data_hash, weights_hash, classes_of(data.rows) if args.balance else ()
+    data.made_of, data.classes = made_of, classes_of(data.rows) if args.balance else ()
+    del pixels   # gigabytes
     rest_encoders(base, args)
     if RANK == 0:
         write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"],
@@ -1697,22 +1768,18 @@ def run(args, device):
         describe(state, data, val, args)
     log, compared = Log(args, state.step), None
     streams = [("data", data, 1.0)] + [("class", classes, args.prior_weight)] * (classes is not None)
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    if checkpoint and args.validate_every and state.step % args.validate_every == 0:
+    if resumed and args.validate_every and state.step % args.validate_every == 0:
         draw_grid(base, state, args, log)   # a kill may have come between a checkpoint and its grid
-    try:
-        if args.refine:
-            look, learn = judged_by_selector(base, data, args)
-            refine(base, data, val, state, args, log, look, learn)
-            compared = compare(base, state, val, args, look)
-        else:
-            fit(base, streams, lambda: validate(base, state, val, args, log), state, args, log, args.steps)
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+    if args.refine:
+        look, learn = judged_by_selector(base, data, args)
+        refine(base, data, val, state, args, log, look, learn)
+        compared = compare(base, state, val, args, look)
+    else:
+        fit(base, streams, lambda: validate(base, state, val, args, log), state, args, log, args.steps)
     draw_grid(base, state, args, log)
     if RANK == 0:
         leave(state, args, data, compared)
+        log.close()
 
 
 def leave(state, args, data, compared):

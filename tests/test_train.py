@@ -686,6 +686,7 @@ def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(
         torch.manual_seed(0)
         torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg.pth")
         monkeypatch.setattr(train, "find_weights", lambda name: str(tmp_path / "vgg.pth"))
+        monkeypatch.setattr(train, "load_weights", lambda path, sha256: torch.load(path, weights_only=True))
     args, loaded, data, state = setup("--perceptual-weight", 0.1, "--perceptual", kind)
     for w in state.weights.values():
         w.data.add_(0.05)
