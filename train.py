@@ -1269,8 +1269,7 @@ def perceptual_features(base, args):
     if path is None:
         fail("--perceptual vgg: needs torchvision's vgg16-397923af.pth in ~/.cache/torch/hub/checkpoints; "
              "--perceptual vae needs no file")
-    state = load_weights(path, "397923af")
-    state = {key.removeprefix("features."): value for key, value in state.items() if "features." in key}
+    state = {key.removeprefix("features."): value for key, value in load_weights(path).items() if "features." in key}
     trunk = trunk_of("vgg16", state).to(base.device)
     mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours), ImageNet's mean and deviation

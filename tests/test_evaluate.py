@@ -183,6 +183,14 @@ def test_aurocs_are_scikit_learns_and_the_dose_sentence_says_gain_no_gain_and_st
     weights = np.stack([np.ones(80), r.randint(0, 3, 80)])
     expected = [score(y, s), score(y, s, sample_weight=weights[1])]
     assert evaluate.aurocs([order], y[:, None].astype(float), weights) == pytest.approx(expected, abs=1e-12)
+    balanced = pytest.importorskip("sklearn.metrics").balanced_accuracy_score
+    expected = [balanced(y, s > 0), balanced(y, s > 0, sample_weight=weights[1])]
+    hits, targets = ((s > 0) == y)[None].astype(float), y[:, None].astype(float)
+    assert evaluate.balanced_accuracies(hits, targets, weights) == pytest.approx(expected, abs=1e-12)
+    alone = weights[:1] * y   # no negative: nothing is known, and another class alone counts
+    assert np.isnan(evaluate.aurocs([order], targets, alone)) and np.isnan(evaluate.balanced_accuracies(hits, targets, alone))
+    both = np.stack([y, np.arange(80) % 2 == 0], 1).astype(float)
+    assert evaluate.aurocs([order, np.ones((40, 40))], both, alone) == 1
 
     def said(*gains):
         boots = {share: 0.7 + gain + 0.01 * r.randn(500) * (share > 0) for share, gain in zip((0, 50, 100, 200), gains)}
@@ -217,10 +225,29 @@ def test_checkpoints_of_a_folder_are_drawn_from_and_ranked(tmp_path, monkeypatch
         late = "10" in args.checkpoint
         draw(tmp_path / args.out, 20, 2 + late, change=lambda image: image if late else image.filter(ImageFilter.GaussianBlur(3)))
     monkeypatch.setattr(sample, "main", stand_in)
-    found = run(monkeypatch, real, "--metrics", "frechet", "--checkpoint", "run", "--num-samples", "20", "--out", "new/rank.html")
+    found = run(monkeypatch, real, "--metrics", "frechet", "--checkpoint", "run", "--num-samples", "19", "--out", "new/rank.html")
+    assert [entry["n"] for entry in found["generated"]] == [19, 19]
     assert [(a.prompt, a.num_images, a.steps) for a in drawn] == [(["a wound", "@b"], 10, 50)] * 2
     assert [entry["path"] for entry in found["generated"]] == [f"new/rank-samples/run-step-000000{n}" for n in ("10", "05")]
     assert "worse" in capsys.readouterr().out
+
+
+def test_a_subgroup_is_a_finding_or_a_decade_of_age():
+    def row(text):
+        return {"label": text, "fields": {"Age": text}}
+    assert evaluate.values_of(row("A | B"), "label") == ["A", "B"]
+    assert [evaluate.values_of(row(age), "Age") for age in ("067Y", "65-70", "unknown", "9.5")] == [["60–69"]] * 2 + [[], ["0–9"]]
+
+
+def test_captions_alone_say_nothing_of_sets_and_copies_are_sought_among_all_real_images(tmp_path, monkeypatch):
+    figure = {"value": 20.0, "excess": 1.0, "null": 19.0, "p_high": 0.5, "p_low": 0.5}
+    none = {"likely_copies": None}
+    said = evaluate.verdict({"metrics": {"clip_score": figure}, "copies": False, "memorisation": none, "n": 60, "real_n": 60})
+    assert said.startswith("Whether these images can be told from the real ones was not measured.") and "cannot" not in said
+    real, fake = draw(tmp_path / "real", 24, 1), draw(tmp_path / "fake", 9, 2)
+    run(monkeypatch, real, fake, "--metrics", "kid", "--max-images", "12")
+    report = (tmp_path / "report.html").read_text()
+    assert "of 24 real images" in report and "training image" not in report
 
 
 def test_the_difference_of_two_samples_of_one_source_is_called_noise(tmp_path, monkeypatch, capsys):
@@ -313,6 +340,7 @@ def test_identical_pictures_give_numbers_not_a_crash(tmp_path, monkeypatch):
     (["fake", "--lpips", "best"], "--lpips"), (["fake", "--permutations", "5"], "from 99"),
     (["fake", "--resolution", "8"], "from 64"), (["fake", "--group-column", "case"], "--group-column"),
     (["fake", "--device", "tpu"], "--device tpu"), ([], "GENERATED"), (["fake", "--out", "real"], "directory"),
+    (["fake", "--bands", "bands.csv"], "no metric 'fud'"), (["fake", "--checkpoint", "x", "--steps", "0"], "--steps 0"),
     (["fake", "--bands", "real/000.png"], "000.png"), (["fake", "--metrics", "inception-score"], "--features inception"),
     (["fake", "--metrics", "ms-ssim-pairs"], "too small"), (["fake", "--metrics", "clip-score"], "no captions"),
     (["fake", "--utility"], "--utility: no label"), (["fake", "--by", "sex"], "--by sex"),
@@ -321,6 +349,7 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
     draw(tmp_path / "real", 4, 1), draw(tmp_path / "fake", 4, 2), draw(tmp_path / "one", 1, 3), draw(tmp_path / "broken", 3, 4)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken" / "001.png").write_bytes(b"")
+    (tmp_path / "bands.csv").write_text("metric,excellent,good,fair\nfud,1,2,3\n")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "real", *flags, *(["--metrics", "kid"] if "--metrics" not in flags else [])])
     with pytest.raises(SystemExit) as stop:
         metrics.guarded(evaluate.main, evaluate.parse_args())

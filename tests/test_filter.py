@@ -131,6 +131,37 @@ def test_the_kept_folder_is_ready_for_training_and_nothing_is_deleted(sets, tmp_
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == first
 
 
+def test_a_table_of_windows_that_names_a_file_twice_is_moved_and_put_back(sets, tmp_path, run):
+    shutil.copytree(sets[1], tmp_path / "generated" / "img")
+    names = sorted(path.name for path in (tmp_path / "generated" / "img").iterdir())
+    filter_script.write_csv(tmp_path / "generated" / "metadata.csv", ["file_name", "text"],
+                            [[f"img\\{name}", text] for name in names for text in ("one", "two")])
+    table, kept = tmp_path / "generated" / "metadata.csv", tmp_path / "kept"
+    run(filter_script, table, "--reference", sets[0], "--calibrate", 0.05, "--move", "--out", kept)
+    moved = {path.name for path in (kept / "img").iterdir()}
+    assert len(moved) > 20 and len(list_images(str(kept))) == 2 * len(moved)
+    run(filter_script, "--undo", kept / "decisions.csv")
+    assert sorted(path.name for path in (tmp_path / "generated" / "img").iterdir()) == names
+
+
+def test_a_copy_stands_beside_what_it_is_a_copy_of(sets, tmp_path, run):
+    (tmp_path / "copies").mkdir()
+    for i in range(12):
+        crop = wound(i).crop((6, 2, 92, 88)).resize((96, 96))
+        (ImageOps.mirror(crop) if i % 2 else crop).save(tmp_path / "copies" / f"{i:02d}.png")
+    run(filter_script, tmp_path / "copies", "--reference", sets[0], "--drop-copies", "--dry-run", "--out", tmp_path / "kept")
+    copies = {name: row["nearest"] for name, row in decisions(tmp_path / "kept").items() if "copy" in row["reason"]}
+    assert len(copies) > 9 and all(name == nearest for name, nearest in copies.items())
+
+
+def test_a_reference_of_one_picture_is_refused(sets, tmp_path, refused):
+    (tmp_path / "same").mkdir()
+    for i in range(20):
+        wound(0).save(tmp_path / "same" / f"{i}.png")
+    assert "all its images are of one patient" in refused(filter_script, sets[1], "--reference", tmp_path / "same", "--drop-copies",
+                                                          "--out", tmp_path / "kept")
+
+
 def test_a_dry_run_copies_nothing_and_an_unreadable_image_is_a_decision(sets, tmp_path, run):
     generated = tmp_path / "generated"
     shutil.copytree(sets[1], generated)
@@ -160,6 +191,8 @@ def test_patients_are_not_compared_with_themselves(tmp_path):
     (["--min-ssim", "nan"], "--min-ssim nan"),
     (["--calibrate", "0.05", "--batch-size", "0"], "--batch-size 0"),
     (["--drop-copies", "--group-column", "patient"], "--group-column patient"),
+    (["--drop-copies", "--share", "30"], "--share: needs --mix"), (["--drop-copies", "--blind", "x"], "--blind: needs --rating-page"),
+    (["--drop-copies", "--force"], "--force: needs --fit"),
 ])
 def test_bad_flags_are_one_line(flags, said, sets, tmp_path, refused):
     assert said in refused(filter_script, sets[1], "--reference", sets[0], "--out", tmp_path / "kept", *flags)
@@ -173,6 +206,11 @@ def test_folders_that_do_not_serve_are_refused(sets, tmp_path, refused):
     assert "no such file" in refused(filter_script, sets[1], "--reference", tmp_path / "absent", *flags)
     assert "would be read again" in refused(filter_script, sets[1], "--reference", sets[0], "--calibrate", 0.05, "--out",
                                             Path(sets[1]) / "kept")
+    shutil.copytree(sets[1], tmp_path / "all" / "generated")
+    table = tmp_path / "all" / "generated" / "metadata.csv"
+    filter_script.write_csv(table, ["file_name"], [[p.name] for p in sorted(table.parent.iterdir())])
+    for data, out in ((table, table.parent), (table, tmp_path), (table.parent, table.parent), (table.parent, tmp_path / "all")):
+        assert "what is refused would be taken" in refused(filter_script, data, "--reference", sets[0], "--calibrate", 0.05, "--out", out)
     (tmp_path / "kept").mkdir()
     for name in ("mine.png", "fresh-00.png"):   # of another name than any generated image, and of the same
         (tmp_path / "kept" / name).write_bytes(b"precious")
@@ -197,6 +235,8 @@ def test_keeping_n_takes_the_best_of_each_cluster_as_the_determinant_says():
         mine = np.linalg.slogdet(kernel[np.ix_(chosen[:t + 1], chosen[:t + 1])])[1]
         assert mine == pytest.approx(max(gains), abs=1e-3)
     assert len(set(filter_script.best_and_diverse(np.zeros((7, 3)), np.ones(7), 7))) == 7   # all equal: none twice
+    many = np.concatenate([np.tile(np.random.RandomState(1).randn(1, 9), (80, 1)), np.random.RandomState(2).randn(20, 9) * 5])
+    assert len(set(filter_script.best_and_diverse(many, np.ones(100), 20)) - set(range(80))) >= 19   # most are equal
 
 
 def test_images_judged_a_few_at_a_time_are_judged_as_the_whole_folder(sets, tmp_path, run):
@@ -427,10 +467,16 @@ def test_the_statistics_are_those_of_scikit_learn_and_of_the_definitions():
     good, scores = draw.rand(50, 1) < 0.4, draw.randn(50, 1).round(1)
     assert filter_script.auroc(scores, good, np.zeros(50))[0] == pytest.approx(roc_auc_score(good[:, 0], scores[:, 0]))
     assert filter_script.auroc(scores + 5 * good, good, good[:, 0])[0] == 0   # no pairs within a stratum
+    assert np.isnan(filter_script.auroc(scores + 5 * good, good, good[:, 0], np.nan)[0])
     assert filter_script.cramers_v(a, a) == pytest.approx(1) and filter_script.cramers_v(a, b) < 0.25
     groups = draw.randint(0, 9, 20)
     maps = filter_script.out_of_fold(x, weights, groups, 0)
     assert (maps[:, groups[:, None] == groups] == 0).all() and maps.sum(2) == pytest.approx(1)   # none from its group
+    x, groups = np.repeat(np.eye(10), 5, 0), np.repeat(np.arange(10), 5)   # a few good groups: resamples may have none
+    y = np.where(np.isin(groups, (2, 7)), 3.0, 1.0)
+    x = np.hstack([x, y[:, None] * 9])
+    measured, _, _ = filter_script.cross_validate(x, y, np.ones(50), y > 2, groups, np.zeros(50), 0)
+    assert measured["auroc"] == 1 and measured["ci"][0] > 0.9
 
 
 def test_the_filter_keeps_what_the_selector_finds_good(rated, selector, tmp_path, run, refused):
@@ -545,6 +591,13 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
     said = capsys.readouterr().out
     assert "anna, ben: weighted kappa 0.6" in said and "12 shared images" in said
     assert "anna: real taken for real 6, for generated 0; generated taken for real 3, for generated 3" in said
+    for name in ("carl", "dora"):
+        filter_script.write_csv(tmp_path / f"{name}.csv", ["image_path", "rating"], [[f"sub\\{i}.png", 2] for i in range(5)])
+    run(filter_script, "--agreement", tmp_path / "carl.csv", tmp_path / "dora.csv")
+    assert "one and the same rating for all 5" in capsys.readouterr().out
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "0.png").touch()
+    assert metrics.read_ratings([tmp_path / "carl.csv"])[0]["path"] == str(tmp_path / "sub" / "0.png")   # written on Windows
 
 
 def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused):

@@ -1,5 +1,6 @@
 """The shape of the house: what may not yield, whatever is built in it."""
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,17 @@ def test_help_answers_without_loading_torch(name):
     shown = subprocess.run([sys.executable, "-c", code, str(ROOT / f"{name}.py")], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     assert f"python {name}.py" in shown.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_signal_while_the_libraries_load_is_no_traceback(name, tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, sys, time\n"
+                                       "os.kill(os.getpid(), signal.SIGINT if 'a' in sys.argv else signal.SIGTERM)\ntime.sleep(60)")
+    flags = {"train": ["--data", "a"], "sample": ["--prompt", "a"], "evaluate": ["a", "b"], "filter": ["--undo", "b"],
+             "lora": ["info", "b"]}
+    said = subprocess.run([sys.executable, f"{name}.py", *flags[name]], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert said.returncode == 130 and said.stderr == ""
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -1,5 +1,6 @@
 """Data sets of every form become rows, splits and pixels; what is wrong with them is said in one line."""
 import importlib.util
+import os
 
 import numpy as np
 import pytest
@@ -123,6 +124,14 @@ def test_commas_that_should_be_quoted_are_the_captions_and_the_reading_is_said(t
     assert listed(capsys, tmp_path)[0][0]["caption"] == "red;round"
     table.write_text('file,text\na.png,"two\nlines, ""quoted"""\n')
     assert list_images(tmp_path)[0]["caption"] == 'two\nlines, "quoted"'
+
+
+def test_names_that_are_not_utf8_are_refused_by_name_and_empty_rows_of_a_spreadsheet_are_none(tmp_path, capsys):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("file_name;text\na.png;x\n;\n;\n")
+    assert [row["caption"] for row in list_images(str(tmp_path / "t.csv"))] == ["x"] and not capsys.readouterr().err
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/w\xe9.png")
+    assert "not UTF-8" in refused(capsys, tmp_path)
 
 
 def test_paths_of_windows_are_found(tmp_path):

@@ -635,6 +635,8 @@ def main(args):
     if args.what == "file": open("/no/such/place")
     if args.what == "image": raise BadImage("x.png", "is empty")
     if args.what == "memory": raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    if args.what == "host": raise MemoryError("Unable to allocate 745 GiB")
+    if args.what == "letters": sys.exit(print("\\u2264 1"))
     if args.what == "bug": raise KeyError("bug")
 guarded(main, argparse.Namespace(what=sys.argv[1], precision="fp32"))
 """
@@ -642,12 +644,26 @@ guarded(main, argparse.Namespace(what=sys.argv[1], precision="fp32"))
 
 @pytest.mark.parametrize("what, code, said", [
     ("term", 130, "interrupted"), ("file", 2, "error: No such file or directory: /no/such/place"),
-    ("image", 2, "error: x.png: is empty"), ("memory", 2, "--batch-size or --precision"), ("bug", 1, "KeyError")])
+    ("image", 2, "error: x.png: is empty"), ("memory", 2, "--batch-size or --precision"),
+    ("host", 2, "error: the memory is full"), ("bug", 1, "KeyError")])
 def test_what_a_user_did_ends_in_one_line_and_a_bug_in_a_traceback(what, code, said):
     run = subprocess.run([sys.executable, "-c", GUARDED, what], capture_output=True, text=True,
                          cwd=os.path.dirname(metrics.__file__))
     assert run.returncode == code and said in run.stderr
     assert (len(run.stderr.splitlines()) == 1) == (what != "bug")
+
+
+def test_a_terminal_that_has_not_all_letters_ends_no_run():
+    run = subprocess.run([sys.executable, "-c", GUARDED, "letters"], capture_output=True, text=True,
+                         cwd=os.path.dirname(metrics.__file__), env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (run.returncode, run.stdout) == (0, "? 1\n")
+
+
+def test_halves_are_random_whatever_the_order_of_the_files():
+    real, _ = metrics.half_draws(200, 50, 9, seed=0)
+    for side in (1, -1):
+        places = np.concatenate([np.flatnonzero(row == side) for row in real])
+        assert 80 < places.mean() < 120 and len(set(places)) > 100
 
 
 def test_a_page_escapes_what_it_is_told_and_needs_no_network():

@@ -1,6 +1,8 @@
 """Refinement: its losses against closed forms, its guards on a toy of two prompts with four modes each, the whole by flags."""
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -376,6 +378,27 @@ def test_a_refinement_leaves_the_table_and_goes_on_where_it_was_stopped(method, 
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_refinement_that_is_interrupted_while_it_judges_ends_at_once_and_goes_on(flags, tmp_path, run, capsys, monkeypatch):
+    monkeypatch.setattr(train, "objections", lambda history: [])
+    flags = ["--refine", "rwr", *flags, "--rounds", "1"]
+    run(train, *flags, "--out", tmp_path / "a")
+    save, saved = train.save_png, []
+
+    def signalled(image, path, *rest):   # while the third picture after the round is drawn
+        saved.extend([path] * path.parent.name.startswith("2-"))
+        os.kill(os.getpid(), signal.SIGINT if len(saved) == 3 else 0)
+        save(image, path, *rest)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_png", signalled)
+        run(train, *flags, "--out", tmp_path / "b")
+    assert len(saved) == 3 and torch.load(tmp_path / "b" / "checkpoints" / "latest.pt", weights_only=True)["step"] == 2
+    with pytest.raises(SystemExit):   # what it judges by may not change on the way
+        run(train, *flags, "--val-steps", "2", "--out", tmp_path / "b")
+    assert "--val-steps 1 there, 2 here" in capsys.readouterr().err
+    run(train, *flags, "--out", tmp_path / "b")
+    assert left(tmp_path / "a") == left(tmp_path / "b")
+
+
 def test_where_no_round_passes_the_adapter_comes_back_unchanged_with_the_reason(flags, adapter, tmp_path, run, capsys, monkeypatch):
     monkeypatch.setattr(train, "objections", lambda history: ["diversity: 0.710 < 0.9"][:len(history) - 1])
     run(train, "--refine", "rwr", *flags, "--out", tmp_path / "a")
@@ -393,6 +416,7 @@ def test_where_no_round_passes_the_adapter_comes_back_unchanged_with_the_reason(
     (["--refine", "kto", "--ratings", "OTHER"], "is not what"),
     (["--patience", "3"], "--patience"),
     (["--method", "full"], "--method lora"),
+    (["--refine", "kto", "--ratings", "OTHER", "--perceptual-weight", "1"], "without --perceptual-weight"),
 ])
 def test_what_cannot_be_refined_is_one_line(change, said, flags, adapter, tmp_path, refused):
     other = tmp_path / "other.csv"

@@ -526,6 +526,16 @@ def test_pictures_are_held_against_real_ones_as_filter_does(base, images, tmp_pa
     assert len(read_table(tmp_path / "a" / "manifest.csv")) == 6 and not list((tmp_path / "a" / "refused").iterdir())
 
 
+def test_a_file_of_flags_says_any_text_and_a_table_of_prompts_may_have_a_loud_name(base, tmp_path, monkeypatch):
+    (tmp_path / "flags.txt").write_text("# a comment\n--negative-prompt -blurry, grey\n--prompt @ 9 o'clock\n--grid\n\n--steps=3\n")
+    monkeypatch.setattr("sys.argv", ["sample.py", f"@{tmp_path / 'flags.txt'}", "--steps", "2"])
+    args = sample.parse_args()
+    assert (args.negative_prompt, args.prompt, args.grid, args.steps) == ("-blurry, grey", ["@ 9 o'clock"], True, 2)
+    (tmp_path / "P.CSV").write_text("file_name,text\nP.CSV,a foot\n")
+    args.prompt, args.prompts = [], str(tmp_path / "P.CSV")
+    assert [p["prompt"] for p in sample.read_prompts(args, [])] == ["a foot"]
+
+
 @pytest.mark.parametrize("change, said", [
     (["--min-quality", "0.5"], "needs --selector"), (["--max-lpips", "0.3"], "needs --reference"),
     (["--selector", "BAD"], "not a readable selector"), (["--min-quality", "2", "--selector", "S"], "--min-quality"),

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import lora
+import metrics
 import sample
 import train
 
@@ -224,6 +225,10 @@ def test_learning_rate_warms_up_and_ends_near_zero_and_a_long_warm_up_is_capped(
     assert max(train.learning_rate(step, args) for step in range(100)) == pytest.approx(2.0)
     args.lr_schedule = "constant"
     assert train.learning_rate(99, args) == 2.0
+    args.steps, args.warmup = 20, 10
+    assert [train.learning_rate(step, args) for step in (0, 8, 9)] == pytest.approx([0.2, 1.8, 2.0])
+    args.warmup = None   # not asked for: no more than a tenth
+    assert [train.learning_rate(step, args) for step in (0, 1)] == [1.0, 2.0]
 
 
 def test_of_steps_and_epochs_the_last_given_wins(setup):
@@ -398,6 +403,54 @@ def test_a_full_gpu_is_one_line_that_names_the_flags_to_try(flags, tmp_path, mon
         train.guarded(train.main, train.parse_args())
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and line.startswith("error: ") and "--batch-size" in line and "--gradient-checkpointing" in line
+
+
+def test_a_checkpoint_holds_tensors_numbers_strings_lists_and_dicts_only(flags, tmp_path, run):
+    def kinds(value):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        return {type(value)}.union(*map(kinds, parts))
+    run(train, *flags, "--steps", 2, "--out", tmp_path)
+    found = kinds(torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True))
+    assert found == {dict, list, str, int, float, bool, torch.Tensor}
+
+
+def test_a_run_goes_on_only_with_the_data_that_it_began_with(flags, images, tmp_path, run, refused):
+    for name in ("a", "b"):
+        shutil.copytree(images, tmp_path / name)
+    names = sorted(path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.png"))
+    (tmp_path / "a" / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},x" for name in names)]))
+    flags = [*flags[:2], *flags[4:], "--data", tmp_path / "a", "--steps", 2, "--out", tmp_path / "out"]
+    run(train, *flags, "--val-data", tmp_path / "b")
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    (tmp_path / "c" / "calm" / "0.png").unlink()
+    assert "validation images" in refused(train, *flags, "--val-data", tmp_path / "c")
+    (tmp_path / "a" / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},x" for name in names[::-1])]))
+    assert "their order have changed" in refused(train, *flags, "--val-data", tmp_path / "b")
+
+
+def test_two_sets_with_the_same_names_are_told_apart_in_the_split(flags, images, tmp_path, run):
+    shutil.copytree(images, tmp_path / "b")
+    (tmp_path / "b" / "calm" / "0.png").rename(tmp_path / "b" / "calm" / "new.png")
+    run(train, *flags, "--val-data", tmp_path / "b", "--steps", 1, "--out", tmp_path / "out")
+    for folder, split in ((images, "train"), (tmp_path / "b", "val")):
+        rows = train.list_images(str(folder))
+        metrics.read_split(rows, tmp_path / "out" / "split.csv")
+        assert {row["split"] for row in rows} == {split}
+
+
+def test_a_run_begun_anew_keeps_no_grid_of_the_run_before_and_leaves_foreign_files_alone(flags, tmp_path, run):
+    flags = [*flags, "--val-steps", 1, "--out", tmp_path]
+    run(train, *flags, "--val-samples", 1)
+    before = (tmp_path / "samples" / "step-00000012.png").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "other").mkdir()
+    for place in (tmp_path / "other", tmp_path / "checkpoints"):
+        place.mkdir(exist_ok=True)
+        (place / ".step-00000001.pt.123.tmp").write_bytes(b"torn")
+    run(train, *flags, "--val-samples", 2, "--steps", 6)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-00000006.png"]
+    assert before and (tmp_path / "other" / ".step-00000001.pt.123.tmp").exists()
+    assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
 
 
 def test_a_second_run_in_one_folder_is_refused(flags, tmp_path, refused):
@@ -670,6 +723,20 @@ def test_another_text_encoder_reads_the_captions_behind_a_trained_projection(fla
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
 
 
+def test_an_encoder_or_a_table_of_class_images_that_cannot_serve_is_one_line(flags, base, sdxl, bert, images, tmp_path, refused):
+    from transformers import T5Config, T5Model
+    other = [*flags, "--out", tmp_path / "out"]
+    assert "a second way" in refused(train, *other, "--base", sdxl, "--text-encoder", bert)
+    shutil.copytree(bert, tmp_path / "t5")
+    T5Model(T5Config(vocab_size=9, d_model=24, d_kv=12, d_ff=24, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
+    for folder in (Path(base) / "text_encoder", tmp_path / "t5"):
+        assert "cannot be used" in refused(train, *other, "--text-encoder", folder)
+    shutil.copytree(images, tmp_path / "class")
+    (tmp_path / "class" / "metadata.csv").write_text("file_name\nsore/1.png\n")
+    assert "its table names 1 images, 2" in refused(train, *other, "--method", "dreambooth", "--class-prompt", "a foot",
+                                                     "--class-data", tmp_path / "class")
+
+
 def test_training_goes_on_from_an_adapter_at_another_resolution(flags, tmp_path, run, refused):
     run(train, *flags, "--out", tmp_path / "a", "--alpha", 4)
     more = [*flags, "--resolution", 96, "--init-lora", tmp_path / "a" / "lora-last.safetensors", "--out"]
@@ -686,7 +753,6 @@ def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(
         torch.manual_seed(0)
         torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg.pth")
         monkeypatch.setattr(train, "find_weights", lambda name: str(tmp_path / "vgg.pth"))
-        monkeypatch.setattr(train, "load_weights", lambda path, sha256: torch.load(path, weights_only=True))
     args, loaded, data, state = setup("--perceptual-weight", 0.1, "--perceptual", kind)
     for w in state.weights.values():
         w.data.add_(0.05)
@@ -733,6 +799,12 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
     (["--select-by", "fid"], "needs 50 validation images"),
     (["--perceptual-weight", "0.1", "--perceptual", "vgg"], "vgg16-397923af.pth"),
+    (["--class-prompt", "a foot"], "goes with --method dreambooth"),
+    (["--anchor", "0.2"], "goes with --refine"),
+    (["--method", "dreambooth", "--class-prompt", "a foot", "--text-encoder", "x"], "could not draw"),
+    (["--method", "textual-inversion", "--prompt", "a my thing", "--token", "my thing"], "give one word"),
+    (["--method", "textual-inversion", "--prompt", "a <concept>", "--init-word", " "], "--init-word"),
+    (["--lr", "0"], "--lr 0"),
 ])
 def test_contradictions_and_missing_parts_are_one_line(change, said, flags, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(train, "find_weights", lambda name: None)
