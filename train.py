@@ -205,8 +205,9 @@ def check_given(args, given):
                                  ("--text-encoder", args.text_encoder, "text_length"),
                                  ("--perceptual-weight", args.perceptual_weight, "perceptual"),
                                  ("--refine", args.refine, "selector ratings rounds candidates anchor real_mix")):
-        for name in set(given) & set(names.split()) if not there else ():
-            fail(f"--{name.replace('_', '-')} goes with {needed}")
+        alone = [name for name in names.split() if name in given and not there]
+        if alone:
+            fail(f"--{alone[0].replace('_', '-')} goes with {needed}")
 
 
 def check_together(args):
@@ -342,7 +343,7 @@ def lock(out):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         fail(f"{out}: another run is writing here; wait for it or give another --out")
-    for place in (".", "checkpoints", "samples", "model", "model/*", "drawn/*", "plain", "plain/*"):
+    for place in (".", "checkpoints", "samples", "model", "model/*", "class-images", "drawn/*", "plain", "plain/*"):
         for litter in Path(out).glob(f"{place}/.*.[0-9]*.tmp"):   # of runs that were killed in mid-write
             litter.unlink()
     with file:
@@ -352,9 +353,6 @@ def lock(out):
 HARMLESS = ("steps epochs out resume device precision save_every keep_last log_every validate_every val_prompts val_samples "
             "val_steps val_guidance_scale strict cache batch_size accumulate data val_data class_data patience "
             "tensorboard wandb compile gradient_checkpointing rounds").split()
-
-
-TRAINED_ON = "the training images, captions or their order have"   # of what a run is made of
 
 
 def effective_batch(args):
@@ -402,7 +400,7 @@ def find_checkpoint(args, made_of):
              f"--accumulate {args.accumulate} × {WORLD} processes; change one of them")
     for name, digest in made_of.items():
         if checkpoint["made_of"].get(name) != digest:
-            fail(f"{path}: {name} changed since; give another --out")
+            fail(f"{path}: {name}: files, captions or their order have changed since; give another --out")
     return checkpoint
 
 
@@ -1214,7 +1212,7 @@ def fit(base, streams, check, state, args, log, until):
             if look:
                 clock = time.perf_counter()
     if stop or asked:
-        print(f"stopped at step {state.step}, saved; the same command goes on from here")
+        RANK or print(f"stopped at step {state.step}, saved; the same command goes on from here")
         raise KeyboardInterrupt
 
 
@@ -1605,7 +1603,7 @@ def save_results(state, args, data):
         return Path(args.out, "lora.safetensors")
     about = {"base": args.base, "rank": args.rank, "alpha": f"{args.alpha:g}", "targets": args.targets,
              "prompt": args.prompt or "", "resolution": args.resolution, "seed": args.seed, "images": len(data.rows),
-             "data": data.made_of[TRAINED_ON], "format_version": 1, "made_by": "medlora",
+             "data": data.made_of["the training data"], "format_version": 1, "made_by": "medlora",
              "licence": "that of the base; research use, not for diagnosis"}
     if args.method == "textual-inversion":   # {"<word>": (n, D)}: the form diffusers' load_textual_inversion reads
         path = Path(args.out, "embeddings.safetensors")
@@ -1635,7 +1633,7 @@ def write_card(state, args, data, result):
 # {Path(args.out).name}
 
 {kind} for {args.base}, trained with medlora on {len(data.rows)} images of {patients} patients (SHA-256 of the set:
-`{data.made_of[TRAINED_ON][:16]}…`) at {args.resolution} px for {state.step} steps, caption {prompt}.{best}
+`{data.made_of['the training data'][:16]}…`) at {args.resolution} px for {state.step} steps, caption {prompt}.{best}
 
 Use: `python sample.py --{'base' if args.method == 'full' else 'lora'} {result.name} --prompt {prompt}`
 
@@ -1731,10 +1729,9 @@ def run(args, device):
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
              "means something at any number")
     args.val_prompts = args.val_prompts or [caption for caption, _ in Counter(r["caption"] for r in train_rows).most_common(4)]
-    made_of = {TRAINED_ON: fingerprint(train_rows), "the validation images or captions have": fingerprint(val_rows),
-               "the weights of --base have": base_hash(find_base(args.base)),
-               **{f"the file of --{flag.replace('_', '-')} has": content_hash(path) for flag, path in
-                  (("init_lora", args.init_lora), ("selector", args.selector)) if path and os.path.isfile(path)}}
+    made_of = {"the training data": fingerprint(train_rows), "the validation data": fingerprint(val_rows),
+               "--base": base_hash(find_base(args.base)), **{flag: content_hash(path) for flag, path in (
+                   ("--init-lora", args.init_lora), ("--selector", args.selector)) if path and os.path.isfile(path)}}
     if args.cache:   # another VAE, another folder
         args.cache = os.path.join(args.cache, base_hash(find_base(args.base), "vae"))
     checkpoint = find_checkpoint(args, made_of)

@@ -423,9 +423,9 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(flags, images, tmp_
     run(train, *flags, "--val-data", tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     (tmp_path / "c" / "calm" / "0.png").unlink()
-    assert "validation images" in refused(train, *flags, "--val-data", tmp_path / "c")
+    assert "the validation data: files, captions or their order have changed" in refused(train, *flags, "--val-data", tmp_path / "c")
     (tmp_path / "a" / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},x" for name in names[::-1])]))
-    assert "their order have changed" in refused(train, *flags, "--val-data", tmp_path / "b")
+    assert "the training data: files, captions or their order have changed" in refused(train, *flags, "--val-data", tmp_path / "b")
 
 
 def test_two_sets_with_the_same_names_are_told_apart_in_the_split(flags, images, tmp_path, run):
