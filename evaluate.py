@@ -283,8 +283,9 @@ HEADER = ("metric", "better", "value", "band", "by chance: median [95 %]", "exce
 
 def evaluate_set(real, fake, known, args, names, networks, device):
     """One generated set against the real one: its entry of the report; known: the set searched for copies."""
+    found = memorisation(known, fake, not (args.split or args.train_data))   # the largest matrices come and go first
     entry = {"path": fake["path"], "n": fake["n"], "real_n": real["n"], "metrics": {}, "table": [], "halves": None,
-             "memorisation": memorisation(known, fake, not (args.split or args.train_data))}   # the largest matrices come and go first
+             "memorisation": found}
     large = {}
     if real["every"] is not None:
         large = large_values(real["every"], fake.pop("every"), networks["features"]["standardise"])
@@ -856,7 +857,7 @@ def main(args):
     sets = [(path, list_images(path)) for path in args.generated] + (draw_checkpoints(args) if args.checkpoint else [])
     sets = [(path, at_most(path, rows, args)) for path, rows in sets]
     check_sets(args, names, real_rows, sets)
-    for _, rows in [(args.real, real_rows), *sets]:   # one range of grey values for all parts of a set
+    for rows in (real_rows, *(rows for _, rows in sets), known_rows or ()):   # one range of grey values for all of a set
         ranges = find_range(rows)
         for row in rows:
             row["range"] = ranges.get(row["path"])
