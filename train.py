@@ -282,7 +282,7 @@ from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
 from metrics import (FORMATS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage,  # noqa: E402
-                     apply_selector, content_hash, copy_chances, copy_distances, copy_file, copy_limit, curve, extract, find_range,
+                     apply_selector, colour, content_hash, copy_chances, copy_distances, copy_file, copy_limit, curve, extract, find_range,
                      find_weights, generator, guarded, is_deep, joint_matrices, list_images, load_features,
                      load_pixels, load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom,
                      page, permutation_draws, pick_window, picture, quality_features, read_image, read_ratings, replacing,
@@ -1388,7 +1388,8 @@ def effective_share(weights):
 
 def summary(seen, which=slice(None)):
     """The figures of drawn images, or of some of them. seen: "reward", "judge", "passes", "copied", "weights", "prompts",
-    each (N,), "vectors" (N, D) by which they differ, and "bands" (N, 5) of their spectra in deviations of the real ones.
+    each (N,), "vectors" (N, D) by which they differ, and in deviations of the real ones "bands" (N, 5) of their spectra and
+    "tints" (N, 3).
 
     diversity and Vendi score: of half of each prompt's images, those that pass first, for what is spoilt is varied too.
     """
@@ -1399,7 +1400,8 @@ def summary(seen, which=slice(None)):
     units = [part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts]
     return {**{name: float(seen[name][which].mean()) for name in ("reward", "judge", "passes", "copied")},
             "diversity": float(np.mean(distances)), "vendi": float(np.mean([vendi(part @ part.T) for part in units])),
-            "bands": float(np.abs(np.median(seen["bands"][which], 0)).max()), "ess": effective_share(seen["weights"])}
+            **{name: float(np.abs(np.median(seen[name][which], 0)).max()) for name in ("bands", "tints")},
+            "ess": effective_share(seen["weights"])}
 
 
 def objections(history):
@@ -1409,6 +1411,7 @@ def objections(history):
             "distance from the network before": (now["drift"], 0.05),
             "copies of real images, beyond those before": (now["copied"] - start["copied"], 0.01),
             "spectrum, in deviations of the real images": (now["bands"], max(3, start["bands"])),
+            "colour, in deviations of the real images": (now["tints"], max(1, start["tints"])),   # skin turns orange
             "reward above the other half's judgement, beyond that before":
                 (now["reward"] - now["judge"] - start["reward"] + start["judge"], 0.15)}
     least = {"diversity, of that before": (now["diversity"] / start["diversity"], 0.9),
@@ -1528,8 +1531,12 @@ def judged_by_selector(base, data, args):
     known, real = load(data.rows[::-(-len(data.rows) // 2000)], size)
     features, own, same = quality_features(real, device), copy_distances(real, real), same_unit([r["group"] for r in known])
     most = np.median(apply_selector(selector, features, known)["reward"])   # no credit for better than real
-    middle, bands, rest = np.median(features, 0), slice(13, 18), slice(QUALITY_FEATURES[0][1], None)
-    deviation = 1.4826 * np.median(np.abs(features - middle), 0) + 1e-6
+    bands, rest, chroma = slice(13, 18), slice(QUALITY_FEATURES[0][1], None), [0, 1, 5]   # of `colour`: mean and size
+
+    def off(values, usual, least):   # how far from the real images, in their deviations
+        middle = np.median(usual, 0)
+        return (values - middle) / np.maximum(1.4826 * np.median(np.abs(usual - middle), 0), least)
+    tints = colour(real)[:, chroma]
 
     @lru_cache(1)   # a round's end is the next one's start
     def look(name):
@@ -1544,7 +1551,7 @@ def judged_by_selector(base, data, args):
                 "passes": given["quality"] >= spec["thresholds"]["quality"],
                 "weights": reward_weights(reward, prompts, allowed),
                 "copied": copy_chances(own, copy_distances(pixels, real), same) <= copy_limit(len(known)),
-                "bands": ((found - middle) / deviation)[:, bands]}
+                "bands": off(found, features, 1e-6)[:, bands], "tints": off(colour(pixels)[:, chroma], tints, 0.02)}
 
     def learn(seen):
         if args.refine == "rwr":

@@ -122,7 +122,7 @@ def look_of(base, reward, judge, most, count=600):
     def look(name):
         x, prompt = draw(base, count, f"look {name}")
         seen = {"reward": np.minimum(reward(x, prompt), most), "judge": judge(x, prompt), "prompts": prompt.numpy(),
-                "vectors": x.numpy(), "copied": np.zeros(count), "bands": np.zeros((count, 5)), "x": x}
+                "vectors": x.numpy(), "copied": np.zeros(count), "bands": np.zeros((count, 5)), "tints": np.zeros((count, 3)), "x": x}
         near = (x.norm(dim=1) < 4.5).numpy()
         return {**seen, "passes": seen["judge"] > 0.5, "weights": train.reward_weights(seen["reward"], seen["prompts"], near)}
     return look
@@ -308,11 +308,11 @@ def test_the_trained_weights_come_back_whatever_happens(toy):
     assert all(torch.equal(w, before[name]) for name, w in t.state.weights.items()) and t.base.unet.training
 
 
-FINE = {"val_loss": 0.5, "drift": 0.0, "copied": 0.01, "bands": 2.0, "reward": 0.5, "judge": 0.5, "diversity": 9.0, "vendi": 4.0,
+FINE = {"val_loss": 0.5, "drift": 0.0, "copied": 0.01, "bands": 2.0, "tints": 0.5, "reward": 0.5, "judge": 0.5, "diversity": 9.0, "vendi": 4.0,
         "ess": 0.5}
 
 
-@pytest.mark.parametrize("figures", [{"val_loss": 0.52}, {"drift": 0.06}, {"copied": 0.03}, {"bands": 3.1}, {"reward": 0.66},
+@pytest.mark.parametrize("figures", [{"val_loss": 0.52}, {"drift": 0.06}, {"copied": 0.03}, {"bands": 3.1}, {"tints": 1.2}, {"reward": 0.66},
                                      {"diversity": 8.0}, {"vendi": 3.5}, {"ess": 0.05}, {"val_loss": math.nan}])
 def test_each_guard_objects_by_name_and_a_round_without_fault_passes(figures):
     assert train.objections([FINE]) == train.objections([FINE, {**FINE, "judge": 0.6}]) == []
