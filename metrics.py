@@ -201,14 +201,15 @@ def read_upright(path, slice=None, window=None, value_range=None, allow_burned_i
 
 def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like; the first frame of several; transparency on black."""
-    with Image.open(path, formats=FORMATS) as image:
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:  # by name Pillow maps some TIFFs askew
         if image.format == "PNG":  # Pillow decodes pixels whose checksum is wrong; verify() is where it looks
             with Image.open(path, formats=("PNG",)) as twin:
                 twin.verify()
         ImageOps.exif_transpose(image, in_place=True)
         if is_deep(image):  # convert would clip these at 255
-            values = np.asarray(image).astype(np.float64)
-            return grey_image(values, *(value_range or percentile_range(values, 0, 100)))
+            values, inverted = np.asarray(image).astype(np.float64), image.format == "TIFF" and image.tag_v2.get(262) == 0
+            grey = grey_image(values, *(value_range or percentile_range(values, 0, 100)))
+            return ImageOps.invert(grey) if inverted else grey  # Pillow inverts those of 8 bits itself
         if image.has_transparency_data:
             image = image.convert("RGBA")
             return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
@@ -259,7 +260,7 @@ def looks_like_dicom(path):
     """True for a DICOM file by its content, with or without the 128-byte preamble."""
     with open(path, "rb") as file:
         head = file.read(132)
-    return head[128:] == b"DICM" or head[:4] in (b"\2\0\0\0", b"\x08\0\0\0", b"\x08\0\5\0", b"\x08\0\x08\0")
+    return head[128:] == b"DICM" or head[:4] in (b"\2\0\0\0", *(bytes((8, 0, tag, 0)) for tag in (0, 5, 8, 0x16, 0x18)))
 
 
 def pick_slice(path, wanted, count):
@@ -301,12 +302,18 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
             window = None
         elif window and data.get("Modality") == "CT" and not ("RescaleSlope" in data or "ModalityLUTSequence" in data):
             raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units for a --window")
-        own = window or value_range or "WindowCenter" in data or "VOILUTSequence" in data
+        own = window or value_range or own_window(data) or data.get("VOILUTSequence")
         if count > 1 and not own:
             value_range = frames_range(path, os.path.getmtime(path))
         image = dicom_grey(data, values, padding, pick_window(window), value_range)
-    spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing") or data.get("PixelAspectRatio") or (1, 1)
-    return square_pixels(image, *spacing)
+    spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing") or data.get("PixelAspectRatio")
+    return square_pixels(image, *spacing) if np.size(spacing) == 2 else image
+
+
+def own_window(data):
+    """(centre, width) of a DICOM file's first window, None where it has none that shows anything."""
+    centre, width = (np.ravel(data.get(name) or [])[:1] for name in ("WindowCenter", "WindowWidth"))
+    return (float(centre[0]), float(width[0])) if len(centre) and len(width) and width[0] >= 1 else None
 
 
 def dicom_frame(path, data, frame):
@@ -316,6 +323,9 @@ def dicom_frame(path, data, frame):
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
             if len(data.get(groups) or ()) > index and data[groups][index].get(name):
                 data.update(data[groups][index][name][0])  # enhanced objects keep these tags per frame
+    for name in ("RescaleSlope", "RescaleIntercept"):
+        if name in data and data[name].is_empty:
+            del data[name]  # blanked by who took the names out
     syntax = data.file_meta.TransferSyntaxUID
     if syntax == JPEG_EXTENDED:  # some 12-bit encoders end the scan at coefficient 0; it has all 64
         data.PixelData = re.sub(rb"(?s)(\xff\xda\0\x08\x01..\0)\0\0", b"\\1?\0", data.PixelData)
@@ -328,8 +338,9 @@ def dicom_frame(path, data, frame):
         values = apply_color_lut(values, data)
     if values.ndim == 3:
         return values, None
-    first = data.get("PixelPaddingValue")
-    ends = sorted((first, data.get("PixelPaddingRangeLimit", first))) if first is not None else (1, 0)
+    first, ends = data.get("PixelPaddingValue"), (1, 0)
+    if first is not None:  # as unsigned numbers, often, of signed pixels
+        ends = sorted(np.array([first, data.get("PixelPaddingRangeLimit", first)]).astype(values.dtype))
     return apply_rescale(values, data), (values >= ends[0]) & (values <= ends[1])
 
 
@@ -344,16 +355,18 @@ def frames_range(path, modified):
 
 def dicom_grey(data, values, padding, window, value_range):
     """Rescaled (H, W) values -> image of mode "L": as asked for, else by the file's own window, else by percentiles."""
-    from pydicom.pixels import apply_voi
-    function = data.get("VOILUTFunction") or "LINEAR"
+    function, own = data.get("VOILUTFunction") or "LINEAR", own_window(data)
     if window is None and value_range is not None:
         low, high = value_range
     elif window is None and data.get("VOILUTSequence"):
-        values = apply_voi(values, data, index=0)
-        low, high = 0, 2 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1
-    elif window is not None or data.get("WindowCenter") is not None:
-        centre, width = window or (np.ravel(data.WindowCenter)[0], np.ravel(data.WindowWidth)[0])
-        centre, width = float(centre), float(width)
+        count, first, bits = data.VOILUTSequence[0].LUTDescriptor
+        table = data.VOILUTSequence[0].LUTData  # pydicom's apply_voi wraps those of 8 bits
+        if isinstance(table, bytes):
+            table = np.frombuffer(table, "u1" if len(table) == (count or 2**16) else "<u2")
+        values = np.ravel(table)[np.clip(values - float(first), 0, np.size(table) - 1).astype(int)]
+        low, high = 0, 2**bits - 1
+    elif window is not None or own:
+        centre, width = map(float, window or own)
         low, high = centre - width / 2, centre - 1 + width / 2
         if function == "LINEAR_EXACT" or "PixelData" not in data:  # float pixels: no step to count
             high = centre + width / 2
@@ -469,12 +482,15 @@ def list_folder(folder):
     """Rows of the images below a folder; the label is the name of the first subfolder."""
     rows, odd = [], []
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = os.path.realpath(place) + os.sep  # a link to a folder above would lead round for ever
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not here.startswith(
+            os.path.realpath(os.path.join(place, name)) + os.sep))
         for name in names:
             path = os.path.join(os.path.abspath(place), name)
             if name.startswith(".") or not os.path.isfile(path):  # hidden files and AppleDouble's ._x
                 continue
-            if not name.lower().endswith(IMAGE_SUFFIXES) and (os.path.splitext(name)[1] or not looks_like_dicom(path)):
+            bare = os.path.splitext(name)[1].strip(".0123456789").lower() in ("", "ima")  # scanners name by numbers
+            if not name.lower().endswith(IMAGE_SUFFIXES) and not (bare and looks_like_dicom(path)):
                 continue
             file_name = Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
             label = file_name.split("/")[0] if "/" in file_name else ""
@@ -502,7 +518,15 @@ def read_table(path, caption_column=None):
             fail(f"{path}: every line must be one JSON object")
     else:
         rows = read_csv(path, text, caption_column)
-    return [{str(key).strip(): str("" if cell is None else cell).strip() for key, cell in row.items()} for row in rows]
+    return [{str(key).strip(): cell_text(cell) for key, cell in row.items()} for row in rows]
+
+
+def cell_text(cell):
+    """A cell of a table as text; of JSON's several values A|B, 12.0 as 12, null as nothing."""
+    if isinstance(cell, list):
+        return "|".join(map(cell_text, cell))
+    cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+    return "" if cell is None else str(cell).strip()
 
 
 def read_csv(path, text, caption_column):
@@ -512,9 +536,13 @@ def read_csv(path, text, caption_column):
     """
     first = text.split("\n", 1)[0]
     mark = max(",;\t", key=first.count)
-    reader, rows, joined = csv.reader(io.StringIO(text, newline=""), delimiter=mark), [], {}
+    spaced = re.search(f'{mark} +"', text) is not None  # a, "b, c"
+    reader, rows, joined = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=spaced), [], {}
     try:
         header = [name.strip() for name in next(reader, [])]
+        twice = [name for name, count in collections.Counter(filter(None, header)).items() if count > 1]
+        if twice:
+            fail(f"{path}: two columns are called {twice[0]}: rename one")
         name = caption_column or find_column(header, "caption")
         place = header.index(name) if name in header else None
         for cells in filter(any, reader):
@@ -594,7 +622,7 @@ def fill_captions(data, rows, columns, prompt):
         for _, name, _, _ in pieces:
             if name is not None and name not in values:
                 fail(f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(values) or 'none'}")
-        lacking += [row] * any(name is not None and not values[name] for _, name, _, _ in pieces)
+        lacking += [row] * any(name is not None and not in_english(values[name]) for _, name, _, _ in pieces)
         if prompt is not None:
             row["caption"] = "".join(
                 literal + ("" if name is None else in_english(values[name])) for literal, name, _, _ in pieces).strip()
@@ -707,9 +735,9 @@ def split_rows(rows, val_share, test_share=0.0):
     The split is the same on every machine, does not depend on order, and adding files moves none. Says so where no
     groups are known but file names look as if one patient had several.
     """
-    series = collections.defaultdict(list)
-    for row in rows:
-        key = row["group"] or content_hash(row["path"])
+    series, content = collections.defaultdict(list), functools.lru_cache(None)(content_hash)
+    for row in rows:   # slices of a volume without a patient have its name for a group
+        key = row["group"] if row["group"] not in ("", row.get("file_name")) else content(row["path"])
         u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
         row["split"] = "test" if u < test_share else "val" if u < test_share + val_share else "train"
         stem = re.fullmatch(r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem)
@@ -857,9 +885,12 @@ def near_duplicates(pixels, alike=0.95):
     hashes = [F.normalize(torch.cat([grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)], 1))
               for grey in (small, small.flip(2))]
     same = collections.defaultdict(list)
-    for n, picture in enumerate(pixels):
-        same[hashlib.sha256(picture.numpy().tobytes()).digest()].append(n)
-    found = {pair: "exact" for group in same.values() for pair in itertools.combinations(group, 2)}
+    for n, image in enumerate(pixels):
+        same[hashlib.sha256(image.numpy().tobytes()).digest()].append(n)
+    found = {}
+    for group in same.values():   # blank slices are many: each with the next one only
+        blank = pixels[group[0]].min() == pixels[group[0]].max()
+        found |= dict.fromkeys(itertools.pairwise(group) if blank else itertools.combinations(group, 2), "exact")
     for kind, other in zip(("near", "flipped"), hashes):
         for start in range(0, len(pixels), 1024):
             for i, j in (hashes[0][start:start + 1024] @ other.T > alike).nonzero().tolist():

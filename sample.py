@@ -646,7 +646,7 @@ def contact_sheet(images, captions, columns=8, side=160):
 
 def split_labels(row):
     """The labels of a row, {"A", "B"} of A|B; {""} where it has none."""
-    return {part.strip() for part in row["label"].split("|")}
+    return {part.strip() for part in row["label"].split("|") if part.strip()} or {""}
 
 
 def classes_of(rows):

@@ -559,7 +559,8 @@ def preview(args):
     """--preview: say what the data are and what is odd about them, and write them as the model would see them."""
     listed, folder = list_data(args), Path(args.preview)
     ours, target = ["file_name", "text", "label", "patient_id", "source"], folder / "metadata.csv"
-    if target.exists() and target.read_text(encoding="utf-8", errors="replace").split("\n")[0].strip() != ",".join(ours):
+    if target.exists() and (target.samefile(args.data) or target.read_text(encoding="utf-8", errors="replace").split("\n")[
+            0].strip() != ",".join(ours)):
         fail(f"--preview {folder}: there is another data set's metadata.csv; give another folder")
     if args.resolution is None:   # a base that is not on this machine yet is not fetched for this
         where = BASES.get(args.base, args.base) or ""
@@ -681,7 +682,9 @@ def diagnose(rows, pixels, bad, args):
 def warn_of_twins(rows, pixels, args, crossing=False):
     """Warn of pictures that are there twice; crossing: only of those on two sides of the split."""
     alike = 0.98 if args.crop in ("pad", "fundus") else 0.95   # black borders make all pictures more alike
-    pairs = [(rows[i], rows[j], kind) for i, j, kind in near_duplicates(pixels, alike) if rows[i]["path"] != rows[j]["path"]]
+    pairs = [(rows[i], rows[j], kind) for i, j, kind in near_duplicates(pixels, alike)
+             if (rows[i]["path"], rows[i]["split"]) != (rows[j]["path"], rows[j]["split"])   # not slices of one volume,
+             and pixels[i].min() < pixels[i].max()]   # nor blank ones
     advice = "delete one of each, or give both one patient_id"
     ways = {"exact": "exact duplicates", "near": "duplicates re-saved or retouched", "flipped": "mirrored duplicates"}
     for kind, way in ways.items() if not crossing else ():
@@ -1806,7 +1809,8 @@ def main(args):
                                   ("bitsandbytes", "--optimizer adamw8bit", args.optimizer == "adamw8bit")):
         if wanted:   # now, not after an hour of caching
             need(package, flag)
-    device, args.window = start_processes(args), pick_window(args.window)
+    device = start_processes(args)
+    pick_window(args.window)   # a wrong one ends here; a name must stay one, for only CTs obey it
     if args.preview:
         preview(args)
     else:

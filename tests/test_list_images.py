@@ -126,6 +126,33 @@ def test_commas_that_should_be_quoted_are_the_captions_and_the_reading_is_said(t
     assert list_images(tmp_path)[0]["caption"] == 'two\nlines, "quoted"'
 
 
+def test_tables_say_things_in_many_ways(tmp_path, capsys):
+    for name in "abc":
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "t.jsonl").write_text('{"file_name": "a.png", "labels": ["A", "B"], "patient": 12.0}\n'
+                                      '{"file_name": "b.png", "labels": [], "patient": 12}\n{"file_name": "c.png", "labels": null}\n')
+    rows = list_images(str(tmp_path / "t.jsonl"), prompt="an X-ray with {labels}")
+    assert [row["label"] for row in rows] == ["A|B", "", ""] and [row["group"] for row in rows] == ["12", "12", ""]
+    assert rows[0]["caption"] == "an X-ray with A and B" and "2 of 3 rows have no labels" in capsys.readouterr().err
+    (tmp_path / "t.csv").write_text('file_name, text\na.png, "one, two"\nb.png, three\n')
+    assert [row["caption"] for row in list_images(str(tmp_path / "t.csv"))] == ["one, two", "three"]
+    (tmp_path / "t.csv").write_text("file_name,label,label\na.png,A,\n")
+    assert "two columns are called label" in refused(capsys, tmp_path / "t.csv")
+
+
+def test_a_link_to_a_folder_above_is_not_followed_and_slices_stay_on_the_side_of_their_volume(tmp_path):
+    (tmp_path / "A").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "A" / "a.png")
+    (tmp_path / "A" / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert [row["file_name"] for row in list_images(str(tmp_path))] == ["A/a.png"]
+    one, slices = ([{"path": str(tmp_path / "A" / "a.png"), "file_name": "A/a.png", "group": group}] for group in ("", "A/a.png"))
+    for rows in (one, slices):
+        split_rows(rows, 0.5, 0.2)
+    assert one[0]["split"] == slices[0]["split"]
+    blank = torch.zeros(50, 3, 32, 32, dtype=torch.uint8)
+    assert len(near_duplicates(blank)) == 49
+
+
 def test_names_that_are_not_utf8_are_refused_by_name_and_empty_rows_of_a_spreadsheet_are_none(tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "t.csv").write_text("file_name;text\na.png;x\n;\n;\n")

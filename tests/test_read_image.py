@@ -54,6 +54,15 @@ def test_transparent_pixels_are_black(tmp_path):
         assert found[0, 0] == 255 and found.sum() == 255
 
 
+def test_tiffs_that_store_white_as_zero_or_lie_on_their_side_are_read_right(tmp_path):
+    ramp = np.tile(np.arange(0, 60000, 1000, dtype=np.uint16), (8, 1))
+    Image.fromarray(ramp).save(tmp_path / "white.tif", tiffinfo={262: 0})
+    assert (values(tmp_path / "white.tif")[0] == 255 - np.round(ramp[0] / 59000 * 255)).all()
+    lying = Image.fromarray(np.array([[0, 40, 80], [120, 160, 200]], np.uint16) * 256)
+    lying.save(tmp_path / "lying.tif", tiffinfo={274: 6})
+    assert values(tmp_path / "lying.tif", value_range=(0, 65280)).tolist() == [[120, 0], [160, 40], [200, 80]]
+
+
 def test_a_photo_is_turned_upright(tmp_path):
     photo, exif = Image.new("RGB", (40, 20)), Image.Exif()
     photo.paste("white", (0, 0, 10, 20))  # the left edge, which orientation 6 puts on top
@@ -177,6 +186,41 @@ def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn, monkeyp
     monkeypatch.setattr(metrics, "dicom_frame", lambda *_: int("Doe^Jane"))
     with pytest.raises(BadImage, match=r"is damaged \(ValueError\)$"):
         read_image(tmp_path / "a.dcm")
+
+
+@dicom
+def test_what_files_of_little_care_leave_out_or_say_oddly_is_borne(tmp_path):
+    from pydicom.dataset import Dataset
+    plain = dict(WindowCenter=2048, WindowWidth=4096)
+    write_dicom(tmp_path / "plain", RAMP, **plain)
+    usual = values(tmp_path / "plain")
+    for n, odd in enumerate((dict(RescaleSlope=None, RescaleIntercept=None, **plain), dict(PixelSpacing=[1.0], **plain),
+                             dict(WindowCenter=2048, WindowWidth=4096, PixelAspectRatio=None))):
+        write_dicom(tmp_path / str(n), RAMP, **odd)
+        assert (values(tmp_path / str(n)) == usual).all()
+    write_dicom(tmp_path / "none", RAMP)
+    for name, odd in (("zero", dict(WindowCenter=100, WindowWidth=0)), ("half", dict(WindowCenter=100))):
+        write_dicom(tmp_path / name, RAMP, **odd)
+        assert (values(tmp_path / name) == values(tmp_path / "none")).all()
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [4096, 0, 8], (np.arange(4096) // 16).astype("<u2").tobytes()
+    write_dicom(tmp_path / "lut", RAMP, VOILUTSequence=[table])
+    assert np.abs(values(tmp_path / "lut")[0] - RAMP[0] // 16).max() <= 1   # 8 bits: pydicom's own way wraps
+    signed = RAMP.astype(np.int16) - 2000
+    signed[:, :9] = -2000
+    write_dicom(tmp_path / "signed", signed, PixelPaddingValue=-2000)
+    padded = metrics.open_dicom(tmp_path / "signed")
+    padded.add_new("PixelPaddingValue", "US", 63536)   # the same as an unsigned number
+    padded.save_as(tmp_path / "padded")
+    assert (values(tmp_path / "padded") == values(tmp_path / "signed")).all() and not values(tmp_path / "padded")[:, :9].any()
+
+
+@dicom
+def test_files_that_scanners_name_by_numbers_are_found(tmp_path):
+    for name in ("1.2.840.113619.2", "MR.1.3.12.2", "x.IMA", "IM0001"):
+        write_dicom(tmp_path / name, RAMP)
+    (tmp_path / "notes.2024").write_text("no image")
+    assert len(metrics.list_images(str(tmp_path))) == 4
 
 
 @dicom
