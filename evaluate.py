@@ -99,6 +99,7 @@ def parse_args():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -111,10 +112,10 @@ from scipy.stats import binom  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, colour, copy_chances,  # noqa: E402
-                     copy_distances, curve, extract, find_range, find_weights, generator, guarded, half_draws, joint_matrices, kid,
+                     copy_distances, curve, extract, find_weights, generator, guarded, half_draws, joint_matrices, kid,
                      large_values, list_images, load_features, load_lpips, load_pixels, lpips_files,
                      lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws, pick_device,
-                     pick_resolution, pooled, read_split, read_table, replacing, same_unit, set_hash, split_rows, ssim, ssim_matrix,
+                     pick_resolution, pooled, read_split, read_table, replacing, same_unit, set_hash, share_range, split_rows, ssim, ssim_matrix,
                      table, thumbnail, to_grey, whole_groups, yardstick)
 
 HALVES = 20          # random halves of the real set
@@ -171,7 +172,7 @@ def at_most(path, rows, args):
 
 def list_real(args):
     """(the rows to compare with, the rows that the generator learnt from) by --split and --train-data."""
-    rows, known = list_images(args.real, group_column=args.group_column), None
+    rows, known = share_range(list_images(args.real, group_column=args.group_column)), None   # before it is parted
     columns = dict.fromkeys(name for row in rows for name in row["fields"])
     if args.by not in (None, "label", *columns):
         fail(f"--by {args.by}: {args.real} has no such column; it has {', '.join(columns) or 'no table'}")
@@ -184,7 +185,7 @@ def list_real(args):
             fail(f"--split {args.split}: holds out {len(rows)} images; a comparison needs at least 2")
     elif len(rows) > args.max_images:   # copies are looked for among them all
         known = rows
-    known = list_images(args.train_data) if args.train_data else known
+    known = share_range(list_images(args.train_data)) if args.train_data else known
     return at_most(args.real, rows, args), known
 
 
@@ -348,7 +349,7 @@ def are_copies(entry):
     figures, found = entry["metrics"], entry["memorisation"]
     whole, single = ([figures[name]["p_low"] <= 0.01 for name in names if name in figures]
                      for names in (("fid", "frechet", "kid"), ("ssim_nearest", "lpips_nearest")))
-    many = found["likely_copies"] and found["chance"] <= 0.001 and found["likely_copies"] > 0.1 * entry["n"]
+    many = found["likely_copies"] and found["chance"] <= 0.001 and found["likely_copies"] > 0.1 * found["m"]
     return bool(any(whole[:1]) or many or (any(single) and all(single)))  # a blurred image is near by SSIM alone
 
 
@@ -567,7 +568,7 @@ def number(value, digits=3, sign=""):
 def copies_sentence(found):
     """The count of likely copies beside the count that chance gives."""
     if found["likely_copies"] is None:
-        return "Copies were not looked for: it takes images of at least three patients."
+        return "Copies were not looked for: it takes images of at least three patients, those trained on (--train-data)."
     said = (f"{found['likely_copies']} of {found['m']} generated images lie as near to one of {found['n']} "
             f"{'real' if found['is_real'] else 'training'} images as 1 in {1 / found['limit']:.0f} fresh ones would; "
             f"{number(found['expected'], 2)} expected (p {number(found['chance'], 2)})")
@@ -583,8 +584,9 @@ def verdict(entry):
     if not f:
         said.append("Whether these images can be told from the real ones was not measured.")
     elif entry["copies"]:
-        said.append(f"These images lie closer to the real ones than fresh ones would ({beside}): they may be copies. "
-                    "Look at the nearest pairs.")
+        said.append((f"These images lie closer to the real ones than fresh ones would ({beside})" if f["p_low"] <= 0.01 else
+                     "Too many of these images lie closer to a real one than fresh ones would")
+                    + ": they may be copies. Look at the nearest pairs.")
     elif main not in worse:
         said.append(f"At this number of images they cannot be told from the real ones: {beside} (p_high "
                     f"{f['p_high']:.2g}).")
@@ -845,9 +847,10 @@ def write_json(args, settings, real, entries):
             kept["utility"] = [{key: row[key] for key in ("share", "auroc", "low", "high")} for row in rows["linear probe"]]
             kept["classifiers"] = rows
         return kept | ({"subgroups": entry["subgroups"]} if entry["subgroups"] else {})
-    with replacing(args.json) as file:
-        file.write(json.dumps({"format": 1, "settings": settings, "real": {"path": args.real, "n": entries[0]["real_n"]},
-                               "generated": [figures(entry) for entry in entries]}, indent=1).encode())
+    text = json.dumps({"format": 1, "settings": settings, "real": {"path": args.real, "n": entries[0]["real_n"]},
+                       "generated": [figures(entry) for entry in entries]})
+    with replacing(args.json) as file:   # NaN is no JSON
+        file.write(json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1).encode())
 
 
 def main(args):
@@ -855,12 +858,8 @@ def main(args):
     networks = load_networks(args, names, device)
     real_rows, known_rows = list_real(args)
     sets = [(path, list_images(path)) for path in args.generated] + (draw_checkpoints(args) if args.checkpoint else [])
-    sets = [(path, at_most(path, rows, args)) for path, rows in sets]
+    sets = [(path, at_most(path, share_range(rows), args)) for path, rows in sets]
     check_sets(args, names, real_rows, sets)
-    for rows in (real_rows, *(rows for _, rows in sets), known_rows or ()):   # one range of grey values for all of a set
-        ranges = find_range(rows)
-        for row in rows:
-            row["range"] = ranges.get(row["path"])
     everything = sum((rows for _, rows in sets), real_rows)
     resolution = args.resolution or pick_resolution(real_rows, *(rows for _, rows in sets))
     if not share_out(everything, resolution, networks, args, device):

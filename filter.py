@@ -120,6 +120,7 @@ def check_args(args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -141,7 +142,7 @@ from scipy import optimize, special, stats  # noqa: E402
 from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, copy_file, generator,  # noqa: E402
                      guarded, list_images, load_pixels, load_selector, measure_reference, page, pick_device,
                      pick_resolution, quality_features, ranks, read_ratings, read_split, read_table, refusals, refuse_low,
-                     replacing, save_selector, score, squared_distances, standardised, table, text_key, thumbnail,
+                     replacing, save_selector, score, share_range, squared_distances, standardised, table, text_key, thumbnail,
                      write_csv)
 
 PENALTIES = np.logspace(-2, 2.5, 10)   # of the ridge; the rows of its features have a squared length near 2
@@ -207,6 +208,8 @@ def report(rows, pixels, real_pixels, reasons, index, counts, said, seed):
 def place(source, target, how):
     """Copy, link or move one file; where the file system cannot link or move, a copy does it."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.realpath(source) == os.path.realpath(target):
+        return
     try:
         if how == "move":
             return os.replace(source, target)
@@ -248,7 +251,7 @@ def clear(wanted, candidates, out):
                      if name not in candidates or content_hash(candidates[name]) != content_hash(out / name))
     if foreign:
         fail(f"{out}: holds {len(foreign)} files of something else, such as {foreign[0]}; give another --out")
-    for path in [*map(out.joinpath, there - wanted), *out.rglob(".*.tmp")]:   # and what was killed in mid-write
+    for path in [*map(out.joinpath, there - wanted), *out.rglob(".*.[0-9]*.tmp")]:   # and what was killed in mid-write
         path.unlink()
 
 
@@ -265,7 +268,7 @@ def leave_images(entries, out, how):
 
 def list_real(data, args):
     """The rows of a real set without those that --split keeps for testing."""
-    rows = list_images(data, group_column=args.group_column)
+    rows = share_range(list_images(data, group_column=args.group_column))
     if args.split:
         read_split(rows, args.split)
     return [row for row in rows if row.get("split") != "test"]
@@ -285,10 +288,10 @@ def read_sets(args):
     real_rows, all_rows = list_real(args.reference, args), list_images(args.generated)
     for row in all_rows:
         if "\\" in row["file_name"]:   # written on Windows
-            row["file_name"] = os.path.relpath(row["path"], home_of(args.generated))
-    absolute = [row["file_name"] for row in all_rows if Path(row["file_name"]).is_absolute()]
-    if absolute:
-        fail(f"{args.generated}: names absolute paths, such as {absolute[0]}; kept images need names below --out")
+            row["file_name"] = row["file_name"].replace("\\", "/")
+    outside = [name for name in (row["file_name"] for row in all_rows) if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        fail(f"{args.generated}: names absolute paths, or some with .., such as {outside[0]}; kept images need names below --out")
     resolution = size or args.resolution or pick_resolution(real_rows, all_rows)
     real_rows, real = load_pixels(real_rows, resolution)
     rows, fake = load_pixels(all_rows, resolution)
@@ -530,7 +533,7 @@ def shared_ratings(rows):
 
 def agreement(args):
     """Print how far raters agree, and whether they can tell real from generated."""
-    rows = [row for path in args.agreement for row in read_ratings([path])]
+    rows = read_ratings(args.agreement)
     raters = list(dict.fromkeys(row["expert"] for row in rows))
     if len(args.agreement) > 1 and len(raters) < len(args.agreement):   # one expert twice: the files are the raters
         rows = [row | {"expert": path} for path in args.agreement for row in read_ratings([path])]
@@ -577,7 +580,7 @@ def objections(rows, images, good):
         if v > 0.6:
             found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
     for pair, both in shared_ratings(rows).items():
-        if len(both) >= 10 and not kappa(*both.T) >= 0.2:
+        if len(both) >= 10 and kappa(*both.T) < 0.2:
             found.append(f"{pair[0]} and {pair[1]} do not agree (weighted kappa {kappa(*both.T):.2f})")
     found += [f"{len(images)} rated images are fewer than 30"] * (len(images) < 30)
     kind = "good" if good.mean() < 0.5 else "not good"

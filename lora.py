@@ -63,6 +63,7 @@ def parse_args():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -325,7 +326,7 @@ def sort_keys(path, tensors):
             fail(f"{path}: {method} ({key}) is not supported, only LoRA of linear and convolution layers; train again "
                  "without it, or merge it into a base with the tool that made it")
     keys = {key: match for key, match in zip(tensors, map(PAIR.fullmatch, tensors))
-            if match and tensors[key].is_floating_point() and (not match[3] or tensors[key].numel() == 1)}
+            if match and (tensors[key].numel() == 1 if match[3] else tensors[key].is_floating_point())}
     names, places = from_sgm({layer_name(match[1]) for match in keys.values()}), {}
     for key, match in keys.items():
         part = {"down": "A", "up": "B"}.get(match[2], match[2] or "alpha")
@@ -496,6 +497,8 @@ def merge(args):
                 fail(f"{path}: {name} has another shape than in the files before; the adapters are of different bases")
             pairs[name] = (torch.cat([first_a, a.reshape(-1, *first_a.shape[1:])]),
                            torch.cat([first_b, weight * b.reshape(*b.shape[:2], *first_b.shape[2:])], 1))
+            if not pairs[name][1].isfinite().all():
+                fail(f"{path}:{weight:g}: the weight is too large")
     for name, (a, b) in pairs.items() if args.rank else ():
         *pairs[name], missed, whole = low_rank(a, b, args.rank)
         lost, total = lost + missed, total + whole
@@ -571,7 +574,6 @@ def info(path):
 def main(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8
     try:
         if args.command == "info":
             return info(args.file)

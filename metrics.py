@@ -97,8 +97,6 @@ def guarded(main, args):
     """Run main(args); what a user, a disk or a signal did ends in one line, what a bug did in a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):   # a terminal that is not UTF-8 ends no run
-        stream.reconfigure(errors="replace")
     try:
         main(args)
     except KeyboardInterrupt:
@@ -825,6 +823,14 @@ def find_range(rows):
             note(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
             ranges |= dict.fromkeys(ends, (low, high))
     return ranges
+
+
+def share_range(rows, given=None):
+    """Set row["range"], what becomes black and white in images of more than 8 bits: `given`, or one range for all rows."""
+    ranges = find_range(rows) if given is None else {}
+    for row in rows:
+        row["range"] = ranges.get(row["path"], given)
+    return rows
 
 
 def load_pixels(rows, resolution, crop="center", strict=False, window=None, value_range=None, allow_burned_in=False,
@@ -1920,7 +1926,8 @@ def save_selector(path, spec, tensors):
     the softmax over spec["classes"].
     """
     from safetensors.torch import save
-    metadata = {"format": "medlora-selector", "version": "1", "tool": "medlora", "spec": json.dumps(spec, sort_keys=True)}
+    spec = json.loads(json.dumps(spec, sort_keys=True), parse_constant=lambda name: None)   # NaN is no JSON
+    metadata = {"format": "medlora-selector", "version": "1", "tool": "medlora", "spec": json.dumps(spec)}
     data = save({name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()})
     length = int.from_bytes(data[:8], "little")   # the library would write its metadata in random order
     header = json.dumps({"__metadata__": metadata, **json.loads(data[8:8 + length])}).encode()

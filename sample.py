@@ -47,7 +47,7 @@ def add_flags(parser):
                      "to 15), faster and more varied: 0.28,5.42")
     how.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: the adapter's or the base's)")
     how.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: the adapter's or the base's)")
-    how.add_argument("--batch-size", type=int, default=8, help="images at once; does not change the pictures")
+    how.add_argument("--batch-size", type=int, default=8, help="images at once; the pictures stay the same, but for rounding")
     how.add_argument("--low-memory", action="store_true", help="VAE by slices and tiles, one guidance half at a time")
     how.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at first, then faster")
     how.add_argument("--seed", type=int, default=0)
@@ -91,6 +91,8 @@ def parse_args(argv=None):
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least} to {most}")
+    if args.scheduler == "dpm" and args.steps > 998:
+        fail(f"--steps {args.steps}: --scheduler dpm takes at most 998")
     for flag in ("height", "width"):
         if getattr(args, flag) is not None and getattr(args, flag) % 8:
             fail(f"--{flag} {getattr(args, flag)}: give a multiple of 8")
@@ -118,6 +120,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -147,7 +150,7 @@ from PIL import Image, ImageDraw, PngImagePlugin  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (QUALITY_FEATURES, BadImage, apply_selector, content_hash, fit_square, generator, guarded,  # noqa: E402
+from metrics import (QUALITY_FEATURES, BadImage, apply_selector, content_hash, find_column, fit_square, generator, guarded,  # noqa: E402
                      list_images, load_pixels, load_selector, measure_reference, need, pick_device, pick_resolution,
                      picture, quality_features, read_image, read_table, refusals, refuse_low, replacing, score,
                      set_hash, write_csv)
@@ -241,10 +244,12 @@ def own_resolution(folder):
     return side * 8 if type(side) is int and 8 <= side <= 512 else fail(f"{folder}/unet/config.json: no sample_size in it")
 
 
-def base_hash(folder, part="unet"):
-    """Ten letters that change with the weights of a part: of the file's size and of 64 kB at each of 64 places."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder, part).glob("*.safetensors")):
+def base_hash(folder, *parts):
+    """Ten letters that change with a base's weights and schedule, or with those of some parts: of each file's size and of
+    64 kB at each of 64 places."""
+    digest, parts = hashlib.sha256(), parts or ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
+    for path in sorted(path for part in parts for path in Path(folder, part).glob("*.*") if path.suffix == ".safetensors"
+                       or path.name == "scheduler_config.json"):
         size = path.stat().st_size
         digest.update(str(size).encode())
         with open(path, "rb") as file:
@@ -373,8 +378,8 @@ def add_tokens(base, vectors):
     if len(base.text_encoders) > 1 or len(tokenizer) != len(table.weight) + len(known):
         fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder")
     for word, rows in vectors.items():
-        if rows.shape[1] != width:
-            fail(f"the token {word} has {rows.shape[1]} numbers, the base's words have {width}; is it of another base?")
+        if rows.ndim != 2 or rows.shape[1] != width:
+            fail(f"the token {word} has {rows.shape[-1]} numbers, the base's words have {width}; is it of another base?")
         names = [word] + [f"{word}_{n}" for n in range(1, len(rows))]
         if tokenizer.add_tokens(names) != len(names):
             fail(f"--token {word}: the base knows this word already; give another, such as <lesion-1>")
@@ -506,7 +511,7 @@ def use_extra(base, metadata, extra):
         except RuntimeError:
             fail(f"the checkpoint's UNet does not fit the base {base.name}; give the --base it was trained on")
     if projection:
-        if not {"text_encoder", "text_length"} <= metadata.keys():
+        if "text_encoder" not in metadata or not str(metadata.get("text_length")).isdecimal():
             fail("the adapter has a text projection but does not say for which --text-encoder: it is not of train.py")
         use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
     if tokens:
@@ -635,7 +640,7 @@ def contact_sheet(images, captions, columns=8, side=160):
     for i, (image, caption) in enumerate(zip(images, captions)):
         x, y = 4 + i % columns * (side + 4), 4 + i // columns * (side + 20)
         sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
-        letters = " ".join(caption.encode("ascii", "replace").decode().split())
+        letters = " ".join(caption.encode("ascii", "replace").decode().split())[:side]
         while pen.textlength(letters) > side:
             letters = letters[:-1]
         pen.text((x, y + side + 3), letters, fill="black")
@@ -662,7 +667,10 @@ def deal(rows, total, balanced):
     In proportion to its rows; balanced: every label alike, a row with several labels counted with its rarest.
     """
     kinds = classes_of(rows)
-    sizes, share = Counter(kinds), Counter()
+    sizes, share, shared = Counter(kinds), Counter(), Counter({(row["caption"], kind) for row, kind in zip(rows, kinds)})
+    twice = [caption for caption, count in Counter(caption for caption, _ in shared).items() if count > 1]
+    if balanced and twice:
+        fail(f"--counts balanced: the caption \"{twice[0]}\" is one of several labels: put {{label}} into --prompt")
     for row, kind in zip(rows, kinds):
         share[row["caption"]] += 1 / sizes[kind] if balanced else 1
     whole = sum(share.values())
@@ -676,16 +684,20 @@ def deal(rows, total, balanced):
 def read_prompts(args, adapters):
     """The prompts to draw: [{"prompt", "label", "modality", "count"}], each distinct prompt once, in the order given;
     those of the adapters' runs where the flags name none."""
-    def listed(data, **flags):
-        rows = list_images(data, **flags)
-        return rows, [(row["caption"], row["label"], row["fields"].get("modality", "")) for row in rows]
     found, counts = [(prompt, "", "") for prompt in args.prompt], {}
     if args.labels_from:
-        rows, found = listed(args.labels_from, prompt=args.prompt[0] if args.prompt else None)
+        rows = list_images(args.labels_from, prompt=args.prompt[0] if args.prompt else None)
+        for row in rows:
+            row["caption"] = " ".join(row["caption"].split())
+        found = [(row["caption"], row["label"], row["fields"].get("modality", "")) for row in rows]
         if args.counts:
             counts = deal(rows, args.num_images * len({row["caption"] for row in rows}), args.counts == "balanced")
     if args.prompts and args.prompts.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson")):
-        found += listed(args.prompts)[1]
+        rows = read_table(args.prompts)
+        text, label = (find_column(rows[0] if rows else (), role) for role in ("caption", "label"))
+        if not text:
+            fail(f"--prompts {args.prompts}: has no column of captions: call one text, caption or prompt")
+        found += [(row.get(text, ""), row.get(label, ""), row.get("modality", "")) for row in rows]
     elif args.prompts:
         try:
             lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
@@ -695,14 +707,17 @@ def read_prompts(args, adapters):
     if not (args.prompt or args.prompts or args.labels_from):
         found = [(prompt, "", "") for _, about, _, _ in adapters
                  for prompt in about.get("val_prompts") or [about.get("prompt") or "{"] if "{" not in prompt]
-    distinct = {prompt: (label, modality) for prompt, label, modality in reversed(found)}
-    if not distinct:
+    said = {}   # what the rows of a caption agree on
+    for prompt, *facts in found:
+        known = said.setdefault(" ".join(prompt.split()), facts)
+        known[:] = [a if a == b else "" for a, b in zip(known, facts)]
+    if not said:
         fail(f"no prompts in {args.prompts or args.labels_from or 'the adapter'}: give --prompt TEXT")
-    for prompt in (*distinct, args.negative_prompt):
+    for prompt in (*said, args.negative_prompt, args.label):
         if len(prompt) > 10000 or "\0" in prompt or not prompt.encode(errors="replace").decode() == prompt:
             fail(f"the prompt {ascii(prompt[:40])}…: give text of at most 10000 characters")
-    return [{"prompt": p, "label": args.label or distinct[p][0], "modality": distinct[p][1],
-             "count": counts.get(p, args.num_images)} for p in dict.fromkeys(prompt for prompt, _, _ in found)]
+    return [{"prompt": prompt, "label": args.label or label, "modality": modality,
+             "count": counts.get(prompt, args.num_images)} for prompt, (label, modality) in said.items()]
 
 
 def say_what_is_cut(base, texts):
@@ -748,6 +763,8 @@ def plan(args, base_name, prompts):
     for p in prompts:
         for number in range(p["count"]):
             parameters = f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\n{settings}, Image: {number}{options}"
+            if args.format == "jpg" and len(parameters.encode("utf-16-be")) > 65000:
+                fail(f"--format jpg: the prompt \"{p['prompt'][:40]}…\" is too long for it; give --format png")
             name = f"{stems[p['prompt']]}-{number:04d}.{args.format}"
             planned.append({**p, "file": name, "name": name, "path": None, "number": number, "parameters": parameters,
                             "negative_prompt": args.negative_prompt, "seed": args.seed, "steps": args.steps,
@@ -835,14 +852,15 @@ MANIFEST = ("file prompt label modality negative_prompt seed steps guidance_scal
             "alignment attempts sha256").split()
 
 
-def write_manifest(folder, there):
-    """manifest.csv: a row an image that is there, those of earlier prompts in this folder kept."""
+def write_manifest(folder, there, stale=()):
+    """manifest.csv: a row an image that is there, those of earlier prompts in this folder kept, but for files of the names
+    `stale`, which will be replaced."""
     path, rows = Path(folder, "manifest.csv"), {}
     if path.exists():
         kept = read_table(path)
         if kept and not set(MANIFEST) <= set(kept[0]):
             fail(f"{path}: was not written by sample.py; give another --out")
-        rows = {row["file"]: row for row in kept if Path(folder, row["file"]).exists()}
+        rows = {row["file"]: row for row in kept if row["file"] not in stale and Path(folder, row["file"]).exists()}
     for item in (item for item in there if not item["refused"]):
         rows[item["file"]] = {**item, "sha256": content_hash(Path(folder, item["file"]))}
     write_csv(path, MANIFEST, [[rows[name][column] for column in MANIFEST] for name in sorted(rows)])
@@ -855,12 +873,13 @@ def look_up(planned, args):
     """Which of the planned images lie in --out, drawn with their settings or refused to the last attempt, and the others
     that have a picture of other settings: ([item], [item]). Items learn their file, path, attempts and scores."""
     paths = [path for place in ("refused", "") for path in sorted(Path(args.out, place).glob("*-*.*"))]
-    names = {SCORES.sub("", path.name): path for path in paths}   # a kept picture comes after a refused one
+    names = {Path(SCORES.sub("", path.name)).stem: path for path in paths}   # a kept picture comes after a refused one
     there, other = [], []
     for item in planned:
-        item["path"] = path = names.get(item["name"])
+        item["path"] = path = names.get(Path(item["name"]).stem)
         text = parameters_of(path) if path else None   # None: nothing whole is there
         settings, attempt = re.fullmatch(r"(.*?)(?:, Attempt: (\d+))?", text or "", re.DOTALL).groups()
+        settings = settings if path and path.suffix == f".{args.format}" else None
         refused = path and path.parent.name == "refused"
         if path and settings == item["parameters"] and not (refused and int(attempt or 1) < args.max_attempts):
             scores = SCORES.search(path.name)
@@ -973,15 +992,16 @@ def main(args):
     adapters = read_adapters(args)
     names = [metadata["base"] for _, metadata, _, _ in adapters if metadata.get("base")]
     name = args.base or (names[0] if names else fail("--base is missing: give tiny, sd15, a Hub id or a folder"))
-    sides = [int(metadata["resolution"]) for _, metadata, _, _ in adapters if str(metadata.get("resolution")).isdigit()]
+    sides = [int(about["resolution"]) for _, about, _, _ in adapters if str(about.get("resolution")).isdecimal()
+             and int(about["resolution"]) in range(8, 4097, 8)]
     side = sides[0] if sides else own_resolution(find_base(name))
     args.height, args.width = args.height or side, args.width or side
     prompts = read_prompts(args, adapters)
     control, args.kept_by = quality_control(args, prompts, device)
     planned = plan(args, name, prompts)
     there, other = look_up(planned, args)
-    if RANK == 0:
-        write_manifest(args.out, there)   # what is unwritable is found before anything is drawn
+    if RANK == 0:   # what is unwritable is found before anything is drawn
+        write_manifest(args.out, there, {item["path"].name for item in other} if args.overwrite else ())
     if other and not args.overwrite:
         fail(f"{args.out}: {other[0]['path'].name} and {len(other) - 1} more were drawn with other settings; "
              "give another --out, or --overwrite")

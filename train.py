@@ -249,6 +249,7 @@ def check_together(args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -282,11 +283,11 @@ from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
 from metrics import (FORMATS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage,  # noqa: E402
-                     apply_selector, colour, content_hash, copy_chances, copy_distances, copy_file, copy_limit, curve, extract, find_range,
+                     apply_selector, colour, content_hash, copy_chances, copy_distances, copy_file, copy_limit, curve, extract,
                      find_weights, generator, guarded, is_deep, joint_matrices, list_images, load_features,
                      load_pixels, load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom,
                      page, permutation_draws, pick_window, picture, quality_features, read_image, read_ratings, replacing,
-                     same_unit, split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi, write_csv)
+                     same_unit, share_range, split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi, write_csv)
 from sample import (BASES, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, classes_of, contact_sheet,  # noqa: E402
                     decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_device,
                     own_resolution, predicted_latents, project, save_png, split_labels, text_states, tokenize, use_text_encoder)
@@ -400,7 +401,8 @@ def find_checkpoint(args, made_of):
              f"--accumulate {args.accumulate} × {WORLD} processes; change one of them")
     for name, digest in made_of.items():
         if checkpoint["made_of"].get(name) != digest:
-            fail(f"{path}: {name}: files, captions or their order have changed since; give another --out")
+            fail(f"{path}: {name}: {'files, captions or their order have' if 'data' in name else 'its content has'} changed since; "
+                 "give another --out")
     return checkpoint
 
 
@@ -478,10 +480,9 @@ def list_data(args):
 
 def add_facts(rows, args):
     """Set what the whole set decides or is asked for often: row["hash"] of the file's content, and row["range"]."""
-    ranges = find_range(rows) if args.range is None else {}
     hashes = {path: content_hash(path) for path in {row["path"] for row in rows}}
-    for row in rows:
-        row["hash"], row["range"] = hashes[row["path"]], ranges.get(row["path"], args.range)
+    for row in share_range(rows, args.range):
+        row["hash"] = hashes[row["path"]]
     return rows
 
 
@@ -1113,17 +1114,18 @@ def out_of_patience(history, best, args):
 class Log:
     """log.jsonl: a line a step and a line a validation, mirrored to TensorBoard and Weights & Biases where asked.
 
-    Resuming cuts it back to the checkpoint.
+    Resuming cuts it back to the checkpoint; judged: the steps of the validations that it knows.
     """
 
-    def __init__(self, args, step):
+    def __init__(self, args, step, judged):
         self.path, self.board, self.run, kept = Path(args.out, "log.jsonl"), None, None, []
         if RANK > 0:
             return
         with suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines(keepends=True):
                 with suppress(ValueError, KeyError, TypeError):   # the torn last line of a run that was killed
-                    if 0 < step >= json.loads(line)["step"]:
+                    entry = json.loads(line)
+                    if 0 < step >= entry["step"] and ("loss" in entry or entry["step"] in judged):
                         kept.append(line)
         with replacing(self.path) as file:
             file.write(b"".join(kept))
@@ -1772,7 +1774,7 @@ def run(args, device):
                   [[row["file_name"], row["group"], row["split"]] for row in listed])
         write_args(args)
         describe(state, data, val, args)
-    log, compared = Log(args, state.step), None
+    log, compared = Log(args, state.step, {entry["step"] for entry in state.history}), None
     streams = [("data", data, 1.0)] + [("class", classes, args.prior_weight)] * (classes is not None)
     if resumed and args.validate_every and state.step % args.validate_every == 0:
         draw_grid(base, state, args, log)   # a kill may have come between a checkpoint and its grid

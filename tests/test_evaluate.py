@@ -232,6 +232,25 @@ def test_checkpoints_of_a_folder_are_drawn_from_and_ranked(tmp_path, monkeypatch
     assert "worse" in capsys.readouterr().out
 
 
+def test_one_range_of_grey_values_serves_both_sides_of_a_split(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    for n in range(8):
+        Image.fromarray(np.full((64, 64), 5000 * (n + 1), np.uint16)).save(tmp_path / "deep" / f"{n}.png")
+    (tmp_path / "split.csv").write_text("\n".join(["file_name,group,split", *(f"{n}.png,,{'val' if n < 4 else 'train'}" for n in range(8))]))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "deep"), "x", "--split", str(tmp_path / "split.csv")])
+    rows, known = evaluate.list_real(evaluate.parse_args())
+    assert {row["range"] for row in rows + known} == {(0, 40000)} and len(rows) == len(known) == 4
+
+
+def test_copies_in_a_large_set_are_counted_among_those_that_were_drawn():
+    found = {"likely_copies": 300, "chance": 1e-9, "m": 1000}
+    entry = {"metrics": {"kid": {"p_low": 0.9, "p_high": 0.001, "excess": 3.0, "null": 1.0}}, "memorisation": found, "n": 10_000,
+             "real_n": 10_000}
+    assert evaluate.are_copies(entry)
+    found |= {"limit": 0.01, "expected": 10, "n": 1000, "is_real": False}
+    assert "Too many of these images lie closer to a real one" in evaluate.verdict({**entry, "copies": True})
+
+
 def test_a_subgroup_is_a_finding_or_a_decade_of_age():
     def row(text):
         return {"label": text, "fields": {"Age": text}}

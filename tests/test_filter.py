@@ -144,6 +144,19 @@ def test_a_table_of_windows_that_names_a_file_twice_is_moved_and_put_back(sets, 
     assert sorted(path.name for path in (tmp_path / "generated" / "img").iterdir()) == names
 
 
+def test_names_that_lead_out_of_the_folder_are_refused_also_behind_a_link(sets, tmp_path, run, refused):
+    shutil.copytree(sets[1], tmp_path / "far" / "win" / "img")
+    table = tmp_path / "far" / "win" / "metadata.csv"
+    names = sorted(path.name for path in (tmp_path / "far" / "win" / "img").iterdir())
+    filter_script.write_csv(table, ["file_name"], [[f"img\\{name}"] for name in names])
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "win")
+    run(filter_script, tmp_path / "link", "--reference", sets[0], "--keep", 5, "--link", "--out", tmp_path / "kept")
+    assert len(list((tmp_path / "kept" / "img").iterdir())) == 5
+    assert sorted(path.name for path in (tmp_path / "far" / "win" / "img").iterdir()) == names
+    filter_script.write_csv(table, ["file_name"], [[f"img\\..\\img\\{name}"] for name in names])
+    assert "some with .." in refused(filter_script, tmp_path / "link", "--reference", sets[0], "--keep", 5, "--out", tmp_path / "no")
+
+
 def test_a_copy_stands_beside_what_it_is_a_copy_of(sets, tmp_path, run):
     (tmp_path / "copies").mkdir()
     for i in range(12):
@@ -600,7 +613,12 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
     assert metrics.read_ratings([tmp_path / "carl.csv"])[0]["path"] == str(tmp_path / "sub" / "0.png")   # written on Windows
 
 
-def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused):
+def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused, run):
     Image.new("RGB", (64, 64), (90, 30, 20)).save(tmp_path / "a.png")
     filter_script.write_csv(tmp_path / "r.csv", ["image_path", "rating"], [["a.png", "3"]])
     assert "one image or group alone" in refused(filter_script, "--fit", tmp_path / "r.csv", "--force", "--out", tmp_path / "s")
+    for i in range(12):
+        wound(i).save(tmp_path / f"{i}.png")
+    filter_script.write_csv(tmp_path / "r.csv", ["image_path", "rating"], [[f"{i}.png", "3"] for i in range(12)])
+    run(filter_script, "--fit", tmp_path / "r.csv", "--force", "--out", tmp_path / "s")
+    assert metrics.load_selector(tmp_path / "s")["spec"]["cv"]["spearman"] is None and b"NaN" not in (tmp_path / "s").read_bytes()

@@ -62,7 +62,8 @@ def test_help_answers_without_loading_torch(name):
             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "except SystemExit as stop: assert stop.code == 0\n"
             "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)")
-    shown = subprocess.run([sys.executable, "-c", code, str(ROOT / f"{name}.py")], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run([sys.executable, "-c", code, str(ROOT / f"{name}.py")], cwd=ROOT, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONIOENCODING": "ascii"})   # some terminals have no more
     assert shown.returncode == 0, shown.stderr
     assert f"python {name}.py" in shown.stdout
 

@@ -345,6 +345,15 @@ def test_diffusers_to_kohya_and_back_is_the_same_to_the_bit(alpha, sdxl, tmp_pat
     assert about["alpha"] == str(alpha) and about["ss_v2"] == "False"
 
 
+def test_a_whole_number_may_be_an_alpha_and_a_weight_too_large_is_refused(tmp_path, run, refused, capsys):
+    pairs = {"unet.mid_block.to_q": (torch.ones(2, 8), torch.ones(8, 2))}
+    tensors = written_by_another("kohya", pairs, alpha=1)
+    save_file({key: value.long() if key.endswith("alpha") else value for key, value in tensors.items()}, tmp_path / "k")
+    run(lora, "info", tmp_path / "k")   # as diffusers writes them
+    assert "alpha: 1\n" in capsys.readouterr().out
+    assert "too large" in refused(lora, "merge", f"{tmp_path / 'k'}:1e39", "--out", tmp_path / "m")
+
+
 def test_where_alpha_does_not_fold_to_the_bit_the_error_is_said(tmp_path, run, capsys):
     draw = torch.Generator().manual_seed(0)
     pairs = {"unet.mid_block.to_q": (torch.randn(3, 8, generator=draw), torch.randn(8, 3, generator=draw))}

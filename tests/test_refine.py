@@ -392,6 +392,10 @@ def test_a_refinement_that_is_interrupted_while_it_judges_ends_at_once_and_goes_
         patch.setattr(train, "save_png", signalled)
         run(train, *flags, "--out", tmp_path / "b")
     assert len(saved) == 3 and torch.load(tmp_path / "b" / "checkpoints" / "latest.pt", weights_only=True)["step"] == 2
+    keep = train.save_checkpoint
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):   # once it has judged and logged, before it saves
+        patch.setattr(train, "save_checkpoint", lambda state, *of: stop() if len(state.history) > 1 else keep(state, *of))
+        run(train, *flags, "--out", tmp_path / "b")
     with pytest.raises(SystemExit):   # what it judges by may not change on the way
         run(train, *flags, "--val-steps", "2", "--out", tmp_path / "b")
     assert "--val-steps 1 there, 2 here" in capsys.readouterr().err

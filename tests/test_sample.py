@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,6 +213,40 @@ def test_a_base_trained_on_is_another_setting(base, tmp_path, run, refused):
     weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * 1.1 for name, value in load_file(weights).items()}, weights)
     assert "other settings" in refused(sample, *flags)
+    shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
+    run(sample, *flags)   # the same again
+    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("epsilon", "v_prediction"))
+    assert "other settings" in refused(sample, *flags)
+
+
+def test_another_format_replaces_and_a_killed_overwrite_leaves_no_false_row(base, tmp_path, run, refused, monkeypatch):
+    flags = ["--base", base, "--prompt", "a wound", "--num-images", 3, "--batch-size", 1, "--steps", 2, "--out", tmp_path]
+    run(sample, *flags)
+    assert "other settings" in refused(sample, *flags, "--format", "jpg")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(sample, *flags, "--format", "jpg", "--overwrite")
+    assert not read_table(tmp_path / "manifest.csv")
+    run(sample, *flags, "--format", "jpg", "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"a-wound-000{n}.jpg" for n in range(3)), "manifest.csv"]
+
+
+def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(base, tmp_path, refused):
+    for n, label in enumerate(("calm", "calm", "sore")):
+        Image.new("RGB", (64, 64), (n, 9, 9)).save(tmp_path / f"{n}.png")
+    (tmp_path / "t.csv").write_text("file_name,text,label,modality\n0.png,one,calm,x\n1.png,two  words,calm,x\n2.png,one,sore,x\n")
+    (tmp_path / "p.csv").write_text("prompt,label\none,calm\n none ,\n")   # of pictures that are nowhere
+    args = SimpleNamespace(prompt=[], prompts=None, labels_from=tmp_path / "t.csv", counts=None, num_images=2, label="",
+                           negative_prompt="")
+    found = [(p["prompt"], p["label"], p["modality"]) for p in sample.read_prompts(args, [])]
+    assert found == [("one", "", "x"), ("two words", "calm", "x")]
+    args.labels_from, args.prompts = None, str(tmp_path / "p.csv")
+    assert [(p["prompt"], p["label"]) for p in sample.read_prompts(args, [])] == [("one", "calm"), ("none", "")]
+    flags = ["--base", base, "--labels-from", tmp_path / "t.csv", "--out", tmp_path / "out"]
+    assert "one of several labels" in refused(sample, *flags, "--counts", "balanced")
+    (tmp_path / "p.csv").write_text("x,y\n1,2\n")
+    assert "no column of captions" in refused(sample, "--base", base, "--prompts", tmp_path / "p.csv")
 
 
 def test_somebody_elses_picture_is_not_overwritten(base, tmp_path, run, refused):
@@ -242,7 +277,7 @@ def test_a_prompt_cannot_leave_the_folder(base, tmp_path, run):
 @pytest.mark.parametrize("flags, said", [
     (["--prompt", "x", "--steps", "0"], "--steps 0"),
     (["--prompt", "x", "--height", "65"], "--height 65"),
-    (["--prompt", "x", "--steps", "1000"], "--steps 1000"),
+    (["--prompt", "x", "--steps", "1000"], "--steps 1000"), (["--prompt", "x", "--steps", "999", "--scheduler", "dpm"], "at most 998"),
     (["--prompt", "x", "--guidance-rescale", "1.5"], "--guidance-rescale 1.5"),
     (["--prompt", "x", "--guidance-interval", "5,0.3"], "--guidance-interval 5,0.3"),
     (["--prompt", "x", "--guidance-interval", "5"], "--guidance-interval 5"),
@@ -381,6 +416,9 @@ def test_the_words_that_are_cut_are_said(base, tmp_path, run, capsys):
 @pytest.mark.parametrize("prompt", ["x" * 10001, "a\0b", "a \udc80 film"])
 def test_prompts_that_no_file_can_hold_are_refused(prompt, base, tmp_path, refused):
     assert "give text" in refused(sample, "--base", base, "--prompt", prompt, "--out", tmp_path / "out")
+    assert "give text" in refused(sample, "--base", base, "--prompt", "x", "--label", prompt, "--out", tmp_path / "out")
+    assert "too long" in refused(sample, "--base", base, "--prompt", "🦶" * 10000, "--negative-prompt", "🦶" * 10000, "--format",
+                                 "jpg", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
