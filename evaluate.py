@@ -475,28 +475,24 @@ def fit_arms(parts, args, steps=200):
 
 def aurocs(orders, targets, weights):
     """AUROC under each row of weights (B, test images): (B,), the mean of the classes that have both kinds, NaN without."""
-    each = []
-    for order, y in zip(orders, targets.T > 0):
-        first, second = weights[:, y], weights[:, ~y]
-        pairs = first.sum(1) * second.sum(1)
-        each.append(np.where(pairs > 0, ((first @ order) * second).sum(1) / np.maximum(pairs, 1e-12), np.nan))
-    return mean_known(each)
+    return mean_of_classes(targets, weights, [lambda a, b, y, order=order: ((a @ order) * b).sum(1) for order in orders])
 
 
 def balanced_accuracies(hits, targets, weights):
     """Balanced accuracy under each row of weights, as `aurocs`; hits: (classes, test images) in [0, 1]."""
-    each = []
-    for hit, y in zip(hits, targets.T > 0):
-        sums = [weights[:, kind].sum(1) for kind in (y, ~y)]
-        rates = [weights[:, kind] @ hit[kind] / np.maximum(total, 1e-12) for kind, total in zip((y, ~y), sums)]
-        each.append(np.where(np.minimum(*sums) > 0, sum(rates) / 2, np.nan))
-    return mean_known(each)
+    return mean_of_classes(targets, weights, [lambda a, b, y, hit=hit: a @ hit[y] / 2 + b @ hit[~y] / 2 for hit in hits])
 
 
-def mean_known(values):
-    """The mean of (K, B) over K without what is NaN: (B,), NaN where all are."""
-    known = np.isfinite(values).sum(0)
-    return np.where(known > 0, np.nansum(values, 0) / np.maximum(known, 1), np.nan)
+def mean_of_classes(targets, weights, figures):
+    """The mean of figure(a, b, y) over the classes that have both kinds, (B,), NaN where none has; a, b: the weights of
+    positive and negative images (B, …), each row of sum 1; y: which images are positive."""
+    total, count = np.zeros(len(weights)), np.zeros(len(weights))
+    for y, figure in zip(targets.T > 0, figures):
+        a, b = weights[:, y], weights[:, ~y]
+        both = (a.sum(1) > 0) & (b.sum(1) > 0)
+        a, b = (part / np.maximum(part.sum(1, keepdims=True), 1e-12) for part in (a, b))
+        total, count = total + both * figure(a, b, y), count + both
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def resamples(rows, args, count=1000):

@@ -216,10 +216,8 @@ def sgm_names(layers):
 def translate(path, table):
     """A dotted path with the longest beginning that `table` knows in the table's words; None where it knows none."""
     parts = path.split(".")
-    for k in range(len(parts), 0, -1):
-        if ".".join(parts[:k]) in table:
-            return ".".join([table[".".join(parts[:k])], *parts[k:]])
-    return None
+    return next((".".join([table[start], *parts[k:]]) for k in range(len(parts), 0, -1)
+                 if (start := ".".join(parts[:k])) in table), None)
 
 
 def from_sgm(names):

@@ -453,9 +453,9 @@ def list_data(args):
         if Path(args.data).resolve() in [where, *where.parents] and (flag == "preview" or not rows[0]["fields"]):
             fail(f"--{flag} {folder} lies in --data {args.data}: its pictures would be trained on; give another folder")
     split_rows(rows, 0.0 if args.val_data else args.val_split, args.test_split)
-    parts = {part: [row for row in rows if row["split"] == part] for part in ("train", "val", "test")}
+    there = {row["split"] for row in rows}
     for part, share in (("train", 1), ("val", 0 if args.val_data else args.val_split), ("test", args.test_split)):
-        if share and not parts[part]:
+        if share and part not in there:
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none fell to {part}; "
                  "add images or give --val-split 0")
     if args.val_data:   # a name that both sets have is no name in split.csv

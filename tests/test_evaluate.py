@@ -190,7 +190,7 @@ def test_aurocs_are_scikit_learns_and_the_dose_sentence_says_gain_no_gain_and_st
     alone = weights[:1] * y   # no negative: nothing is known, and another class alone counts
     assert np.isnan(evaluate.aurocs([order], targets, alone)) and np.isnan(evaluate.balanced_accuracies(hits, targets, alone))
     both = np.stack([y, np.arange(80) % 2 == 0], 1).astype(float)
-    assert evaluate.aurocs([order, np.ones((40, 40))], both, alone) == 1
+    assert evaluate.aurocs([order, np.ones((40, 40))], both, alone) == pytest.approx(1)
 
     def said(*gains):
         boots = {share: 0.7 + gain + 0.01 * r.randn(500) * (share > 0) for share, gain in zip((0, 50, 100, 200), gains)}
