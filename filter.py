@@ -287,7 +287,7 @@ def read_sets(args):
         fail(f"--resolution {args.resolution}: the selector judges at {size} pixels")
     real_rows, all_rows = list_real(args.reference, args), list_images(args.generated)
     for row in all_rows:
-        if "\\" in row["file_name"]:   # written on Windows
+        if "\\" in row["file_name"] and not (home_of(args.generated) / row["file_name"]).exists():   # written on Windows
             row["file_name"] = row["file_name"].replace("\\", "/")
     outside = [name for name in (row["file_name"] for row in all_rows) if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:

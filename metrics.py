@@ -298,7 +298,8 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
     else:
         if window in WINDOWS and data.get("Modality", "CT") != "CT":
             window = None
-        elif window and data.get("Modality") == "CT" and not ("RescaleSlope" in data or "ModalityLUTSequence" in data):
+        elif window and data.get("Modality") == "CT" and not (
+                "ModalityLUTSequence" in data or "RescaleSlope" in data and "RescaleIntercept" in data):
             raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units for a --window")
         own = window or value_range or own_window(data) or data.get("VOILUTSequence")
         if count > 1 and not own:
@@ -309,9 +310,11 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
 
 
 def own_window(data):
-    """(centre, width) of a DICOM file's first window, None where it has none that shows anything."""
-    centre, width = (np.ravel(data.get(name) or [])[:1] for name in ("WindowCenter", "WindowWidth"))
-    return (float(centre[0]), float(width[0])) if len(centre) and len(width) and width[0] >= 1 else None
+    """(centre, width) of a DICOM file's first window, None where it has none, or one that is too narrow for its function."""
+    found = [data.get(name) for name in ("WindowCenter", "WindowWidth")]
+    centre, width = (np.ravel([] if value is None else value)[:1].astype(float).tolist() for value in found)
+    steps = "PixelData" in data and data.get("VOILUTFunction") not in ("LINEAR_EXACT", "SIGMOID")
+    return (*centre, *width) if centre and width and width[0] >= (1 if steps else 1e-9) else None
 
 
 def dicom_frame(path, data, frame):
@@ -480,9 +483,9 @@ def list_folder(folder):
     """Rows of the images below a folder; the label is the name of the first subfolder."""
     rows, odd = [], []
     for place, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.realpath(place) + os.sep  # a link to a folder above would lead round for ever
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not here.startswith(
-            os.path.realpath(os.path.join(place, name)) + os.sep))
+        above = set(map(os.path.realpath, (place, *Path(os.path.abspath(place)).parents)))  # a link there leads round for ever
+        folders[:] = sorted(name for name in folders if not name.startswith(".")
+                            and os.path.realpath(os.path.join(place, name)) not in above)
         for name in names:
             path = os.path.join(os.path.abspath(place), name)
             if name.startswith(".") or not os.path.isfile(path):  # hidden files and AppleDouble's ._x
@@ -534,9 +537,11 @@ def read_csv(path, text, caption_column):
     """
     first = text.split("\n", 1)[0]
     mark = max(",;\t", key=first.count)
-    spaced = re.search(f'{mark} +"', text) is not None  # a, "b, c"
-    reader, rows, joined = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=spaced), [], {}
-    try:
+    def cells_of(spaced):
+        return csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=spaced)
+    rows, joined = [], {}
+    try:   # a, "b, c" is read so only where all rows then are of one length
+        reader = cells_of(f'{mark} "' in text and len({len(cells) for cells in cells_of(True) if any(cells)}) == 1)
         header = [name.strip() for name in next(reader, [])]
         twice = [name for name, count in collections.Counter(filter(None, header)).items() if count > 1]
         if twice:
@@ -555,7 +560,7 @@ def read_csv(path, text, caption_column):
                 cells[place:place + surplus + 1] = [joined[reader.line_num]]
             rows.append(dict(itertools.zip_longest(header, cells, fillvalue="")))
     except csv.Error as error:
-        fail(f"{path}: line {reader.line_num}: {error}")
+        fail(f"{path}: {error}")
     if joined:
         lines, example = ", ".join(map(str, joined)), next(iter(joined.values()))
         note(f"{path}: more cells than the header in line {lines[:99]}: read as {mark!r} in {name}: \"{example[:99]}\"")
@@ -687,7 +692,8 @@ def check_medical(data, rows, strict):
 
 
 def spread_slices(rows, shapes, slices):
-    """A row for each slice wanted, with its "slice" for read_image; slices of one file share a group."""
+    """A row for each slice wanted, with its "slice" for read_image; slices of one file share a group: where there is none,
+    the file is one ("of_file")."""
     match = re.fullmatch(r"(?:(axial|coronal|sagittal):)?(?:middle|all|every:([1-9]\d*))", slices)
     if not match:
         fail(f"--slices {slices}: give middle, every:N or all; of another plane coronal:middle, sagittal:every:5, …")
@@ -696,10 +702,10 @@ def spread_slices(rows, shapes, slices):
     for row in rows:
         count = shapes[row["path"]][AXES[plane or "axial"]]
         numbers = [None] if count == 1 or slices.endswith("middle") else range(step // 2, count, step) or [count // 2]
-        group = row["group"] or row["file_name"] * (len(numbers) > 1)
+        own = {"group": row["file_name"], "of_file": True} if len(numbers) > 1 and not row["group"] else {}
         for n in numbers:
             named = n if plane is None else plane if n is None else f"{plane}:{n}"
-            spread.append({**row, "group": group, "slice": named})
+            spread.append({**row, **own, "slice": named})
     return spread
 
 
@@ -734,8 +740,8 @@ def split_rows(rows, val_share, test_share=0.0):
     groups are known but file names look as if one patient had several.
     """
     series, content = collections.defaultdict(list), functools.lru_cache(None)(content_hash)
-    for row in rows:   # slices of a volume without a patient have its name for a group
-        key = row["group"] if row["group"] not in ("", row.get("file_name")) else content(row["path"])
+    for row in rows:
+        key = content(row["path"]) if row.get("of_file") or not row["group"] else row["group"]
         u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
         row["split"] = "test" if u < test_share else "val" if u < test_share + val_share else "train"
         stem = re.fullmatch(r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem)

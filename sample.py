@@ -694,7 +694,8 @@ def read_prompts(args, adapters):
             counts = deal(rows, args.num_images * len({row["caption"] for row in rows}), args.counts == "balanced")
     if args.prompts and args.prompts.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson")):
         rows = read_table(args.prompts)
-        text, label = (find_column(rows[0] if rows else (), role) for role in ("caption", "label"))
+        columns = dict.fromkeys(name for row in rows for name in row)
+        text, label = (find_column(columns, role) for role in ("caption", "label"))
         if not text:
             fail(f"--prompts {args.prompts}: has no column of captions: call one text, caption or prompt")
         found += [(row.get(text, ""), row.get(label, ""), row.get("modality", "")) for row in rows]
@@ -872,8 +873,9 @@ SCORES = re.compile(r"_quality_([\d.]+?)(?:_alignment_([\d.]+?))?(?=\.\w+$)")   
 def look_up(planned, args):
     """Which of the planned images lie in --out, drawn with their settings or refused to the last attempt, and the others
     that have a picture of other settings: ([item], [item]). Items learn their file, path, attempts and scores."""
-    paths = [path for place in ("refused", "") for path in sorted(Path(args.out, place).glob("*-*.*"))]
-    names = {Path(SCORES.sub("", path.name)).stem: path for path in paths}   # a kept picture comes after a refused one
+    paths = [path for place in ("refused", "") for path in Path(args.out, place).glob("*-*.*") if path.suffix[1:] in WRITERS]
+    paths.sort(key=lambda path: (path.parent.name != "refused", path.suffix == f".{args.format}", path))   # later ones count
+    names = {Path(SCORES.sub("", path.name)).stem: path for path in paths}
     there, other = [], []
     for item in planned:
         item["path"] = path = names.get(Path(item["name"]).stem)

@@ -136,6 +136,9 @@ def test_tables_say_things_in_many_ways(tmp_path, capsys):
     assert rows[0]["caption"] == "an X-ray with A and B" and "2 of 3 rows have no labels" in capsys.readouterr().err
     (tmp_path / "t.csv").write_text('file_name, text\na.png, "one, two"\nb.png, three\n')
     assert [row["caption"] for row in list_images(str(tmp_path / "t.csv"))] == ["one, two", "three"]
+    (tmp_path / "t.csv").write_text('file_name,text\na.png,a lesion, "target" sign, left\nb.png,red, raised\n')
+    assert [row["caption"] for row in list_images(str(tmp_path / "t.csv"))] == ['a lesion, "target" sign, left', "red, raised"]
+    capsys.readouterr()
     (tmp_path / "t.csv").write_text("file_name,label,label\na.png,A,\n")
     assert "two columns are called label" in refused(capsys, tmp_path / "t.csv")
 
@@ -145,10 +148,21 @@ def test_a_link_to_a_folder_above_is_not_followed_and_slices_stay_on_the_side_of
     Image.new("L", (8, 8)).save(tmp_path / "A" / "a.png")
     (tmp_path / "A" / "up").symlink_to(tmp_path, target_is_directory=True)
     assert [row["file_name"] for row in list_images(str(tmp_path))] == ["A/a.png"]
-    one, slices = ([{"path": str(tmp_path / "A" / "a.png"), "file_name": "A/a.png", "group": group}] for group in ("", "A/a.png"))
-    for rows in (one, slices):
-        split_rows(rows, 0.5, 0.2)
-    assert one[0]["split"] == slices[0]["split"]
+    (tmp_path / "A" / "root").symlink_to("/", target_is_directory=True)
+    assert [row["file_name"] for row in list_images(str(tmp_path))] == ["A/a.png"]
+    splits = []
+    for count in (1, 3):   # middle or all: the volume is in its content's part
+        rows = metrics.spread_slices([{"path": str(tmp_path / "A" / "a.png"), "file_name": "A/a.png", "group": ""}],
+                                     {str(tmp_path / "A" / "a.png"): (1, 1, count)}, "all")
+        split_rows(rows, 0.4, 0.3)
+        splits.append({row["split"] for row in rows})
+    assert splits[0] == splits[1] and len(splits[0]) == 1
+    pair = [{"path": str(tmp_path / "A" / "a.png"), "file_name": name, "group": "a.png"} for name in ("a.png", "a-aug.png")]
+    (tmp_path / "b.png").write_bytes(b"other")
+    pair[1]["path"] = str(tmp_path / "b.png")
+    for share in np.linspace(0, 0.9, 30):   # a table may call its groups by files' names
+        split_rows(pair, share)
+        assert pair[0]["split"] == pair[1]["split"]
     blank = torch.zeros(50, 3, 32, 32, dtype=torch.uint8)
     assert len(near_duplicates(blank)) == 49
 

@@ -202,6 +202,11 @@ def test_what_files_of_little_care_leave_out_or_say_oddly_is_borne(tmp_path):
     for name, odd in (("zero", dict(WindowCenter=100, WindowWidth=0)), ("half", dict(WindowCenter=100))):
         write_dicom(tmp_path / name, RAMP, **odd)
         assert (values(tmp_path / name) == values(tmp_path / "none")).all()
+    write_dicom(tmp_path / "centred", RAMP.astype(np.int16) - 2048, WindowCenter=0, WindowWidth=400)
+    assert abs(values(tmp_path / "centred")[0, 64] - 128) <= 1 and not values(tmp_path / "centred")[:, :50].any()
+    write_dicom(tmp_path / "ct", RAMP, Modality="CT", RescaleSlope=1, RescaleIntercept=None)
+    with pytest.raises(BadImage, match="Hounsfield"):
+        read_image(tmp_path / "ct", window="lung")
     table = Dataset()
     table.LUTDescriptor, table.LUTData = [4096, 0, 8], (np.arange(4096) // 16).astype("<u2").tobytes()
     write_dicom(tmp_path / "lut", RAMP, VOILUTSequence=[table])

@@ -220,7 +220,7 @@ def test_a_base_trained_on_is_another_setting(base, tmp_path, run, refused):
     assert "other settings" in refused(sample, *flags)
 
 
-def test_another_format_replaces_and_a_killed_overwrite_leaves_no_false_row(base, tmp_path, run, refused, monkeypatch):
+def test_another_format_replaces_and_a_killed_overwrite_leaves_no_false_row(base, tmp_path, run, refused, monkeypatch, capsys):
     flags = ["--base", base, "--prompt", "a wound", "--num-images", 3, "--batch-size", 1, "--steps", 2, "--out", tmp_path]
     run(sample, *flags)
     assert "other settings" in refused(sample, *flags, "--format", "jpg")
@@ -230,6 +230,10 @@ def test_another_format_replaces_and_a_killed_overwrite_leaves_no_false_row(base
     assert not read_table(tmp_path / "manifest.csv")
     run(sample, *flags, "--format", "jpg", "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == [*(f"a-wound-000{n}.jpg" for n in range(3)), "manifest.csv"]
+    (tmp_path / "a-wound-0000.txt").write_text("a caption of somebody's")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0001.png")
+    run(sample, *flags, "--format", "jpg")
+    assert "0 images drawn, 3 were there" in capsys.readouterr().out and (tmp_path / "a-wound-0000.txt").exists()
 
 
 def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(base, tmp_path, refused):
