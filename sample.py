@@ -4,10 +4,10 @@
     python sample.py --checkpoint runs/dfu/checkpoints/best.pt --num-images 50 --grid --out runs/try
     torchrun --nproc_per_node=2 sample.py --base sd15 --labels-from xray/ --counts balanced --out runs/new
 
-Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture whatever the batch size, the number
-of processes or restarts. What is there already with the same settings is skipped, so a run that was killed is continued
-by its own command. Leaves pictures with their settings inside, manifest.csv and, with --grid, grid.png; where a selector
-or a reference judges them, the last attempts at pictures that never passed lie in refused/.
+Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture, but for rounding, whatever the batch
+size, the number of processes or restarts. What is there already with the same settings is skipped, so a run that was
+killed is continued by its own command. Leaves pictures with their settings inside, manifest.csv and, with --grid,
+grid.png; where a selector or a reference judges them, the last attempts at pictures that never passed lie in refused/.
 From metrics: reading data, keyed randomness, atomic writes; from lora: adapters.
 """
 import argparse
