@@ -1983,7 +1983,8 @@ def read_ratings(paths):
             if wrong:
                 fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be 1, 2 or 3" + " or more" * (name != "rating"))
         for row in rows:
-            place = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"]))
+            name = row["image_path"].replace("\0", "?")   # no name of a file has that
+            place = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), name))
             found.append({name: row.get(name, "") for name in RATING_COLUMNS.split(",")} | dict(
                 path=place if os.path.exists(place) else place.replace("\\", "/"),   # written on Windows
                 rating=int(row["rating"][0]), level=float(row.get("expert_level") or 3),

@@ -1123,7 +1123,7 @@ class Log:
             return
         with suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines(keepends=True):
-                with suppress(ValueError, KeyError, TypeError):   # the torn last line of a run that was killed
+                with suppress(ValueError, KeyError, TypeError, RecursionError):   # the torn last line of a run that was killed
                     entry = json.loads(line)
                     if 0 < step >= entry["step"] and ("loss" in entry or entry["step"] in judged):
                         kept.append(line)

@@ -611,6 +611,8 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "0.png").touch()
     assert metrics.read_ratings([tmp_path / "carl.csv"])[0]["path"] == str(tmp_path / "sub" / "0.png")   # written on Windows
+    (tmp_path / "torn.csv").write_text("image_path,rating\na\0b.png,2\n")
+    assert not os.path.exists(os.path.realpath(metrics.read_ratings([tmp_path / "torn.csv"])[0]["path"]))
 
 
 def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused, run):
