@@ -285,9 +285,9 @@ def read_sets(args):
     size = selector["spec"]["features"][0]["size"] if selector else None
     if size and args.resolution not in (None, size):
         fail(f"--resolution {args.resolution}: the selector judges at {size} pixels")
-    real_rows, all_rows = list_real(args.reference, args), list_images(args.generated)
+    real_rows, all_rows, root = list_real(args.reference, args), list_images(args.generated), home_of(args.generated)
     for row in all_rows:
-        if "\\" in row["file_name"] and not (home_of(args.generated) / row["file_name"]).exists():   # written on Windows
+        if "\\" in row["file_name"] and not (root / row["file_name"]).exists():   # written on Windows
             row["file_name"] = row["file_name"].replace("\\", "/")
     outside = [name for name in (row["file_name"] for row in all_rows) if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
@@ -542,12 +542,13 @@ def agreement(args):
         if len(both) < 2:
             print(f"{a}, {b}: {len(both)} shared images, too few")
             continue
-        draws = torch.randint(len(both), (1000, len(both)), generator=generator(args.seed, "kappa", a, b)).numpy()
-        if np.isnan(kappa(*both.T)):
+        own = kappa(*both.T)
+        if np.isnan(own):
             print(f"{a}, {b}: one and the same rating for all {len(both)} shared images: no kappa")
             continue
+        draws = torch.randint(len(both), (1000, len(both)), generator=generator(args.seed, "kappa", a, b)).numpy()
         low, high = np.nanpercentile([kappa(*both[draw].T) for draw in draws], (2.5, 97.5))
-        print(f"{a}, {b}: weighted kappa {kappa(*both.T):.2f}, 95 % {low:.2f} to {high:.2f}, {len(both)} shared images")
+        print(f"{a}, {b}: weighted kappa {own:.2f}, 95 % {low:.2f} to {high:.2f}, {len(both)} shared images")
     for rater in raters:
         told = [(row["real"] == "1", row["guess"] == "real") for row in rows
                 if row["expert"] == rater and row["real"] and row["guess"]]

@@ -483,9 +483,10 @@ def list_folder(folder):
     """Rows of the images below a folder; the label is the name of the first subfolder."""
     rows, odd = [], []
     for place, folders, names in os.walk(folder, followlinks=True):
-        above = set(map(os.path.realpath, (place, *Path(os.path.abspath(place)).parents)))  # a link there leads round for ever
+        links = {name for name in folders if os.path.islink(os.path.join(place, name))}  # one that leads up goes round for ever
+        above = set(map(os.path.realpath, (place, *Path(os.path.abspath(place)).parents))) if links else ()
         folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and os.path.realpath(os.path.join(place, name)) not in above)
+                            and not (name in links and os.path.realpath(os.path.join(place, name)) in above))
         for name in names:
             path = os.path.join(os.path.abspath(place), name)
             if name.startswith(".") or not os.path.isfile(path):  # hidden files and AppleDouble's ._x

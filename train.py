@@ -202,6 +202,8 @@ def check_given(args, given):
     """Flags that would be ignored; given: the names of those that were given."""
     for needed, there, names in (("--method dreambooth", args.method == "dreambooth", "class_data class_prompt prior_weight"),
                                  ("--method textual-inversion", args.method == "textual-inversion", "token init_word vectors"),
+                                 (f"--method lora or dreambooth, not {args.method}", args.method in ("lora", "dreambooth"),
+                                  "text_lora init_lora text_encoder"),
                                  ("--text-encoder", args.text_encoder, "text_length"),
                                  ("--perceptual-weight", args.perceptual_weight, "perceptual"),
                                  ("--refine", args.refine, "selector ratings rounds candidates anchor real_mix")):
@@ -228,9 +230,6 @@ def check_together(args):
         fail(f"--token \"{args.token}\": give one word, such as <lesion>")
     if args.method == "textual-inversion" and (not args.prompt or args.token not in args.prompt):
         fail(f"--method textual-inversion needs --prompt with the new word in it, such as \"a photo of {args.token}\"")
-    lora_only = [f"--{name.replace('_', '-')}" for name in ("text_lora", "init_lora", "text_encoder") if getattr(args, name)]
-    if lora_only and args.method not in ("lora", "dreambooth"):
-        fail(f"{lora_only[0]} goes with --method lora or dreambooth, not {args.method}")
     missing = [f"--{name.replace('_', '-')}" for name in ("init_lora", "selector") if not getattr(args, name)]
     if args.refine and missing:
         fail(f"--refine needs {missing[0]}: " + ("the adapter to refine" if "init" in missing[0] else
