@@ -27,7 +27,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -99,7 +98,7 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")   # what is not UTF-8, or closed, ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -111,12 +110,12 @@ from PIL import Image  # noqa: E402
 from scipy.stats import binom  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, colour, copy_chances,  # noqa: E402
-                     copy_distances, curve, extract, find_weights, generator, guarded, half_draws, joint_matrices, kid,
-                     large_values, list_images, load_features, load_lpips, load_pixels, lpips_files,
-                     lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws, pick_device,
-                     pick_resolution, pooled, read_split, read_table, replacing, same_unit, set_hash, share_range, split_rows, ssim, ssim_matrix,
-                     table, thumbnail, to_grey, whole_groups, yardstick)
+from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, colour, command,  # noqa: E402
+                     copy_chances, copy_distances, curve, extract, find_weights, generator, guarded, half_draws,
+                     joint_matrices, kid, large_values, list_images, load_features, load_lpips, load_pixels,
+                     lpips_files, lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws,
+                     pick_device, pick_resolution, pooled, read_split, read_table, replacing, same_unit, set_hash,
+                     share_range, split_rows, ssim, ssim_matrix, table, thumbnail, to_grey, whole_groups, yardstick)
 
 HALVES = 20          # random halves of the real set
 LARGE = 5000         # images in all above which no matrix holds them, and the null is that of DRAWN of each set
@@ -207,11 +206,21 @@ def draw_checkpoints(args):
             str(-(-args.num_samples // len(prompts))), "--steps", str(args.steps), "--guidance-scale",
             str(args.guidance_scale), "--batch-size", str(args.batch_size), "--device", args.device, "--seed",
             str(args.seed), "--out", folder]))
-        for row in list_images(folder):
+        meet()   # the first process writes manifest.csv last
+        own = {" ".join(prompt.split()) for prompt in prompts}   # a run of the same name may have left others
+        for row in (row for row in list_images(folder) if row["caption"] in own):
             of_prompt.setdefault(row["caption"], []).append(row)
         in_turn = [row for turn in itertools.zip_longest(*of_prompt.values()) for row in turn if row]
         drawn.append((folder, in_turn[:args.num_samples]))
     return drawn
+
+
+def meet():
+    """Under torchrun, wait until every process is here."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
+        torch.distributed.barrier()
 
 
 def load_set(path, rows, resolution, networks, args, device, drawn=None):
@@ -696,8 +705,10 @@ def feature_map(joint, n, width=560, height=360):
 def utility_section(found):
     """Dose curve and tables of --utility."""
     lines = {name: [(row["share"], row["auroc"]) for row in rows] for name, rows in found["rows"].items()}
+    top = found["rows"]["linear probe"][-1]["share"]
     parts = [f"<h3>Do they help a classifier?</h3><p>Trained on {found['sizes'][0]} real images and generated ones, tested on "
-             f"{found['sizes'][1]} held-out real ones.</p>", *(f"<p>{html.escape(line)}.</p>" for line in found["said"]),
+             f"{found['sizes'][1]} held-out real ones." + f" There are too few generated ones for more than {top} %." * (
+                 top < SHARES[-1]) + "</p>", *(f"<p>{html.escape(line)}.</p>" for line in found["said"]),
              curve(lines, "generated images added, % of the real ones", "AUROC")]
     for name, rows in found["rows"].items():
         parts.append("<br>" + table((name, "AUROC [95 %]", "gain [99 %]", "balanced accuracy", "gain [99 %]"), [
@@ -760,7 +771,7 @@ def write_report(args, settings, real, entries, names):
         body += ["<h2>Ranking, by excess over chance; copies last</h2>", table(header, rows)]
     body += [entry["section"] for entry in entries]
     body += [GUIDE, f"<h2>How it was made</h2><p>{html.escape(methods(args, settings, real, entries))}</p>",
-             f'<p class="soft">python evaluate.py {html.escape(shlex.join(sys.argv[1:]))}</p>']
+             '<p class="soft">' + html.escape(command("evaluate.py", *sys.argv[1:])) + "</p>"]
     with replacing(args.out) as file:
         file.write(page("Generated against real images", "\n".join(body)).encode())
 
@@ -820,8 +831,7 @@ def share_out(rows, resolution, networks, args, device):
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world > 1:
         extract(load_pixels(rows[rank::world], resolution)[1], networks["features"], device, args.batch_size, args.precision)
-        torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()
+        meet()
         torch.distributed.destroy_process_group()
     return rank == 0
 
@@ -888,8 +898,7 @@ def main(args):
     if args.json:
         write_json(args, settings, real, entries)
     print(f"\nreport: {os.path.abspath(args.out)}" + (f"\nfigures: {os.path.abspath(args.json)}" if args.json else ""))
-    print(f"next: python filter.py {shlex.quote(entries[0]['path'])} --reference {shlex.quote(args.real)} --out kept "
-          "--calibrate 0.05")
+    print("next:", command("filter.py", entries[0]["path"], "--reference", args.real, "--out", "kept", "--calibrate", "0.05"))
 
 
 if __name__ == "__main__":

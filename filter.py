@@ -120,7 +120,7 @@ def check_args(args):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")   # what is not UTF-8, or closed, ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -131,7 +131,6 @@ import hashlib  # noqa: E402
 import html  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
-import shlex  # noqa: E402
 from collections import Counter  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -139,11 +138,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from scipy import optimize, special, stats  # noqa: E402
 
-from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, content_hash, copy_file, generator,  # noqa: E402
-                     guarded, list_images, load_pixels, load_selector, measure_reference, page, pick_device,
-                     pick_resolution, quality_features, ranks, read_ratings, read_split, read_table, refusals, refuse_low,
-                     replacing, save_selector, score, share_range, squared_distances, standardised, table, text_key, thumbnail,
-                     write_csv)
+from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, command, content_hash,  # noqa: E402
+                     copy_file, generator, guarded, list_images, load_pixels, load_selector, measure_reference,
+                     modality_of, page, pick_device, pick_resolution, quality_features, ranks, read_ratings,
+                     read_split, read_table, refusals, refuse_low, replacing, save_selector, score, share_range,
+                     squared_distances, standardised, table, text_key, thumbnail, write_csv)
 
 PENALTIES = np.logspace(-2, 2.5, 10)   # of the ridge; the rows of its features have a squared length near 2
 
@@ -211,11 +210,13 @@ def place(source, target, how):
     if os.path.realpath(source) == os.path.realpath(target):
         return
     try:
-        if how == "move":
+        if how == "move" and not os.path.islink(source):   # a relative link leads nowhere from there: copied below
+            if target.exists() and os.path.samefile(source, target):   # of two hard links os.replace moves none
+                target.unlink()
             return os.replace(source, target)
         if how == "link":
             target.unlink(missing_ok=True)
-            return os.link(source, target)
+            return os.link(os.path.realpath(source), target)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
@@ -248,7 +249,8 @@ def clear(wanted, candidates, out):
     listed = {row.get("file_name") for row in read_table(out / "metadata.csv")} if "metadata.csv" in there else set()
     there -= {"metadata.csv", "decisions.csv", "filter.html"}
     foreign = sorted(name for name in there - (wanted & listed)
-                     if name not in candidates or content_hash(candidates[name]) != content_hash(out / name))
+                     if name not in candidates or os.path.realpath(candidates[name]) == os.path.realpath(out / name)
+                     or content_hash(candidates[name]) != content_hash(out / name))
     if foreign:
         fail(f"{out}: holds {len(foreign)} files of something else, such as {foreign[0]}; give another --out")
     for path in [*map(out.joinpath, there - wanted), *out.rglob(".*.[0-9]*.tmp")]:   # and what was killed in mid-write
@@ -352,11 +354,13 @@ def filter_images(args):
     if args.mix:
         said.append(f"mixed: {len(kept)} generated with {len(mixed)} real images"
                     + (f"; --share {args.share:g} wants {most} generated ones" if len(kept) < most else ""))
-    prefix = ("generated/", "real/") if args.mix else ("", "")
-    entries = [(prefix[0] + row["file_name"], row, True) for row in kept]
-    entries += [(prefix[1] + row["file_name"], row, False) for row in mixed]
-    candidates = {p + row["file_name"]: row["path"] for p in ("", "generated/") for row in all_rows}
-    candidates |= {"real/" + row["file_name"]: row["path"] for row in mixed}
+
+    def below(folder, row):   # a table may say ./a.png, or an absolute path
+        return os.path.normpath(folder + row["file_name"])
+    entries = [(below("generated/" if args.mix else "", row), row, True) for row in kept]
+    entries += [(below("real/", row), row, False) for row in mixed]
+    candidates = {below(folder, row): row["path"] for folder in ("", "generated/") for row in all_rows}
+    candidates |= {below("real/", row): row["path"] for row in mixed}
     if not args.dry_run:
         clear({name for name, _, _ in entries}, candidates, out)
     moved_from = [os.path.relpath(root, out)] if args.move else []
@@ -374,10 +378,13 @@ def filter_images(args):
         file.write(report(rows, fake, real, reasons, index, counts, said, args.seed).encode())
     print("\n".join([*said, "; ".join(f"{why}: {count}" for why, count in counts)]))
     print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html")
-    print("nothing passes: is --reference of the same kind? filter.html shows why" if not kept else
-          f"put them back: python filter.py --undo {shlex.quote(args.out)}/decisions.csv" if args.move else
-          f"next: python train.py --data {shlex.quote(args.out)}" if args.mix else
-          f"next: python evaluate.py {shlex.join([args.reference, args.generated, args.out])}")
+    print("nothing is kept: --mix has too few images for --share" if not wanted else
+          "nothing passes: is --reference of the same kind? filter.html shows why" if not kept else
+          "put them back: " + command("filter.py", "--undo", f"{args.out}/decisions.csv") if args.move else
+          "next: " + command("train.py", "--data", args.out) + (
+              " --prompt '… {labels}', for real ones have labels and no captions" if any(
+                  row["label"] and not row["caption"] for row in mixed) else "") if args.mix else
+          "next: " + command("evaluate.py", args.reference, args.generated, args.out))
 
 
 # ------------------------------------------------------------------------------------------------- experts rate
@@ -443,7 +450,7 @@ function table() {
 }
 document.addEventListener("keydown", e => {
   if (e.target.id == "note" ? e.key != "Enter" && e.key != "Escape" : e.target.tagName == "INPUT") return;
-  if (e.ctrlKey || e.metaKey || e.altKey || !state) return;
+  if (e.repeat || e.ctrlKey || e.metaKey || e.altKey || !state) return;
   const key = e.key == "Backspace" ? "u" : e.key.toLowerCase();
   if (e.target.id == "note") $("note").blur();
   else if (key == "n") $("note").focus();
@@ -504,7 +511,7 @@ def write_rating_page(args):
     mixed = [row for row in mixed if os.path.realpath(row["path"]) not in done]
     mixed, real_pixels = load_pixels(mixed[:max(1, round(count / 4))], resolution)
     shown = [(rows[i], 0) for i in chosen] + [(row, 1) for row in mixed]
-    facts = json.dumps([[row["path"], row["caption"], row["fields"].get("modality", ""), row["group"],
+    facts = json.dumps([[row["path"], row["caption"], modality_of(row), row["group"],
                          is_real if args.blind else ""] for row, is_real in shown]).encode()
     texts = dict(PAGE=hashlib.sha256(facts).hexdigest()[:16], COLUMNS=RATING_COLUMNS, BLIND=bool(args.blind),
                  FACTS=base64.b64encode(facts).decode(),   # one encoding for all, so that none gives itself away
@@ -513,7 +520,7 @@ def write_rating_page(args):
     with replacing(args.rating_page) as file:
         file.write(page("Rate", RATING_STYLE + RATING_BODY + f"<script>{constants}</script>" + RATING_SCRIPT).encode())
     print(f"{args.rating_page}: {count} generated and {len(mixed)} real images at {resolution} pixels (--resolution); "
-          "open it in a browser\nnext: python filter.py --fit ratings.csv --out selector.safetensors")
+          "open it in a browser\nnext: " + command("filter.py", "--fit", "ratings.csv", "--out", "selector.safetensors"))
 
 
 def kappa(first, second):
@@ -537,7 +544,9 @@ def agreement(args):
     raters = list(dict.fromkeys(row["expert"] for row in rows))
     if len(args.agreement) > 1 and len(raters) < len(args.agreement):   # one expert twice: the files are the raters
         rows = [row | {"expert": path} for path in args.agreement for row in read_ratings([path])]
-        raters = args.agreement
+        raters = list(dict.fromkeys(args.agreement))
+    if len(raters) < 2 and not any(row["real"] and row["guess"] for row in rows):
+        fail(f"--agreement {args.agreement[0]}: one rater and no guesses of real or generated: nothing to compare")
     for (a, b), both in shared_ratings(rows).items():
         if len(both) < 2:
             print(f"{a}, {b}: {len(both)} shared images, too few")
@@ -707,7 +716,7 @@ def fit_alignment(rows, z, seed):
     sharp = np.exp(optimize.minimize_scalar(
         lambda t: -special.log_softmax(np.exp(t) * scores, 1)[inside].mean(), bounds=(-3, 5), method="bounded").x)
     chances, measured = special.softmax(sharp * scores, 1), {}
-    kinds = np.array([text_key(rows[i]["fields"].get("modality", "")) for i in used])
+    kinds = np.array([text_key(modality_of(rows[i])) for i in used])
     alike = np.array([[kinds[own == c][0] == kind for c in range(len(classes))] for kind in kinds])
     for name, which in (("hard", alike), ("easy", ~alike)):
         values = np.append(chances[y == 1], chances[which & (y == 0)])
@@ -786,7 +795,7 @@ def fit(args):
                 judging=[content_hash(images[i]["path"])[:16] for i in np.flatnonzero(judging)])
     spec["lambda"] = float(penalty)
     known = [i for i, row in enumerate(real)
-             if len(modalities) < 2 or text_key(row["fields"].get("modality", "")) in modalities]
+             if len(modalities) < 2 or text_key(modality_of(row)) in modalities]
     judged = apply_selector(dict(spec=spec, **tensors, **aligned), seen[known], [real[i] for i in known])
     measured["real_pass"] = passing = float((judged["quality"] >= 0.5).mean()) if known else None
     save_selector(args.out, spec, tensors | aligned)
@@ -796,8 +805,8 @@ def fit(args):
     lines += [f"alignment, {name} cases: AUROC {value:.2f}" for name, value in measured["alignment"].items()]
     few = ": few; do the ratings mark disease, or were other kinds rated?" if known and passing < 0.8 else ""
     lines += [f"{passing:.0%} of the real images pass{few}"] if known else []
-    print("\n".join(lines) + f"\nnext: python filter.py GENERATED --reference REAL --selector {shlex.quote(args.out)} "
-          "--out runs/kept")
+    print(*lines, "next: " + command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out, "--out", "runs/kept"),
+          sep="\n")
 
 
 def units(features):

@@ -63,7 +63,7 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")   # what is not UTF-8, or closed, ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -339,11 +339,11 @@ def header_alpha(path, metadata, name, rank):
     root, layer = name.split(".", 1)
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        alpha = config.get(f"{root}.lora_alpha", rank)
-        for ending, other in config.get(f"{root}.alpha_pattern", {}).items():
-            alpha = other if ("." + layer).endswith("." + ending) else alpha
+        patterns = config.get(f"{root}.alpha_pattern", {}).items()   # regular expressions; the first that fits counts
+        alpha = next((other for pattern, other in patterns if re.fullmatch(rf"(.*\.)?({pattern})", layer)),
+                     config.get(f"{root}.lora_alpha", rank))
         return alpha * (math.sqrt(rank) if config.get(f"{root}.use_rslora") else 1.0)   # rank-stabilised: alpha/√rank
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error):
         fail(f"{path}: its header's lora_adapter_metadata cannot be read; save the adapter again")
 
 
@@ -581,7 +581,7 @@ def main(args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"written: {args.out}\nnext: python lora.py info {shlex.quote(args.out)}")
+    print(f"written: {args.out}\nnext: {shlex.join(['python', sys.argv[0], 'info', args.out])}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import string
@@ -91,6 +92,11 @@ def generator(seed, *key):
     """A torch.Generator on the CPU for one purpose: the same (seed, key) gives the same numbers everywhere."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def command(script, *words):
+    """A command to type next: `script` of ours, called from the folder that this one was called from."""
+    return shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), script), *map(str, words)])
 
 
 def guarded(main, args):
@@ -408,8 +414,12 @@ def open_volume(path):
     import nibabel
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     volume = nibabel.load(path)
-    if volume.ndim < 2 or not 0 < np.prod(volume.shape[:3], dtype=float) <= 2 * MAX_PIXELS:
+    size = np.prod(volume.shape[:3], dtype=float)
+    if volume.ndim < 2 or not size:
         raise BadImage(path, f"has shape {volume.shape}")
+    if size > 2 * MAX_PIXELS:
+        raise BadImage(path, f"has {size / 1e6:.0f} million voxels, more than {2 * MAX_PIXELS / 1e6:.0f} million: cut it, or save "
+                       "its slices as images")
     return volume.slicer[(*np.s_[:, :, :], *[0] * (volume.ndim - 3))] if volume.ndim > 3 else volume
 
 
@@ -447,7 +457,8 @@ def list_images(data, image_column=None, caption_column=None, label_column=None,
     filled in, else the caption column, else "". slices: middle, every:N or all of a volume or multi-frame DICOM, each a
     row; behind "coronal:" or "sagittal:" those of that plane. Where no group is known, slices get their file as one and
     DICOM files one that keeps a patient's together. Files that are not there, and those for which a package is missing,
-    are told of and left out up to 5 %; more, or any where `strict`, end in fail(), as do a wrong path, column, field.
+    are told of and left out up to 5 %; more (but where `strict` is None), or any where it is True, end in fail(), as do a
+    wrong path, column, field. Where files were left out, a row's "lost" says how many.
     """
     if not os.path.exists(data):
         fail(f"{data}: no such file or folder")
@@ -455,16 +466,16 @@ def list_images(data, image_column=None, caption_column=None, label_column=None,
     tables = [os.path.join(data, name) for name in ("metadata.csv", "metadata.jsonl", "manifest.csv")]
     table = next((name for name in tables if os.path.isfile(name)), None) if os.path.isdir(data) else data
     if table:
-        rows, columns = list_table(table, flags, strict)
+        rows, columns, lost = list_table(table, flags, strict)
     else:
-        rows, columns = list_folder(data), {}
+        rows, columns, lost = list_folder(data), {}, 0
         for role, name in flags.items():
             if name is not None:
                 fail(f"--{role}-column {name}: {data} has no metadata.csv that could have this column")
     if not rows:
         fail(f"{data}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     fill_captions(data, rows, columns, prompt)
-    return spread_slices(*check_medical(data, rows, strict), slices)
+    return spread_slices(*check_medical(data, rows, lost, strict), slices)
 
 
 def note(message):
@@ -474,9 +485,10 @@ def note(message):
 
 
 def leave_out(bad, count, strict, message):
-    """Say that `bad` of `count` images are left out; fail() where that is more than 5 %, or any and `strict`."""
+    """Say that `bad` of `count` images are left out; fail() where that is more than 5 %, or any and `strict`; never where
+    that is None."""
     if bad:
-        (fail if strict or bad > BAD_SHARE * count else note)(message)
+        (fail if strict or strict is not None and bad > BAD_SHARE * count else note)(message)
 
 
 def list_folder(folder):
@@ -536,6 +548,7 @@ def read_csv(path, text, caption_column):
 
     It is safe where the caption is the last column, or where a space follows each of these commas, as in prose.
     """
+    text = re.sub(r"\A(?:sep=.\r?\n|\s*\n)+", "", text)   # Excel's first line, and blank ones
     first = text.split("\n", 1)[0]
     mark = max(",;\t", key=first.count)
     def cells_of(spaced):
@@ -573,8 +586,13 @@ def find_column(names, role):
     return next((name for usual in COLUMNS[role] for name in names if name.lower() == usual), None)
 
 
+def modality_of(row):
+    """What a row's column of modalities says, however its name is written; "" where there is none."""
+    return next((value for name, value in row["fields"].items() if name.lower() == "modality"), "")
+
+
 def list_table(table, flags, strict):
-    """Rows of the images that a table names, and the dict of its columns: role -> name."""
+    """Rows of the images that a table names, the dict of its columns, role -> name, and how many files are not there."""
     cells = read_table(table, flags["caption"])
     if not cells:
         fail(f"{table}: has no rows")
@@ -582,6 +600,7 @@ def list_table(table, flags, strict):
     for role, wanted in flags.items():
         if wanted is not None and wanted not in names:
             fail(f"--{role}-column {wanted}: {table} has the columns {', '.join(names)}")
+    cells = [dict.fromkeys(names, "") | row for row in cells]   # JSON's rows may lack some
     columns = {role: wanted or find_column(names, role) for role, wanted in flags.items()}
     if columns["image"] is None:
         fail(f"{table}: no column of file names among {', '.join(names)}: name it with --image-column")
@@ -592,7 +611,7 @@ def list_table(table, flags, strict):
         if "\\" in file_name and not os.path.exists(path):  # written on Windows
             path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))
         if file_name and not os.path.isabs(file_name) and not path.startswith(folder.rstrip(os.sep) + os.sep):
-            fail(f"{table}: {file_name} is not inside {folder}")
+            fail(f"{table}: {file_name} is not inside {folder}: write absolute paths, or put the table above its images")
         roles = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
         if not os.path.isfile(path):
             missing.append(file_name or "(no name)")
@@ -603,7 +622,7 @@ def list_table(table, flags, strict):
     leave_out(len(missing), len(cells), strict, f"{table}: {len(missing)} of {len(cells)} files are not there: {some}")
     if len(rows) + len(missing) < len(cells):
         note(f"{table}: {len(cells) - len(rows) - len(missing)} of {len(cells)} rows repeat another: left out")
-    return rows, columns
+    return rows, columns, len(missing)
 
 
 def in_english(labels):
@@ -623,7 +642,9 @@ def fill_captions(data, rows, columns, prompt):
     lacking = []
     for row in rows if prompt is not None or "caption" in known else ():
         values = {alias: row[role] for role in sorted(known) for alias in roles[role]} | row["fields"]
-        for _, name, _, _ in pieces:
+        for _, name, *how in pieces:
+            if any(how):
+                fail(f"--prompt {prompt!r}: a field has no format of its own here: write {{{name}}}")
             if name is not None and name not in values:
                 fail(f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(values) or 'none'}")
         lacking += [row] * any(name is not None and not in_english(values[name]) for _, name, _, _ in pieces)
@@ -662,14 +683,15 @@ def medical_header(path):
     return why, (1, 1, int(data.get("NumberOfFrames") or 1)), str(data.get("PatientID") or "").strip()
 
 
-def check_medical(data, rows, strict):
+def check_medical(data, rows, lost, strict):
     """Look at the headers of DICOM files and volumes: (the rows that can be read, {path: slices along each axis}).
+    lost: how many files of the set were left out before.
 
     Left out, counted in a line for each reason: files for which a package or codec is missing, and those without a
     picture of the patient. DICOMs get a group: 16 bits of a hash of the patient's id, enough to keep one's images
     together, too few to tell who it is.
     """
-    headers, reasons = {}, collections.Counter()
+    headers, reasons, count_of_all = {}, collections.Counter(), len(rows) + lost
     for row in rows:
         headers[row["path"]] = "", (1, 1, 1), ""
         with contextlib.suppress(Exception):  # damaged: load_pixels will name it
@@ -678,13 +700,18 @@ def check_medical(data, rows, strict):
     for why, count in reasons.items():
         message = f"{data}: {count} of {len(rows)} files left out: {why}"
         if "pip install" in why:
-            leave_out(count, len(rows), strict, message)
+            lost += count
+            leave_out(lost, count_of_all, strict, message)
         elif why:
             note(message)
-    several = len({patient for _, _, patient in headers.values()} - {""}) > 1  # one for all is none: anonymised
+    patients = {patient for _, _, patient in headers.values()} - {""}
+    if len(patients) == 1 and len(rows) > 1 and not any(row["group"] for row in rows):
+        note(f"{data}: all DICOM files have one patient's id, as anonymised ones do: taken for none; a table with a column "
+             "patient_id says whose they are")
     for row in rows:
+        row |= {"lost": lost} if lost else {}
         patient = headers[row["path"]][2]
-        if patient and several and not row["group"]:
+        if patient and len(patients) > 1 and not row["group"]:
             row["group"] = "patient-" + hashlib.blake2b(patient.encode(), digest_size=2).hexdigest()
     kept = [row for row in rows if not headers[row["path"]][0]]
     if not kept:
@@ -737,14 +764,15 @@ def write_csv(path, header, rows):
 def split_rows(rows, val_share, test_share=0.0):
     """Set row["split"] to "train", "val" or "test" by a hash of the group, else of the file's content.
 
-    The split is the same on every machine, does not depend on order, and adding files moves none. Says so where no
-    groups are known but file names look as if one patient had several.
+    The split is the same on every machine, does not depend on order, and adding files moves none; generated images (column
+    synthetic) are all for training. Says so where no groups are known but file names look as if one patient had several.
     """
     series, content = collections.defaultdict(list), functools.lru_cache(None)(content_hash)
     for row in rows:
         key = content(row["path"]) if row.get("of_file") or not row["group"] else row["group"]
         u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-        row["split"] = "test" if u < test_share else "val" if u < test_share + val_share else "train"
+        made = row.get("fields", {}).get("synthetic") == "1"   # of filter.py's --mix: never held out
+        row["split"] = "train" if made else "test" if u < test_share else "val" if u < test_share + val_share else "train"
         stem = re.fullmatch(r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem)
         if stem and not row["group"]:
             series[stem[1]].append(row["file_name"])
@@ -847,7 +875,8 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
     window, value_range, allow_burned_in: as read_image; a row's own "range" comes before value_range, and without
     either 16-bit and float images are scaled by the range of them all. seed: of crop "random", with the file's name.
     measure: a function of the PIL image before it is cut and resized; the row's "measured" is what it gives.
-    Unreadable images are named on stderr and left out; more than 5 %, or any where `strict`, end in fail().
+    Unreadable images are named on stderr and left out; more than 5 % of the set, with those that `list_images` left out, or
+    any where `strict`, end in fail().
     """
     pick_window(window)  # a wrong one ends here
     ranges, discless = {} if value_range else find_range([row for row in rows if "range" not in row]), []
@@ -873,8 +902,10 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
     good, bad = [n for n, error in enumerate(errors) if error is None], [error for error in errors if error is not None]
     for error in bad:
         note(f"skipped: {error}")
-    if bad and (strict or len(bad) > BAD_SHARE * len(rows)):
-        fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
+    lost = max((row.get("lost", 0) for row in rows), default=0)
+    if bad and (strict or lost + len(bad) > BAD_SHARE * (lost + len(rows))):
+        fail(f"{len(bad)} of {len(rows)} images cannot be read" + f", besides {lost} left out before" * (lost > 0)
+             + f", the first: {bad[0]}")
     if len(bad) > 1:
         note(f"{len(bad)} of {len(rows)} images cannot be read: left out")
     if discless:
@@ -1232,7 +1263,7 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
                 result[i:i + len(first), j:j + len(second)] = found
                 if alone:
                     result[j:j + len(second), i:i + len(first)] = found.T
-    return np.where(result < 1e-5, 0, result)  # float32 leaves up to 3e-6 between equal images
+    return np.where(result < 3e-5, 0, result)  # float32 leaves up to 2e-5 between equal flat images
 
 
 def gauss_window(like):
@@ -1505,7 +1536,7 @@ def nearest_draws(matrix, draws):
 
 
 def large_values(real, fake, standardise=False, width=200):
-    """The metrics of features that have too many rows for one matrix, (N, D), (M, D), N, M > 5: {name: value}, in blocks.
+    """The metrics of features that have too many rows for one matrix, (N, D), (M, D), N, M > 1: {name: value}, in blocks.
 
     frechet, kid, cmmd, precision, recall, density, coverage and vendi, as in METRICS.
     """
@@ -1523,7 +1554,8 @@ def large_values(real, fake, standardise=False, width=200):
                 sums[name, a, b] = sums.get((name, a, b), 0) + kernel.sum() - diagonal
             yield start, np.maximum(own + squares[b] - 2 * product, 0)
     for a in (0, 1):
-        radii[a] = np.concatenate([np.partition(block, (3, 5), axis=1)[:, [3, 5]] for _, block in blocks(a, a)])
+        ks = [min(k, len(sets[a]) - 1) for k in (3, 5)]
+        radii[a] = np.concatenate([np.partition(block, ks, axis=1)[:, ks] for _, block in blocks(a, a)])
     reached, counted, recalled, covered = np.zeros(m, bool), 0, [], []
     for start, block in blocks(0, 1):
         near, wide = (block <= radii[0][start:start + width, k, None] for k in (0, 1))
@@ -1811,7 +1843,7 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
     if alpha:
         reference["thresholds"] = label_thresholds(own, rows, alpha)
         said.append(f"calibrated on {len(rows)} real images by {', '.join(own)}: about {1 - alpha:.0%} of unseen real "
-                    "ones would pass" + "".join(f"; {label} has its own" for label in reference["thresholds"] if label))
+                    "ones would pass" + "".join(f"; label \"{label}\" has a threshold of its own" for label in reference["thresholds"] if label))
     return reference | dict(own=own, said=said)
 
 
@@ -2007,7 +2039,7 @@ def apply_selector(selector, features, rows):
     shows its row's label (else caption), NaN where the selector does not know that. rows: as list_images gives; of
     "fields" only "modality" is read, and fail() says which one no expert rated.
     """
-    spec, modalities = selector["spec"], [text_key(row["fields"].get("modality", "")) for row in rows]
+    spec, modalities = selector["spec"], [text_key(modality_of(row)) for row in rows]
     unknown = sorted(set(modalities) - set(spec["modalities"])) if len(spec["modalities"]) > 1 else []
     if unknown:
         fail(f"the selector was fitted on {', '.join(spec['modalities'])}, not on {unknown[0] or 'images without modality'}")
@@ -2038,11 +2070,12 @@ STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1
 --two:#c2410c;--three:#15803d;--four:#7e22ce}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#343b43;--paper:#0e1116;--mark:#6cb0ff;
 --two:#fb923c;--three:#4ade80;--four:#c084fc}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,sans-serif;
+*{box-sizing:border-box}body{overflow-wrap:anywhere;margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,sans-serif;
 color:var(--ink);background:var(--paper)}h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+th:first-child,td:first-child{text-align:left}td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}
+th{color:var(--soft);font-weight:600}
 .verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}.soft{color:var(--soft)}
 .grid{display:flex;flex-wrap:wrap;gap:.3rem}.grid img{width:6rem;height:6rem;object-fit:cover;border-radius:.2rem}
 figure{display:inline-block;margin:0 .6rem .8rem 0}figure .grid{flex-wrap:nowrap}figcaption{font-size:.8rem;
@@ -2093,7 +2126,7 @@ def curve(series, x_label="", y_label="", width=640, height=260):
     for n, (name, points) in enumerate(series.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
         line = " ".join(map(place, points[:1] + points))  # twice the first: one point alone is a dot
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" '
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{2 if len(points) > 1 else 7}" '
                      'stroke-linecap="round"/>'
                      f'<text x="{80 + 140 * n}" y="12" fill="{colour}">{html.escape(name)}</text>')
     parts.append(f'<text x="{70 + box[0] / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'

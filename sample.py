@@ -2,7 +2,7 @@
 
     python sample.py --lora runs/dfu/lora.safetensors --prompt "an inflammatory diabetic foot ulcer" --num-images 50
     python sample.py --checkpoint runs/dfu/checkpoints/best.pt --num-images 50 --grid --out runs/try
-    torchrun --nproc_per_node=2 sample.py --base sd15 --labels-from xray/ --counts balanced --out runs/new
+    torchrun --nproc_per_node=2 sample.py --lora runs/xray/lora.safetensors --labels-from xray/ --counts balanced
 
 Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture, but for rounding, whatever the batch
 size, the number of processes or restarts. What is there already with the same settings is skipped, so a run that was
@@ -120,15 +120,15 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")   # what is not UTF-8, or closed, ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
 
 import hashlib  # noqa: E402
 import json  # noqa: E402
-import shlex  # noqa: E402
 import time  # noqa: E402
+import unicodedata  # noqa: E402
 import warnings  # noqa: E402
 from bisect import bisect  # noqa: E402
 from collections import Counter, deque  # noqa: E402
@@ -150,10 +150,10 @@ from PIL import Image, ImageDraw, PngImagePlugin  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (QUALITY_FEATURES, BadImage, apply_selector, content_hash, find_column, fit_square, generator, guarded,  # noqa: E402
-                     list_images, load_pixels, load_selector, measure_reference, need, pick_device, pick_resolution,
-                     picture, quality_features, read_image, read_table, refusals, refuse_low, replacing, score,
-                     set_hash, write_csv)
+from metrics import (QUALITY_FEATURES, BadImage, apply_selector, command, content_hash, fill_captions,  # noqa: E402
+                     find_column, fit_square, generator, guarded, list_images, load_pixels, load_selector,
+                     measure_reference, modality_of, need, pick_device, pick_resolution, picture, quality_features,
+                     read_image, read_table, refusals, refuse_low, replacing, score, set_hash, write_csv)
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
@@ -684,21 +684,33 @@ def deal(rows, total, balanced):
 def read_prompts(args, adapters):
     """The prompts to draw: [{"prompt", "label", "modality", "count"}], each distinct prompt once, in the order given;
     those of the adapters' runs where the flags name none."""
-    found, counts = [(prompt, "", "") for prompt in args.prompt], {}
+    formats, counts = [prompt for prompt in args.prompt if args.labels_from or re.search(r"\{\w+\}", prompt)], {}
+    found = [(prompt, "", "") for prompt in args.prompt if prompt not in formats]
+    table = (args.prompts or "").lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson"))
+    if formats and not (args.labels_from or table and len(formats) == 1):
+        fail(f"--prompt \"{formats[0]}\": is a format of captions; its fields are columns of --labels-from DATA or of one table of "
+             "--prompts, which is missing")
     if args.labels_from:
-        rows = list_images(args.labels_from, prompt=args.prompt[0] if args.prompt else None)
+        rows = list_images(args.labels_from, prompt=formats[0] if formats else None)
+        if not formats and any(row["label"] for row in rows) and not any(row["caption"] for row in rows):
+            known = [about["prompt"] for _, about, _, _ in adapters if "{" in about.get("prompt", "")]
+            rows = list_images(args.labels_from, prompt=known[0]) if known else fail(
+                f"--labels-from {args.labels_from}: has labels and no captions: give --prompt \"… {{labels}}\"")
         for row in rows:
             row["caption"] = " ".join(row["caption"].split())
-        found = [(row["caption"], row["label"], row["fields"].get("modality", "")) for row in rows]
+        found = [(row["caption"], row["label"], modality_of(row)) for row in rows]
         if args.counts:
             counts = deal(rows, args.num_images * len({row["caption"] for row in rows}), args.counts == "balanced")
-    if args.prompts and args.prompts.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson")):
-        rows = read_table(args.prompts)
-        columns = dict.fromkeys(name for row in rows for name in row)
-        text, label = (find_column(columns, role) for role in ("caption", "label"))
-        if not text:
+    if table:
+        rows = [{"file_name": f"row {n}", "fields": fields} for n, fields in enumerate(read_table(args.prompts), 1)]
+        columns = {role: find_column(dict.fromkeys(name for row in rows for name in row["fields"]), role)
+                   for role in ("caption", "label")}
+        if not (columns["caption"] or formats):
             fail(f"--prompts {args.prompts}: has no column of captions: call one text, caption or prompt")
-        found += [(row.get(text, ""), row.get(label, ""), row.get("modality", "")) for row in rows]
+        for row in rows:
+            row |= {role: row["fields"].get(name, "") for role, name in columns.items()}
+        fill_captions(args.prompts, rows, columns, formats[0] if formats else None)
+        found += [(row["caption"], row["label"], modality_of(row)) for row in rows]
     elif args.prompts:
         try:
             lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
@@ -741,7 +753,8 @@ def slugs(prompts):
     """A file-name stem for each prompt: letters and digits of it, with a hash where two would be the same."""
     stems = {}
     for prompt in prompts:
-        stem = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "unconditional"
+        plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+        stem = re.sub("[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or ("prompt" if prompt else "unconditional")
         if stem in stems.values():
             stem += "-" + hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()
         stems[prompt] = stem
@@ -874,7 +887,7 @@ def look_up(planned, args):
     """Which of the planned images lie in --out, drawn with their settings or refused to the last attempt, and the others
     that have a picture of other settings: ([item], [item]). Items learn their file, path, attempts and scores."""
     paths = [path for place in ("refused", "") for path in Path(args.out, place).glob("*-*.*") if path.suffix[1:] in WRITERS]
-    paths.sort(key=lambda path: (path.parent.name != "refused", path.suffix == f".{args.format}", path))   # later ones count
+    paths.sort(key=lambda path: (path.parent != Path(args.out, "refused"), path.suffix == f".{args.format}", path))   # later ones count
     names = {Path(SCORES.sub("", path.name)).stem: path for path in paths}
     there, other = [], []
     for item in planned:
@@ -882,7 +895,7 @@ def look_up(planned, args):
         text = parameters_of(path) if path else None   # None: nothing whole is there
         settings, attempt = re.fullmatch(r"(.*?)(?:, Attempt: (\d+))?", text or "", re.DOTALL).groups()
         settings = settings if path and path.suffix == f".{args.format}" else None
-        refused = path and path.parent.name == "refused"
+        refused = path and path.parent == Path(args.out, "refused")
         if path and settings == item["parameters"] and not (refused and int(attempt or 1) < args.max_attempts):
             scores = SCORES.search(path.name)
             quality, alignment = scores.groups("") if scores else ("", "")
@@ -1006,7 +1019,7 @@ def main(args):
         write_manifest(args.out, there, {item["path"].name for item in other} if args.overwrite else ())
     if other and not args.overwrite:
         fail(f"{args.out}: {other[0]['path'].name} and {len(other) - 1} more were drawn with other settings; "
-             "give another --out, or --overwrite")
+             "give another --out, or sample.py's --overwrite")
     done = {item["name"] for item in there}
     todo = [item for item in planned[RANK::WORLD] if item["name"] not in done]
     try:
@@ -1041,7 +1054,7 @@ def finish(planned, drawn, args):
         attempts = sum(item["attempts"] for item in planned)
         print(f"{len(kept)} passed, of {attempts} drawings; {len(planned) - len(kept)} did not in {args.max_attempts} attempts"
               + f": {args.out}/refused" * (len(kept) < len(planned)))
-    print(f"next: python evaluate.py {shlex.quote(args.reference or 'REAL')} {shlex.quote(args.out)}" if kept else
+    print("next: " + command("evaluate.py", args.reference or "REAL", args.out) if kept else
           "nothing passed: look at what was refused, and at filter.py's page on why")
 
 

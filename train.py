@@ -130,7 +130,7 @@ def add_training(parser):
     optimiser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")
     optimiser.add_argument("--lr", type=float, help="peak learning rate (default: 1e-4, with --refine 3e-5)")
     optimiser.add_argument("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine")
-    optimiser.add_argument("--warmup", type=int, help="steps (default: 100; a tenth of a run that is too short for it)")
+    optimiser.add_argument("--warmup", type=int, help="steps (default: a tenth of the run, at most 100)")
     optimiser.add_argument("--weight-decay", type=float, default=1e-2)
     optimiser.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to it (0: off)")
     optimiser.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
@@ -200,10 +200,11 @@ def parse_args():
 
 def check_given(args, given):
     """Flags that would be ignored; given: the names of those that were given."""
-    for needed, there, names in (("--method dreambooth", args.method == "dreambooth", "class_data class_prompt prior_weight"),
+    for needed, there, names in (("--method dreambooth", args.method == "dreambooth", "class_data prior_weight"),
                                  ("--method textual-inversion", args.method == "textual-inversion", "token init_word vectors"),
                                  (f"--method lora or dreambooth, not {args.method}", args.method in ("lora", "dreambooth"),
-                                  "text_lora init_lora text_encoder"),
+                                  "text_lora init_lora"),
+                                 ("--method lora", args.method == "lora", "text_encoder"),
                                  ("--text-encoder", args.text_encoder, "text_length"),
                                  ("--perceptual-weight", args.perceptual_weight, "perceptual"),
                                  ("--refine", args.refine, "selector ratings rounds candidates anchor real_mix")):
@@ -240,15 +241,13 @@ def check_together(args):
         fail("--refine kto compares losses with those of the network before: it goes without --perceptual-weight")
     if (args.refine == "kto") != bool(args.ratings):
         fail("--refine kto learns from --ratings CSV, the file that --selector was fitted to; give both or neither")
-    args.rounds, args.round_steps = args.rounds if args.refine else 1, 0
-    if args.method == "dreambooth" and args.text_encoder:
-        fail("--text-encoder: the base could not draw dreambooth's class with an encoder that it does not know yet")
+    args.rounds = args.rounds if args.refine else 1
     if args.text_lora and args.text_encoder:
         fail("--text-lora adapts the base's own text encoder, --text-encoder replaces it: give one of them")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")   # a terminal that is not UTF-8 ends nothing
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")   # what is not UTF-8, or closed, ends nothing
     args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):   # as long as libraries load
         signal.signal(number, lambda *_: os._exit(130))
@@ -281,12 +280,13 @@ from torchvision.transforms.v2 import functional as vision  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
-from metrics import (FORMATS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES, BadImage,  # noqa: E402
-                     apply_selector, colour, content_hash, copy_chances, copy_distances, copy_file, copy_limit, curve, extract,
-                     find_weights, generator, guarded, is_deep, joint_matrices, list_images, load_features,
-                     load_pixels, load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom,
-                     page, permutation_draws, pick_window, picture, quality_features, read_image, read_ratings, replacing,
-                     same_unit, share_range, split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi, write_csv)
+from metrics import (CACHE, FID_WEIGHTS, FORMATS, LPIPS, METRICS, QUALITY_FEATURES, VOLUME_SUFFIXES,  # noqa: E402
+                     BadImage, apply_selector, colour, command, content_hash, copy_chances, copy_distances,
+                     copy_file, copy_limit, curve, extract, find_weights, generator, guarded, is_deep,
+                     joint_matrices, list_images, load_features, load_pixels, load_selector, load_weights,
+                     looks_like_dicom, near_duplicates, need, open_dicom, page, permutation_draws, pick_window,
+                     picture, quality_features, read_image, read_ratings, replacing, same_unit, share_range,
+                     split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi, write_csv)
 from sample import (BASES, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, classes_of, contact_sheet,  # noqa: E402
                     decode_with_gradient, denoise, encode, find_base, generate, load_base, noised_and_target, own_device,
                     own_resolution, predicted_latents, project, save_png, split_labels, text_states, tokenize, use_text_encoder)
@@ -361,7 +361,7 @@ def effective_batch(args):
 
 
 KINDS = {"args": dict, "step": int, "weights": dict, "ema": dict, "optimizer": dict, "scaler": dict, "best": dict,
-         "history": list, "random": torch.Tensor, "made_of": dict}   # of what a checkpoint holds
+         "history": list, "random": torch.Tensor, "made_of": dict, "gain": float}   # of what a checkpoint holds
 
 
 def plain(value):
@@ -371,10 +371,15 @@ def plain(value):
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+def checkpoint_path(args):
+    """The file that --resume means."""
+    names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
+    return Path(args.out, "checkpoints", names[args.resume]) if args.resume in names else Path(args.resume)
+
+
 def find_checkpoint(args, made_of):
     """The checkpoint that --resume means, read, or None to start afresh. Nothing is unpickled. made_of: as in Data."""
-    names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
-    path = Path(args.out, "checkpoints", names[args.resume]) if args.resume in names else Path(args.resume)
+    path = checkpoint_path(args)
     if not path.exists():
         return None if args.resume == "auto" else fail(f"--resume {args.resume}: there is no {path}")
     try:
@@ -445,7 +450,8 @@ def cond_of(base, data, part):
 def list_data(args):
     """All rows, each with its split, by --val-data or by a hash of patient or content."""
     columns = {f"{role}_column": getattr(args, f"{role}_column") for role in ("image", "caption", "label", "group")}
-    columns |= {"prompt": args.prompt, "slices": args.slices, "strict": args.strict}
+    columns |= {"prompt": args.prompt, "slices": args.slices,
+                "strict": None if args.preview else args.strict}   # the doctor names all that is not there
     rows = list_images(args.data, **columns)
     for flag, folder in (("out", args.out), ("preview", args.preview)):
         where = Path(folder or "/").resolve()
@@ -599,7 +605,7 @@ def preview(args):
         with replacing(folder / "grid.png") as file:
             sheet.save(file, "PNG")
         print(f"{len(jobs)} pictures of {args.resolution} x {args.resolution} in {folder}: look at {folder / 'grid.png'}\n"
-              f"next: the same command without --preview, or python train.py --data {shlex.quote(str(folder))}")
+              f"next: the same command without --preview, or {command('train.py', '--data', folder)}")
 
 
 def examine(row, args):
@@ -855,7 +861,7 @@ def make_batch(data, step, slots, args, stream="data"):
 
 def learning_rate(step, args):
     """Warm-up, then cosine or linear to zero, or constant; in each round of --refine anew."""
-    length = args.round_steps or args.steps
+    length = args.steps // args.rounds
     step, warmup = step % length if args.refine else step, args.warmup
     if warmup is None or warmup >= length:
         warmup = min(100, length // 10)
@@ -889,6 +895,7 @@ class State:
     best: dict = field(default_factory=lambda: {"step": 0, "val_loss": math.inf})
     history: list = field(default_factory=list)   # of validations: {"step", "val_loss"}
     bad_steps: int = 0                            # steps with NaN, in a row
+    gain: torch.Tensor = None                     # kto: how much less the error of the last step was than the reference's, mean
     reference: dict = None                        # the weights before --refine, which are no part of a checkpoint
 
 
@@ -935,6 +942,7 @@ def start(base, args, checkpoint):
     optimizer = make_optimizer(weights, args)
     state = State(weights, ema, optimizer, torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16))
     state.reference = {name: w.clone() for name, w in ema.items()} if args.refine else None
+    state.gain = torch.tensor(checkpoint["gain"] if checkpoint else 0.0, device=base.device)
     try:
         if checkpoint:
             for part in (checkpoint["weights"], checkpoint["ema"]):
@@ -971,6 +979,7 @@ def save_checkpoint(state, args, data, best=False):
                "weights": {name: w.detach() for name, w in state.weights.items()}, "ema": state.ema,
                "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(), "effective_batch": batch,
                "schedule": {"lr": learning_rate(state.step, args)}, "best": state.best, "history": state.history,
+               "gain": state.gain.item(),
                "args": vars(args), "made_of": data.made_of, "random": torch.get_rng_state()}
     with replacing(path) as file:
         torch.save(plain(content), file)
@@ -1143,7 +1152,7 @@ class Log:
         if RANK > 0:
             return
         with open(self.path, "ab") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode())
+            file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", "".join(json.dumps(entry) + "\n" for entry in entries)).encode())
         for entry in entries:
             for name, value in entry.items() if self.board else ():
                 self.board.add_scalar(name, value, entry["step"])
@@ -1188,8 +1197,8 @@ def fit(base, streams, check, state, args, log, until):
                                    mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while state.step < until and not stop and not out_of_patience(state.history, state.best, args):
             loss = compute_gradients(base, streams, features, state, args)
-            numbers = torch.stack([loss, torch.full_like(loss, len(asked))])
-            loss, stop = sum_over_processes(weights, numbers)
+            numbers = torch.stack([loss, torch.full_like(loss, len(asked)), state.gain])
+            loss, stop, state.gain = sum_over_processes(weights, numbers)
             norm = apply_gradients(state, weights, args)
             state.step += 1
             seen.append(torch.stack([loss, norm]))
@@ -1221,12 +1230,13 @@ def fit(base, streams, check, state, args, log, until):
 
 
 def compute_gradients(base, streams, features, state, args):
-    """This process's share of a step: gradients in place, and its share of the loss, on the device.
+    """This process's share of a step: gradients in place, its share of state.gain, and of the loss, which it returns, on the
+    device.
 
     streams: [(name, Data, share of the loss)], a batch of the same size from each, with draws of its own; the second are
     DreamBooth's class images (Ruiz et al. 2023) or the real ones of a refinement.
     """
-    total = torch.zeros((), device=base.device)
+    total, gain = torch.zeros(2, device=base.device)
     for micro in range(args.accumulate):
         first = (micro * WORLD + RANK) * args.batch_size
         for stream, part, share in streams:
@@ -1245,7 +1255,9 @@ def compute_gradients(base, streams, features, state, args):
                 clean = predicted_latents(base, noisy, prediction, timesteps)
                 error = error + args.perceptual_weight * perceptual_loss(features, clean, latents, planned)
             if args.refine == "kto" and stream == "data":
-                error = kto_loss(error, (before - target).square().mean((1, 2, 3)) * snr_weight, weight, latents[0].numel())
+                gains = (before - target).square().mean((1, 2, 3)) * snr_weight - error
+                gain += gains.detach().sum() / effective_batch(args)
+                error = kto_loss(gains, state.gain, weight, latents[0].numel())
             else:
                 error = error * weight
             if state.reference:
@@ -1256,6 +1268,7 @@ def compute_gradients(base, streams, features, state, args):
     for w in state.weights.values():
         if w.grad is None:   # SDXL reads the last layer but one of its text encoders: the last has an adapter in vain
             w.grad = torch.zeros_like(w)
+    state.gain = gain
     return total
 
 
@@ -1267,11 +1280,8 @@ def perceptual_features(base, args):
     blur = int((base.alphas_cumprod >= 0.5).sum())
     if args.perceptual == "vae":
         return lambda latents: decode_with_gradient(base, latents, features=True), blur
-    path = find_weights("vgg16-397923af.pth")
-    if path is None:
-        fail("--perceptual vgg: needs torchvision's vgg16-397923af.pth in ~/.cache/torch/hub/checkpoints; "
-             "--perceptual vae needs no file")
-    state = {key.removeprefix("features."): value for key, value in load_weights(path).items() if "features." in key}
+    weights = load_weights(find_weights(LPIPS["vgg"][2]))
+    state = {key.removeprefix("features."): value for key, value in weights.items() if "features." in key}
     trunk = trunk_of("vgg16", state).to(base.device)
     mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours), ImageNet's mean and deviation
@@ -1355,14 +1365,14 @@ REJECT, TEMPERATURE = 0.4, 0.5   # rwr: the share of each prompt's images that w
 KTO_BETA = 2000.0   # for latents of 16384 numbers: the theory sums over them, the loss is their mean
 
 
-def kto_loss(error, before, weight, size):
-    """1 - sigmoid(y B (before - error - z)) times |weight|, (B,): Diffusion-KTO (Li et al. 2024), 0.5 at the first step.
+def kto_loss(gain, usual, weight, size):
+    """1 - sigmoid(y B (gain - z)) times |weight|, (B,): Diffusion-KTO (Li et al. 2024), 0.5 at the first step.
 
-    error, before: (B,) squared errors of the network as it is and as it was; y: the sign of weight (B,), what is good and
-    what is bad; z: the mean gain of the batch, at least 0, a constant; size: numbers in an image's latents.
+    gain: (B,) squared errors of the network as it was less those as it is; y: the sign of weight (B,), what is good and what
+    is bad; z: the `usual` gain, at least 0; size: numbers in an image's latents. The usual gain is the mean of the step
+    before: this step's is not known before all passes and processes are through it.
     """
-    gain = before - error
-    surprise = gain - gain.mean().clamp(min=0).detach()
+    surprise = gain - usual.clamp(min=0)
     return weight.abs() * (1 - torch.sigmoid(weight.sign() * KTO_BETA * size / 16384 * surprise))
 
 
@@ -1433,7 +1443,7 @@ def refine(base, real, val, state, args, log, look, learn):
     look(name) gives what the network draws as it is, as `summary` wants it, once drawn always the same; learn(seen) the
     Data, with weights, to learn from in the next round. The reference is the network before, adapter included.
     """
-    length = args.round_steps
+    length = args.steps // args.rounds
     streams = [("real", real, args.real_mix)] * (args.real_mix > 0)
 
     def judge():
@@ -1455,7 +1465,7 @@ def refine(base, real, val, state, args, log, look, learn):
         if state.step >= args.steps or objections(state.history):
             return
         if state.step == begun:
-            state.optimizer = make_optimizer(state.weights, args)
+            state.optimizer, state.gain = make_optimizer(state.weights, args), torch.zeros_like(state.gain)
         with looking(state, base, args):
             data = replace(learn(look(begun)), made_of=real.made_of)
         fit(base, [("data", data, 1 - args.real_mix), *streams], lambda: False, state, args, log, begun + length)
@@ -1632,21 +1642,21 @@ LICENCES = {"sd15": "creativeml-openrail-m", "sd21-base": "openrail++", "sd21": 
 
 def write_card(state, args, data, result):
     """README.md: a model card with the metadata that the Hub reads (base, licence, tags, prompt), data and limits."""
-    base, prompt = BASES.get(args.base, args.base), json.dumps(args.prompt or data.rows[0]["caption"], ensure_ascii=False)
+    base, prompt = BASES.get(args.base, args.base), json.dumps(args.val_prompts[0], ensure_ascii=False)
     tags = ["stable-diffusion", "diffusers", "text-to-image", "medical", "synthetic"] + ["lora"] * (args.method != "full")
     head = ["---", f"base_model: {base}"] * ("/" in base and not os.path.exists(base)) or ["---"]
     head += [f"license: {LICENCES.get(args.base, 'other')}", "library_name: diffusers", f"instance_prompt: {prompt}", "tags:"]
     head += [f"- {tag}" for tag in tags] + ["---"]
-    best = f" Best validation: {state.best} ." if "val_loss" in state.best else ""
+    best = f" Best validation loss {state.best['val_loss']:.4f}, at step {state.best['step']}." if "val_loss" in state.best else ""
     kind = {"full": "A whole UNet", "textual-inversion": "A new word"}.get(args.method, "An adapter")
     patients = len({row["group"] for row in data.rows} - {""}) or "unknown"
     text = f"""
 # {Path(args.out).name}
 
 {kind} for {args.base}, trained with medlora on {len(data.rows)} images of {patients} patients (SHA-256 of the set:
-`{data.made_of['the training data'][:16]}…`) at {args.resolution} px for {state.step} steps, caption {prompt}.{best}
+`{data.made_of['the training data'][:16]}…`) at {args.resolution} px for {state.step} steps, captions such as {prompt}.{best}
 
-Use: `python sample.py --{'base' if args.method == 'full' else 'lora'} {result.name} --prompt {prompt}`
+Use: `python sample.py --{'base' if args.method == 'full' else 'lora'} {result.name} --prompt {shlex.quote(args.val_prompts[0])}`
 
 **Intended use**: research, such as enlarging training sets, after an evaluation against held-out real images.
 **Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see evaluate.py's nearest
@@ -1689,7 +1699,9 @@ def write_report(state, args, compared):
     best = f", best {state.best['val_loss']:.4f} at step {state.best['step']}" if "val_loss" in state.best else ""
     body = "<h2>What refining brought</h2>" + table(*compared_rows(compared)) + f"<p>{escape(said_of(compared, state))}</p>" \
         if compared else ""
+    skipped = sum("loss" in line and None in (line["loss"], line.get("grad_norm")) for line in lines)
     cost = [f"; peak memory {line.get('memory')} MB, {line.get('images_per_second')} images a second" for line in steps[-1:]]
+    cost += [f"; {skipped} steps changed nothing, for their gradients were no numbers"] * (skipped > 0)
     body += (f"<p>{state.step} steps{best}{''.join(cost)}.</p>" + "<h2>Loss</h2>"
             + curve({"training": points("loss"), "validation": [(v["step"], v["val_loss"]) for v in state.history]}, "step")
             + "<h2>Gradient norm</h2>" + curve({"before clipping": points("grad_norm")}, "step")
@@ -1728,17 +1740,27 @@ def prepare_base(args, device):
     return base
 
 
-def run(args, device):
-    listed = list_data(args)
-    train_rows, val_rows = ([row for row in listed if row["split"] == part] for part in ("train", "val"))
-    args.resolution = args.resolution or own_resolution(find_base(args.base))
-    args.steps = (args.steps or math.ceil(args.epochs * len(train_rows) / effective_batch(args))) * args.rounds
-    args.round_steps = args.steps // args.rounds if args.refine else 0
+def check_against_data(args, val_rows):
+    """Flags that the data, or files that are not there, make idle: now, not after an hour."""
     if args.refine and not val_rows:
         fail("--refine needs held-out images to judge by: give --val-split 0.15 or --val-data")
     if args.select_by != "val-loss" and len(val_rows) < 50:
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
              "means something at any number")
+    if args.patience and not (val_rows and args.validate_every):
+        fail("--patience counts validations: give --val-split or --val-data, and --validate-every")
+    for flag, wanted, name in (("--select-by fid", args.select_by == "fid", FID_WEIGHTS),
+                               ("--perceptual vgg", args.perceptual_weight and args.perceptual == "vgg", LPIPS["vgg"][2])):
+        if wanted and find_weights(name) is None:
+            fail(f"{flag}: needs {name} in {CACHE} or torch's own cache; --select-by kid and --perceptual vae need no file")
+
+
+def run(args, device):
+    listed = list_data(args)
+    train_rows, val_rows = ([row for row in listed if row["split"] == part] for part in ("train", "val"))
+    args.resolution = args.resolution or own_resolution(find_base(args.base))
+    args.steps = (args.steps or math.ceil(args.epochs * len(train_rows) / effective_batch(args))) * args.rounds
+    check_against_data(args, val_rows)
     args.val_prompts = args.val_prompts or [caption for caption, _ in Counter(r["caption"] for r in train_rows).most_common(4)]
     made_of = {"the training data": fingerprint(train_rows), "the validation data": fingerprint(val_rows),
                "--base": base_hash(find_base(args.base)), **{flag: content_hash(path) for flag, path in (
@@ -1749,8 +1771,10 @@ def run(args, device):
     if checkpoint and finished(args.out) == checkpoint["step"] and (
             checkpoint["step"] >= args.steps or out_of_patience(checkpoint["history"], checkpoint["best"], args)
             or args.refine and objections(checkpoint["history"])):
-        RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more "
-                      f"--{'rounds' if args.refine else 'steps'}")
+        more = "steps" if checkpoint["step"] >= args.steps else "patience"
+        RANK or print(f"{args.out} is finished: {checkpoint['step']} steps. " + (
+            "A guard ended it: for another try give another --out" if args.refine and more == "patience" else
+            f"To go on, give more --{'rounds' if args.refine else more}"))
         return
     base = prepare_base(args, device)
     classes = class_images(base, len(train_rows), args) if args.method == "dreambooth" else None
@@ -1773,6 +1797,8 @@ def run(args, device):
                   [[row["file_name"], row["group"], row["split"]] for row in listed])
         write_args(args)
         describe(state, data, val, args)
+    if resumed and RANK == 0 and args.resume not in ("auto", "latest"):   # should it be killed, it goes on from here too
+        point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
     log, compared = Log(args, state.step, {entry["step"] for entry in state.history}), None
     streams = [("data", data, 1.0)] + [("class", classes, args.prior_weight)] * (classes is not None)
     if resumed and args.validate_every and state.step % args.validate_every == 0:
@@ -1800,9 +1826,9 @@ def leave(state, args, data, compared):
         for row in [header, *rows]:
             print(f"{row[0]:26}" + "".join(f"{cell:>15}" for cell in row[1:]))
         print(said_of(compared, state))
-    print(f"done: {result}; look at {args.out}/report.html\nnext: python sample.py --"
-          f"{'base' if args.method == 'full' else 'lora'} {shlex.quote(str(result))} --prompt "
-          f"{shlex.quote(args.val_prompts[0])} --num-images 50 --grid")
+    print(f"done: {result}; look at {args.out}/report.html\nnext: " + command(
+        "sample.py", "--base" if args.method == "full" else "--lora", result, "--prompt", args.val_prompts[0], "--num-images", 50,
+        "--grid"))
 
 
 def main(args):

@@ -122,6 +122,8 @@ def watch_steps(report):
 
     def noted(bar, n=1):
         if bar.unit == "step" or bar.desc.startswith("Steps"):
+            if torch.cuda.is_initialized():   # ours only puts its work into the GPU's queue
+                torch.cuda.synchronize()
             times.append(time.perf_counter())
         return update(bar, n)
     tqdm.std.tqdm.update = noted
@@ -181,14 +183,18 @@ def measure(script, flags, report, environment):
 
 def bench_training(args, place):
     """Seconds a step and peak memory of train.py and of the peer's script, rank 16 on random images."""
-    base = make_base(args.shape, place / "base")
-    make_images(place / "images", 16, args.resolution)
+    base = ROOT / "tests" / "tiny-base"
+    if args.shape != "tiny":   # in a process of its own: a child's peak begins at its parent's
+        base, words = place / "base", "import sys, bench; bench.make_base(*sys.argv[1:])"
+        subprocess.run([sys.executable, "-c", words, args.shape, base], cwd=ROOT / "tests", check=True, stdout=sys.stderr)
+    make_images(place / "images", 2 * args.batch_size, args.resolution)   # the peer's last batch of an epoch may not be short
     ours = ["--base", base, "--data", place / "images", "--resolution", args.resolution, "--batch-size",
             args.batch_size, "--steps", args.steps, "--precision", args.precision, "--device", args.device,
             "--val-split", 0, "--val-samples", 0, "--save-every", 10 ** 6, "--log-every", 10 ** 6] + ["--compile"] * args.compile
     peer = ["--pretrained_model_name_or_path", base, "--train_data_dir", place / "images", "--caption_column", "text",
             "--resolution", args.resolution, "--train_batch_size", args.batch_size, "--max_train_steps", args.steps,
             "--rank", 16, "--mixed_precision", args.peer_precision, "--checkpointing_steps", 10 ** 6, "--seed", 0]
+    peer += ["--allow_tf32"] * (args.device == "cuda")   # as ours
     on_cpu = {"ACCELERATE_USE_CPU": "true"} if args.device == "cpu" else {}
     ratios, memory = [], []
     for pair in range(args.pairs):
@@ -217,6 +223,8 @@ def alternate(name, ours, theirs, pairs, scale=1.0):
         for function in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
             start = time.perf_counter()
             function()
+            if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
+                sys.modules["torch"].cuda.synchronize()
             took[function] = time.perf_counter() - start
         ratios.append(scale * took[theirs] / took[ours])
         print(f"{name}, pair {pair}: ours {took[ours]:.3f} s, theirs {scale * took[theirs]:.3f} s", flush=True)
@@ -370,7 +378,7 @@ def bench_distances(args, place):
     for what, against, ours in ((f"Fréchet distance from features, {N} + {N} of {D}", "pytorch-fid",
                                  lambda: metrics.frechet(real, fake)),
                                 ("999 permutations of seven distances", "one of pytorch-fid's distances", permuted)):
-        yield what, against, alternate(what, ours, lambda: calculate_frechet_distance(*parts), 1)
+        yield what, against, alternate(what, ours, lambda: calculate_frechet_distance(*parts), args.pairs)
 
 
 def bench_images(args, place):
@@ -394,7 +402,7 @@ def bench_images(args, place):
             theirs(small[n:n + 1] / 127.5 - 1, small[N + n:N + n + 1] / 127.5 - 1)
     what, count = f"LPIPS of {N} × {N} pairs (ours: of all {2 * N} × {2 * N})", N * N
     yield what, "a loop over lpips", alternate(
-        what, lambda: metrics.lpips_matrix(small, network, "cpu"), loop, 1, count / 40)
+        what, lambda: metrics.lpips_matrix(small, network, "cpu"), loop, args.pairs, count / 40)
 
     def nearest():
         order = np.argsort(-metrics.ssim_matrix(pixels[N:], pixels[:N]), axis=1)[:, :20]
@@ -406,7 +414,7 @@ def bench_images(args, place):
             structural_similarity(*(pixels[k].numpy() / 255 for k in (n, N + n)), gaussian_weights=True, sigma=1.5,
                                   use_sample_covariance=False, data_range=1.0, channel_axis=0)
     what = f"nearest image by SSIM, {N} × {N}"
-    yield what, "a loop over scikit-image", alternate(what, nearest, slow, 1, count / 10)
+    yield what, "a loop over scikit-image", alternate(what, nearest, slow, args.pairs, count / 10)
 
 
 # ---- whole scripts
@@ -433,8 +441,8 @@ def bench_evaluation(args, place, count=64):
 
     def ours(*flags):
         metrics.CACHE = Path(tempfile.mkdtemp(dir=place))
-        with typed(evaluate, real, fake, "--features", weights, "--lpips", "random", "--out", place / "report.html",
-                   *flags) as given:
+        with typed(evaluate, real, fake, "--features", weights, "--lpips", "random", "--device", "cpu", "--out",
+                   place / "report.html", *flags) as given:
             evaluate.main(given)
 
     def with_torch_fidelity():
@@ -459,7 +467,7 @@ def bench_evaluation(args, place, count=64):
                                 (["--metrics", "fid,kid"], "torchmetrics", with_torchmetrics),
                                 (["--metrics", "fid"], "clean-fid", with_clean_fid)):
         what = f"evaluate.py {' '.join(flags) or 'as by default'}, {count} + {count} images"
-        yield what, peer, alternate(what, lambda: ours(*flags), theirs, 1)
+        yield what, peer, alternate(what, lambda: ours(*flags), theirs, args.pairs)
 
 
 def bench_filtering(args, place, count=100):
@@ -467,16 +475,17 @@ def bench_filtering(args, place, count=100):
     import torch
     import filter
     import lpips
-    from metrics import list_images, load_pixels
+    import metrics
     from skimage.metrics import structural_similarity
     folders, network = (place / "real", place / "new"), lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     for seed, folder in enumerate(folders):
         make_images(folder, count, 64, seed)
-    pixels = [load_pixels(list_images(folder), 64)[1] for folder in folders]
+    pixels = [metrics.load_pixels(metrics.list_images(folder), 64)[1] for folder in folders]
 
-    def ours():
-        with typed(filter, folders[1], "--reference", folders[0], "--lpips", "random", "--max-lpips", 0.3, "--min-ssim",
-                   0.4, "--calibrate", 0.05, "--drop-copies", "--out", tempfile.mkdtemp(dir=place)) as flags:
+    def ours():   # limits that most images pass, so that they are copied too
+        metrics.CACHE = Path(tempfile.mkdtemp(dir=place))
+        with typed(filter, folders[1], "--reference", folders[0], "--lpips", "random", "--max-lpips", 9, "--min-ssim", -1,
+                   "--calibrate", 0.05, "--drop-copies", "--device", "cpu", "--out", tempfile.mkdtemp(dir=place)) as flags:
             filter.main(flags)
 
     @torch.inference_mode()
@@ -485,18 +494,20 @@ def bench_filtering(args, place, count=100):
             network(a[None] / 127.5 - 1, b[None] / 127.5 - 1)
             structural_similarity(a.numpy(), b.numpy(), channel_axis=0)
     what = f"all of filter.py, the nearest of {count} for each of {count}, LPIPS (VGG, 64 px), SSIM and more"
-    yield what, "a loop over lpips and scikit-image", alternate(what, ours, theirs, 1, count ** 2 / 20)
+    yield what, "a loop over lpips and scikit-image", alternate(what, ours, theirs, args.pairs, count ** 2 / 20)
 
 
 # ---- growth
 
 def command(script, *flags, processes=1):
-    """(seconds, peak GB of one process) of a command as typed."""
+    """(seconds, peak GB of one process) of a command as typed, its cache empty."""
     start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node",
                                                      str(processes)]
     began = time.perf_counter()
-    process = subprocess.Popen([*start, str(ROOT / script), *map(str, flags)], stdout=sys.stderr)
-    _, status, used = os.wait4(process.pid, 0)
+    with tempfile.TemporaryDirectory() as cache:
+        process = subprocess.Popen([*start, str(ROOT / script), *map(str, flags), "--device", "cpu"], stdout=sys.stderr,
+                                   env={**os.environ, "MEDLORA_CACHE": cache})
+        _, status, used = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{script} failed")
     return time.perf_counter() - began, used.ru_maxrss / 1e6
@@ -568,6 +579,8 @@ def main():
     args = parser.parse_args()
     if args.what == "training" and not args.peer_script:
         parser.error("--what training needs --peer-script")
+    if args.device == "cuda" and args.what not in ("training", "sampling", "caching"):
+        parser.error("--device cuda: give --what training, sampling or caching; the other peers run on the CPU")
     names = [args.what] if args.what else [name for name in BENCHES if name != "growth" and (
         name != "training" or args.peer_script)]
     with contextlib.redirect_stdout(sys.stderr):

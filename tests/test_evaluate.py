@@ -49,7 +49,7 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
                           env=os.environ | {"MEDLORA_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0 and done.stderr == ""
     assert "24 real images at 64 px" in done.stdout and "not comparable with published figures" in done.stdout
-    assert f"report: {tmp_path / 'report.html'}" in done.stdout and "next: python filter.py" in done.stdout
+    assert f"report: {tmp_path / 'report.html'}" in done.stdout and f"next: python {ROOT}/filter.py" in done.stdout
     figures = json.loads((tmp_path / "new/figures.json").read_text())
     assert list(figures) == ["format", "settings", "real", "generated"] and figures["format"] == 1
     assert figures["real"] == {"path": real, "n": 24}
@@ -223,13 +223,15 @@ def test_checkpoints_of_a_folder_are_drawn_from_and_ranked(tmp_path, monkeypatch
         drawn.append(args)
         os.makedirs(os.path.dirname(args.out), exist_ok=True)
         late = "10" in args.checkpoint
-        draw(tmp_path / args.out, 20, 2 + late, change=lambda image: image if late else image.filter(ImageFilter.GaussianBlur(3)))
+        draw(tmp_path / args.out, 30, 2 + late, change=lambda image: image if late else image.filter(ImageFilter.GaussianBlur(3)))
+        names = sorted(name for name in os.listdir(args.out) if name.endswith(".png"))   # a third was another run's
+        metrics.write_csv(f"{args.out}/manifest.csv", ["file", "prompt"], list(zip(names, ["a wound", "@b", "a stranger's"] * 10)))
     monkeypatch.setattr(sample, "main", stand_in)
     found = run(monkeypatch, real, "--metrics", "frechet", "--checkpoint", "run", "--num-samples", "19", "--out", "new/rank.html")
     assert [entry["n"] for entry in found["generated"]] == [19, 19]
     assert [(a.prompt, a.num_images, a.steps) for a in drawn] == [(["a wound", "@b"], 10, 50)] * 2
     assert [entry["path"] for entry in found["generated"]] == [f"new/rank-samples/run-step-000000{n}" for n in ("10", "05")]
-    assert "worse" in capsys.readouterr().out
+    assert "worse" in capsys.readouterr().out and "stranger" not in (tmp_path / "new" / "rank.html").read_text()
 
 
 def test_one_range_of_grey_values_serves_both_sides_of_a_split(tmp_path, monkeypatch):
@@ -374,3 +376,72 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
         metrics.guarded(evaluate.main, evaluate.parse_args())
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipped: ")]
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+
+
+def fake_set(n, groups, seed=0):
+    pixels = torch.randint(0, 255, (n, 3, 64, 64), generator=metrics.generator(seed, "set"), dtype=torch.uint8)
+    return {"pixels": pixels, "rows": [{"group": g, "file_name": str(i), "label": "", "fields": {}} for i, g in enumerate(groups)]}
+
+
+def test_what_chance_gives_of_copies_is_counted_of_the_generated_ones():
+    known, fake = fake_set(50, [""] * 50), fake_set(20, [""] * 20, 1)
+    fake["pixels"][:2] = known["pixels"][:2]
+    found = evaluate.memorisation(known, fake, False)
+    assert found["likely_copies"] == 2 and found["expected"] == pytest.approx(20 * 2 / 51)
+    assert found["chance"] == pytest.approx(1 - (1 - 2 / 51) ** 20 - 20 * 2 / 51 * (1 - 2 / 51) ** 19)
+
+
+def test_films_of_one_patient_do_not_excuse_copies():
+    known = fake_set(40, [f"p{n // 2}" for n in range(40)])
+    known["pixels"][1::2] = (0.7 * known["pixels"][::2] + 0.3 * known["pixels"][1::2]).byte()   # two alike films each
+    fake = fake_set(10, [""] * 10, 1)
+    fake["pixels"][:5] = (0.7 * known["pixels"][:10:2] + 0.3 * fake["pixels"][:5]).byte()
+    assert evaluate.memorisation(known, fake, False)["likely_copies"] >= 5
+
+
+def test_the_higher_the_better_ranks_so():
+    entries = [{"copies": False, "metrics": {"coverage": {"excess": e}}} for e in (-0.4, -0.1)]
+    assert sorted(entries, key=evaluate.rank_key)[0]["metrics"]["coverage"]["excess"] == -0.1
+
+
+def test_a_subgroup_meets_the_generated_images_of_its_own():
+    r, rows = np.random.RandomState(0), [{"label": label, "fields": {}} for label in "ab" * 12]
+    shift = 3 * (np.arange(24) % 2)[:, None]
+    joint = {"features": np.concatenate([r.randn(24, 4) + shift, r.randn(24, 4) + shift])}
+    found = evaluate.subgroups(joint, {"rows": rows}, {"rows": rows}, types.SimpleNamespace(by=None))
+    for k, row in enumerate(found):
+        assert row["kid"] == pytest.approx(metrics.kid(joint["features"][k:24:2], joint["features"][24 + k::2])[0])
+        assert row["real_vs_rest"] == pytest.approx(metrics.kid(joint["features"][k:24:2], joint["features"][1 - k:24:2])[0])
+        assert (row["real"], row["generated"]) == (12, 12)
+
+
+def test_resamples_draw_whole_patients():
+    counts = evaluate.resamples([{"group": f"p{n // 3}"} for n in range(30)], types.SimpleNamespace(seed=0))
+    assert (counts[0] == 1).all() and (counts[:, ::3] == counts[:, 1::3]).all() and len(np.unique(counts[1:])) > 2
+
+
+def test_a_probe_is_right_half_of_the_time_on_either_side_of_its_middle():
+    r = np.random.RandomState(0)
+    y = (np.arange(200) < 20).astype(float)[:, None]
+    scores = evaluate.linear_probe(r.randn(200, 5) + 4 * y, y)(r.randn(200, 5) + 4 * y)
+    assert ((scores > 0) == (y > 0)).mean() > 0.98
+
+
+def test_ms_ssim_is_sampled_between_two_pictures():
+    pixels = (torch.rand(4, 3, 176, 176, generator=metrics.generator(0)) * 255).byte()
+    pixels[1] = pixels[0]
+    found = evaluate.sampled_ms_ssim(pixels, types.SimpleNamespace(seed=0), "cpu", 200)
+    assert found[0, 1] == pytest.approx(1, abs=1e-5) and np.isnan(found.diagonal()).all() and found[2, 3] < 0.5
+
+
+def test_figures_are_comparable_only_where_no_image_was_resized(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    Image.new("RGB", (80, 64)).save(tmp_path / "b.png")
+    assert [evaluate.has_side({"path": tmp_path / name}, 64) for name in ("a.png", "b.png")] == [True, False]
+
+
+def test_the_resize_asked_for_reaches_the_network(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "load_features", lambda *given: asked.append(given) or {})
+    evaluate.load_networks(types.SimpleNamespace(features="texture", lpips="random", resize="clean"), ["kid"], "cpu")
+    assert asked == [("texture", "cpu", "clean")]

@@ -144,6 +144,47 @@ def test_a_table_of_windows_that_names_a_file_twice_is_moved_and_put_back(sets, 
     assert sorted(path.name for path in (tmp_path / "generated" / "img").iterdir()) == names
 
 
+def test_links_in_a_set_are_followed_and_never_taken_for_copies_of_what_they_lead_to(sets, tmp_path, run, refused):
+    (tmp_path / "set").mkdir()
+    shutil.copytree(sets[1], tmp_path / "store")
+    for path in (tmp_path / "store").iterdir():
+        (tmp_path / "set" / path.name).symlink_to(f"../store/{path.name}")
+    flags, there = [tmp_path / "set", "--reference", sets[0], "--keep", 4], set(os.listdir(tmp_path / "store"))
+    assert "something else" in refused(filter_script, *flags, "--out", tmp_path / "store")
+    for how in ("--link", "--move"):
+        run(filter_script, *flags, how, "--out", tmp_path / "deep" / how)
+        kept = [tmp_path / "deep" / how / row["file_name"] for row in list_images(str(tmp_path / "deep" / how))]
+        assert len(kept) == 4 and all(path.is_file() and not path.is_symlink() for path in kept)
+    run(filter_script, "--undo", tmp_path / "deep" / "--move" / "decisions.csv")
+    assert set(os.listdir(tmp_path / "store")) == there == {path.name for path in (tmp_path / "set").iterdir() if path.is_file()}
+
+
+def test_a_move_after_a_link_into_the_same_folder_moves(sets, tmp_path, run):
+    shutil.copytree(sets[1], tmp_path / "new")
+    flags = [tmp_path / "new", "--reference", sets[0], "--keep", 4, "--out", tmp_path / "kept"]
+    run(filter_script, *flags, "--link")
+    run(filter_script, *flags, "--move")
+    assert len(os.listdir(tmp_path / "new")) == len(os.listdir(sets[1])) - 4
+    run(filter_script, "--undo", tmp_path / "kept" / "decisions.csv")
+    assert sorted(os.listdir(tmp_path / "new")) == sorted(os.listdir(sets[1]))
+
+
+def test_a_filtering_is_typed_again_however_its_tables_spell_paths(sets, tmp_path, run, capsys):
+    tables = []
+    for folder, how in zip(sets, ("{}", "./{}")):
+        paths = sorted(Path(folder).iterdir())
+        shutil.copytree(folder, tmp_path / Path(folder).name)
+        tables.append(tmp_path / Path(folder).name / "metadata.csv")
+        names = [how.format(path if how == "{}" else path.name) for path in paths]
+        filter_script.write_csv(tables[-1], ["file_name", "label"], [[name, "ulcer"] for name in names])
+    flags = [tables[1], "--reference", sets[0], "--keep", 4, "--mix", tables[0], "--out", tmp_path / "kept"]
+    for _ in range(2):
+        run(filter_script, *flags)
+        assert len(list_images(str(tmp_path / "kept"))) == 4 + len(os.listdir(sets[0]))
+    assert "for real ones have labels and no captions" in capsys.readouterr().out
+
+
+
 def test_names_that_lead_out_of_the_folder_are_refused_also_behind_a_link(sets, tmp_path, run, refused):
     shutil.copytree(sets[1], tmp_path / "far" / "win" / "img")
     table = tmp_path / "far" / "win" / "metadata.csv"
@@ -624,3 +665,16 @@ def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused, run):
     filter_script.write_csv(tmp_path / "r.csv", ["image_path", "rating"], [[f"{i}.png", "3"] for i in range(12)])
     run(filter_script, "--fit", tmp_path / "r.csv", "--force", "--out", tmp_path / "s")
     assert metrics.load_selector(tmp_path / "s")["spec"]["cv"]["spearman"] is None and b"NaN" not in (tmp_path / "s").read_bytes()
+
+
+def test_several_experts_of_one_image_weigh_by_their_level(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for name, rating, level in (("anna", 3, 3), ("ben", 1, 1)):
+        metrics.write_csv(tmp_path / f"{name}.csv", ["image_path", "rating", "expert_level"], [["a.png", rating, level]])
+    _, means, weights, _, _ = filter_script.gather(metrics.read_ratings([tmp_path / "anna.csv", tmp_path / "ben.csv"]))
+    assert means == pytest.approx([2.5]) and weights == pytest.approx([4 / 3])
+
+
+def test_reliability_is_its_definition():
+    brier, error = filter_script.reliability(np.array([0.95, 0.95, 0.15, 0.15]), np.array([True, False, False, False]))
+    assert brier == pytest.approx((0.0025 + 0.9025 + 2 * 0.0225) / 4) and error == pytest.approx((0.9 + 0.3) / 4)

@@ -202,6 +202,36 @@ def test_a_few_missing_files_and_repeated_rows_are_left_out_and_said(tmp_path, c
     assert "1 of 4 rows repeat another" in said
 
 
+def test_missing_and_unreadable_files_count_together_and_the_doctor_hears_of_all(tmp_path, capsys):
+    pictures(tmp_path, *[f"{n:02}.png" for n in range(2, 40)])
+    (tmp_path / "05.png").write_bytes(b"x")
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name\n" + "".join(f"{n:02}.png\n" for n in range(40)))   # 2 are missing
+    with pytest.raises(SystemExit):
+        load_pixels(list_images(table), 16)
+    assert "1 of 38 images cannot be read, besides 2 left out before" in capsys.readouterr().err
+    table.write_text("file_name\n" + "".join(f"{n:02}.png\n" for n in range(80)))
+    assert "42 of 80 files are not there" in refused(capsys, table)
+    assert len(list_images(table, strict=None)) == 38
+
+
+def test_rows_of_json_may_lack_a_field_and_fields_take_no_format(tmp_path, capsys):
+    pictures(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "view": "PA"}\n{"file_name": "b.png", "text": "y"}\n')
+    rows, said = listed(capsys, tmp_path, prompt="{view} {text}")
+    assert [row["caption"] for row in rows] == ["PA x", "y"] and "1 of 2 rows have no" in said
+    assert "write {view}" in refused(capsys, tmp_path, prompt="{view:>4}")
+
+
+def test_generated_images_of_a_mix_are_never_held_out(tmp_path):
+    pictures(tmp_path, *[f"{n:02}.png" for n in range(40)])
+    (tmp_path / "metadata.csv").write_text("file_name,synthetic\n" + "".join(f"{n:02}.png,{n % 2}\n" for n in range(40)))
+    rows = list_images(tmp_path)
+    split_rows(rows, 0.4, 0.3)
+    assert {row["split"] for row in rows[1::2]} == {"train"} and {row["split"] for row in rows[::2]} == {"train", "val", "test"}
+
+
+
 def test_rows_without_what_the_caption_wants_are_counted(tmp_path, capsys):
     pictures(tmp_path, "a.png", "b.png", "c.png")
     (tmp_path / "metadata.csv").write_text("file_name,text,labels\na.png,one,\nb.png,,X\nc.png,,Y\n")
@@ -218,7 +248,8 @@ def test_dicoms_of_a_patient_share_a_group_that_does_not_name_it(tmp_path, capsy
     assert groups[0] == groups[1] != groups[2] and groups[3] == "" and all(len(group) <= 12 for group in groups)
     assert "oe" not in str(rows) + "".join(capsys.readouterr())
     (tmp_path / "2").unlink()  # one id for all says nothing: the files are anonymised
-    assert {row["group"] for row in list_images(tmp_path)} == {""}
+    rows, said = listed(capsys, tmp_path)
+    assert {row["group"] for row in rows} == {""} and "one patient's id, as anonymised ones do" in said and "oe" not in said
 
 
 @dicom
@@ -239,7 +270,7 @@ def test_localizers_and_reports_are_left_out_and_counted(tmp_path, capsys):
 def test_files_without_their_codec_are_counted_once_with_the_command_that_gets_it(tmp_path, capsys, monkeypatch):
     import pydicom
     for n in range(30):
-        write_dicom(tmp_path / f"{n}", RAMP)
+        write_dicom(tmp_path / f"{n}", RAMP, PatientID=f"{n}")
     for n in range(2):
         data = pydicom.dcmread(tmp_path / f"{n}")
         data.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1

@@ -258,10 +258,18 @@ def test_all_dialects_give_the_same_change_and_alpha_counts_where_there_is_one(d
 
 def test_the_alpha_in_the_header_of_newer_diffusers_counts(tmp_path):
     tensors = {f"unet.{layer}.lora_{part}.weight": torch.ones(2, 2) for layer in ("to_q", "to_k") for part in "AB"}
-    header = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"to_k": 1}}
-    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(header)})
-    pairs, metadata, _ = lora.load(tmp_path / "a.safetensors")
-    assert pairs["unet.to_q"][1][0, 0] == 4 and pairs["unet.to_k"][1][0, 0] == 0.5 and metadata["alpha"] == "1/8"
+    for patterns in ({"to_k": 1}, {"to_.": 1, "to_k": 2, "to_q": 8}, {".*k": 1}):   # regular expressions, the first that fits
+        header = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": patterns}
+        save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(header)})
+        pairs, metadata, _ = lora.load(tmp_path / "a.safetensors")
+        assert pairs["unet.to_k"][1][0, 0] == 0.5 and pairs["unet.to_q"][1][0, 0] == (0.5 if "to_." in patterns else 4)
+
+
+def test_rank_stabilised_adapters_act_with_alpha_over_the_root_of_the_rank(tmp_path):
+    header = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_rslora": True}
+    save_file({"unet.to_q.lora_A.weight": torch.ones(4, 2), "unet.to_q.lora_B.weight": torch.ones(2, 4)}, tmp_path / "a",
+              {"lora_adapter_metadata": json.dumps(header)})
+    assert lora.load(tmp_path / "a")[0]["unet.to_q"][1][0, 0] == 2   # 4 / sqrt(4)
 
 
 # ------------------------------------------------------------------------------------------ to other programs

@@ -121,6 +121,13 @@ def test_large_sets_have_the_same_values_in_blocks(standardise):
     assert found == pytest.approx({name: METRICS[name][0](joint, draws)[0] for name in names}, abs=1e-9)
 
 
+@pytest.mark.parametrize("m", [2, 3, 5])
+def test_a_few_images_beside_many_have_the_same_values_in_blocks(m):
+    joint, draws = observed(REAL, FAKE[:m])
+    found = metrics.large_values(REAL, FAKE[:m], width=7)
+    assert found == pytest.approx({name: METRICS[name][0](joint, draws)[0] for name in found}, abs=1e-9)
+
+
 def test_colour_shifts_are_seen_and_the_excess_grows_with_them():
     pixels, excess = noise(80), []
     for shift in (4, 12, 40):
@@ -664,3 +671,34 @@ def test_a_page_escapes_what_it_is_told_and_needs_no_network():
                         + metrics.thumbnail(Image.new("RGB", (300, 200), "red")))
     assert not any(tag in text for tag in ("<script>", "<i>", "<u>", "http", "src=\"/"))
     assert "&lt;script&gt;" in text and "<svg" in text and "data:image/jpeg;base64," in text
+
+
+def test_the_yardsticks_range_holds_95_of_100():
+    found = yardstick(np.append(50.0, np.arange(101.0)), True)
+    assert [found[key] for key in ("null_low", "null", "null_high")] == pytest.approx([2.5, 50, 97.5])
+    assert found["p_high"] == found["p_low"] == 52 / 102
+
+
+def test_few_real_images_show_no_smaller_chance():
+    assert (metrics.copy_limit(49), metrics.copy_limit(999)) == (0.02, 0.01)
+
+
+def test_a_set_of_one_picture_again_and_again_is_worse_than_chance_by_each_figure_of_variety():
+    r = np.random.RandomState(0)
+    real, fake = r.randn(30, 40), r.randn(1, 40) + 0.1 * r.randn(30, 40)
+    joint = metrics.joint_matrices(real, fake, True)
+    distance = np.sqrt(joint["distance"])
+    joint |= {"ssim": np.exp(-distance), "ms_ssim": np.exp(-distance), "lpips": distance}
+    draws = metrics.permutation_draws(30, 30, 99, 0)
+    for name in ("vendi", "recall", "coverage", "ssim_pairs", "ms_ssim_pairs", "lpips_pairs"):
+        assert yardstick(METRICS[name][0](joint, draws), METRICS[name][1])["p_high"] <= 0.02, name
+
+
+@pytest.mark.parametrize("module", ["metrics", "lora"])
+def test_a_file_is_on_the_disk_before_it_takes_its_name(module, tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: done.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append("replace") or replace(*names))
+    with __import__(module).replacing(tmp_path / "a") as file:
+        file.write(b"x")
+    assert done == ["fsync", "replace"]

@@ -143,7 +143,7 @@ def toy(taught, tmp_path, monkeypatch):
                                          "all", "--out", str(tmp_path), *map(str, flags)])
         args = train.parse_args()
         args.init_lora = args.selector = None
-        args.round_steps, args.steps, args.val_prompts, args.validate_every = args.steps, args.steps * args.rounds, [], 0
+        args.steps, args.val_prompts, args.validate_every = args.steps * args.rounds, [], 0
         base = toy_base(Toy())
         base.unet.load_state_dict(taught)
         real, val = as_data(*points(100, 2, 0)), as_data(*points(200, 3, 0))
@@ -236,9 +236,25 @@ def test_with_equal_weights_and_no_guard_terms_it_is_plain_training_to_the_bit(t
     data = replace(t.real, weight=torch.ones(len(t.real.rows)))
     weighted = trained(t, lambda seen: data)
     plain = toy("--refine", "rwr", "--rounds", "1")
-    plain.args.refine, plain.args.round_steps, plain.state.reference = None, 0, None
+    plain.args.refine, plain.state.reference = None, None
     train.fit(plain.base, [("data", plain.real, 1.0)], lambda: False, plain.state, plain.args, plain.log, 200)
     assert all(torch.equal(w, weighted[name]) for name, w in plain.state.weights.items())
+
+
+def test_kto_learns_the_same_however_passes_share_a_step(toy, monkeypatch):
+    monkeypatch.setattr(train, "KTO_BETA", 2000 * 16384 / 2)   # as sharp as for pictures
+
+    def learnt(batch, passes):
+        t = toy("--refine", "kto", "--ratings", "-", "--anchor", "0", "--batch-size", batch, "--accumulate", passes)
+        for w in t.state.weights.values():
+            w.data += 0.01 * torch.randn(w.shape, generator=generator(1, "moved", *w.shape))
+        t.state.gain = torch.tensor(1e-3)
+        train.compute_gradients(t.base, [("data", rated_data(t), 1.0)], None, t.state, t.args)
+        return torch.cat([*(w.grad.flatten() for w in t.state.weights.values()), t.state.gain[None]])
+    whole = learnt(32, 1)
+    assert whole.norm() > 0.1
+    for batch in (8, 1):
+        assert (learnt(batch, 32 // batch) - whole).norm() < 1e-3 * whole.norm()
 
 
 def test_the_anchor_draws_back_to_what_the_network_was(toy):
@@ -281,14 +297,16 @@ def test_what_rewards_has_not_seen_the_ratings_that_judge(tmp_path):
 
 def test_losses_and_weights_are_what_the_papers_say():
     error, weight = torch.tensor([0.3, 0.5, 0.2, 0.4]), torch.tensor([1.0, -1.0, 0.5, -0.5])
-    assert torch.allclose(train.kto_loss(error, error, weight, 1024), weight.abs() / 2)   # nothing learnt: 0.5 each
+    usual, none = torch.tensor(0.005), torch.zeros(())
+    assert torch.allclose(train.kto_loss(0 * error, none, weight, 1024), weight.abs() / 2)   # nothing learnt: 0.5 each
     before = torch.tensor([0.31, 0.49, 0.2, 0.4])
     b, gain = 2000 * 1024 / 16384, np.array([0.01, -0.01, 0, 0])
-    expected = [abs(w) * (1 - 1 / (1 + math.exp(-np.sign(w) * b * (g - max(0, gain.mean()))))) for w, g in
-                zip(weight.tolist(), gain)]
-    assert train.kto_loss(error, before, weight, 1024).tolist() == pytest.approx(expected, rel=1e-3)
+    for z in (0.005, 0):
+        expected = [abs(w) * (1 - 1 / (1 + math.exp(-np.sign(w) * b * (g - z)))) for w, g in zip(weight.tolist(), gain)]
+        given = train.kto_loss(before - error, usual if z else -usual, weight, 1024)
+        assert given.tolist() == pytest.approx(expected, rel=1e-3)
     error.requires_grad_()
-    train.kto_loss(error, before, weight, 1024).sum().backward()
+    train.kto_loss(before - error, usual, weight, 1024).sum().backward()
     assert error.grad.sign().tolist() == [1, -1, 1, -1]   # good ones are learnt, bad ones unlearnt
     reward, prompts = np.arange(20) / 20, np.array(["a"] * 10 + ["b"] * 10)
     weights = train.reward_weights(reward, prompts, np.arange(20) != 19)

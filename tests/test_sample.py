@@ -305,6 +305,30 @@ def test_a_flag_file_gives_flags_and_the_command_line_overrides_it(tmp_path, mon
     assert (args.steps, args.prompt, args.grid, args.seed) == (7, ["a wound, with = and spaces"], True, 5)
 
 
+def test_sdxl_is_told_height_before_width(sdxl, monkeypatch):
+    base = sample.load_base(sdxl, CPU)
+    cond, seen = sample.encode_text(base, ["x"]), []
+    monkeypatch.setattr(base.unet, "forward", lambda x, t, added_cond_kwargs, **_: seen.append(added_cond_kwargs["time_ids"]) or (x,))
+    sample.denoise(base, torch.zeros(1, 4, 8, 16), torch.tensor([5]), cond)
+    assert seen[0].tolist() == [[64, 128, 0, 0, 64, 128]]   # diffusers' order
+
+
+def test_the_latents_implied_by_v_are_those_that_went_in(sd21):
+    base = sample.load_base(sd21, CPU)
+    latents, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([10, 500, 990])
+    noisy, v, _ = sample.noised_and_target(base, latents, noise, t)
+    torch.testing.assert_close(sample.predicted_latents(base, noisy, v, t), latents, rtol=1e-4, atol=1e-4)
+
+
+def test_every_flag_of_drawing_reaches_the_sampler(base, tmp_path, run, monkeypatch):
+    seen, whole = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *given: seen.append(given[2:]) or whole(*given))
+    run(sample, "--base", base, "--prompt", "x", "--num-images", 2, "--steps", 3, "--guidance-scale", 4, "--scheduler", "euler",
+        "--height", 64, "--width", 72, "--negative-prompt", "blur", "--batch-size", 2, "--seed", 9, "--guidance-rescale", 0.5,
+        "--guidance-interval", "0.3,5", "--out", tmp_path)
+    assert seen == [(3, 4.0, "euler", 64, 72, "blur", 2, 9, 0.5, (0.3, 5.0), False)]
+
+
 # ---- what a run of train.py left
 
 def same_pictures(one, other):
@@ -406,6 +430,30 @@ def test_counts_follow_the_data_set(base, images, tmp_path, run, refused):
     assert "--labels-from" in refused(sample, "--base", base, "--prompt", "x", "--counts", "balanced")
 
 
+def test_a_prompt_with_fields_is_a_format_of_the_captions_of_a_table(base, images, tmp_path, run, refused):
+    (tmp_path / "p.csv").write_text("Text,Modality,label\na disc,Fundus,x\nan organ,CT,y\n")
+    flags = ["--base", base, "--num-images", 1, "--steps", 1]
+    run(sample, *flags, "--prompts", tmp_path / "p.csv", "--prompt", "{Modality}: {Text}", "--prompt", "plain", "--out", tmp_path / "a")
+    rows = read_table(tmp_path / "a" / "manifest.csv")
+    assert sorted((row["prompt"], row["modality"], row["label"]) for row in rows) == [
+        ("CT: an organ", "CT", "y"), ("Fundus: a disc", "Fundus", "x"), ("plain", "", "")]
+    assert "which is missing" in refused(sample, *flags, "--prompt", "a {label} foot", "--out", tmp_path / "b")
+    assert "has labels and no captions" in refused(sample, *flags, "--labels-from", images, "--out", tmp_path / "b")
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    own = adapter(tmp_path / "own.safetensors", {f"{layer}.lora_A.weight": torch.ones(1, 32), f"{layer}.lora_B.weight":
+                                                 torch.ones(32, 1)}, prompt="a {label} foot")
+    run(sample, *flags, "--lora", own, "--labels-from", images, "--out", tmp_path / "b")
+    assert {row["prompt"] for row in read_table(tmp_path / "b" / "manifest.csv")} == {"a calm foot", "a sore foot"}
+
+
+def test_a_folder_called_refused_is_a_folder_like_others(base, tmp_path, run, capsys):
+    for drawn in (1, 0):
+        run(sample, "--base", base, "--prompt", "胸部", "--num-images", 1, "--steps", 1, "--out", tmp_path / "refused")
+        assert f"{drawn} images drawn" in capsys.readouterr().out
+    assert [row["file"] for row in read_table(tmp_path / "refused" / "manifest.csv")] == ["prompt-0000.png"]
+
+
+
 def test_the_words_that_are_cut_are_said(base, tmp_path, run, capsys):
     words = [f"w{i}" for i in range(500)]   # this base reads a letter a token, so 75 of 1890
     run(sample, "--base", base, "--prompt", " ".join(words), "--prompt", "short", "--negative-prompt", "n" * 76,
@@ -441,7 +489,7 @@ def test_other_formats_hold_the_same_picture_and_their_settings(kind, grey, base
         assert difference.max() == 0 if kind == "dcm" else difference.mean() < 5
         assert sample.parameters_of(tmp_path / kind / f"{path.stem}.{kind}") == sample.parameters_of(path) != ""
     before = {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()}
-    torn = tmp_path / kind / f"gr-e-a-wound-0001.{kind}"
+    torn = tmp_path / kind / f"groe-a-wound-0001.{kind}"
     torn.write_bytes(before[torn.name][:-300])
     capsys.readouterr()
     run(sample, *flags)

@@ -288,15 +288,20 @@ def test_vae_and_text_encoder_leave_the_device_once_cached_unless_they_are_neede
 
 
 @pytest.mark.parametrize("figure", ["kid", "fid"])
-def test_the_best_is_chosen_by_pictures_where_there_are_fifty_to_compare_with(figure, flags, tmp_path, run, monkeypatch):
+def test_the_best_is_chosen_by_pictures_where_there_are_fifty_to_compare_with(figure, flags, tmp_path, run, refused,
+                                                                                          monkeypatch):
     for i in range(110):
         place = tmp_path / "data" / ("train", "val")[i % 2]
         place.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((64, 64), 30 + i).convert("RGB").save(place / f"{i}.png")
     texture = train.load_features("texture", CPU)
-    monkeypatch.setattr(train, "load_features", lambda name, device: texture)   # Inception's weights are not at hand
-    run(train, *flags, "--data", tmp_path / "data" / "train", "--val-data", tmp_path / "data" / "val", "--prompt", "noise",
-        "--steps", 4, "--validate-every", 2, "--select-by", figure, "--val-steps", 1, "--out", tmp_path / "run")
+    flags += ["--data", tmp_path / "data" / "train", "--val-data", tmp_path / "data" / "val", "--prompt", "noise",
+              "--steps", 4, "--validate-every", 2, "--select-by", figure, "--val-steps", 1, "--out", tmp_path / "run"]
+    if figure == "fid":   # Inception's weights are not at hand: said before anything is trained
+        assert train.FID_WEIGHTS in refused(train, *flags) and not (tmp_path / "run" / "log.jsonl").exists()
+    monkeypatch.setattr(train, "find_weights", lambda name: name)
+    monkeypatch.setattr(train, "load_features", lambda name, device: texture)
+    run(train, *flags)
     seen = log_of(tmp_path / "run", figure)
     best = min(seen, key=lambda line: line[figure])["step"]
     assert [line["step"] for line in seen] == [2, 4] and all(math.isfinite(line[figure]) for line in seen)
@@ -333,6 +338,107 @@ def test_several_processes_equal_one_with_their_batches_together(processes, batc
     for key in ("loss", "val_loss"):
         for one, other in zip(log_of(tmp_path / "one", key), log_of(tmp_path / "several", key), strict=True):
             assert abs(one[key] - other[key]) < 1e-5
+
+
+def test_min_snr_weighs_the_loss_of_a_step(setup):
+    args, loaded, data, state = setup("--snr-gamma", 5, "--batch-size", 1, "--prompt-dropout", 0)
+    latents, noise, t, text, _ = train.make_batch(data, 0, range(1), args)
+    noisy, target, weight = sample.noised_and_target(loaded, latents, noise, t, 5)
+    plain = (sample.denoise(loaded, noisy, t, train.cond_of(loaded, data, text)) - target).square().mean()
+    loss = train.compute_gradients(loaded, [("data", data, 1.0)], None, state, args)
+    assert abs(weight.item() - 1) > 0.05 and loss.item() == pytest.approx((weight * plain).item(), rel=1e-4)
+
+
+def test_noise_offset_shifts_whole_channels(setup):
+    args, _, data, _ = setup("--batch-size", 4)
+    plain = train.make_batch(data, 0, range(4), args)[1]
+    args.noise_offset = 0.5
+    shift = train.make_batch(data, 0, range(4), args)[1] - plain
+    assert shift.flatten(2).std(2).max() < 1e-5 and shift[:, :, 0, 0].std() > 0.2
+
+
+def test_linear_falls_to_zero(setup):
+    args, *_ = setup("--steps", 100, "--warmup", 10, "--lr", 2.0, "--lr-schedule", "linear")
+    assert [train.learning_rate(step, args) for step in (10, 55, 99)] == pytest.approx([2, 1, 2 / 90])
+
+
+def test_weight_decay_reaches_the_optimiser(setup):
+    assert setup("--weight-decay", 0.3)[3].optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("ema", [0, 0.05])
+def test_the_average_is_capped_and_can_be_off(ema, setup):
+    args, _, _, state = setup("--ema", ema, "--lr", 0.1)
+    weights, before = list(state.weights.values()), [e.clone() for e in state.ema.values()]
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    train.apply_gradients(state, weights, args)
+    for e, w, b in zip(state.ema.values(), weights, before):
+        torch.testing.assert_close(e, ema * b + (1 - ema) * w.data)
+
+
+def test_without_a_limit_nothing_is_clipped(setup):
+    args, _, _, state = setup("--max-grad-norm", 0)
+    weights, seen = list(state.weights.values()), []
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    state.optimizer.register_step_pre_hook(lambda *_: seen.append(weights[0].grad.min().item()))
+    train.apply_gradients(state, weights, args)
+    assert seen == [1.0]
+
+
+def test_validation_looks_evenly_at_all_timesteps(setup, monkeypatch):
+    args, loaded, data, _ = setup()
+    seen, whole = [], train.noised_and_target
+    monkeypatch.setattr(train, "noised_and_target", lambda base, x, noise, t: seen.extend(t.tolist()) or whole(base, x, noise, t))
+    train.validation_loss(loaded, data, 8)
+    assert sorted(t * 64 // 1000 for t in seen) == list(range(64))
+
+
+def test_the_perceptual_loss_counts_by_its_weight(setup):
+    losses = []
+    for weight in (0, 1, 2):
+        args, loaded, data, state = setup("--perceptual-weight", weight, "--batch-size", 24)
+        features = train.perceptual_features(loaded, args)
+        losses.append(train.compute_gradients(loaded, [("data", data, 1.0)], features, state, args).item())
+    assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-2) and losses[1] > losses[0] * 1.0001
+
+
+def test_adapters_drop_out_while_they_learn(setup):
+    args, loaded, _, state = setup("--dropout", 0.5)
+    assert {m.p for m in loaded.unet.modules() if isinstance(m, torch.nn.Dropout) and m in [
+        layer.lora_dropout for layer in loaded.unet.modules() if isinstance(layer, lora.LoRALayer)]} == {0.5}
+    layer = next(layer for layer in loaded.unet.modules() if isinstance(layer, lora.LoRALinear))
+    torch.nn.init.ones_(layer.lora_B.weight)
+    x = torch.ones(1, layer.in_features)
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_what_is_kept_for_a_test_is_never_learnt_from(flags, tmp_path, run, monkeypatch):
+    seen, whole = [], train.cache
+    monkeypatch.setattr(train, "cache", lambda base, rows, *more: seen.append(rows) or whole(base, rows, *more))
+    run(train, *flags, "--test-split", 0.3, "--epochs", 2, "--batch-size", 2, "--accumulate", 2, "--out", tmp_path)
+    split = {row["file_name"]: row["split"] for row in metrics.read_table(tmp_path / "split.csv")}
+    assert set(split.values()) == {"train", "val", "test"}
+    assert [{split[row["file_name"]] for row in rows} for rows in seen] == [{"train"}, {"val"}]
+    last = log_of(tmp_path)[-1]
+    assert last["step"] == math.ceil(2 * len(seen[0]) / 4) and last["epoch"] == pytest.approx(4 * last["step"] / len(seen[0]), abs=1e-3)
+
+
+def test_fid_is_a_frechet_distance_and_kid_a_kid(setup, monkeypatch):
+    args, loaded, data, _ = setup("--val-steps", 1)
+    texture = train.load_features("texture", CPU)
+    monkeypatch.setattr(train, "load_features", lambda *_: texture)
+    monkeypatch.setattr(train, "METRICS", {"kid": (lambda *_: [1.0], 0, 0), "frechet": (lambda *_: [2.0], 0, 0)})
+    assert [train.set_distance(loaded, data, train.changed(args, select_by=name)) for name in ("kid", "fid")] == [1, 2]
+
+
+def test_gradients_are_checkpointed_where_asked(setup):
+    args, *_ = setup("--gradient-checkpointing")
+    assert train.prepare_base(args, CPU).unet.is_gradient_checkpointing
 
 
 # ------------------------------------------------------------------------------------------------- nothing is lost
@@ -782,11 +888,34 @@ def test_patience_ends_a_run_that_no_longer_gets_better(flags, tmp_path, run, mo
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_run_taken_back_to_an_older_checkpoint_and_killed_goes_on_from_there(flags, tmp_path, run, monkeypatch):
+    flags += ["--keep-last", 0]
+    run(train, *flags, "--out", tmp_path)
+    whole, log = results(tmp_path), log_of(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "fit", lambda *_: 1 / 0)
+        run(train, *flags, "--out", tmp_path, "--resume", tmp_path / "checkpoints" / "step-00000005.pt")
+    run(train, *flags, "--out", tmp_path)
+    assert results(tmp_path) == whole and [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log]
+
+
+def test_steps_that_changed_nothing_are_null_in_the_log_and_counted(flags, tmp_path, run, monkeypatch):
+    whole = train.compute_gradients
+
+    def broken(base, streams, features, state, args):
+        return whole(base, streams, features, state, args) * (float("nan") if state.step == 3 else 1)
+    monkeypatch.setattr(train, "compute_gradients", broken)
+    run(train, *flags, "--out", tmp_path)
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line and line["loss"] is None] == [4]
+    assert "1 steps changed nothing" in (tmp_path / "report.html").read_text()
+
+
 def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     from huggingface_hub import ModelCard
     run(train, *flags, "--steps", 2, "--out", tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.instance_prompt == "a {label} foot" and "lora" in card.data.tags and card.data.license == "other"
+    assert card.data.instance_prompt == "a sore foot" and "--prompt 'a sore foot'`" in card.text and "lora" in card.data.tags and card.data.license == "other"
     assert "not for diagnosis" in card.text
 
 
@@ -799,9 +928,10 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
     (["--select-by", "fid"], "needs 50 validation images"),
     (["--perceptual-weight", "0.1", "--perceptual", "vgg"], "vgg16-397923af.pth"),
-    (["--class-prompt", "a foot"], "goes with --method dreambooth"),
+    (["--prior-weight", "2"], "goes with --method dreambooth"),
+    (["--patience", "2", "--val-split", "0"], "--patience counts validations"),
     (["--anchor", "0.2"], "goes with --refine"),
-    (["--method", "dreambooth", "--class-prompt", "a foot", "--text-encoder", "x"], "could not draw"),
+    (["--method", "dreambooth", "--class-prompt", "a foot", "--text-encoder", "x"], "goes with --method lora"),
     (["--method", "textual-inversion", "--prompt", "a my thing", "--token", "my thing"], "give one word"),
     (["--method", "textual-inversion", "--prompt", "a <concept>", "--init-word", " "], "--init-word"),
     (["--lr", "0"], "--lr 0"),

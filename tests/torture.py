@@ -157,7 +157,8 @@ def inside(command, place, counter, kill_before, room):
 
 def wrong(status, said, allowed=(0, 2)):
     """What is wrong with how a job ended, as a list."""
-    if status in allowed and (status != 2 or len(re.findall("^error: ", said, re.M)) == 1) and "Traceback" not in said:
+    one_line = status != 2 or len(re.findall("^error: ", said, re.M)) == 1
+    if status in allowed and one_line and "Traceback" not in said and "memory is full" not in said:   # of small inputs
         return []
     return [f"status {status}: {said[-600:]}"]
 
@@ -282,6 +283,7 @@ def starved(good, place, count, draw):
                 fresh(good, place)
                 status, said, _, _ = attempt(command, place, room=None if mounted else limit - sizes[0])
                 faults += torn(place) + wrong(status, said)
+                faults += differences(whole, place) if status == 0 else []   # what was swallowed
                 tries += status == 2
                 if mounted:
                     subprocess.run(["mount", "-o", f"remount,size={10 * sizes[1]}", place], check=True)
