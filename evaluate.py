@@ -772,8 +772,7 @@ def write_report(args, settings, real, entries, names):
     body += [entry["section"] for entry in entries]
     body += [GUIDE, f"<h2>How it was made</h2><p>{html.escape(methods(args, settings, real, entries))}</p>",
              '<p class="soft">' + html.escape(command("evaluate.py", *sys.argv[1:])) + "</p>"]
-    with replacing(args.out) as file:
-        file.write(page("Generated against real images", "\n".join(body)).encode())
+    write_file(args.out, page("Generated against real images", "\n".join(body)))
 
 
 def print_rows(header, rows, left=2):
@@ -855,8 +854,7 @@ def write_json(args, settings, real, entries):
         return kept | ({"subgroups": entry["subgroups"]} if entry["subgroups"] else {})
     text = json.dumps({"format": 1, "settings": settings, "real": {"path": args.real, "n": entries[0]["real_n"]},
                        "generated": [figures(entry) for entry in entries]})
-    with replacing(args.json) as file:   # NaN is no JSON
-        file.write(json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1).encode())
+    write_file(args.json, json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1))   # NaN is no JSON
 
 
 def main(args):

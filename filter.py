@@ -374,8 +374,7 @@ def filter_images(args):
     if not args.dry_run:
         leave_images(entries, out, "move" if args.move else "link" if args.link else "copy")
     counts = Counter(re.sub(r" (of .*|\(.*|\d.*)", "", why) or "kept" for why in reasons).most_common()
-    with replacing(out / "filter.html") as file:
-        file.write(report(rows, fake, real, reasons, index, counts, said, args.seed).encode())
+    write_file(out / "filter.html", report(rows, fake, real, reasons, index, counts, said, args.seed))
     print("\n".join([*said, "; ".join(f"{why}: {count}" for why, count in counts)]))
     print(f"kept {len(kept)} of {len(rows)} images: {args.out}; why: {args.out}/decisions.csv, {args.out}/filter.html")
     print("nothing is kept: --mix has too few images for --share" if not wanted else
@@ -516,9 +515,8 @@ def write_rating_page(args):
     texts = dict(PAGE=hashlib.sha256(facts).hexdigest()[:16], COLUMNS=RATING_COLUMNS, BLIND=bool(args.blind),
                  FACTS=base64.b64encode(facts).decode(),   # one encoding for all, so that none gives itself away
                  IMAGES=[thumbnail(p, resolution, quality=95, subsampling=0) for p in [*pixels[chosen], *real_pixels]])
-    constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in texts.items())
-    with replacing(args.rating_page) as file:
-        file.write(page("Rate", RATING_STYLE + RATING_BODY + f"<script>{constants}</script>" + RATING_SCRIPT).encode())
+    constants = "<script>" + "".join(f"const {name} = {json.dumps(value)};\n" for name, value in texts.items()) + "</script>"
+    write_file(args.rating_page, page("Rate", RATING_STYLE + RATING_BODY + constants + RATING_SCRIPT))
     print(f"{args.rating_page}: {count} generated and {len(mixed)} real images at {resolution} pixels (--resolution); "
           "open it in a browser\nnext: " + command("filter.py", "--fit", "ratings.csv", "--out", "selector.safetensors"))
 

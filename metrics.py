@@ -2,7 +2,7 @@
 
 Everything above imports from here; this file imports none of ours. Files, pixels or features go in; pixels, features,
 numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
-    errors, files, seeds   fail, replacing, copy_file, need, generator, guarded, pick_device
+    errors, files, seeds   fail, replacing, write_file, copy_file, need, generator, guarded, pick_device
     reading and listing    read_image, list_images, split_rows, fit_square, load_pixels, near_duplicates
     features               texture, fid_inception, load_features, extract
     image against image    lpips_matrix, ssim, ms_ssim, ssim_matrix
@@ -72,6 +72,12 @@ def replacing(path):
         if isinstance(cause, OSError) and cause.filename is None:
             cause.filename = str(path)
         raise cause
+
+
+def write_file(path, content):
+    """Write bytes or text, atomically."""
+    with replacing(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
 
 
 def copy_file(source, target):
@@ -757,8 +763,7 @@ def write_csv(path, header, rows):
     writer = csv.writer(text)
     writer.writerow(header)
     writer.writerows(rows)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    write_file(path, text.getvalue())
 
 
 def split_rows(rows, val_share, test_share=0.0):
@@ -1971,8 +1976,7 @@ def save_selector(path, spec, tensors):
     length = int.from_bytes(data[:8], "little")   # the library would write its metadata in random order
     header = json.dumps({"__metadata__": metadata, **json.loads(data[8:8 + length])}).encode()
     header += b" " * (-len(header) % 8)
-    with replacing(path) as file:
-        file.write(len(header).to_bytes(8, "little") + header + data[8 + length:])
+    write_file(path, len(header).to_bytes(8, "little") + header + data[8 + length:])
 
 
 def load_selector(path):

@@ -420,8 +420,7 @@ def write_args(args, ended=None, compared=None):
     """args.json: every flag, what ran it, the step at which the run ended, and what --refine compared."""
     about = {"command": sys.argv, "torch": torch.__version__, "python": platform.python_version(),
              "processes": WORLD, "finished": ended, **({"compared": compared} if compared else {})}
-    with replacing(Path(args.out, "args.json")) as file:
-        file.write(json.dumps({"args": vars(args), **about}, indent=1, ensure_ascii=False).encode())
+    write_file(Path(args.out, "args.json"), json.dumps({"args": vars(args), **about}, indent=1, ensure_ascii=False))
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -546,8 +545,7 @@ def latents_of(base, jobs, args):
     made = torch.stack(encode(base, torch.stack([variant_of(*job, args) for job in jobs])))
     for path, each in zip(paths, made.cpu().unbind(1)):
         digest = hashlib.sha256(each.numpy().tobytes()).hexdigest()
-        with replacing(path) as file:
-            file.write(lora.to_bytes({"latents": each.contiguous()}, {"sha256": digest}))
+        write_file(path, lora.to_bytes({"latents": each.contiguous()}, {"sha256": digest}))
     return made
 
 
@@ -1135,8 +1133,7 @@ class Log:
                     entry = json.loads(line)
                     if 0 < step >= entry["step"] and ("loss" in entry or entry["step"] in judged):
                         kept.append(line)
-        with replacing(self.path) as file:
-            file.write(b"".join(kept))
+        write_file(self.path, b"".join(kept))
         for grid in Path(args.out, "samples").glob("step-" + 8 * "[0-9]" + ".png"):
             if not step or int(grid.stem[5:]) > step:
                 grid.unlink()
@@ -1664,8 +1661,7 @@ pairs) and inherit the training set's biases and the base's licence.
 
 Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
 """
-    with replacing(Path(args.out, "README.md")) as file:
-        file.write(("\n".join(head) + text).encode())
+    write_file(Path(args.out, "README.md"), "\n".join(head) + text)
 
 
 def save_model(weights, args):
@@ -1676,8 +1672,8 @@ def save_model(weights, args):
         relative = path.relative_to(source)
         if path.is_file() and relative.as_posix() != unet and any(fnmatch(relative.as_posix(), part) for part in PARTS):
             copy_file(path, folder / relative)
-    with replacing(folder / unet) as file:
-        file.write(lora.to_bytes({name.removeprefix("unet."): w.cpu().contiguous() for name, w in weights.items()}, {}))
+    tensors = {name.removeprefix("unet."): w.cpu().contiguous() for name, w in weights.items()}
+    write_file(folder / unet, lora.to_bytes(tensors, {}))
 
 
 def compared_rows(compared):
@@ -1710,8 +1706,8 @@ def write_report(state, args, compared):
         with Image.open(path) as grid:
             body += f"<p class=\"soft\">{path.stem}</p>{thumbnail(grid, 1000)}"
     flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(args).items()]
-    with replacing(Path(args.out, "report.html")) as file:
-        file.write(page(f"Training {args.out}", body + "<h2>Flags</h2>" + table(["flag", "value"], flags)).encode())
+    body += "<h2>Flags</h2>" + table(["flag", "value"], flags)
+    write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
 def describe(state, data, val, args):
