@@ -1045,11 +1045,12 @@ def orthogonal_vgg(seed=0):
 
 
 def trunk_of(kind, state):
-    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1 with the weights `state`."""
+    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: their weights, or those of the whole net."""
     import torchvision
     with torch.device("meta"):
         trunk = getattr(torchvision.models, kind)().features
-    trunk.load_state_dict(state, assign=True)
+    trunk.load_state_dict({key.removeprefix("features."): value for key, value in state.items()
+                           if not key.startswith("classifier.")}, assign=True)
     for module in trunk:
         if hasattr(module, "inplace"):
             module.inplace = False  # the maps are kept
@@ -1221,9 +1222,7 @@ def load_lpips(net, device):
         if not trunk_path or not linear_path:
             fail(f"--lpips {net}: needs torchvision's {file} in {CACHE} and the linear layers of the package lpips "
                  "(pip install lpips); evaluate.py and filter.py can do without: --lpips random")
-        state = load_weights(trunk_path, file.split("-")[-1][:8])
-        state = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
-        trunk, linear = trunk_of(kind, state), load_weights(linear_path, digest)
+        trunk, linear = trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])), load_weights(linear_path, digest)
         weights = [linear[f"lin{n}.model.1.weight"][0] for n in range(len(indices))]
     return dict(name=net, trunk=trunk.to(device), indices=indices, weights=[w.to(device) for w in weights])
 

@@ -1277,11 +1277,9 @@ def perceptual_features(base, args):
     blur = int((base.alphas_cumprod >= 0.5).sum())
     if args.perceptual == "vae":
         return lambda latents: decode_with_gradient(base, latents, features=True), blur
-    weights = load_weights(find_weights(LPIPS["vgg"][2]))
-    state = {key.removeprefix("features."): value for key, value in weights.items() if "features." in key}
-    trunk = trunk_of("vgg16", state).to(base.device)
-    mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours), ImageNet's mean and deviation
+    trunk = trunk_of("vgg16", load_weights(find_weights(LPIPS["vgg"][2]))).to(base.device)
+    mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in IMAGENET_SCALE)
+    # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours)
     return lambda latents: taps(trunk, ((decode_with_gradient(base, latents) + 1) / 2 - mean) / std, (15,))[0], blur
 
 
