@@ -984,16 +984,14 @@ def save_checkpoint(state, args, data, best=False):
     if best:   # before latest.pt: a run killed between the two then does this step again
         point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
-    if args.keep_last:
-        for old in sorted(folder.glob("step-*.pt"), key=lambda each: each.stat().st_mtime_ns)[:-args.keep_last]:
-            old.unlink()
+    for old in sorted(folder.glob("step-*.pt"), key=lambda each: each.stat().st_mtime_ns)[:-args.keep_last]:   # [:-0]: none
+        old.unlink()
 
 
 def point(name, path):
     """Let `name` be the file `path`: a hard link, or a copy where the file system has none; replaced atomically."""
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    with suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:
@@ -1127,12 +1125,11 @@ class Log:
         self.path, self.board, self.run, kept = Path(args.out, "log.jsonl"), None, None, []
         if RANK > 0:
             return
-        with suppress(FileNotFoundError):
-            for line in self.path.read_bytes().splitlines(keepends=True):
-                with suppress(ValueError, KeyError, TypeError, RecursionError):   # the torn last line of a run that was killed
-                    entry = json.loads(line)
-                    if 0 < step >= entry["step"] and ("loss" in entry or entry["step"] in judged):
-                        kept.append(line)
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
+            with suppress(ValueError, KeyError, TypeError, RecursionError):   # the torn last line of a run that was killed
+                entry = json.loads(line)
+                if 0 < step >= entry["step"] and ("loss" in entry or entry["step"] in judged):
+                    kept.append(line)
         write_file(self.path, b"".join(kept))
         for grid in Path(args.out, "samples").glob("step-" + 8 * "[0-9]" + ".png"):
             if not step or int(grid.stem[5:]) > step:
