@@ -761,21 +761,18 @@ def cache(base, rows, pixels, args, what):
     scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
     jobs = [(row, plain, number) for number in range(variants_of(rows[0], args)) for row, plain in zip(rows, pixels)]
     shape = (len(jobs), base.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
-    mean, std = torch.zeros(2, *shape, device=base.device)
+    latents = torch.zeros(2, *shape, device=base.device)
     size = min(8, args.batch_size)
     for i in tqdm(range(size * RANK, len(jobs), size * WORLD), f"encoding {what}", unit="batch", disable=RANK > 0,
                   leave=False):
-        mean[i:i + size], std[i:i + size] = latents_of(base, jobs[i:i + size], args)
-    if WORLD > 1:
-        dist.all_reduce(mean)
-        dist.all_reduce(std)
+        latents[:, i:i + size] = latents_of(base, jobs[i:i + size], args)
     captions = sorted({row["caption"] for row in rows} - {""}) + [""]
     live = args.text_lora or args.method == "textual-inversion"
     with torch.no_grad():
         tokens = [tokenize(base, captions[i:i + 64]) for i in range(0, len(captions), 64)]
         parts = tokens if live else [text_states(base, part) for part in tokens]
     place = {caption: i for i, caption in enumerate(captions)}
-    return Data(rows, mean, std, {key: torch.cat([part[key] for part in parts]) for key in parts[0]},
+    return Data(rows, *over_processes(latents), {key: torch.cat([part[key] for part in parts]) for key in parts[0]},
                 torch.tensor([place[row["caption"]] for row in rows], device=base.device), live)
 
 
@@ -869,12 +866,18 @@ def learning_rate(step, args):
     return args.lr * {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done, "constant": 1}[args.lr_schedule]
 
 
+def over_processes(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def sum_over_processes(weights, numbers):
     """Sum the gradients and the tensor `numbers` over all processes: one all-reduce of one flat buffer."""
     if WORLD == 1:
         return numbers
-    flat = torch.cat([w.grad.flatten() for w in weights] + [numbers])
-    dist.all_reduce(flat)
+    flat = over_processes(torch.cat([w.grad.flatten() for w in weights] + [numbers]))
     for w, part in zip(weights, flat.split([w.numel() for w in weights] + [len(numbers)])):
         w.grad.copy_(part.view_as(w))
     return flat[-len(numbers):]
@@ -1040,9 +1043,7 @@ def validation_loss(base, data, batch_size, before=None):
         with before() if before else nullcontext():
             target = denoise(base, noisy, t, cond_of(base, data, text)) if before else target
         total += (denoise(base, noisy, t, cond_of(base, data, text)) - target).square().mean((1, 2, 3)).double().sum()
-    if WORLD > 1:
-        dist.all_reduce(total)
-    return total.item() / count
+    return over_processes(total).item() / count
 
 
 def set_distance(base, data, args):
@@ -1063,12 +1064,9 @@ def validate(base, state, val, args, log):
     figure = args.select_by.replace("-", "_")
     with looking(state, base, args):
         entry = {"step": state.step, "val_loss": validation_loss(base, val, args.batch_size)}
-        if RANK == 0 and args.select_by != "val-loss":
-            entry[figure] = set_distance(base, val, args)
-    if WORLD > 1 and args.select_by != "val-loss":
-        share = torch.tensor(entry.get(figure, 0.0), dtype=torch.float64, device=base.device)
-        dist.all_reduce(share)   # only rank 0 drew: all must agree on which is best
-        entry[figure] = share.item()
+        if args.select_by != "val-loss":   # only rank 0 draws; all must agree on which is best
+            distance = set_distance(base, val, args) if RANK == 0 else 0.0
+            entry[figure] = over_processes(torch.tensor(distance, dtype=torch.float64, device=base.device)).item()
     state.history.append(entry)
     log(entry)
     best = entry[figure] < state.best.get(figure, math.inf)
