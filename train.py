@@ -471,10 +471,8 @@ def list_data(args):
     add_facts(rows, args)
     if args.balance and not any(row["label"] for row in rows):
         fail(f"--balance: {args.data} has no labels: give --label-column, or a folder for each class")
-    sides = {}
-    for row in rows:
-        sides.setdefault(row["group"], set()).add(row["split"])
-    warn([group for group, parts in sides.items() if group and len(parts) > 1],
+    sides = Counter(group for group, _ in dict.fromkeys((row["group"], row["split"]) for row in rows))
+    warn([group for group, count in sides.items() if group and count > 1],
          "patients on both sides of the split", "take them out of one")
     if {"hflip", "vflip"} & set(args.augment.split(",")):
         warn([row["file_name"] for row in rows if re.search(r"\b(?i:left|right)\b|\bO[DS]\b", row["caption"])],
@@ -963,10 +961,9 @@ def start(base, args, checkpoint):
 
 
 def make_optimizer(weights, args):
-    if args.optimizer == "adamw8bit":
-        return need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit(
-            weights.values(), lr=args.lr, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(weights.values(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    small = args.optimizer == "adamw8bit" and need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit
+    make = small or partial(torch.optim.AdamW, fused=True)
+    return make(weights.values(), lr=args.lr, weight_decay=args.weight_decay)
 
 
 def save_checkpoint(state, args, data, best=False):
