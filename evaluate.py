@@ -230,11 +230,7 @@ def load_set(path, rows, resolution, networks, args, device, drawn=None):
     """
     def read(rows):
         good, pixels = load_pixels(rows, resolution, measure=artefacts)
-        found = extract(pixels, networks["features"], device, args.batch_size, args.precision)
-        for row, vector in zip(good, found):
-            if not np.isfinite(vector).all():
-                fail(f"{row['path']}: its features are not finite: are the weights of --features {args.features} sound?")
-        return good, pixels, found
+        return good, pixels, extract(pixels, networks["features"], device, args.batch_size, args.precision)
     if drawn is not None:
         rows = [rows[n] for n in torch.randperm(len(rows), generator=generator(args.seed, "drawn")).tolist()]
     kept, pixels, features = read(rows[:drawn])

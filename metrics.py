@@ -1167,7 +1167,10 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
                 with contextlib.suppress(OSError):  # a full disk costs only time, and a torn file shows by its checksum
                     paths[n].parent.mkdir(parents=True, exist_ok=True)
                     paths[n].write_bytes(hashlib.sha256(vector.tobytes()).digest() + vector.tobytes())
-    return np.stack(vectors).astype(np.float64)
+    features = np.stack(vectors).astype(np.float64)
+    if not np.isfinite(features).all():
+        fail(f"the features of {network['name']} are not finite: are its weights sound?")
+    return features
 
 
 def caption_scores(pixels, captions, name, device, batch_size=32):
@@ -1853,11 +1856,8 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
 
 def seen_by(reference, pixels):
     """Features (m, D) of pixels in units of the reference's spread."""
-    network = reference["network"]
-    vectors = extract(pixels, network, reference["device"], reference["batch_size"], reference["precision"])
-    if not np.isfinite(vectors).all():
-        fail(f"--features {network['name']}: gives NaN; are its weights sound?")
-    return vectors / reference["spread"]
+    how = (reference[name] for name in ("network", "device", "batch_size", "precision"))
+    return extract(pixels, *how) / reference["spread"]
 
 
 def score(reference, pixels, vectors=None, forbidden=False):
