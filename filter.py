@@ -570,12 +570,9 @@ def agreement(args):
 
 def cramers_v(first, second):
     """How far one name tells the other, 0 to 1, corrected for chance (Bergsma 2013)."""
-    a, b = (np.unique(names, return_inverse=True)[1] for names in (first, second))
-    counts = np.zeros((a.max() + 1, b.max() + 1))
-    np.add.at(counts, (a, b), 1)
-    n, (r, k) = len(a), counts.shape
-    expected = np.outer(counts.sum(1), counts.sum(0)) / n
-    phi = max(0, (np.square(counts - expected) / expected).sum() / n - (r - 1) * (k - 1) / (n - 1))
+    counts = stats.contingency.crosstab(first, second).count
+    n, (r, k) = len(first), counts.shape
+    phi = max(0, stats.chi2_contingency(counts, correction=False).statistic / n - (r - 1) * (k - 1) / (n - 1))
     least = min(side - (side - 1) ** 2 / (n - 1) for side in (r, k)) - 1
     return np.sqrt(phi / least) if least > 1e-9 else 0.0
 
