@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage
+from scipy import ndimage, special
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- errors, files, seeds, devices
@@ -851,17 +851,16 @@ def find_range(rows):
 
     Floats have a range of their own: they are rarely in the same units.
     """
-    kinds, ranges = {"16 bits": {}, "floats": {}}, {}
+    kinds, ranges = collections.defaultdict(dict), {}
     for row in rows:
         with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels names it
             if is_deep(image):
                 kind = "floats" if image.mode == "F" else "16 bits"
                 kinds[kind][row["path"]] = percentile_range(np.asarray(image), 0, 100)
     for kind, ends in kinds.items():
-        if ends:
-            low, high = (float(pick(end[n] for end in ends.values())) for n, pick in enumerate((min, max)))
-            note(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
-            ranges |= dict.fromkeys(ends, (low, high))
+        low, high = (float(pick(end[n] for end in ends.values())) for n, pick in enumerate((min, max)))
+        note(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
+        ranges |= dict.fromkeys(ends, (low, high))
     return ranges
 
 
@@ -1502,9 +1501,7 @@ def cmmd_draws(joint, draws):
 
 def vendi(similarity):
     """Vendi score (Friedman & Dieng 2023) of (n, n) similarities, 1 with itself: how many different images n amount to."""
-    found = np.linalg.eigvalsh(similarity / len(similarity))
-    found = found[found > 1e-12]
-    return float(np.exp(-(found * np.log(found)).sum()))
+    return float(np.exp(special.entr(np.linalg.eigvalsh(similarity / len(similarity)).clip(0)).sum()))
 
 
 def vendi_draws(joint, draws):
@@ -1516,11 +1513,9 @@ def vendi_draws(joint, draws):
 def inception_draws(joint, draws):
     """Inception Score (Salimans et al. 2016) of the second set of each draw, in one split; joint["logits"]: (n + m, 1008),
     without bias, all columns, as torch-fidelity has them."""
-    logits = joint["logits"] - joint["logits"].max(1, keepdims=True)
-    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    share = (draws == -1) / (draws == -1).sum(1, keepdims=True)
-    mean = share @ np.exp(logs)
-    return np.exp(share @ (np.exp(logs) * logs).sum(1) - (mean * np.log(np.maximum(mean, 1e-300))).sum(1))
+    shares = special.softmax(joint["logits"], 1)
+    second = (draws == -1) / (draws == -1).sum(1, keepdims=True)
+    return np.exp(special.entr(second @ shares).sum(1) - second @ special.entr(shares).sum(1))
 
 
 def caption_draws(joint, draws):
