@@ -1047,8 +1047,8 @@ def finish(planned, drawn, args):
     kept = [item for item in planned if not item["refused"]]
     if args.grid:
         images = [read_image(Path(args.out, item["file"])) for item in kept[:64]]
-        with replacing(Path(args.out, "grid.png")) as file:
-            contact_sheet(images, [item["prompt"] for item in kept[:64]]).save(file, "PNG")
+        prompts = [item["prompt"] for item in kept[:64]]
+        save_png(contact_sheet(images, prompts), Path(args.out, "grid.png"), "\n".join(dict.fromkeys(prompts)))
     print(f"{drawn} images drawn, {len(planned) - drawn} were there: {args.out}")
     if args.kept_by:
         attempts = sum(item["attempts"] for item in planned)

@@ -1090,8 +1090,7 @@ def draw_grid(base, state, args, log):
     with looking(state, base, args):
         images = list(pictures_of(base, jobs, args))
     grid = contact_sheet(images, [prompt for prompt, _ in jobs], columns=min(8, max(4, args.val_samples)))
-    with replacing(path) as file:
-        grid.save(file, "PNG")
+    save_png(grid, path, "\n".join(args.val_prompts))
     log.picture(grid, state.step)
 
 
