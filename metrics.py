@@ -2050,21 +2050,18 @@ def apply_selector(selector, features, rows):
     offset = [selector["head.modality_bias"][spec["modalities"].index(m)] if len(spec["modalities"]) > 1 else 0
               for m in modalities]
     slope, cut = selector["cal.platt"]
-
-    def probability(score):
-        return 1 / (1 + np.exp(-slope * score - cut))
     scores = np.add(offset, z @ selector["head.weight"] + selector["head.bias"])
     heads = np.add(offset, (z @ selector["boot.weight"].T + selector["boot.bias"]).T)   # (20, N)
     inside = np.linalg.norm((z - selector["shell.mean"]) @ selector["shell.whiten"], axis=1) <= selector["shell.q"]
     logits = selector["align.logit"] * (z @ selector["align.proto"].T + selector["align.bias"])   # (N, classes)
-    shares = np.exp(logits - logits.max(1, keepdims=True, initial=0))
-    shares /= shares.sum(1, keepdims=True)
+    shares = special.softmax(logits, 1) if logits.size else logits
     known = [next((spec["classes"].index(key) for key in map(text_key, (row["label"], row["caption"]))
                    if key in spec["classes"]), None) for row in rows]
     alignment = np.array([np.nan if c is None else share[c] for share, c in zip(shares, known)])
-    learnt, unseen = np.split(probability(heads), 2)
-    return {"quality": np.where(inside, probability(scores), 0), "reward": np.where(inside, learnt.mean(0) - learnt.std(0), 0),
-            "judge": np.where(inside, unseen.mean(0), 0), "alignment": alignment}
+    learnt, unseen = np.split(special.expit(slope * heads + cut), 2)
+    return {"quality": np.where(inside, special.expit(slope * scores + cut), 0),
+            "reward": np.where(inside, learnt.mean(0) - learnt.std(0), 0), "judge": np.where(inside, unseen.mean(0), 0),
+            "alignment": alignment}
 
 
 # ---------------------------------------------------------------- the page that train, evaluate and filter share
