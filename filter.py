@@ -621,13 +621,6 @@ def out_of_fold(x, weights, groups, seed):
     return maps
 
 
-def best_prediction(maps, y, weights):
-    """Out-of-fold predictions (n, m) of y (n, m) with each column's best penalty, and which that is (m,)."""
-    found = maps @ y
-    best = (weights[:, None] * np.square(found - y)).sum(1).argmin(0)
-    return np.take_along_axis(found, best[None, None], 0)[0], best
-
-
 def auroc(scores, good, strata, without=0.0):
     """Share of (good, bad) pairs of one stratum that the scores order right, ties half: scores, good (n, m) -> (m,).
 
@@ -652,7 +645,9 @@ def cross_validate(x, y, weights, good, groups, strata, seed):
     for column, stratum in itertools.product(range(1, 500), np.unique(strata)):
         inside = np.flatnonzero(strata == stratum)
         orders[inside, column] = inside[draw_order(len(inside), seed, "permuted", column, stratum)]
-    scores, best = best_prediction(maps, y[orders], weights)
+    found = maps @ y[orders]   # (penalties, n, 500)
+    best = (weights[:, None] * np.square(found - y[orders])).sum(1).argmin(0)   # the best penalty of each permutation
+    scores = np.take_along_axis(found, best[None, None], 0)[0]
     values, own = auroc(scores, good[orders], strata), scores[:, 0]
     names, numbers = np.unique(groups, return_inverse=True)
     draws = torch.randint(len(names), (500, len(names)), generator=generator(seed, "interval")).numpy()
