@@ -114,8 +114,8 @@ from metrics import (FID_WEIGHTS, METRICS, OPT_IN, artefacts, caption_scores, co
                      copy_chances, copy_distances, curve, extract, find_weights, generator, guarded, half_draws,
                      joint_matrices, kid, large_values, list_images, load_features, load_lpips, load_pixels,
                      lpips_files, lpips_matrix, ms_ssim, near_duplicates, nearest, page, permutation_draws,
-                     pick_device, pick_resolution, pooled, read_split, read_table, replacing, same_unit, set_hash,
-                     share_range, split_rows, ssim, ssim_matrix, table, thumbnail, to_grey, whole_groups, yardstick)
+                     pick_device, pick_resolution, pooled, read_split, read_table, same_unit, set_hash, share_range,
+                     split_rows, ssim, ssim_matrix, table, thumbnail, to_grey, whole_groups, write_file, yardstick)
 
 HALVES = 20          # random halves of the real set
 LARGE = 5000         # images in all above which no matrix holds them, and the null is that of DRAWN of each set

@@ -141,8 +141,8 @@ from scipy import optimize, special, stats  # noqa: E402
 from metrics import (COLUMNS, QUALITY_FEATURES, RATING_COLUMNS, apply_selector, command, content_hash,  # noqa: E402
                      copy_file, generator, guarded, list_images, load_pixels, load_selector, measure_reference,
                      modality_of, page, pick_device, pick_resolution, quality_features, ranks, read_ratings,
-                     read_split, read_table, refusals, refuse_low, replacing, save_selector, score, share_range,
-                     squared_distances, standardised, table, text_key, thumbnail, write_csv)
+                     read_split, read_table, refusals, refuse_low, save_selector, score, share_range,
+                     squared_distances, standardised, table, text_key, thumbnail, write_csv, write_file)
 
 PENALTIES = np.logspace(-2, 2.5, 10)   # of the ridge; the rows of its features have a squared length near 2
 
