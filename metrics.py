@@ -1163,8 +1163,9 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
             found = network["function"](pixels[numbers].to(device)).float().cpu().numpy()
             for n, vector in zip(numbers, found):
                 vectors[n] = vector
-                with contextlib.suppress(OSError):  # a full disk costs only time
-                    keep_vector(paths[n], vector)
+                with contextlib.suppress(OSError):  # a full disk costs only time, and a torn file shows by its checksum
+                    paths[n].parent.mkdir(parents=True, exist_ok=True)
+                    paths[n].write_bytes(hashlib.sha256(vector.tobytes()).digest() + vector.tobytes())
     features = np.stack(vectors).astype(np.float64)
     if not np.isfinite(features).all():
         fail(f"the features of {network['name']} are not finite: are its weights sound?")
@@ -1182,12 +1183,6 @@ def caption_scores(pixels, captions, name, device, batch_size=32):
         texts = model(**tokens.to(device)).text_embeds.double().cpu().numpy()
     cosines = (images / np.linalg.norm(images, axis=1)[:, None]) @ (texts / np.linalg.norm(texts, axis=1)[:, None]).T
     return np.maximum(0, 100 * cosines)[:, [distinct.index(caption) for caption in captions]]
-
-
-def keep_vector(path, vector):
-    """Write float32 numbers to a cache file; a torn one shows by its checksum."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(hashlib.sha256(vector.tobytes()).digest() + vector.tobytes())
 
 
 def cached_vector(path):

@@ -274,6 +274,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from PIL import Image, UnidentifiedImageError  # noqa: E402
+from safetensors import SafetensorError, safe_open  # noqa: E402
 from scipy import ndimage  # noqa: E402
 from torchvision.transforms.v2 import functional as vision  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -523,7 +524,7 @@ def name_of(row, variant, args):
 
 def kept(row, variant, args):
     """The file of --cache with the latents of a variant of a row."""
-    return Path(args.cache, name_of(row, variant, args) + ".latents")
+    return Path(args.cache, name_of(row, variant, args) + ".safetensors")
 
 
 def variant_of(row, plain, variant, args):
@@ -535,16 +536,25 @@ def variant_of(row, plain, variant, args):
     return augmented(plain, args.augment.split(","), args.seed, "augment", row["file_name"], row["slice"], variant)
 
 
-def latents_of(base, jobs, shape, args):
-    """Posterior mean and std, (2, B, *shape), of `jobs`, each (row, plain pixels, variant): from --cache, or encoded."""
+def latents_of(base, jobs, args):
+    """Posterior mean and std, (2, B, 4, h, w), of `jobs`, each (row, plain pixels, variant): from --cache, or encoded."""
     paths = [kept(row, variant, args) for row, _, variant in jobs] if args.cache else []
-    found = [cached_vector(path) for path in paths]
+    found = [read_latents(path) for path in paths]
     if found and not any(each is None for each in found):
-        return torch.from_numpy(np.stack(found)).view(len(jobs), 2, *shape).transpose(0, 1).to(base.device)
+        return torch.stack(found, 1).to(base.device)
     made = torch.stack(encode(base, torch.stack([variant_of(*job, args) for job in jobs])))
     for path, each in zip(paths, made.cpu().unbind(1)):
-        keep_vector(path, each.numpy())
+        digest = hashlib.sha256(each.numpy().tobytes()).hexdigest()
+        write_file(path, lora.to_bytes({"latents": each.contiguous()}, {"sha256": digest}))
     return made
+
+
+def read_latents(path):
+    """(2, 4, h, w) from a file of --cache, or None where there is none or it is damaged."""
+    with suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(path, "pt") as file:
+        found = file.get_tensor("latents")
+        if hashlib.sha256(found.numpy().tobytes()).hexdigest() == file.metadata()["sha256"]:
+            return found
 
 
 # ------------------------------------------------------------------------------------------------- the data doctor
@@ -750,12 +760,12 @@ def cache(base, rows, pixels, args, what):
         fail(f"{args.data}: none of the {what} can be read")
     scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
     jobs = [(row, plain, number) for number in range(variants_of(rows[0], args)) for row, plain in zip(rows, pixels)]
-    shape = (base.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
-    latents = torch.zeros(2, len(jobs), *shape, device=base.device)
+    shape = (len(jobs), base.vae.config.latent_channels, args.resolution // scale, args.resolution // scale)
+    latents = torch.zeros(2, *shape, device=base.device)
     size = min(8, args.batch_size)
     for i in tqdm(range(size * RANK, len(jobs), size * WORLD), f"encoding {what}", unit="batch", disable=RANK > 0,
                   leave=False):
-        latents[:, i:i + size] = latents_of(base, jobs[i:i + size], shape, args)
+        latents[:, i:i + size] = latents_of(base, jobs[i:i + size], args)
     captions = sorted({row["caption"] for row in rows} - {""}) + [""]
     live = args.text_lora or args.method == "textual-inversion"
     with torch.no_grad():

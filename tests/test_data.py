@@ -168,7 +168,7 @@ def test_data_flags_that_make_no_sense_are_one_line(change, said, flags, tmp_pat
 def test_a_second_run_reads_its_latents_and_mends_damaged_ones(flags, tmp_path, run, monkeypatch):
     flags = [*flags, "--augment", "hflip,noise", "--variants", 2, "--cache", tmp_path / "cache"]
     run(train, *flags, "--out", tmp_path / "a")
-    files, result = sorted((tmp_path / "cache").rglob("*.latents")), (tmp_path / "a" / "lora.safetensors").read_bytes()
+    files, result = sorted((tmp_path / "cache").rglob("*.safetensors")), (tmp_path / "a" / "lora.safetensors").read_bytes()
     split = Counter(row["split"] for row in csv.DictReader((tmp_path / "a" / "split.csv").open()))
     assert len(files) == 2 * split["train"] + split["val"]   # what is validated on stays plain
     encoded, encode = [], train.encode
@@ -183,14 +183,14 @@ def test_a_second_run_reads_its_latents_and_mends_damaged_ones(flags, tmp_path, 
     assert [path.read_bytes() for path in files] == whole
     encoded.clear()
     run(train, *flags, "--out", tmp_path / "d", "--seed", 1)   # other variants, the same plain pictures
-    assert encoded and len(list((tmp_path / "cache").rglob("*.latents"))) == len(files) + split["train"]
+    assert encoded and len(list((tmp_path / "cache").rglob("*.safetensors"))) == len(files) + split["train"]
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
 def test_other_vaes_and_crops_and_ranges_have_latents_of_their_own(flags, sd21, tmp_path, run):
     def kept(*more):
         run(train, *flags, "--cache", tmp_path / "cache", "--steps", 1, *more)
-        return len(list((tmp_path / "cache").rglob("*.latents")))
+        return len(list((tmp_path / "cache").rglob("*.safetensors")))
     assert [kept("--out", tmp_path / "a"), kept("--out", tmp_path / "b", "--crop", "pad", "--range", "0,9")] == [24, 48]
     vae = next(Path(sd21, "vae").glob("*.safetensors"))
     before = vae.read_bytes()
