@@ -281,13 +281,12 @@ from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
 from metrics import (CACHE, FID_WEIGHTS, FORMATS, IMAGENET_SCALE, LPIPS, METRICS, QUALITY_FEATURES,  # noqa: E402
-                     VOLUME_SUFFIXES, BadImage, apply_selector, cached_vector, colour, command, content_hash,
-                     copy_chances, copy_distances, copy_file, copy_limit, curve, extract, find_weights, generator,
-                     guarded, is_deep, joint_matrices, keep_vector, list_images, load_features, load_pixels,
-                     load_selector, load_weights, looks_like_dicom, near_duplicates, need, open_dicom, page,
-                     permutation_draws, pick_window, picture, quality_features, read_image, read_ratings, replacing,
-                     same_unit, share_range, split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi,
-                     write_csv, write_file)
+                     VOLUME_SUFFIXES, BadImage, apply_selector, colour, command, content_hash, copy_chances,
+                     copy_distances, copy_file, copy_limit, curve, extract, find_weights, generator, guarded,
+                     is_deep, joint_matrices, list_images, load_features, load_pixels, load_selector, load_weights,
+                     looks_like_dicom, near_duplicates, need, open_dicom, page, permutation_draws, pick_window,
+                     picture, quality_features, read_image, read_ratings, replacing, same_unit, share_range,
+                     split_rows, squared_distances, table, taps, thumbnail, trunk_of, vendi, write_csv, write_file)
 from sample import (BASES, PARTS, RANK, WORLD, add_tokens, base_hash, check_schedule, classes_of,  # noqa: E402
                     contact_sheet, decode_with_gradient, denoise, encode, find_base, generate, load_base,
                     noised_and_target, own_device, own_resolution, predicted_latents, project, save_png,
