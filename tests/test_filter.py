@@ -349,6 +349,16 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def test_without_a_selector_the_best_are_those_most_like_the_real_images(tmp_path, run):
+    new, real = small_sets(tmp_path, 10)
+    for i in range(5):
+        Image.effect_noise((64, 64), 90).save(new / f"{i}.png")
+        shutil.copy(real / f"{5 + i}.png", new)
+    run(filter_script, new, "--reference", real, "--keep", 5, "--dry-run", "--out", tmp_path / "kept")
+    kept = {name for name, row in decisions(tmp_path / "kept").items() if row["kept"] == "1"}
+    assert kept == {f"{i}.png" for i in range(5, 10)}
+
+
 def test_a_move_that_is_killed_anywhere_and_run_again_ends_the_same_and_is_undone(tmp_path, run, monkeypatch):
     new, real = small_sets(tmp_path)
     before, place = contents(new), filter_script.place
