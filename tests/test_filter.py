@@ -688,3 +688,43 @@ def test_several_experts_of_one_image_weigh_by_their_level(tmp_path):
 def test_reliability_is_its_definition():
     brier, error = filter_script.reliability(np.array([0.95, 0.95, 0.15, 0.15]), np.array([True, False, False, False]))
     assert brier == pytest.approx((0.0025 + 0.9025 + 2 * 0.0225) / 4) and error == pytest.approx((0.9 + 0.3) / 4)
+
+
+def test_usable_is_good_where_that_is_asked_for(tmp_path, run):
+    for i in range(12):
+        wound(i).save(tmp_path / f"{i}.png")
+    metrics.write_csv(tmp_path / "r.csv", ["image_path", "rating"], [[f"{i}.png", 1 + i % 3] for i in range(12)])
+    for flags, good, count, cut in (((), 3, 4, 1), (("--good", 2), 2, 8, 0)):
+        run(filter_script, "--fit", tmp_path / "r.csv", *flags, "--force", "--out", tmp_path / "s")
+        selector = metrics.load_selector(tmp_path / "s")
+        assert (selector["spec"]["good"], selector["spec"]["n"]["good"]) == (good, count)
+        assert selector["cal.platt"][1] == selector["head.cut"][cut]
+
+
+def test_the_share_of_real_images_that_pass_is_of_those_that_the_selector_finds_good(rated, selector):
+    loaded = metrics.load_selector(selector)
+    rows, pixels = metrics.load_pixels(list_images(str(rated / "real.csv")), 64)
+    given = metrics.apply_selector(loaded, metrics.quality_features(pixels, "cpu"), rows)
+    assert loaded["spec"]["cv"]["real_pass"] == np.mean(given["quality"] >= 0.5) < 1
+
+
+def test_the_interval_of_the_auroc_resamples_groups_with_all_their_images():
+    x, groups = np.tile([[1.0], [2], [3], [4]], (10, 1)), np.repeat(np.arange(10), 4)   # ten times the same group
+    y = np.tile([1.0, 3, 1, 3], 10)
+    measured, _, _ = filter_script.cross_validate(x, y, np.ones(40), y > 2, groups, np.zeros(40), 0)
+    assert measured["auroc"] == 0.75 and measured["ci"] == [0.75, 0.75]
+
+
+def test_agreement_says_how_sure_it_is(tmp_path, run, capsys):
+    r = np.random.RandomState(0)
+    a, guess = r.randint(1, 4, 60), np.repeat(["real", "generated"], (9, 3)).repeat(5)
+    b = np.where(r.rand(60) < 0.5, a, r.randint(1, 4, 60))
+    for name, given in (("anna", a), ("ben", b)):
+        metrics.write_csv(tmp_path / f"{name}.csv", ["image_path", "rating", "expert", "guess", "real"], [
+            [f"{i}.png", given[i], name, guess[i] if i % 5 == 0 else "", int(i < 30)] for i in range(60)])
+    run(filter_script, "--agreement", tmp_path / "anna.csv", tmp_path / "ben.csv")
+    said = capsys.readouterr().out
+    again = [filter_script.kappa(a[i], b[i]) for i in r.randint(60, size=(1000, 60))]
+    found = [float(x) for x in re.search(r"95 % (\S+) to (\S+),", said).groups()]
+    assert found == pytest.approx(np.percentile(again, (2.5, 97.5)), abs=0.05)
+    assert said.count("p 0.18 of guessing") == 2   # of 6 real all, of 6 generated 3 taken for real: 2 * 20 / 220
