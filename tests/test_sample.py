@@ -405,6 +405,16 @@ def test_adapters_add_up_and_those_that_exclude_each_other_are_refused(base, tmp
     assert not (tmp_path / "e").exists()
 
 
+def test_a_weight_below_zero_takes_an_adapter_away(base, tmp_path, run):
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    one, less = (adapter(tmp_path / f"{up}.safetensors", {f"{layer}.lora_A.weight": torch.arange(32.)[None],
+                         f"{layer}.lora_B.weight": torch.full((32, 1), up)}) for up in (1.0, -0.5))
+    for lora_flag, out in ((f"{one}:-0.5", "a"), (less, "b"), (f"{one}:0.5", "c")):
+        run(sample, "--base", base, "--prompt", "x", "--num-images", 1, "--steps", 2, "--lora", lora_flag,
+            "--out", tmp_path / out)
+    assert same_pictures(tmp_path / "a", tmp_path / "b") and not same_pictures(tmp_path / "a", tmp_path / "c")
+
+
 # ---- prompts
 
 ROWS = [{"caption": caption, "label": label} for caption, label, n in (
