@@ -253,6 +253,13 @@ def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(base, tmp_path, 
     assert "no column of captions" in refused(sample, "--base", base, "--prompts", tmp_path / "p.csv")
 
 
+def test_the_label_that_is_given_comes_before_that_of_the_row(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,label\none,calm\ntwo,\n")
+    for flags, labels in (([], ["calm", ""]), (["--label", "sore"], ["sore", "sore"])):
+        args = sample.parse_args(["--prompts", str(tmp_path / "p.csv"), *flags])
+        assert [p["label"] for p in sample.read_prompts(args, [])] == labels
+
+
 def test_somebody_elses_picture_is_not_overwritten(base, tmp_path, run, refused):
     Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0000.png")
     flags = ["--base", base, "--prompt", "a wound", "--num-images", 1, "--steps", 1, "--out", tmp_path]
