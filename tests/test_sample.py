@@ -633,6 +633,24 @@ def test_pictures_are_held_against_real_ones_as_filter_does(base, images, tmp_pa
     assert len(read_table(tmp_path / "a" / "manifest.csv")) == 6 and not list((tmp_path / "a" / "refused").iterdir())
 
 
+def test_copies_of_real_images_are_refused_where_asked(base, images, tmp_path, run, monkeypatch):
+    real = [Image.open(f"{images}/calm/{n}.png") for n in (0, 2, 4)]
+    monkeypatch.setattr(sample, "generate", lambda base, jobs, *how: (real[number] for _, number in jobs))
+    run(sample, "--base", base, "--prompt", "x", "--num-images", 3, "--reference", images, "--max-attempts", 1,
+        "--min-ssim", -1, "--drop-copies", "--out", tmp_path)
+    assert not read_table(tmp_path / "manifest.csv") and len(list((tmp_path / "refused").iterdir())) == 3
+
+
+def test_the_scores_in_a_files_name_are_found_again(tmp_path):
+    args = SimpleNamespace(out=tmp_path, format="png", kept_by="x", max_attempts=2)
+    planned = {"name": "x-0000.png", "parameters": "x", "path": None}
+    sample.write_picture(Image.new("RGB", (8, 8)), {**planned, "quality": "0.91", "alignment": "0.23", "refused": False,
+                                                    "attempts": 1}, args)
+    assert [path.name for path in tmp_path.iterdir()] == ["x-0000_quality_0.91_alignment_0.23.png"]
+    (found,), _ = sample.look_up([planned], args)
+    assert (found["quality"], found["alignment"]) == ("0.91", "0.23")
+
+
 def test_a_file_of_flags_says_any_text_and_a_table_of_prompts_may_have_a_loud_name(base, tmp_path, monkeypatch):
     (tmp_path / "flags.txt").write_text("# a comment\n--negative-prompt -blurry, grey\n--prompt @ 9 o'clock\n--grid\n\n--steps=3\n")
     monkeypatch.setattr("sys.argv", ["sample.py", f"@{tmp_path / 'flags.txt'}", "--steps", "2"])
