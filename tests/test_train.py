@@ -829,6 +829,20 @@ def test_another_text_encoder_reads_the_captions_behind_a_trained_projection(fla
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
 
 
+def test_the_padding_of_another_text_encoder_is_not_read(base, bert):
+    ours = sample.load_base(base, CPU)
+    sample.use_text_encoder(ours, bert, 12)
+    cond = sample.encode_text(ours, ["a sore foot"])
+    alone = ours.text_encoders[0](**ours.tokenizers[0](["a sore foot"], return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(cond["encoder_hidden_states"][:, :5], ours.text_projection(alone), rtol=1e-4, atol=1e-5)
+    assert cond["encoder_attention_mask"].tolist() == [[1.0] * 5 + [0.0] * 7]
+
+
+def test_the_length_of_texts_is_the_one_asked_for(setup, bert):
+    args = train.changed(setup()[0], text_encoder=bert, text_length=12)
+    assert sample.tokenize(train.prepare_base(args, CPU), ["a sore foot"])["ids"].shape == (1, 12)
+
+
 def test_an_encoder_or_a_table_of_class_images_that_cannot_serve_is_one_line(flags, base, sdxl, bert, images, tmp_path, refused):
     from transformers import T5Config, T5Model
     other = [*flags, "--out", tmp_path / "out"]
