@@ -767,6 +767,19 @@ def test_dreambooth_draws_the_missing_class_images_once_and_trains_on_both(flags
         torch.testing.assert_close(c, d)   # without weight the class images change nothing
 
 
+def test_class_images_count_by_their_weight(setup, flags, tmp_path, run, monkeypatch):
+    args, loaded, data, state = setup()
+    streams = [[("data", data, 1.0), ("class", data, share)][:1 + (share > 0)] for share in (0, 0.5, 1)]
+    none, half, whole = (train.compute_gradients(loaded, each, None, state, args).item() for each in streams)
+    assert half - none == pytest.approx((whole - none) / 2, rel=1e-3)
+    seen = []
+    monkeypatch.setattr(train, "class_images", lambda *_: data)
+    monkeypatch.setattr(train, "fit", lambda _, streams, *more: seen.extend(streams) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(train, *flags, "--method", "dreambooth", "--class-prompt", "x", "--prior-weight", 0.5, "--out", tmp_path)
+    assert [(name, share) for name, _, share in seen] == [("data", 1.0), ("class", 0.5)]
+
+
 def test_a_new_word_is_learned_and_diffusers_and_sample_read_it(flags, base, tmp_path, run):
     from diffusers import StableDiffusionPipeline
     run(train, *flags, "--method", "textual-inversion", "--prompt", "a photo of <sore>", "--token", "<sore>",
