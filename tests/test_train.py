@@ -436,6 +436,40 @@ def test_fid_is_a_frechet_distance_and_kid_a_kid(setup, monkeypatch):
     assert [train.set_distance(loaded, data, train.changed(args, select_by=name)) for name in ("kid", "fid")] == [1, 2]
 
 
+def test_pictures_are_drawn_while_training_as_the_flags_have_it(setup, monkeypatch):
+    args, seen = setup("--val-steps", 4, "--val-guidance-scale", 3, "--seed", 5, "--batch-size", 2)[0], []
+    monkeypatch.setattr(train, "generate", lambda *given, **how: seen.append((*given, how)))
+    train.pictures_of("base", ["job"], args)
+    assert seen == [("base", ["job"], 4, 3.0, {"height": 64, "width": 64, "seed": 5, "batch_size": 2})]
+
+
+def test_compile_is_asked_of_the_unet(flags, tmp_path, run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(type(module).__name__))
+    monkeypatch.setattr(train, "fit", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(train, *flags, "--compile", "--out", tmp_path)
+    assert asked == ["UNet2DConditionModel"]
+
+
+def test_images_a_second_count_the_whole_batch_and_a_good_step_forgives_the_bad_ones_before(setup, monkeypatch):
+    args, _, data, state = setup("--batch-size", 2, "--accumulate", 3)
+    lines, nan = [], float("nan")
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 12.0)
+    state.step = 5
+    seen = [*torch.tensor([[nan, 1.0], [nan, 1], [1, 1], [nan, 1], [1, nan]])]   # loss and norm
+    train.write_log(lambda *of: lines.extend(of), seen, 2.0, CPU, state, args, data)
+    assert [line["images_per_second"] for line in lines] == [5 * 6 / 10] * 5 and state.bad_steps == 2
+    train.write_log(lambda *_: None, [torch.ones(2)], 2.0, CPU, state, args, data)
+    assert state.bad_steps == 0
+
+
+def test_features_judge_where_the_signal_outweighs_the_noise(base):
+    signal = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)**2).cumprod(0)
+    args = train.argparse.Namespace(perceptual_weight=1, perceptual="vae")
+    assert train.perceptual_features(sample.load_base(base, CPU), args)[1] == (signal > 1 - signal).int().argmin()
+
+
 def test_gradients_are_checkpointed_where_asked(setup):
     args, *_ = setup("--gradient-checkpointing")
     assert train.prepare_base(args, CPU).unet.is_gradient_checkpointing
