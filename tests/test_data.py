@@ -11,6 +11,7 @@ from scipy import ndimage
 
 import metrics
 import train
+from test_read_image import RAMP, dicom, write_dicom
 
 
 @pytest.fixture
@@ -205,6 +206,17 @@ def test_a_run_goes_on_only_with_the_same_data_flags(flags, tmp_path, run, refus
     run(train, *flags, "--augment", "blur", "--variants", 2, "--out", tmp_path / "run")
     said = refused(train, *flags, "--augment", "noise", "--balance", "--crop", "pad", "--out", tmp_path / "run", "--steps", 4)
     assert all(word in said for word in ("--augment blur", "--variants 2", "--balance False", "--crop center"))
+
+
+@dicom
+def test_the_window_asked_for_is_the_one_that_is_learnt_from(tmp_path):
+    write_dicom(tmp_path / "a", RAMP, Modality="CT", RescaleSlope=1, RescaleIntercept=-1024)
+    args = train.argparse.Namespace(resolution=64, crop="center", strict=True, window="lung", range=None, seed=0,
+                                    allow_burned_in=False)
+    rows, pixels = train.load(train.add_facts(metrics.list_images(str(tmp_path)), args), args)
+    expected = np.clip((RAMP[0, 32:96] - 1024.0 + 600.5) / 1499 + 0.5, 0, 1) * 255   # centre -600, width 1500
+    assert np.abs(pixels[0, 0, 0].numpy() - expected).max() <= 1
+    assert train.name_of(rows[0], 0, args) != train.name_of(rows[0], 0, train.changed(args, window="soft"))
 
 
 # ------------------------------------------------------------------------------------------------- preview and doctor
