@@ -1,4 +1,5 @@
 """Refinement: its losses against closed forms, its guards on a toy of two prompts with four modes each, the whole by flags."""
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import filter as filter_script
 import metrics
@@ -338,6 +340,32 @@ def test_each_guard_objects_by_name_and_a_round_without_fault_passes(figures):
     assert len(found) == 1 and (f"{next(iter(figures.values())):.3f}"[:3] in found[0] or "before" in found[0])
     falling = [FINE, {**FINE, "judge": 0.49}, {**FINE, "judge": 0.48}]
     assert train.objections(falling[:2]) == [] and len(train.objections(falling)) == 1
+
+
+def test_no_reward_is_above_the_usual_real_images_and_copies_are_told(base, images, tmp_path, monkeypatch):
+    rows = metrics.list_images(images, prompt="a {label} foot")
+    selector, args = write_selector(tmp_path / "s"), train.argparse.Namespace(
+        refine="rwr", resolution=64, crop="center", strict=True, window=None, range=None, allow_burned_in=False, seed=0)
+    args.selector = selector
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "white.png")
+    white = {**rows[0], "path": str(tmp_path / "white.png")}
+    monkeypatch.setattr(train, "drawn_rows", lambda *_: [*rows, white])
+    look, _ = train.judged_by_selector(SimpleNamespace(device="cpu"), SimpleNamespace(rows=rows), args)
+    seen, features = look(0), metrics.quality_features(metrics.load_pixels(rows, 64)[1], "cpu")
+    reward = metrics.apply_selector(metrics.load_selector(selector), features, rows)["reward"]
+    assert seen["reward"] == pytest.approx([*np.minimum(reward, np.median(reward)), np.median(reward)])
+    assert seen["copied"].tolist() == [True] * 24 + [False]
+
+
+def test_filtered_to_a_third_are_the_best_of_what_was_drawn(tmp_path, monkeypatch):
+    for name in ("looking", "swapped", "validation_loss", "start_from_adapter"):
+        monkeypatch.setattr(train, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(train, "content_hash", str)
+    monkeypatch.setattr(train, "summary", lambda seen, which=slice(None): {"reward": seen["reward"][which].tolist()})
+    state = SimpleNamespace(history=[{"reward": 0}], weights={}, reference={}, best={"step": 0})
+    args, drawn = train.argparse.Namespace(out=tmp_path, batch_size=1), {"reward": np.array([1, 6, 3, 2, 5, 4])}
+    found = train.compare(None, state, None, args, lambda name: drawn)
+    assert found["before, filtered to a third"]["reward"] == [6, 5]
 
 
 # ---- by flags
