@@ -156,6 +156,16 @@ def test_a_dicom_is_rescaled_before_it_is_windowed(tmp_path):
 
 
 @dicom
+def test_the_files_own_function_of_its_window_is_used(tmp_path):
+    stored = np.tile(np.arange(40, 60, dtype=np.uint16), (20, 1))
+    x = stored[0].astype(float)
+    for function, expected in (("LINEAR", (x - 49.5) / 9 + 0.5), ("LINEAR_EXACT", (x - 50) / 10 + 0.5),
+                               ("SIGMOID", 1 / (1 + np.exp(-4 * (x - 50) / 10)))):   # DICOM PS3.3 C.11.2.1
+        write_dicom(tmp_path / function, stored, WindowCenter=50, WindowWidth=10, VOILUTFunction=function)
+        assert np.abs(values(tmp_path / function)[0] - 255 * expected.clip(0, 1)).max() <= 1
+
+
+@dicom
 def test_monochrome1_is_inverted_once_and_without_a_window_the_percentiles_decide(tmp_path):
     write_dicom(tmp_path / "two", RAMP)
     write_dicom(tmp_path / "one", RAMP, photometric="MONOCHROME1")
