@@ -553,6 +553,29 @@ def test_features_come_from_the_cache_and_a_damaged_entry_is_computed_again(cach
     assert metrics.extract(pixels, network, "cpu")[0, 0] != fresh[0, 0]
 
 
+def test_the_random_network_sees_pictures_in_imagenets_units(monkeypatch):
+    from torchvision.transforms.v2.functional import normalize
+    monkeypatch.setattr(metrics, "orthogonal_vgg", dict)
+    monkeypatch.setattr(metrics, "trunk_of", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(metrics, "taps", lambda trunk, images, indices: [images])
+    seen = normalize(noise(3) / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(metrics.load_features("vgg-random", "cpu")["function"](noise(3)),
+                               torch.cat([seen.mean((2, 3)), seen.std((2, 3))], 1), rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_another_precision_are_others_and_lie_elsewhere_in_the_cache():
+    weights, pixels = torch.rand(3 * 64 * 64, 5, generator=metrics.generator(0)), noise(4)
+    network = dict(name="w", function=lambda pixels: pixels.float().flatten(1) / 255 @ weights)
+    full, half = (metrics.extract(pixels, network, "cpu", precision=name) for name in ("auto", "bf16"))
+    assert 0 < np.abs(full - half).max() < 0.02 * full.max()
+    assert full == pytest.approx((pixels.double().flatten(1) / 255 @ weights.double()).numpy(), rel=1e-5)
+
+
+def test_of_which_figures_less_is_better():
+    assert {name for name, (_, lower_is_better, _) in METRICS.items() if lower_is_better} == {
+        "frechet", "kid", "cmmd", "colour", "artefacts", "ssim_pairs", "lpips_nearest", "ms_ssim_pairs"}
+
+
 def test_a_weight_file_that_is_missing_damaged_or_another_is_refused_in_one_line(tmp_path, capsys):
     (tmp_path / "torn.pth").write_bytes(b"PK not weights")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
