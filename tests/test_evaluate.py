@@ -445,3 +445,15 @@ def test_the_resize_asked_for_reaches_the_network(monkeypatch):
     monkeypatch.setattr(evaluate, "load_features", lambda *given: asked.append(given) or {})
     evaluate.load_networks(types.SimpleNamespace(features="texture", lpips="random", resize="clean"), ["kid"], "cpu")
     assert asked == [("texture", "cpu", "clean")]
+
+
+def test_figures_of_resized_images_or_of_another_precision_are_not_comparable(tmp_path, monkeypatch):
+    real, fake, seen = draw(tmp_path / "real", 6, 1, size=80), draw(tmp_path / "fake", 6, 2, size=80), []
+    network = dict(name="means", standardise=False, published=True, function=lambda pixels: seen.append(
+        torch.is_autocast_enabled("cpu")) or pixels.float().mean((2, 3)))
+    monkeypatch.setattr(evaluate, "load_features", lambda *_: network)
+    for flags, comparable, lower in (([], True, False), (["--resolution", "64"], False, False),
+                                     (["--precision", "bf16"], False, True)):
+        settings = run(monkeypatch, real, fake, "--metrics", "kid", *flags)["settings"]
+        assert settings["comparable"]["features"] == comparable and set(seen) == {lower}
+        seen.clear()
