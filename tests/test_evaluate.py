@@ -457,3 +457,34 @@ def test_figures_of_resized_images_or_of_another_precision_are_not_comparable(tm
         settings = run(monkeypatch, real, fake, "--metrics", "kid", *flags)["settings"]
         assert settings["comparable"]["features"] == comparable and set(seen) == {lower}
         seen.clear()
+
+
+def test_doses_are_shares_of_the_real_images_and_gains_have_99_percent(monkeypatch):
+    r, sizes, args = np.random.RandomState(0), [], types.SimpleNamespace(seed=0, by=None)
+
+    def part(count):
+        labels = (np.arange(count) % 4 == 0)[:, None].astype(float)
+        return {"rows": [{"group": ""}] * count, "features": r.randn(count, 2) + labels * (0.5, 1), "targets": labels,
+                "small": torch.zeros(count, 1)}
+    train, test, fake = part(20), part(80), part(40)
+    monkeypatch.setattr(evaluate, "SEEDS", 1)   # a stand-in that looks at the second feature once images were added
+    monkeypatch.setattr(evaluate, "linear_probe", lambda x, _: sizes.append(len(x)) or (
+        lambda seen: seen[:, [int(len(x) > 20)]] - 1))
+    monkeypatch.setattr(evaluate, "small_cnn", lambda *_: lambda images: np.zeros((len(images), 1)))
+    monkeypatch.setattr(evaluate, "utility_parts", lambda *_: ([train, test, fake], ["ill"]))
+    row = evaluate.utility(None, None, None, None, args, "cpu")["rows"]["linear probe"][-1]
+    assert sizes == [20, 22, 25, 30, 40, 60]   # 0, 10, 25, 50, 100 and 200 %
+    weights, y = evaluate.resamples(test["rows"], args), test["targets"][:, 0] > 0
+    auroc, right = zip(*((evaluate.aurocs([s[y][:, None] > s[~y]], test["targets"], weights),
+                          ((weights[:, y] @ (s > 0)[y]) / weights[:, y].sum(1) + (weights[:, ~y] @ (s <= 0)[~y])
+                           / weights[:, ~y].sum(1)) / 2) for s in test["features"].T - 1))
+    for which, (before, after) in (("", auroc), ("balanced_", right)):
+        assert [row[which + end] for end in ("gain", "gain_low", "gain_high")] == pytest.approx(
+            [after[0] - before[0], *np.quantile((after - before)[1:], (0.005, 0.995))])
+    assert (row["auroc"], row["balanced_accuracy"]) == pytest.approx((auroc[1][0], right[1][0]))
+
+
+def test_a_rare_finding_weighs_as_much_as_a_common_one_in_the_network():
+    images = torch.randn(1, 3, 16, 16, generator=metrics.generator(0)).repeat(64, 1, 1, 1)   # that tell nothing
+    targets = (torch.arange(64) % 4 == 0).float()[:, None]
+    assert abs(evaluate.small_cnn(images, targets, 60, 0)(images[:1])).item() < 0.5
