@@ -488,3 +488,44 @@ def test_a_rare_finding_weighs_as_much_as_a_common_one_in_the_network():
     images = torch.randn(1, 3, 16, 16, generator=metrics.generator(0)).repeat(64, 1, 1, 1)   # that tell nothing
     targets = (torch.arange(64) % 4 == 0).float()[:, None]
     assert abs(evaluate.small_cnn(images, targets, 60, 0)(images[:1])).item() < 0.5
+
+
+def test_the_ranking_compares_sets_by_the_same_halves_of_the_real_one():
+    r = np.random.RandomState(0)
+    noise, other = r.randn(2, evaluate.HALVES)
+
+    def note(gap, spread):
+        entries = [{"path": "x", "n": 9, "copies": False, "metrics": {"kid": {"excess": excess}}, "halves": (0, steps)}
+                   for excess, steps in ((0, noise), (gap, noise + spread * other))]
+        return evaluate.compare(entries, ["kid"])[1][1][3]
+    assert note(0.5, 0.1) == "worse" and note(0.1, 0.1).startswith("noise")
+
+
+def test_the_last_columns_are_the_real_halves_and_as_many_generated_images(tmp_path, monkeypatch, capsys):
+    real = draw(tmp_path / "real", 12, 1)
+    dark = draw(tmp_path / "dark", 12, 2, change=lambda image: image.point(lambda value: value // 3))
+    found = run(monkeypatch, real, dark, "--metrics", "colour")["generated"][0]["metrics"]["colour"]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("colour"))
+    halves, same_size = map(float, row.split()[-2:])
+    assert halves == pytest.approx(found["real_vs_real"], rel=0.01) and same_size > 4 * halves
+
+
+@pytest.mark.parametrize("name, said", [("precision", "look like no real image"), ("coverage", "less variety")])
+def test_the_verdict_says_what_is_worse_than_chance_and_nothing_else(name, said):
+    figures = {key: {"excess": 1.0, "null": 1.0, "p_high": 0.01 if key in ("kid", name) else 0.5, "p_low": 0.5}
+               for key in ("kid", "precision", "coverage", "recall")}
+    found = evaluate.verdict({"metrics": figures, "copies": False, "memorisation": {"likely_copies": None}, "n": 60,
+                              "real_n": 60})
+    assert [text for text in ("look like no real image", "less variety") if text in found] == [said]
+
+
+def test_checkpoints_are_drawn_from_as_the_flags_have_it(tmp_path, monkeypatch):
+    import sample
+    torch.save({"format": 1, "args": {}, "ema": {}}, "step-00000005.pt")
+    asked = []
+    monkeypatch.setattr(sample, "main", lambda args: asked.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, draw(tmp_path / "real", 4, 1), "--checkpoint", "step-00000005.pt", "--guidance-scale", "3",
+            "--steps", "9", "--seed", "7", "--num-samples", "5", "--batch-size", "2")
+    a, = asked
+    assert (a.guidance_scale, a.steps, a.seed, a.num_images, a.batch_size, a.prompt) == (3.0, 9, 7, 5, 2, [""])
