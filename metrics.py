@@ -464,7 +464,7 @@ def list_images(data, image_column=None, caption_column=None, label_column=None,
     row; behind "coronal:" or "sagittal:" those of that plane. Where no group is known, slices get their file as one and
     DICOM files one that keeps a patient's together. Files that are not there, and those for which a package is missing,
     are told of and left out up to 5 %; more (but where `strict` is None), or any where it is True, end in fail(), as do a
-    wrong path, column, field. Where files were left out, a row's "lost" says how many.
+    wrong path, column, field. Where files were left out, a row's "lost" says (how many, of how many).
     """
     if not os.path.exists(data):
         fail(f"{data}: no such file or folder")
@@ -554,7 +554,8 @@ def read_csv(path, text, caption_column):
 
     It is safe where the caption is the last column, or where a space follows each of these commas, as in prose.
     """
-    text = re.sub(r"\A(?:sep=.\r?\n|\s*\n)+", "", text)   # Excel's first line, and blank ones
+    whole, text = text, re.sub(r"\A(?:sep=.\r?\n|\s*\n)+", "", text)   # without Excel's first line, and blank ones
+    above = whole.count("\n") - text.count("\n")
     first = text.split("\n", 1)[0]
     mark = max(",;\t", key=first.count)
     def cells_of(spaced):
@@ -575,9 +576,9 @@ def read_csv(path, text, caption_column):
             elif surplus > 0:
                 parts = [] if place is None else cells[place:place + surplus + 1]
                 if not parts or place < len(header) - 1 and not all(part.startswith(" ") for part in parts[1:]):
-                    fail(f"{path}: line {reader.line_num} has more cells than the header: quote texts with {mark!r}")
-                joined[reader.line_num] = mark.join(parts)
-                cells[place:place + surplus + 1] = [joined[reader.line_num]]
+                    fail(f"{path}: line {above + reader.line_num} has more cells than the header: quote texts with {mark!r}")
+                joined[above + reader.line_num] = mark.join(parts)
+                cells[place:place + surplus + 1] = [mark.join(parts)]
             rows.append(dict(itertools.zip_longest(header, cells, fillvalue="")))
     except csv.Error as error:
         fail(f"{path}: {error}")
@@ -711,11 +712,12 @@ def check_medical(data, rows, lost, strict):
         elif why:
             note(message)
     patients = {patient for _, _, patient in headers.values()} - {""}
-    if len(patients) == 1 and len(rows) > 1 and not any(row["group"] for row in rows):
+    if len(patients) == 1 and sum(bool(patient) for _, _, patient in headers.values()) > 1 and not any(
+            row["group"] for row in rows):
         note(f"{data}: all DICOM files have one patient's id, as anonymised ones do: taken for none; a table with a column "
              "patient_id says whose they are")
     for row in rows:
-        row |= {"lost": lost} if lost else {}
+        row |= {"lost": (lost, count_of_all)} if lost else {}
         patient = headers[row["path"]][2]
         if patient and len(patients) > 1 and not row["group"]:
             row["group"] = "patient-" + hashlib.blake2b(patient.encode(), digest_size=2).hexdigest()
@@ -769,15 +771,16 @@ def write_csv(path, header, rows):
 def split_rows(rows, val_share, test_share=0.0):
     """Set row["split"] to "train", "val" or "test" by a hash of the group, else of the file's content.
 
-    The split is the same on every machine, does not depend on order, and adding files moves none; generated images (column
-    synthetic) are all for training. Says so where no groups are known but file names look as if one patient had several.
+    The split is the same on every machine, does not depend on order, and adding files moves none; of a mix the
+    generated images (column synthetic) are all for training. Says so where no groups are known but file names look as if one patient had several.
     """
     series, content = collections.defaultdict(list), functools.lru_cache(None)(content_hash)
-    for row in rows:
+    made = [row.get("fields", {}).get("synthetic") == "1" for row in rows]
+    mix = not all(made)   # of filter.py: its generated images are never held out
+    for row, generated in zip(rows, made):
         key = content(row["path"]) if row.get("of_file") or not row["group"] else row["group"]
         u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-        made = row.get("fields", {}).get("synthetic") == "1"   # of filter.py's --mix: never held out
-        row["split"] = "train" if made else "test" if u < test_share else "val" if u < test_share + val_share else "train"
+        row["split"] = "train" if generated and mix else "test" if u < test_share else "val" if u < test_share + val_share else "train"
         stem = re.fullmatch(r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem)
         if stem and not row["group"]:
             series[stem[1]].append(row["file_name"])
@@ -906,8 +909,8 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
     good, bad = [n for n, error in enumerate(errors) if error is None], [error for error in errors if error is not None]
     for error in bad:
         note(f"skipped: {error}")
-    lost = max((row.get("lost", 0) for row in rows), default=0)
-    if bad and (strict or lost + len(bad) > BAD_SHARE * (lost + len(rows))):
+    lost, whole = max((row.get("lost", (0, 0)) for row in rows), default=(0, 0))   # rows may be a part of the set
+    if bad and (strict or max(len(bad) / len(rows), (lost + len(bad)) / max(whole, lost + len(rows))) > BAD_SHARE):
         fail(f"{len(bad)} of {len(rows)} images cannot be read" + f", besides {lost} left out before" * (lost > 0)
              + f", the first: {bad[0]}")
     if len(bad) > 1:

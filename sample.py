@@ -684,27 +684,32 @@ def deal(rows, total, balanced):
 def read_prompts(args, adapters):
     """The prompts to draw: [{"prompt", "label", "modality", "count"}], each distinct prompt once, in the order given;
     those of the adapters' runs where the flags name none."""
-    formats, counts = [prompt for prompt in args.prompt if args.labels_from or re.search(r"\{\w+\}", prompt)], {}
-    found = [(prompt, "", "") for prompt in args.prompt if prompt not in formats]
     table = (args.prompts or "").lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson"))
-    if formats and not (args.labels_from or table and len(formats) == 1):
-        fail(f"--prompt \"{formats[0]}\": is a format of captions; its fields are columns of --labels-from DATA or of one table of "
+    field = r"\{[^{}]+\}" if table else r"\{([lL]abels?|caption|[tT]ext)\}"   # other braces may be a caption's own
+    formats, counts = [prompt for prompt in args.prompt if args.labels_from or re.search(field, prompt)], {}
+    found = [(prompt, "", "") for prompt in args.prompt if prompt not in formats]
+    if formats and not (args.labels_from or table):
+        fail(f"--prompt \"{formats[0]}\": is a format of captions; its fields are columns of --labels-from DATA or of a table of "
              "--prompts, which is missing")
+    if len(formats) > 1:
+        fail(f"--prompts {args.prompts}: takes one --prompt with fields, the format of its captions")
     if args.labels_from:
         rows = list_images(args.labels_from, prompt=formats[0] if formats else None)
         if not formats and any(row["label"] for row in rows) and not any(row["caption"] for row in rows):
-            known = [about["prompt"] for _, about, _, _ in adapters if "{" in about.get("prompt", "")]
-            rows = list_images(args.labels_from, prompt=known[0]) if known else fail(
+            known = [about["prompt"] for _, about, _, _ in adapters if "{" in about.get("prompt", "")] or fail(
                 f"--labels-from {args.labels_from}: has labels and no captions: give --prompt \"… {{labels}}\"")
+            RANK or print(f"captions by the adapter's own --prompt \"{known[0]}\"")
+            rows = list_images(args.labels_from, prompt=known[0])
         for row in rows:
             row["caption"] = " ".join(row["caption"].split())
         found = [(row["caption"], row["label"], modality_of(row)) for row in rows]
         if args.counts:
             counts = deal(rows, args.num_images * len({row["caption"] for row in rows}), args.counts == "balanced")
     if table:
-        rows = [{"file_name": f"row {n}", "fields": fields} for n, fields in enumerate(read_table(args.prompts), 1)]
-        columns = {role: find_column(dict.fromkeys(name for row in rows for name in row["fields"]), role)
-                   for role in ("caption", "label")}
+        cells = read_table(args.prompts)
+        names = dict.fromkeys((name for row in cells for name in row), "")   # JSON's rows may lack some
+        rows = [{"file_name": f"row {n}", "fields": names | row} for n, row in enumerate(cells, 1)]
+        columns = {role: find_column(names, role) for role in ("caption", "label")}
         if not (columns["caption"] or formats):
             fail(f"--prompts {args.prompts}: has no column of captions: call one text, caption or prompt")
         for row in rows:

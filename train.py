@@ -84,7 +84,7 @@ def add_data_and_model(parser):
     model = parser.add_argument_group("model")
     model.add_argument("--base", help="tiny, sd15, sd21-base, sd21, sdxl, a Hub id or a folder (default: sd21-base; with "
                        "--refine, the adapter's)")
-    model.add_argument("--method", choices=["lora", "full", "dreambooth", "textual-inversion"], default="lora")
+    model.add_argument("--method", choices=["lora", "full", "dreambooth", "textual-inversion"], help="(default: lora)")
     model.add_argument("--rank", type=int, default=16, help="of the adapter's matrices")
     model.add_argument("--alpha", type=float, help="the adapter acts with alpha/rank (default: the rank)")
     model.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input; its draws alone depend on how "
@@ -173,6 +173,7 @@ def parse_args():
     except (UnicodeDecodeError, RecursionError):
         fail("an @file of flags is no text file, or names itself")
     check_given(args, [name for name, value in vars(args).items() if value != parser.get_default(name)])
+    args.method = args.method or "lora"
     if args.steps is None and args.epochs is None:
         args.steps = 300 if args.refine else 1000
     if args.lr is None:
@@ -199,12 +200,14 @@ def parse_args():
 
 
 def check_given(args, given):
-    """Flags that would be ignored; given: the names of those that were given."""
-    for needed, there, names in (("--method dreambooth", args.method == "dreambooth", "class_data prior_weight"),
+    """Flags that would be ignored; given: the names of those that were given. args.method: None where it was not, for
+    --method lora behind a recipe of dreambooth takes its class along."""
+    for needed, there, names in (("--method dreambooth", args.method in ("dreambooth", "lora"),
+                                  "class_data class_prompt prior_weight"),
                                  ("--method textual-inversion", args.method == "textual-inversion", "token init_word vectors"),
-                                 (f"--method lora or dreambooth, not {args.method}", args.method in ("lora", "dreambooth"),
+                                 (f"--method lora or dreambooth, not {args.method}", args.method in (None, "lora", "dreambooth"),
                                   "text_lora init_lora"),
-                                 ("--method lora", args.method == "lora", "text_encoder"),
+                                 ("--method lora", args.method in (None, "lora"), "text_encoder"),
                                  ("--text-encoder", args.text_encoder, "text_length"),
                                  ("--perceptual-weight", args.perceptual_weight, "perceptual"),
                                  ("--refine", args.refine, "selector ratings rounds candidates anchor real_mix")):
@@ -561,7 +564,7 @@ def read_latents(path):
 def preview(args):
     """--preview: say what the data are and what is odd about them, and write them as the model would see them."""
     listed, folder = list_data(args), Path(args.preview)
-    ours, target = ["file_name", "text", "label", "patient_id", "source"], folder / "metadata.csv"
+    ours, target = ["file_name", "text", "label", "patient_id", "source", "synthetic"], folder / "metadata.csv"
     if target.exists() and (target.samefile(args.data) or target.read_text(encoding="utf-8", errors="replace").split("\n")[
             0].strip() != ",".join(ours)):
         fail(f"--preview {folder}: there is another data set's metadata.csv; give another folder")
@@ -592,7 +595,7 @@ def preview(args):
     if RANK == 0:   # the variants of a picture without a patient stay together too: its name takes the patient's place
         write_csv(target, ours,
                   [[name, row["caption"], row["label"], row["group"] or row["file_name"] * (args.variants > 1),
-                    row["file_name"]] for (row, _, _), name in zip(jobs, names)])
+                    row["file_name"], row["fields"].get("synthetic", "")] for (row, _, _), name in zip(jobs, names)])
         images, most = len(jobs) // args.variants, max(1, 48 // args.variants)
         places = sorted({n * images // most * args.variants for n in range(most)})   # spread over the set
         shown = [job for place in places for job in jobs[place:place + args.variants]]
@@ -991,10 +994,12 @@ def save_checkpoint(state, args, data, best=False):
 
 def point(name, path):
     """Let `name` be the file `path`: a hard link, or a copy where the file system has none; replaced atomically."""
+    if name.exists() and name.samefile(path):   # of two hard links os.replace moves none
+        return
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(path, temporary)
+        os.link(os.path.realpath(path), temporary)
     except OSError:
         copy_file(path, name)
     else:
@@ -1629,7 +1634,8 @@ LICENCES = {"sd15": "creativeml-openrail-m", "sd21-base": "openrail++", "sd21": 
 
 def write_card(state, args, data, result):
     """README.md: a model card with the metadata that the Hub reads (base, licence, tags, prompt), data and limits."""
-    base, prompt = BASES.get(args.base, args.base), json.dumps(args.val_prompts[0], ensure_ascii=False)
+    base, caption = BASES.get(args.base, args.base), Counter(row["caption"] for row in data.rows).most_common(1)[0][0]
+    prompt = json.dumps(caption, ensure_ascii=False)
     tags = ["stable-diffusion", "diffusers", "text-to-image", "medical", "synthetic"] + ["lora"] * (args.method != "full")
     head = ["---", f"base_model: {base}"] * ("/" in base and not os.path.exists(base)) or ["---"]
     head += [f"license: {LICENCES.get(args.base, 'other')}", "library_name: diffusers", f"instance_prompt: {prompt}", "tags:"]
@@ -1643,7 +1649,7 @@ def write_card(state, args, data, result):
 {kind} for {args.base}, trained with medlora on {len(data.rows)} images of {patients} patients (SHA-256 of the set:
 `{data.made_of['the training data'][:16]}…`) at {args.resolution} px for {state.step} steps, captions such as {prompt}.{best}
 
-Use: `python sample.py --{'base' if args.method == 'full' else 'lora'} {result.name} --prompt {shlex.quote(args.val_prompts[0])}`
+Use: `python sample.py --{'base' if args.method == 'full' else 'lora'} {result.name} --prompt {shlex.quote(caption)}`
 
 **Intended use**: research, such as enlarging training sets, after an evaluation against held-out real images.
 **Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see evaluate.py's nearest

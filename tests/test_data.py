@@ -319,7 +319,7 @@ def test_a_preview_is_the_augmented_data_set_and_goes_on_where_it_stopped(plante
     rows = metrics.list_images(tmp_path / "out")
     assert len(rows) == 3 * 34 and Counter(row["fields"]["source"] for row in rows)["0.png"] == 3
     assert {row["label"] for row in rows} == {"rare", "common"} and all(row["caption"] and row["group"] for row in rows)
-    assert list(rows[0]["fields"]) == ["file_name", "text", "label", "patient_id", "source"]
+    assert list(rows[0]["fields"]) == ["file_name", "text", "label", "patient_id", "source", "synthetic"]
     sides = {}
     metrics.split_rows(rows, 0.3)
     for row in rows:

@@ -202,7 +202,7 @@ def test_a_few_missing_files_and_repeated_rows_are_left_out_and_said(tmp_path, c
     assert "1 of 4 rows repeat another" in said
 
 
-def test_missing_and_unreadable_files_count_together_and_the_doctor_hears_of_all(tmp_path, capsys):
+def test_missing_and_unreadable_files_count_together_and_the_doctor_hears_of_all(tmp_path, capsys, monkeypatch):
     pictures(tmp_path, *[f"{n:02}.png" for n in range(2, 40)])
     (tmp_path / "05.png").write_bytes(b"x")
     table = tmp_path / "metadata.csv"
@@ -210,9 +210,18 @@ def test_missing_and_unreadable_files_count_together_and_the_doctor_hears_of_all
     with pytest.raises(SystemExit):
         load_pixels(list_images(table), 16)
     assert "1 of 38 images cannot be read, besides 2 left out before" in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "BAD_SHARE", 3 / 40)
+    assert len(load_pixels(list_images(table)[:20], 16)[0]) == 19   # a part of the set: 1 of 20 is less, and so are 3 of 40
+    capsys.readouterr()
     table.write_text("file_name\n" + "".join(f"{n:02}.png\n" for n in range(80)))
     assert "42 of 80 files are not there" in refused(capsys, table)
     assert len(list_images(table, strict=None)) == 38
+
+
+def test_lines_before_a_header_are_skipped_and_counted(tmp_path, capsys):
+    pictures(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text("sep=;\n\nfile_name;text;more\na.png;x;y\na.png;x;y;z\n")
+    assert "line 5 has more cells" in refused(capsys, tmp_path)
 
 
 def test_rows_of_json_may_lack_a_field_and_fields_take_no_format(tmp_path, capsys):
@@ -229,6 +238,8 @@ def test_generated_images_of_a_mix_are_never_held_out(tmp_path):
     rows = list_images(tmp_path)
     split_rows(rows, 0.4, 0.3)
     assert {row["split"] for row in rows[1::2]} == {"train"} and {row["split"] for row in rows[::2]} == {"train", "val", "test"}
+    split_rows(rows[1::2], 0.4)   # alone they are a set like any other
+    assert {row["split"] for row in rows[1::2]} == {"train", "val"}
 
 
 
@@ -247,6 +258,10 @@ def test_dicoms_of_a_patient_share_a_group_that_does_not_name_it(tmp_path, capsy
     groups = [row["group"] for row in rows]
     assert groups[0] == groups[1] != groups[2] and groups[3] == "" and all(len(group) <= 12 for group in groups)
     assert "oe" not in str(rows) + "".join(capsys.readouterr())
+    for n in (0, 1, 3):
+        Image.new("L", (8, 8)).save(tmp_path / f"{n}.png")
+    list_images(tmp_path)
+    assert not capsys.readouterr().err
     (tmp_path / "2").unlink()  # one id for all says nothing: the files are anonymised
     rows, said = listed(capsys, tmp_path)
     assert {row["group"] for row in rows} == {""} and "one patient's id, as anonymised ones do" in said and "oe" not in said

@@ -455,6 +455,10 @@ def test_a_prompt_with_fields_is_a_format_of_the_captions_of_a_table(base, image
     assert sorted((row["prompt"], row["modality"], row["label"]) for row in rows) == [
         ("CT: an organ", "CT", "y"), ("Fundus: a disc", "Fundus", "x"), ("plain", "", "")]
     assert "which is missing" in refused(sample, *flags, "--prompt", "a {label} foot", "--out", tmp_path / "b")
+    assert "takes one" in refused(sample, *flags, "--prompts", tmp_path / "p.csv", "--prompt", "{Text}", "--prompt", "{label}",
+                                  "--out", tmp_path / "b")
+    run(sample, *flags, "--prompt", "film {ap} view", "--out", tmp_path / "c")   # a caption's own braces
+    assert read_table(tmp_path / "c" / "manifest.csv")[0]["prompt"] == "film {ap} view"
     assert "has labels and no captions" in refused(sample, *flags, "--labels-from", images, "--out", tmp_path / "b")
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     own = adapter(tmp_path / "own.safetensors", {f"{layer}.lora_A.weight": torch.ones(1, 32), f"{layer}.lora_B.weight":

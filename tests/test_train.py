@@ -953,9 +953,13 @@ def test_a_run_taken_back_to_an_older_checkpoint_and_killed_goes_on_from_there(f
     flags += ["--keep-last", 0]
     run(train, *flags, "--out", tmp_path)
     whole, log = results(tmp_path), log_of(tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train, "fit", lambda *_: 1 / 0)
-        run(train, *flags, "--out", tmp_path, "--resume", tmp_path / "checkpoints" / "step-00000005.pt")
+    (tmp_path / "link.pt").symlink_to("checkpoints/step-00000005.pt")
+    for resume in (tmp_path / "checkpoints" / "step-00000012.pt", tmp_path / "link.pt"):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(train, "fit", lambda *_: 1 / 0)
+            patch.setattr(train, "finished", lambda out: None)
+            run(train, *flags, "--out", tmp_path, "--resume", resume)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
     run(train, *flags, "--out", tmp_path)
     assert results(tmp_path) == whole and [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log]
 
@@ -980,6 +984,12 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     assert "not for diagnosis" in card.text
 
 
+def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
+    (tmp_path / "recipe.txt").write_text("--method dreambooth\n--class-prompt a foot\n")
+    run(train, f"@{tmp_path / 'recipe.txt'}", *flags, "--steps", 1, "--method", "lora", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["args"]["method"] == "lora"
+
+
 @pytest.mark.parametrize("change, said", [
     (["--method", "dreambooth"], "--class-prompt"),
     (["--method", "textual-inversion"], "--prompt with the new word"),
@@ -989,7 +999,7 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
     (["--select-by", "fid"], "needs 50 validation images"),
     (["--perceptual-weight", "0.1", "--perceptual", "vgg"], "vgg16-397923af.pth"),
-    (["--prior-weight", "2"], "goes with --method dreambooth"),
+    (["--class-prompt", "a foot"], "goes with --method dreambooth"),
     (["--patience", "2", "--val-split", "0"], "--patience counts validations"),
     (["--anchor", "0.2"], "goes with --refine"),
     (["--method", "dreambooth", "--class-prompt", "a foot", "--text-encoder", "x"], "goes with --method lora"),
