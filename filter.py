@@ -795,8 +795,8 @@ def fit(args):
     lines += [f"alignment, {name} cases: AUROC {value:.2f}" for name, value in measured["alignment"].items()]
     few = ": few; do the ratings mark disease, or were other kinds rated?" if known and passing < 0.8 else ""
     lines += [f"{passing:.0%} of the real images pass{few}"] if known else []
-    print(*lines, "next: " + command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out, "--out", "runs/kept"),
-          sep="\n")
+    print(*lines, "next: " + command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out, "--out",
+                                     "runs/kept"), sep="\n")
 
 
 def units(features):

@@ -424,8 +424,8 @@ def open_volume(path):
     if volume.ndim < 2 or not size:
         raise BadImage(path, f"has shape {volume.shape}")
     if size > 2 * MAX_PIXELS:
-        raise BadImage(path, f"has {size / 1e6:.0f} million voxels, more than {2 * MAX_PIXELS / 1e6:.0f} million: cut it, or save "
-                       "its slices as images")
+        raise BadImage(path, f"has {size / 1e6:.0f} million voxels, more than {2 * MAX_PIXELS / 1e6:.0f} million: cut it, or "
+                       "save its slices as images")
     return volume.slicer[(*np.s_[:, :, :], *[0] * (volume.ndim - 3))] if volume.ndim > 3 else volume
 
 
@@ -771,16 +771,19 @@ def write_csv(path, header, rows):
 def split_rows(rows, val_share, test_share=0.0):
     """Set row["split"] to "train", "val" or "test" by a hash of the group, else of the file's content.
 
-    The split is the same on every machine, does not depend on order, and adding files moves none; of a mix the
-    generated images (column synthetic) are all for training. Says so where no groups are known but file names look as if one patient had several.
+    The split is the same on every machine, does not depend on order, and adding files moves none; of a mix the generated
+    images (column synthetic) are all for training. Says so where no groups are known but file names look as if one patient
+    had several.
     """
     series, content = collections.defaultdict(list), functools.lru_cache(None)(content_hash)
-    made = [row.get("fields", {}).get("synthetic") == "1" for row in rows]
-    mix = not all(made)   # of filter.py: its generated images are never held out
+    made = [row.get("fields", {}).get("synthetic") == "1" for row in rows]   # column of filter.py's metadata.csv
+    mix = not all(made)
     for row, generated in zip(rows, made):
         key = content(row["path"]) if row.get("of_file") or not row["group"] else row["group"]
         u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-        row["split"] = "train" if generated and mix else "test" if u < test_share else "val" if u < test_share + val_share else "train"
+        row["split"] = "test" if u < test_share else "val" if u < test_share + val_share else "train"
+        if generated and mix:
+            row["split"] = "train"
         stem = re.fullmatch(r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem)
         if stem and not row["group"]:
             series[stem[1]].append(row["file_name"])
@@ -1848,7 +1851,8 @@ def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim
     if alpha:
         reference["thresholds"] = label_thresholds(own, rows, alpha)
         said.append(f"calibrated on {len(rows)} real images by {', '.join(own)}: about {1 - alpha:.0%} of unseen real "
-                    "ones would pass" + "".join(f"; label \"{label}\" has a threshold of its own" for label in reference["thresholds"] if label))
+                    "ones would pass" + "".join(f"; label \"{label}\" has a threshold of its own"
+                                                for label in reference["thresholds"] if label))
     return reference | dict(own=own, said=said)
 
 
@@ -2068,8 +2072,8 @@ STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1
 --two:#c2410c;--three:#15803d;--four:#7e22ce}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#343b43;--paper:#0e1116;--mark:#6cb0ff;
 --two:#fb923c;--three:#4ade80;--four:#c084fc}}
-*{box-sizing:border-box}body{overflow-wrap:anywhere;margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,sans-serif;
-color:var(--ink);background:var(--paper)}h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
+*{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,sans-serif;
+overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}

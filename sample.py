@@ -689,8 +689,8 @@ def read_prompts(args, adapters):
     formats, counts = [prompt for prompt in args.prompt if args.labels_from or re.search(field, prompt)], {}
     found = [(prompt, "", "") for prompt in args.prompt if prompt not in formats]
     if formats and not (args.labels_from or table):
-        fail(f"--prompt \"{formats[0]}\": is a format of captions; its fields are columns of --labels-from DATA or of a table of "
-             "--prompts, which is missing")
+        fail(f"--prompt \"{formats[0]}\": is a format of captions; its fields are columns of --labels-from DATA or of a table "
+             "of --prompts, which is missing")
     if len(formats) > 1:
         fail(f"--prompts {args.prompts}: takes one --prompt with fields, the format of its captions")
     if args.labels_from:

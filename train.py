@@ -205,8 +205,8 @@ def check_given(args, given):
     for needed, there, names in (("--method dreambooth", args.method in ("dreambooth", "lora"),
                                   "class_data class_prompt prior_weight"),
                                  ("--method textual-inversion", args.method == "textual-inversion", "token init_word vectors"),
-                                 (f"--method lora or dreambooth, not {args.method}", args.method in (None, "lora", "dreambooth"),
-                                  "text_lora init_lora"),
+                                 (f"--method lora or dreambooth, not {args.method}",
+                                  args.method in (None, "lora", "dreambooth"), "text_lora init_lora"),
                                  ("--method lora", args.method in (None, "lora"), "text_encoder"),
                                  ("--text-encoder", args.text_encoder, "text_length"),
                                  ("--perceptual-weight", args.perceptual_weight, "perceptual"),
@@ -898,7 +898,7 @@ class State:
     best: dict = field(default_factory=lambda: {"step": 0, "val_loss": math.inf})
     history: list = field(default_factory=list)   # of validations: {"step", "val_loss"}
     bad_steps: int = 0                            # steps with NaN, in a row
-    gain: torch.Tensor = None                     # kto: how much less the error of the last step was than the reference's, mean
+    gain: torch.Tensor = None                     # kto: the reference's error less the network's, mean of the last step
     reference: dict = None                        # the weights before --refine, which are no part of a checkpoint
 
 
@@ -1146,7 +1146,8 @@ class Log:
         if RANK > 0:
             return
         with open(self.path, "ab") as file:
-            file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", "".join(json.dumps(entry) + "\n" for entry in entries)).encode())
+            lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+            file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", lines).encode())   # which are no JSON
         for entry in entries:
             for name, value in entry.items() if self.board else ():
                 self.board.add_scalar(name, value, entry["step"])
@@ -1640,7 +1641,8 @@ def write_card(state, args, data, result):
     head = ["---", f"base_model: {base}"] * ("/" in base and not os.path.exists(base)) or ["---"]
     head += [f"license: {LICENCES.get(args.base, 'other')}", "library_name: diffusers", f"instance_prompt: {prompt}", "tags:"]
     head += [f"- {tag}" for tag in tags] + ["---"]
-    best = f" Best validation loss {state.best['val_loss']:.4f}, at step {state.best['step']}." if "val_loss" in state.best else ""
+    seen = "val_loss" in state.best
+    best = f" Best validation loss {state.best['val_loss']:.4f}, at step {state.best['step']}." if seen else ""
     kind = {"full": "A whole UNet", "textual-inversion": "A new word"}.get(args.method, "An adapter")
     patients = len({row["group"] for row in data.rows} - {""}) or "unknown"
     text = f"""
@@ -1819,8 +1821,8 @@ def leave(state, args, data, compared):
             print(f"{row[0]:26}" + "".join(f"{cell:>15}" for cell in row[1:]))
         print(said_of(compared, state))
     print(f"done: {result}; look at {args.out}/report.html\nnext: " + command(
-        "sample.py", "--base" if args.method == "full" else "--lora", result, "--prompt", args.val_prompts[0], "--num-images", 50,
-        "--grid"))
+        "sample.py", "--base" if args.method == "full" else "--lora", result, "--prompt", args.val_prompts[0], "--num-images",
+        50, "--grid"))
 
 
 def main(args):
