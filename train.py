@@ -1138,9 +1138,12 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=step + 1)
         if args.wandb:
-            self.run = need("wandb", "--wandb").init(project="medlora", name=Path(args.out).name, dir=args.out,
-                                                     config=vars(args), resume="allow",
-                                                     id=hashlib.sha256(os.path.abspath(args.out).encode()).hexdigest()[:16])
+            wandb, number = need("wandb", "--wandb"), hashlib.sha256(os.path.abspath(args.out).encode()).hexdigest()[:16]
+            try:
+                self.run = wandb.init(project="medlora", name=Path(args.out).name, dir=args.out, config=vars(args),
+                                      resume="allow", id=number)
+            except wandb.Error as why:   # such as no login
+                fail(f"--wandb: {why} (or WANDB_MODE=offline)")
 
     def __call__(self, *entries):
         if RANK > 0:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,6 +316,13 @@ def test_tensorboard_gets_what_the_log_gets(flags, tmp_path, run):
     assert [e.step for e in board.Scalars("loss")] == list(range(1, 13))
     assert [e.value for e in board.Scalars("lr")] == pytest.approx([line["lr"] for line in log_of(tmp_path)])
     assert board.Images("samples")
+
+
+def test_what_weights_and_biases_refuses_is_one_line(flags, tmp_path, refused, monkeypatch):
+    def init(**_):
+        raise ConnectionError("No API key")
+    monkeypatch.setattr(train, "need", lambda *_: SimpleNamespace(Error=ConnectionError, init=init))
+    assert "--wandb: No API key" in refused(train, *flags, "--wandb", "--out", tmp_path)
 
 
 def test_accumulation_equals_the_larger_batch(flags, tmp_path, run):
