@@ -522,7 +522,8 @@ def list_folder(folder):
 
 
 def read_table(path, caption_column=None):
-    """The rows of a CSV or JSONL file as dicts of strings. Commas that should have been quoted are the caption's."""
+    """The rows of a CSV or JSONL file as dicts of strings, all with the same keys. Commas that should have been quoted are
+    the caption's."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -538,7 +539,9 @@ def read_table(path, caption_column=None):
             fail(f"{path}: every line must be one JSON object")
     else:
         rows = read_csv(path, text, caption_column)
-    return [{str(key).strip(): cell_text(cell) for key, cell in row.items()} for row in rows]
+    rows = [{str(key).strip(): cell_text(cell) for key, cell in row.items()} for row in rows]
+    names = dict.fromkeys((name for row in rows for name in row), "")   # JSON's rows may lack some
+    return [names | row for row in rows]
 
 
 def cell_text(cell):
@@ -603,11 +606,10 @@ def list_table(table, flags, strict):
     cells = read_table(table, flags["caption"])
     if not cells:
         fail(f"{table}: has no rows")
-    names = list(dict.fromkeys(name for row in cells for name in row))
+    names = list(cells[0])
     for role, wanted in flags.items():
         if wanted is not None and wanted not in names:
             fail(f"--{role}-column {wanted}: {table} has the columns {', '.join(names)}")
-    cells = [dict.fromkeys(names, "") | row for row in cells]   # JSON's rows may lack some
     columns = {role: wanted or find_column(names, role) for role, wanted in flags.items()}
     if columns["image"] is None:
         fail(f"{table}: no column of file names among {', '.join(names)}: name it with --image-column")
@@ -2014,7 +2016,7 @@ def read_ratings(paths):
         if not os.path.isfile(path):
             fail(f"{path}: no such file")
         rows = read_table(path)
-        if not rows or not {"image_path", "rating"} <= set(rows[0]):
+        if not rows or not all(row.get("image_path") and "rating" in row for row in rows):
             fail(f"{path}: a ratings file has rows and at least the columns image_path and rating")
         for name, sort in (("rating", r"[123](\.0*)?"), ("expert_level", r"([1-9]\d*(\.\d*)?)?")):
             wrong = [str(n) for n, row in enumerate(rows, 2) if not re.fullmatch(sort, row.get(name, ""))]

@@ -706,10 +706,8 @@ def read_prompts(args, adapters):
         if args.counts:
             counts = deal(rows, args.num_images * len({row["caption"] for row in rows}), args.counts == "balanced")
     if table:
-        cells = read_table(args.prompts)
-        names = dict.fromkeys((name for row in cells for name in row), "")   # JSON's rows may lack some
-        rows = [{"file_name": f"row {n}", "fields": names | row} for n, row in enumerate(cells, 1)]
-        columns = {role: find_column(names, role) for role in ("caption", "label")}
+        rows = [{"file_name": f"row {n}", "fields": fields} for n, fields in enumerate(read_table(args.prompts), 1)]
+        columns = {role: find_column(rows[0]["fields"] if rows else (), role) for role in ("caption", "label")}
         if not (columns["caption"] or formats):
             fail(f"--prompts {args.prompts}: has no column of captions: call one text, caption or prompt")
         for row in rows:

@@ -677,6 +677,13 @@ def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused, run):
     assert metrics.load_selector(tmp_path / "s")["spec"]["cv"]["spearman"] is None and b"NaN" not in (tmp_path / "s").read_bytes()
 
 
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_rating_without_a_picture_is_refused_in_whatever_row(whole, tmp_path, run, refused):
+    lines = ['{"rating": "3"}', '{"image_path": "a.png", "rating": "1"}']
+    (tmp_path / "r.jsonl").write_text("\n".join([lines[whole], lines[1 - whole]]) + "\n")
+    assert "at least the columns image_path and rating" in refused(filter_script, "--fit", tmp_path / "r.jsonl")
+
+
 def test_several_experts_of_one_image_weigh_by_their_level(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     for name, rating, level in (("anna", 3, 3), ("ben", 1, 1)):
