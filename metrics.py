@@ -12,6 +12,7 @@ numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
     the quality head       quality_features, apply_selector, load_selector
     the page               page, table, thumbnail, curve
 """
+import argparse
 import base64
 import collections
 import contextlib
@@ -25,6 +26,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -43,13 +45,92 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage, special
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- errors, files, seeds, devices
+# ---------------------------------------------------------------- errors, flags, files, seeds, devices
 
 
 def fail(message):
-    """Say what is wrong in one line and stop: exit status 2."""
+    """Print what is wrong in one line on stderr and end with exit status 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is written, and every default that says something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, "", []) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Flags(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and which reads flags from @file.
+
+    In an @file each line is a flag with its value; blank lines and lines that start with # are skipped.
+    """
+
+    def __init__(self, description, **settings):
+        super().__init__(
+            description=description,
+            formatter_class=HelpFormatter,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+            **settings,
+        )
+
+    def convert_arg_line_to_args(self, line):
+        line = line.strip("\ufeff \t")
+        if not line or line.startswith("#"):
+            return []
+        return [re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
+
+    def parse_args(self, args=None, namespace=None):
+        try:
+            return super().parse_args(args, namespace)
+        except (UnicodeDecodeError, RecursionError):
+            fail("an @file of flags is not a text file, or names itself")
+
+    def error(self, message):
+        fail(message)
+
+
+def number(low, high):
+    """An argument type: a number from `low` to `high`, a whole one where both bounds are whole numbers."""
+    whole = isinstance(low, int) and isinstance(high, int)
+
+    def convert(text):
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # NaN fails this as well
+            kind = "whole number" if whole else "number"
+            raise argparse.ArgumentTypeError(f"{text}: give a {kind} from {low:g} to {high:g}")
+        return value
+
+    return convert
+
+
+def data_set(text):
+    """An argument type: the path of a folder of images or of a table."""
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
+    return text
+
+
+def existing_file(text):
+    """An argument type: the path of a file."""
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return text
+
+
+def add_common_flags(group):
+    """--device, --precision and --seed, which mean the same in every script."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    precisions = ["auto", "fp32", "bf16", "fp16"]
+    group.add_argument("--precision", choices=precisions, default="auto", help="of the networks")
+    group.add_argument("--seed", type=number(0, 2**63 - 1), default=0, help="of every random draw")
 
 
 @contextlib.contextmanager
