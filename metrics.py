@@ -12,6 +12,7 @@ numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
     the quality head       quality_features, apply_selector, load_selector
     the page               page, table, thumbnail, curve
 """
+
 import argparse
 import base64
 import collections
@@ -36,13 +37,14 @@ import string
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage, special
+from scipy import ndimage
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- errors, flags, files, seeds, devices
@@ -148,7 +150,9 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        wrapped = isinstance(error, RuntimeError) and isinstance(error.__context__, OSError)   # torch.save: a full disk
+        wrapped = isinstance(error, RuntimeError) and isinstance(
+            error.__context__, OSError
+        )  # torch.save: a full disk
         cause = error.__context__ if wrapped else error
         if isinstance(cause, OSError) and cause.filename is None:
             cause.filename = str(path)
@@ -183,11 +187,17 @@ def generator(seed, *key):
 
 def command(script, *words):
     """A command to type next: `script` of ours, called from the folder that this one was called from."""
-    return shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), script), *map(str, words)])
+    return shlex.join(
+        ["python", os.path.join(os.path.dirname(sys.argv[0]), script), *map(str, words)]
+    )
 
 
-def guarded(main, args):
-    """Run main(args); what a user, a disk or a signal did ends in one line, what a bug did in a traceback."""
+def run_script(main, parse_args):
+    """Run main(parse_args()); what a user, a disk or a signal did ends in one line, what a bug did in a traceback."""
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(
+        errors="replace"
+    )  # never fail on an unprintable character
+    args = parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -225,18 +235,57 @@ def pick_device(name):
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
 TOO_LARGE = "has more than 178 megapixels"
-FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # never EPS: it runs ghostscript
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "JPEG2000",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+)  # never EPS: it runs ghostscript
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm",
-                  ".dcm", ".dicom", *VOLUME_SUFFIXES)
-NEEDS = {"pydicom": "DICOM files need pydicom: pip install pydicom",
-         "nibabel": "NIfTI and .mgz files need nibabel: pip install nibabel"}
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jp2",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".ppm",
+    ".pgm",
+    ".dcm",
+    ".dicom",
+    *VOLUME_SUFFIXES,
+)
+NEEDS = {
+    "pydicom": "DICOM files need pydicom: pip install pydicom",
+    "nibabel": "NIfTI and .mgz files need nibabel: pip install nibabel",
+}
 CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "mediastinum": (50, 350), "brain": (40, 80), "stroke": (35, 30),
-           "subdural": (75, 215), "bone": (400, 1800), "liver": (60, 160), "angio": (300, 600)}  # Hounsfield units
+WINDOWS = {
+    "lung": (-600, 1500),
+    "soft": (40, 400),
+    "mediastinum": (50, 350),
+    "brain": (40, 80),
+    "stroke": (35, 30),
+    "subdural": (75, 215),
+    "bone": (400, 1800),
+    "liver": (60, 160),
+    "angio": (300, 600),
+}  # Hounsfield units
 JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
-for quiet in ("PIL", "pydicom", "nibabel"):  # they tell of every oddity; pydicom quotes the header, names included
+for quiet in (
+    "PIL",
+    "pydicom",
+    "nibabel",
+):  # they tell of every oddity; pydicom quotes the header, names included
     warnings.filterwarnings("ignore", module=quiet)
 
 
@@ -285,25 +334,42 @@ def read_upright(path, slice=None, window=None, value_range=None, allow_burned_i
         raise BadImage(path, "is not an image") from None
     except Image.DecompressionBombError:
         raise BadImage(path, TOO_LARGE) from None
-    except Exception as error:  # decoders raise nearly anything on damaged files, pydicom's quoting the header
-        why = getattr(error, "strerror", None) or f"is damaged ({raster and str(error) or type(error).__name__})"
+    except (
+        Exception
+    ) as error:  # decoders raise nearly anything on damaged files, pydicom's quoting the header
+        why = (
+            getattr(error, "strerror", None)
+            or f"is damaged ({raster and str(error) or type(error).__name__})"
+        )
         raise BadImage(path, " ".join(why.split())) from None
 
 
 def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like; the first frame of several; transparency on black."""
-    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:  # by name Pillow maps some TIFFs askew
-        if image.format == "PNG":  # Pillow decodes pixels whose checksum is wrong; verify() is where it looks
+    with (
+        open(path, "rb") as file,
+        Image.open(file, formats=FORMATS) as image,
+    ):  # by name Pillow maps some TIFFs askew
+        if (
+            image.format == "PNG"
+        ):  # Pillow decodes pixels whose checksum is wrong; verify() is where it looks
             with Image.open(path, formats=("PNG",)) as twin:
                 twin.verify()
         ImageOps.exif_transpose(image, in_place=True)
         if is_deep(image):  # convert would clip these at 255
-            values, inverted = np.asarray(image).astype(np.float64), image.format == "TIFF" and image.tag_v2.get(262) == 0
+            values, inverted = (
+                np.asarray(image).astype(np.float64),
+                image.format == "TIFF" and image.tag_v2.get(262) == 0,
+            )
             grey = grey_image(values, *(value_range or percentile_range(values, 0, 100)))
-            return ImageOps.invert(grey) if inverted else grey  # Pillow inverts those of 8 bits itself
+            return (
+                ImageOps.invert(grey) if inverted else grey
+            )  # Pillow inverts those of 8 bits itself
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+            return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert(
+                "RGB"
+            )
         return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
@@ -334,7 +400,9 @@ def pick_window(window):
     except ValueError:
         width = 0
     if not width > 0:
-        fail(f"--window {window}: give centre,width in the files' units, such as 40,400, or {', '.join(WINDOWS)}")
+        fail(
+            f"--window {window}: give centre,width in the files' units, such as 40,400, or {', '.join(WINDOWS)}"
+        )
     return centre, width
 
 
@@ -351,7 +419,10 @@ def looks_like_dicom(path):
     """True for a DICOM file by its content, with or without the 128-byte preamble."""
     with open(path, "rb") as file:
         head = file.read(132)
-    return head[128:] == b"DICM" or head[:4] in (b"\2\0\0\0", *(bytes((8, 0, tag, 0)) for tag in (0, 5, 8, 0x16, 0x18)))
+    return head[128:] == b"DICM" or head[:4] in (
+        b"\2\0\0\0",
+        *(bytes((8, 0, tag, 0)) for tag in (0, 5, 8, 0x16, 0x18)),
+    )
 
 
 def pick_slice(path, wanted, count):
@@ -366,11 +437,16 @@ def open_dicom(path, **how):
     if importlib.util.find_spec("pydicom") is None:
         raise BadImage(path, NEEDS["pydicom"])
     import pydicom
+
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     data = pydicom.dcmread(path, force=True, **how)
-    if "TransferSyntaxUID" not in data.file_meta:  # no preamble: implicit or explicit, little endian
-        data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (".1" if not data.original_encoding[0] else "")
+    if (
+        "TransferSyntaxUID" not in data.file_meta
+    ):  # no preamble: implicit or explicit, little endian
+        data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (
+            ".1" if not data.original_encoding[0] else ""
+        )
     return data
 
 
@@ -382,30 +458,48 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
     if data.Rows * data.Columns > MAX_PIXELS:
         raise BadImage(path, TOO_LARGE)
     if str(data.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
-        raise BadImage(path, "says that text is burnt in, maybe a name: refused without --allow-burned-in")
+        raise BadImage(
+            path, "says that text is burnt in, maybe a name: refused without --allow-burned-in"
+        )
     count = int(data.get("NumberOfFrames") or 1)
     values, padding = dicom_frame(path, data, pick_slice(path, split_slice(slice)[1], count))
     if values.ndim == 3:
-        bits = 8 * values.itemsize if "PALETTE" in data.PhotometricInterpretation else data.BitsStored
+        bits = (
+            8 * values.itemsize if "PALETTE" in data.PhotometricInterpretation else data.BitsStored
+        )
         image = Image.fromarray((values >> max(bits - 8, 0)).astype(np.uint8))
     else:
         if window in WINDOWS and data.get("Modality", "CT") != "CT":
             window = None
-        elif window and data.get("Modality") == "CT" and not (
-                "ModalityLUTSequence" in data or "RescaleSlope" in data and "RescaleIntercept" in data):
-            raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units for a --window")
+        elif (
+            window
+            and data.get("Modality") == "CT"
+            and not (
+                "ModalityLUTSequence" in data
+                or "RescaleSlope" in data
+                and "RescaleIntercept" in data
+            )
+        ):
+            raise BadImage(
+                path,
+                "is a CT without RescaleSlope: its values are no Hounsfield units for a --window",
+            )
         own = window or value_range or own_window(data) or data.get("VOILUTSequence")
         if count > 1 and not own:
             value_range = frames_range(path, os.path.getmtime(path))
         image = dicom_grey(data, values, padding, pick_window(window), value_range)
-    spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing") or data.get("PixelAspectRatio")
+    spacing = (
+        data.get("PixelSpacing") or data.get("ImagerPixelSpacing") or data.get("PixelAspectRatio")
+    )
     return square_pixels(image, *spacing) if np.size(spacing) == 2 else image
 
 
 def own_window(data):
     """(centre, width) of a DICOM file's first window, None where it has none, or one that is too narrow for its function."""
     found = [data.get(name) for name in ("WindowCenter", "WindowWidth")]
-    centre, width = (np.ravel([] if value is None else value)[:1].astype(float).tolist() for value in found)
+    centre, width = (
+        np.ravel([] if value is None else value)[:1].astype(float).tolist() for value in found
+    )
     steps = "PixelData" in data and data.get("VOILUTFunction") not in ("LINEAR_EXACT", "SIGMOID")
     return (*centre, *width) if centre and width and width[0] >= (1 if steps else 1e-9) else None
 
@@ -413,10 +507,20 @@ def own_window(data):
 def dicom_frame(path, data, frame):
     """One frame: (rescaled (H, W) values, True where the scanner wrote nothing), or (colours (H, W, 3), None)."""
     from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
-    for groups, index in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
-        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence", "PixelMeasuresSequence"):
+
+    for groups, index in (
+        ("SharedFunctionalGroupsSequence", 0),
+        ("PerFrameFunctionalGroupsSequence", frame),
+    ):
+        for name in (
+            "PixelValueTransformationSequence",
+            "FrameVOILUTSequence",
+            "PixelMeasuresSequence",
+        ):
             if len(data.get(groups) or ()) > index and data[groups][index].get(name):
-                data.update(data[groups][index][name][0])  # enhanced objects keep these tags per frame
+                data.update(
+                    data[groups][index][name][0]
+                )  # enhanced objects keep these tags per frame
     for name in ("RescaleSlope", "RescaleIntercept"):
         if name in data and data[name].is_empty:
             del data[name]  # blanked by who took the names out
@@ -434,7 +538,9 @@ def dicom_frame(path, data, frame):
         return values, None
     first, ends = data.get("PixelPaddingValue"), (1, 0)
     if first is not None:  # as unsigned numbers, often, of signed pixels
-        ends = sorted(np.array([first, data.get("PixelPaddingRangeLimit", first)]).astype(values.dtype))
+        ends = sorted(
+            np.array([first, data.get("PixelPaddingRangeLimit", first)]).astype(values.dtype)
+        )
     return apply_rescale(values, data), (values >= ends[0]) & (values <= ends[1])
 
 
@@ -443,8 +549,13 @@ def frames_range(path, modified):
     """Percentiles over at most 16 frames of a DICOM file without a window; `modified` is its time, for the cache."""
     data = open_dicom(path)
     count, step = int(data.NumberOfFrames), 1 + 16 * data.Rows * data.Columns // 2**23
-    frames = [dicom_frame(path, data, n) for n in np.linspace(0, count - 1, min(count, 16)).astype(int).tolist()]
-    return percentile_range(np.concatenate([values[~padding][::step] for values, padding in frames]), 0.5, 99.5)
+    frames = [
+        dicom_frame(path, data, n)
+        for n in np.linspace(0, count - 1, min(count, 16)).astype(int).tolist()
+    ]
+    return percentile_range(
+        np.concatenate([values[~padding][::step] for values, padding in frames]), 0.5, 99.5
+    )
 
 
 def dicom_grey(data, values, padding, window, value_range):
@@ -483,14 +594,16 @@ def read_volume(path, slice, window, value_range):
         centre, width = pick_window(window)
         value_range = centre - width / 2, centre + width / 2
     column_spacing, row_spacing = (zooms[n] for n in range(3) if n != axis)
-    return square_pixels(grey_image(np.rot90(chosen), *(value_range or ends)), row_spacing, column_spacing)
+    return square_pixels(
+        grey_image(np.rot90(chosen), *(value_range or ends)), row_spacing, column_spacing
+    )
 
 
 def split_slice(wanted):
     """(axis, number) of a slice: 12, "coronal:12" or "coronal"; the number may be None, for the middle one."""
     words = "" if wanted is None else str(wanted)
     name = next((name for name in AXES if words.startswith(name)), "")
-    number = words[len(name):].lstrip(":")
+    number = words[len(name) :].lstrip(":")
     return AXES[name or "axial"], int(number) if number else None
 
 
@@ -499,14 +612,18 @@ def open_volume(path):
     if importlib.util.find_spec("nibabel") is None:
         raise BadImage(path, NEEDS["nibabel"])
     import nibabel
+
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     volume = nibabel.load(path)
     size = np.prod(volume.shape[:3], dtype=float)
     if volume.ndim < 2 or not size:
         raise BadImage(path, f"has shape {volume.shape}")
     if size > 2 * MAX_PIXELS:
-        raise BadImage(path, f"has {size / 1e6:.0f} million voxels, more than {2 * MAX_PIXELS / 1e6:.0f} million: cut it, or "
-                       "save its slices as images")
+        raise BadImage(
+            path,
+            f"has {size / 1e6:.0f} million voxels, more than {2 * MAX_PIXELS / 1e6:.0f} million: cut it, or "
+            "save its slices as images",
+        )
     return volume.slicer[(*np.s_[:, :, :], *[0] * (volume.ndim - 3))] if volume.ndim > 3 else volume
 
 
@@ -517,25 +634,102 @@ def load_volume(path, modified):
     Black is the 1st percentile, white the 99th of what is brighter than the mean, which leaves the air out.
     """
     import nibabel
+
     volume = nibabel.as_closest_canonical(open_volume(path))
-    values, zooms = np.atleast_3d(np.asanyarray(volume.dataobj)), (*volume.header.get_zooms(), 1.0)[:3]
+    values, zooms = (
+        np.atleast_3d(np.asanyarray(volume.dataobj)),
+        (*volume.header.get_zooms(), 1.0)[:3],
+    )
     if values.dtype.kind not in "biuf":
         raise BadImage(path, "holds colours or complex numbers, not grey values")
-    sample = values[tuple([np.s_[::1 + int((values.size / 2**23) ** (1 / 3))]] * 3)].astype(np.float32)
+    sample = values[tuple([np.s_[:: 1 + int((values.size / 2**23) ** (1 / 3))]] * 3)].astype(
+        np.float32
+    )
     bright = sample[sample > sample[np.isfinite(sample)].mean()]
     low, high = percentile_range(sample, 1, 99)
-    return values, zooms, (low, max(high, percentile_range(bright, 1, 99)[1]) if bright.size else high)
+    return (
+        values,
+        zooms,
+        (low, max(high, percentile_range(bright, 1, 99)[1]) if bright.size else high),
+    )
 
 
 # ---------------------------------------------------------------- listing a data set
 
-COLUMNS = {"image": ("file_name", "path", "image", "image_path", "file"), "caption": ("text", "caption", "prompt"),
-           "label": ("label", "labels", "class"), "group": ("patient_id", "patient", "subject", "group")}
-BAD_SHARE = 0.05  # of a data set's images may be missing or unreadable; more is a mistake to mend first
+COLUMNS = {
+    "image": ("file_name", "path", "image", "image_path", "file"),
+    "caption": ("text", "caption", "prompt"),
+    "label": ("label", "labels", "class"),
+    "group": ("patient_id", "patient", "subject", "group"),
+}
 
 
-def list_images(data, image_column=None, caption_column=None, label_column=None, group_column=None, prompt=None,
-                slices="middle", strict=False):
+@dataclass
+class Row:
+    """One image of a data set, as a folder or a line of a table names it.
+
+    path is absolute; file_name is as the table has it, or relative to the folder. Texts are "" where unknown. fields
+    holds the table's columns; slice is that of a volume or multi-frame DICOM, for read_image. split is "train", "val"
+    or "test" once split_rows was here.
+    """
+
+    path: str
+    file_name: str
+    caption: str = ""
+    label: str = ""
+    group: str = ""
+    fields: dict = field(default_factory=dict)
+    slice: int = None
+    split: str = ""
+
+    # until no reader takes rows for dicts
+    def __getitem__(self, name):
+        try:
+            return getattr(self, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name, value):
+        setattr(self, name, value)
+
+    def __contains__(self, name):
+        return hasattr(self, name)
+
+    def get(self, name, default=None):
+        return getattr(self, name, default)
+
+    def keys(self):
+        return vars(self).keys()
+
+    def __ior__(self, values):
+        vars(self).update(values)
+        return self
+
+    def __or__(self, values):
+        return Row.of({**vars(self), **values})
+
+    @classmethod
+    def of(cls, values):
+        row = cls(values["path"], values["file_name"])
+        vars(row).update(values)
+        return row
+
+
+BAD_SHARE = (
+    0.05  # of a data set's images may be missing or unreadable; more is a mistake to mend first
+)
+
+
+def list_images(
+    data,
+    image_column=None,
+    caption_column=None,
+    label_column=None,
+    group_column=None,
+    prompt=None,
+    slices="middle",
+    strict=False,
+):
     """List a data set: a folder, class subfolders, a folder with metadata.csv/.jsonl/manifest.csv, or such a table.
 
     Returns a list of rows, sorted by file name for folders and in the table's order for tables: {"path": absolute,
@@ -549,16 +743,29 @@ def list_images(data, image_column=None, caption_column=None, label_column=None,
     """
     if not os.path.exists(data):
         fail(f"{data}: no such file or folder")
-    flags = {"image": image_column, "caption": caption_column, "label": label_column, "group": group_column}
-    tables = [os.path.join(data, name) for name in ("metadata.csv", "metadata.jsonl", "manifest.csv")]
-    table = next((name for name in tables if os.path.isfile(name)), None) if os.path.isdir(data) else data
+    flags = {
+        "image": image_column,
+        "caption": caption_column,
+        "label": label_column,
+        "group": group_column,
+    }
+    tables = [
+        os.path.join(data, name) for name in ("metadata.csv", "metadata.jsonl", "manifest.csv")
+    ]
+    table = (
+        next((name for name in tables if os.path.isfile(name)), None)
+        if os.path.isdir(data)
+        else data
+    )
     if table:
         rows, columns, lost = list_table(table, flags, strict)
     else:
         rows, columns, lost = list_folder(data), {}, 0
         for role, name in flags.items():
             if name is not None:
-                fail(f"--{role}-column {name}: {data} has no metadata.csv that could have this column")
+                fail(
+                    f"--{role}-column {name}: {data} has no metadata.csv that could have this column"
+                )
     if not rows:
         fail(f"{data}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     fill_captions(data, rows, columns, prompt)
@@ -582,23 +789,40 @@ def list_folder(folder):
     """Rows of the images below a folder; the label is the name of the first subfolder."""
     rows, odd = [], []
     for place, folders, names in os.walk(folder, followlinks=True):
-        links = {name for name in folders if os.path.islink(os.path.join(place, name))}  # one that leads up goes round for ever
-        above = set(map(os.path.realpath, (place, *Path(os.path.abspath(place)).parents))) if links else ()
-        folders[:] = sorted(name for name in folders if not name.startswith(".")
-                            and not (name in links and os.path.realpath(os.path.join(place, name)) in above))
+        links = {
+            name for name in folders if os.path.islink(os.path.join(place, name))
+        }  # one that leads up goes round for ever
+        above = (
+            set(map(os.path.realpath, (place, *Path(os.path.abspath(place)).parents)))
+            if links
+            else ()
+        )
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".")
+            and not (name in links and os.path.realpath(os.path.join(place, name)) in above)
+        )
         for name in names:
             path = os.path.join(os.path.abspath(place), name)
-            if name.startswith(".") or not os.path.isfile(path):  # hidden files and AppleDouble's ._x
+            if name.startswith(".") or not os.path.isfile(
+                path
+            ):  # hidden files and AppleDouble's ._x
                 continue
-            bare = os.path.splitext(name)[1].strip(".0123456789").lower() in ("", "ima")  # scanners name by numbers
+            bare = os.path.splitext(name)[1].strip(".0123456789").lower() in (
+                "",
+                "ima",
+            )  # scanners name by numbers
             if not name.lower().endswith(IMAGE_SUFFIXES) and not (bare and looks_like_dicom(path)):
                 continue
             file_name = Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
             label = file_name.split("/")[0] if "/" in file_name else ""
-            rows.append(dict(path=path, file_name=file_name, caption="", label=label, group="", fields={}))
+            rows.append(Row(path=path, file_name=file_name, label=label))
             odd += [ascii(file_name)] * (file_name.encode(errors="replace").decode() != file_name)
-    if odd:   # no table could name them
-        fail(f"{folder}: {len(odd)} files have names that are not UTF-8, such as {odd[0]}: rename them")
+    if odd:  # no table could name them
+        fail(
+            f"{folder}: {len(odd)} files have names that are not UTF-8, such as {odd[0]}: rename them"
+        )
     return sorted(rows, key=lambda row: row["file_name"])
 
 
@@ -608,7 +832,9 @@ def read_table(path, caption_column=None):
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        fail(f"{path}: is not a UTF-8 text file: save the table as CSV UTF-8, or give a folder of images")
+        fail(
+            f"{path}: is not a UTF-8 text file: save the table as CSV UTF-8, or give a folder of images"
+        )
     if str(path).lower().endswith((".jsonl", ".json", ".ndjson")):
         rows = []
         for number, line in enumerate(text.split("\n"), 1):
@@ -621,7 +847,7 @@ def read_table(path, caption_column=None):
     else:
         rows = read_csv(path, text, caption_column)
     rows = [{str(key).strip(): cell_text(cell) for key, cell in row.items()} for row in rows]
-    names = dict.fromkeys((name for row in rows for name in row), "")   # JSON's rows may lack some
+    names = dict.fromkeys((name for row in rows for name in row), "")  # JSON's rows may lack some
     return [names | row for row in rows]
 
 
@@ -638,37 +864,54 @@ def read_csv(path, text, caption_column):
 
     It is safe where the caption is the last column, or where a space follows each of these commas, as in prose.
     """
-    whole, text = text, re.sub(r"\A(?:sep=.\r?\n|\s*\n)+", "", text)   # without Excel's first line, and blank ones
+    whole, text = (
+        text,
+        re.sub(r"\A(?:sep=.\r?\n|\s*\n)+", "", text),
+    )  # without Excel's first line, and blank ones
     above = whole.count("\n") - text.count("\n")
     first = text.split("\n", 1)[0]
     mark = max(",;\t", key=first.count)
+
     def cells_of(spaced):
         return csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=spaced)
+
     rows, joined = [], {}
-    try:   # a, "b, c" is read so only where all rows then are of one length
-        reader = cells_of(f'{mark} "' in text and len({len(cells) for cells in cells_of(True) if any(cells)}) == 1)
+    try:  # a, "b, c" is read so only where all rows then are of one length
+        reader = cells_of(
+            f'{mark} "' in text and len({len(cells) for cells in cells_of(True) if any(cells)}) == 1
+        )
         header = [name.strip() for name in next(reader, [])]
-        twice = [name for name, count in collections.Counter(filter(None, header)).items() if count > 1]
+        twice = [
+            name for name, count in collections.Counter(filter(None, header)).items() if count > 1
+        ]
         if twice:
             fail(f"{path}: two columns are called {twice[0]}: rename one")
         name = caption_column or find_column(header, "caption")
         place = header.index(name) if name in header else None
         for cells in filter(any, reader):
             surplus = len(cells) - len(header)
-            if surplus > 0 and not any(cells[len(header):]):  # a spreadsheet's empty columns
-                cells = cells[:len(header)]
+            if surplus > 0 and not any(cells[len(header) :]):  # a spreadsheet's empty columns
+                cells = cells[: len(header)]
             elif surplus > 0:
-                parts = [] if place is None else cells[place:place + surplus + 1]
-                if not parts or place < len(header) - 1 and not all(part.startswith(" ") for part in parts[1:]):
-                    fail(f"{path}: line {above + reader.line_num} has more cells than the header: quote texts with {mark!r}")
+                parts = [] if place is None else cells[place : place + surplus + 1]
+                if (
+                    not parts
+                    or place < len(header) - 1
+                    and not all(part.startswith(" ") for part in parts[1:])
+                ):
+                    fail(
+                        f"{path}: line {above + reader.line_num} has more cells than the header: quote texts with {mark!r}"
+                    )
                 joined[above + reader.line_num] = mark.join(parts)
-                cells[place:place + surplus + 1] = [mark.join(parts)]
+                cells[place : place + surplus + 1] = [mark.join(parts)]
             rows.append(dict(itertools.zip_longest(header, cells, fillvalue="")))
     except csv.Error as error:
         fail(f"{path}: {error}")
     if joined:
         lines, example = ", ".join(map(str, joined)), next(iter(joined.values()))
-        note(f"{path}: more cells than the header in line {lines[:99]}: read as {mark!r} in {name}: \"{example[:99]}\"")
+        note(
+            f'{path}: more cells than the header in line {lines[:99]}: read as {mark!r} in {name}: "{example[:99]}"'
+        )
     return rows
 
 
@@ -693,25 +936,40 @@ def list_table(table, flags, strict):
             fail(f"--{role}-column {wanted}: {table} has the columns {', '.join(names)}")
     columns = {role: wanted or find_column(names, role) for role, wanted in flags.items()}
     if columns["image"] is None:
-        fail(f"{table}: no column of file names among {', '.join(names)}: name it with --image-column")
+        fail(
+            f"{table}: no column of file names among {', '.join(names)}: name it with --image-column"
+        )
     folder, rows, missing, seen = os.path.dirname(os.path.abspath(table)), [], [], set()
     for fields in cells:
         file_name = fields.get(columns["image"], "")
         path = os.path.normpath(os.path.join(folder, file_name))
         if "\\" in file_name and not os.path.exists(path):  # written on Windows
             path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))
-        if file_name and not os.path.isabs(file_name) and not path.startswith(folder.rstrip(os.sep) + os.sep):
-            fail(f"{table}: {file_name} is not inside {folder}: write absolute paths, or put the table above its images")
+        if (
+            file_name
+            and not os.path.isabs(file_name)
+            and not path.startswith(folder.rstrip(os.sep) + os.sep)
+        ):
+            fail(
+                f"{table}: {file_name} is not inside {folder}: write absolute paths, or put the table above its images"
+            )
         roles = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
         if not os.path.isfile(path):
             missing.append(file_name or "(no name)")
         elif (path, *fields.values()) not in seen:
-            rows.append(dict(path=path, file_name=file_name, fields=fields, **roles))
+            rows.append(Row(path=path, file_name=file_name, fields=fields, **roles))
         seen.add((path, *fields.values()))
     some = ", ".join(missing[:5]) + "…" * (len(missing) > 5)
-    leave_out(len(missing), len(cells), strict, f"{table}: {len(missing)} of {len(cells)} files are not there: {some}")
+    leave_out(
+        len(missing),
+        len(cells),
+        strict,
+        f"{table}: {len(missing)} of {len(cells)} files are not there: {some}",
+    )
     if len(rows) + len(missing) < len(cells):
-        note(f"{table}: {len(cells) - len(rows) - len(missing)} of {len(cells)} rows repeat another: left out")
+        note(
+            f"{table}: {len(cells) - len(rows) - len(missing)} of {len(cells)} rows repeat another: left out"
+        )
     return rows, columns, len(missing)
 
 
@@ -726,24 +984,42 @@ def fill_captions(data, rows, columns, prompt):
     try:
         pieces = list(string.Formatter().parse("{caption}" if prompt is None else prompt))
     except ValueError as error:
-        fail(f"--prompt {prompt!r}: {error} (fields look like {{label}}, braces themselves like {{{{ }}}})")
+        fail(
+            f"--prompt {prompt!r}: {error} (fields look like {{label}}, braces themselves like {{{{ }}}})"
+        )
     roles = {"label": ("label", "labels"), "caption": ("caption", "text", "Text")}
-    known = {role for role in roles if columns.get(role) or (role == "label" and any(row["label"] for row in rows))}
+    known = {
+        role
+        for role in roles
+        if columns.get(role) or (role == "label" and any(row["label"] for row in rows))
+    }
     lacking = []
     for row in rows if prompt is not None or "caption" in known else ():
-        values = {alias: row[role] for role in sorted(known) for alias in roles[role]} | row["fields"]
+        values = {alias: row[role] for role in sorted(known) for alias in roles[role]} | row[
+            "fields"
+        ]
         for _, name, *how in pieces:
             if any(how):
-                fail(f"--prompt {prompt!r}: a field has no format of its own here: write {{{name}}}")
+                fail(
+                    f"--prompt {prompt!r}: a field has no format of its own here: write {{{name}}}"
+                )
             if name is not None and name not in values:
-                fail(f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(values) or 'none'}")
-        lacking += [row] * any(name is not None and not in_english(values[name]) for _, name, _, _ in pieces)
+                fail(
+                    f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(values) or 'none'}"
+                )
+        lacking += [row] * any(
+            name is not None and not in_english(values[name]) for _, name, _, _ in pieces
+        )
         if prompt is not None:
             row["caption"] = "".join(
-                literal + ("" if name is None else in_english(values[name])) for literal, name, _, _ in pieces).strip()
+                literal + ("" if name is None else in_english(values[name]))
+                for literal, name, _, _ in pieces
+            ).strip()
     if lacking:
         names = " or ".join(sorted({name for _, name, _, _ in pieces if name is not None}))
-        note(f"{data}: {len(lacking)} of {len(rows)} rows have no {names}, such as {lacking[0]['file_name']}")
+        note(
+            f"{data}: {len(lacking)} of {len(rows)} rows have no {names}, such as {lacking[0]['file_name']}"
+        )
 
 
 def medical_header(path):
@@ -755,11 +1031,16 @@ def medical_header(path):
     if is_volume:
         volume = open_volume(path)
         from nibabel import io_orientation
+
         order = np.argsort(io_orientation(volume.affine)[:, 0])
         return "", [(*volume.shape, 1)[n] for n in order], ""
-    data = open_dicom(path, stop_before_pixels=True,
-                      specific_tags=["Rows", "NumberOfFrames", "ImageType", "PatientID", "BitsAllocated"])
+    data = open_dicom(
+        path,
+        stop_before_pixels=True,
+        specific_tags=["Rows", "NumberOfFrames", "ImageType", "PatientID", "BitsAllocated"],
+    )
     from pydicom.pixels import get_decoder
+
     syntax, why = data.file_meta.TransferSyntaxUID, ""
     decoders = set(get_decoder(syntax).available_plugins) if syntax.is_encapsulated else {"pydicom"}
     if syntax == JPEG_EXTENDED and data.get("BitsAllocated") == 16:
@@ -770,7 +1051,11 @@ def medical_header(path):
         why = "localizers, which only show where the slices of a study lie"
     elif not decoders:
         why = f"no decoder here reads {syntax.name}: {CODECS}"
-    return why, (1, 1, int(data.get("NumberOfFrames") or 1)), str(data.get("PatientID") or "").strip()
+    return (
+        why,
+        (1, 1, int(data.get("NumberOfFrames") or 1)),
+        str(data.get("PatientID") or "").strip(),
+    )
 
 
 def check_medical(data, rows, lost, strict):
@@ -795,10 +1080,15 @@ def check_medical(data, rows, lost, strict):
         elif why:
             note(message)
     patients = {patient for _, _, patient in headers.values()} - {""}
-    if len(patients) == 1 and sum(bool(patient) for _, _, patient in headers.values()) > 1 and not any(
-            row["group"] for row in rows):
-        note(f"{data}: all DICOM files have one patient's id, as anonymised ones do: taken for none; a table with a column "
-             "patient_id says whose they are")
+    if (
+        len(patients) == 1
+        and sum(bool(patient) for _, _, patient in headers.values()) > 1
+        and not any(row["group"] for row in rows)
+    ):
+        note(
+            f"{data}: all DICOM files have one patient's id, as anonymised ones do: taken for none; a table with a column "
+            "patient_id says whose they are"
+        )
     for row in rows:
         row |= {"lost": (lost, count_of_all)} if lost else {}
         patient = headers[row["path"]][2]
@@ -815,16 +1105,26 @@ def spread_slices(rows, shapes, slices):
     the file is one ("of_file")."""
     match = re.fullmatch(r"(?:(axial|coronal|sagittal):)?(?:middle|all|every:([1-9]\d*))", slices)
     if not match:
-        fail(f"--slices {slices}: give middle, every:N or all; of another plane coronal:middle, sagittal:every:5, …")
+        fail(
+            f"--slices {slices}: give middle, every:N or all; of another plane coronal:middle, sagittal:every:5, …"
+        )
     plane, step = match[1], int(match[2] or 1)
     spread = []
     for row in rows:
         count = shapes[row["path"]][AXES[plane or "axial"]]
-        numbers = [None] if count == 1 or slices.endswith("middle") else range(step // 2, count, step) or [count // 2]
-        own = {"group": row["file_name"], "of_file": True} if len(numbers) > 1 and not row["group"] else {}
+        numbers = (
+            [None]
+            if count == 1 or slices.endswith("middle")
+            else range(step // 2, count, step) or [count // 2]
+        )
+        own = (
+            {"group": row["file_name"], "of_file": True}
+            if len(numbers) > 1 and not row["group"]
+            else {}
+        )
         for n in numbers:
             named = n if plane is None else plane if n is None else f"{plane}:{n}"
-            spread.append({**row, **own, "slice": named})
+            spread.append(Row.of({**row, **own, "slice": named}))
     return spread
 
 
@@ -839,7 +1139,9 @@ def content_hash(path):
 
 def set_hash(rows):
     """One SHA-256 for the files of a set, whatever their names and order."""
-    return hashlib.sha256("".join(sorted(content_hash(row["path"]) for row in rows)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(sorted(content_hash(row["path"]) for row in rows)).encode()
+    ).hexdigest()
 
 
 def write_csv(path, header, rows):
@@ -859,21 +1161,29 @@ def split_rows(rows, val_share, test_share=0.0):
     had several.
     """
     series, content = collections.defaultdict(list), functools.lru_cache(None)(content_hash)
-    made = [row.get("fields", {}).get("synthetic") == "1" for row in rows]   # column of filter.py's metadata.csv
+    made = [
+        row.get("fields", {}).get("synthetic") == "1" for row in rows
+    ]  # column of filter.py's metadata.csv
     mix = not all(made)
     for row, generated in zip(rows, made):
         key = content(row["path"]) if row.get("of_file") or not row["group"] else row["group"]
         u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-        row["split"] = "test" if u < test_share else "val" if u < test_share + val_share else "train"
+        row["split"] = (
+            "test" if u < test_share else "val" if u < test_share + val_share else "train"
+        )
         if generated and mix:
             row["split"] = "train"
-        stem = re.fullmatch(r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem)
+        stem = re.fullmatch(
+            r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem
+        )
         if stem and not row["group"]:
             series[stem[1]].append(row["file_name"])
     several = [names for names in series.values() if len(names) > 1]
     if len(several) > 1 and val_share + test_share > 0:
-        note(f"{sum(map(len, several))} files are named as if {len(several)} patients had several each, such as "
-             f"{' and '.join(several[0][:2])}: a column patient_id in a table keeps a patient on one side of the split")
+        note(
+            f"{sum(map(len, several))} files are named as if {len(several)} patients had several each, such as "
+            f"{' and '.join(several[0][:2])}: a column patient_id in a table keeps a patient on one side of the split"
+        )
 
 
 def read_split(rows, path):
@@ -882,8 +1192,10 @@ def read_split(rows, path):
     for row in rows:
         row["split"] = known.get(row["path"]) or known.get(row["file_name"]) or ""
     if not any(row["split"] for row in rows):
-        fail(f"--split {path}: names none of these {len(rows)} images, such as {rows[0]['file_name']}; "
-             "give the same data folder as train.py had")
+        fail(
+            f"--split {path}: names none of these {len(rows)} images, such as {rows[0]['file_name']}; "
+            "give the same data folder as train.py had"
+        )
 
 
 # ---------------------------------------------------------------- from files to pixels
@@ -929,7 +1241,10 @@ def pick_resolution(*sets):
     for rows in sets:
         sides = [256]
         for row in rows:
-            with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels names it
+            with (
+                contextlib.suppress(Exception),
+                Image.open(row["path"], formats=FORMATS) as image,
+            ):  # load_pixels names it
                 sides.append(min(image.size))
         picked.append(sorted(sides)[(len(sides) - 1) // 20])
     return max(64, min(picked))
@@ -942,12 +1257,17 @@ def find_range(rows):
     """
     kinds, ranges = collections.defaultdict(dict), {}
     for row in rows:
-        with contextlib.suppress(Exception), Image.open(row["path"], formats=FORMATS) as image:  # load_pixels names it
+        with (
+            contextlib.suppress(Exception),
+            Image.open(row["path"], formats=FORMATS) as image,
+        ):  # load_pixels names it
             if is_deep(image):
                 kind = "floats" if image.mode == "F" else "16 bits"
                 kinds[kind][row["path"]] = percentile_range(np.asarray(image), 0, 100)
     for kind, ends in kinds.items():
-        low, high = (float(pick(end[n] for end in ends.values())) for n, pick in enumerate((min, max)))
+        low, high = (
+            float(pick(end[n] for end in ends.values())) for n, pick in enumerate((min, max))
+        )
         note(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
         ranges |= dict.fromkeys(ends, (low, high))
     return ranges
@@ -961,8 +1281,17 @@ def share_range(rows, given=None):
     return rows
 
 
-def load_pixels(rows, resolution, crop="center", strict=False, window=None, value_range=None, allow_burned_in=False,
-                seed=0, measure=None):
+def load_pixels(
+    rows,
+    resolution,
+    crop="center",
+    strict=False,
+    window=None,
+    value_range=None,
+    allow_burned_in=False,
+    seed=0,
+    measure=None,
+):
     """Read the images of `rows`: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
     window, value_range, allow_burned_in: as read_image; a row's own "range" comes before value_range, and without
@@ -972,7 +1301,10 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
     any where `strict`, end in fail().
     """
     pick_window(window)  # a wrong one ends here
-    ranges, discless = {} if value_range else find_range([row for row in rows if "range" not in row]), []
+    ranges, discless = (
+        {} if value_range else find_range([row for row in rows if "range" not in row]),
+        [],
+    )
     pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
 
     def load(n):
@@ -988,21 +1320,45 @@ def load_pixels(rows, resolution, crop="center", strict=False, window=None, valu
             pixels[n] = torch.from_numpy(square if square.ndim == 2 else square.transpose(2, 0, 1))
         except BadImage as error:
             return error
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, \
-            contextlib.closing(pool.map(load, range(len(rows)))) as loading:  # closing cancels the rest on Ctrl-C
-        errors = list(tqdm(loading, total=len(rows), desc="reading", unit="image", leave=False,
-                           disable=None if len(rows) > 200 else True))
-    good, bad = [n for n, error in enumerate(errors) if error is None], [error for error in errors if error is not None]
+
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        contextlib.closing(pool.map(load, range(len(rows)))) as loading,
+    ):  # closing cancels the rest on Ctrl-C
+        errors = list(
+            tqdm(
+                loading,
+                total=len(rows),
+                desc="reading",
+                unit="image",
+                leave=False,
+                disable=None if len(rows) > 200 else True,
+            )
+        )
+    good, bad = (
+        [n for n, error in enumerate(errors) if error is None],
+        [error for error in errors if error is not None],
+    )
     for error in bad:
         note(f"skipped: {error}")
-    lost, whole = max((row.get("lost", (0, 0)) for row in rows), default=(0, 0))   # rows may be a part of the set
-    if bad and (strict or max(len(bad) / len(rows), (lost + len(bad)) / max(whole, lost + len(rows))) > BAD_SHARE):
-        fail(f"{len(bad)} of {len(rows)} images cannot be read" + f", besides {lost} left out before" * (lost > 0)
-             + f", the first: {bad[0]}")
+    lost, whole = max(
+        (row.get("lost", (0, 0)) for row in rows), default=(0, 0)
+    )  # rows may be a part of the set
+    if bad and (
+        strict
+        or max(len(bad) / len(rows), (lost + len(bad)) / max(whole, lost + len(rows))) > BAD_SHARE
+    ):
+        fail(
+            f"{len(bad)} of {len(rows)} images cannot be read"
+            + f", besides {lost} left out before" * (lost > 0)
+            + f", the first: {bad[0]}"
+        )
     if len(bad) > 1:
         note(f"{len(bad)} of {len(rows)} images cannot be read: left out")
     if discless:
-        note(f"{len(discless)} of {len(rows)} images show no disc of a fundus: padded whole, such as {min(discless)}")
+        note(
+            f"{len(discless)} of {len(rows)} images show no disc of a fundus: padded whole, such as {min(discless)}"
+        )
     return [rows[n] for n in good], pixels[good] if bad else pixels
 
 
@@ -1018,19 +1374,25 @@ def near_duplicates(pixels, alike=0.95):
     Two are near where the differences between neighbours in their 16 x 16 thumbnails (dHash, but not cut down to signs)
     correlate above `alike`. Of 230 chest films, copies saved anew did above .98, films of other patients below .91.
     """
-    small = torch.cat([F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)])
-    hashes = [F.normalize(torch.cat([grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)], 1))
-              for grey in (small, small.flip(2))]
+    small = torch.cat(
+        [F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)]
+    )
+    hashes = [
+        F.normalize(torch.cat([grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)], 1))
+        for grey in (small, small.flip(2))
+    ]
     same = collections.defaultdict(list)
     for n, image in enumerate(pixels):
         same[hashlib.sha256(image.numpy().tobytes()).digest()].append(n)
     found = {}
-    for group in same.values():   # blank slices are many: each with the next one only
+    for group in same.values():  # blank slices are many: each with the next one only
         blank = pixels[group[0]].min() == pixels[group[0]].max()
-        found |= dict.fromkeys(itertools.pairwise(group) if blank else itertools.combinations(group, 2), "exact")
+        found |= dict.fromkeys(
+            itertools.pairwise(group) if blank else itertools.combinations(group, 2), "exact"
+        )
     for kind, other in zip(("near", "flipped"), hashes):
         for start in range(0, len(pixels), 1024):
-            for i, j in (hashes[0][start:start + 1024] @ other.T > alike).nonzero().tolist():
+            for i, j in (hashes[0][start : start + 1024] @ other.T > alike).nonzero().tolist():
                 if start + i < j:
                     found.setdefault((start + i, j), kind)
     return [(*pair, kind) for pair, kind in sorted(found.items())]
@@ -1042,14 +1404,19 @@ CACHE = Path(os.environ.get("MEDLORA_CACHE") or Path.home() / ".cache" / "medlor
 FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 HUB = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
-CLIP_SCALE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # mean, sd
+CLIP_SCALE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean, sd
 IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
 
 
 def to_grey(pixels):
     """uint8 (B, 3, H, W) -> luma in [0, 1], (B, 1, H, W)."""
-    return torch.einsum("bchw,c->bhw", pixels.float(), torch.tensor(LUMA, device=pixels.device))[:, None] / 255
+    return (
+        torch.einsum("bchw,c->bhw", pixels.float(), torch.tensor(LUMA, device=pixels.device))[
+            :, None
+        ]
+        / 255
+    )
 
 
 def texture(pixels):
@@ -1075,7 +1442,10 @@ def texture(pixels):
     found = [F.adaptive_avg_pool2d(grey, 4).flatten(1)]
     for scale in range(4):
         energy = modulus(grey)
-        found += [(F.adaptive_avg_pool2d(energy, 2) + 1e-3).log().flatten(1), (energy.std((2, 3)) + 1e-3).log()]
+        found += [
+            (F.adaptive_avg_pool2d(energy, 2) + 1e-3).log().flatten(1),
+            (energy.std((2, 3)) + 1e-3).log(),
+        ]
         if scale < 3:
             second = modulus(F.avg_pool2d(energy, 2).flatten(0, 1)[:, None]).mean((2, 3))
             found.append((second.reshape(len(pixels), 64) + 1e-3).log())
@@ -1092,7 +1462,9 @@ def find_weights(name):
 def load_weights(path, sha256=""):
     """The state dict in a .pth file; fail() where it is damaged or not the file of that hash."""
     if sha256 and not content_hash(path).startswith(sha256):
-        fail(f"{path}: is damaged or another file: its SHA-256 does not begin with {sha256[:8]}; download it again")
+        fail(
+            f"{path}: is damaged or another file: its SHA-256 does not begin with {sha256[:8]}; download it again"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises a dozen kinds for a damaged file
@@ -1106,16 +1478,30 @@ def fid_inception(state):
     The module maps (B, 3, 299, 299) in [-1, 1] to pool3 features (B, 2048); `head` is its last layer (1008, 2048).
     """
     from torchvision.models import Inception3
+
     net, seen = Inception3(num_classes=1008, aux_logits=False, init_weights=False), {}
     net.load_state_dict(state)
 
-    def without_border(_, pooled):  # an average over 9 cells, padding included -> over the cells inside
+    def without_border(
+        _, pooled
+    ):  # an average over 9 cells, padding included -> over the cells inside
         return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, 1, 1)
 
-    for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7b"):
+    for name in (
+        "Mixed_5b",
+        "Mixed_5c",
+        "Mixed_5d",
+        "Mixed_6b",
+        "Mixed_6c",
+        "Mixed_6d",
+        "Mixed_6e",
+        "Mixed_7b",
+    ):
         getattr(net, name).branch_pool.register_forward_pre_hook(without_border)
     net.Mixed_7c.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-    net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda *_: F.max_pool2d(seen.pop("x"), 3, 1, 1))
+    net.Mixed_7c.branch_pool.register_forward_pre_hook(
+        lambda *_: F.max_pool2d(seen.pop("x"), 3, 1, 1)
+    )
     net.head, net.fc = net.fc.weight, torch.nn.Identity()
     return net.eval().requires_grad_(False)
 
@@ -1123,6 +1509,7 @@ def fid_inception(state):
 def orthogonal_vgg(seed=0):
     """A state dict for VGG16's convolutions: random orthogonal filters of gain sqrt(2), no bias."""
     from torchvision.models.vgg import cfgs, make_layers
+
     with torch.device("meta"):
         state = make_layers(cfgs["D"], False).state_dict()
     state = {name: torch.zeros(value.shape) for name, value in state.items()}
@@ -1135,10 +1522,17 @@ def orthogonal_vgg(seed=0):
 def trunk_of(kind, state):
     """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: their weights, or those of the whole net."""
     import torchvision
+
     with torch.device("meta"):
         trunk = getattr(torchvision.models, kind)().features
-    trunk.load_state_dict({key.removeprefix("features."): value for key, value in state.items()
-                           if not key.startswith("classifier.")}, assign=True)
+    trunk.load_state_dict(
+        {
+            key.removeprefix("features."): value
+            for key, value in state.items()
+            if not key.startswith("classifier.")
+        },
+        assign=True,
+    )
     for module in trunk:
         if hasattr(module, "inplace"):
             module.inplace = False  # the maps are kept
@@ -1159,37 +1553,60 @@ def resized(pixels, side, mode):
     """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 255]. mode: torch's bilinear or bicubic as they are, which
     leave out pixels when they shrink, or clean: bicubic over all pixels, clamped (Parmar et al. 2022)."""
     images, clean = pixels.float(), mode == "clean"
-    images = F.interpolate(images, (side, side), mode="bicubic" if clean else mode, align_corners=False, antialias=clean)
+    images = F.interpolate(
+        images,
+        (side, side),
+        mode="bicubic" if clean else mode,
+        align_corners=False,
+        antialias=clean,
+    )
     return images.clamp(0, 255) if clean else images
 
 
 def transformer(name, kind, **parts):
     """A model of transformers from a folder or the Hub, safetensors only; fail() where it cannot be had."""
     import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         return getattr(transformers, kind).from_pretrained(name, **parts)
     except (OSError, ValueError, RuntimeError) as error:
-        fail(f"{name}: cannot be loaded as a {kind} ({str(error).splitlines()[0][:120]}): name a folder, or a model of "
-             "the Hub while there is a network")
+        fail(
+            f"{name}: cannot be loaded as a {kind} ({str(error).splitlines()[0][:120]}): name a folder, or a model of "
+            "the Hub while there is a network"
+        )
 
 
 def transformer_features(name, device, clean):
     """CLIP's image embedding as CMMD takes it, else the CLS token of a vision transformer as dgm-eval takes DINOv2's."""
     config = transformer(name, "AutoConfig")
     clip, vision = config.model_type.startswith("clip"), getattr(config, "vision_config", config)
-    model = transformer(name, "CLIPVisionModelWithProjection" if clip else "AutoModel", use_safetensors=True)
+    model = transformer(
+        name, "CLIPVisionModelWithProjection" if clip else "AutoModel", use_safetensors=True
+    )
     model = model.to(device).eval().requires_grad_(False)
     side = 224 if config.model_type.startswith("dinov2") else vision.image_size
-    mean, sd = (torch.tensor(v, device=device)[:, None, None] for v in (CLIP_SCALE if clip else IMAGENET_SCALE))
+    mean, sd = (
+        torch.tensor(v, device=device)[:, None, None]
+        for v in (CLIP_SCALE if clip else IMAGENET_SCALE)
+    )
 
     def function(pixels):
-        seen = model((resized(pixels, side, "bicubic" if clip and not clean else "clean") / 255 - mean) / sd)
+        seen = model(
+            (resized(pixels, side, "bicubic" if clip and not clean else "clean") / 255 - mean) / sd
+        )
         return seen.image_embeds if clip else seen.last_hidden_state[:, 0]
-    weights = hashlib.sha256(b"".join(v.cpu().float().numpy().tobytes() for v in model.state_dict().values())).hexdigest()
-    return dict(name=f"{config.model_type}-{weights[:16]}{'-clean' * clean}", function=function, standardise=False,
-                published=name in HUB.values())
+
+    weights = hashlib.sha256(
+        b"".join(v.cpu().float().numpy().tobytes() for v in model.state_dict().values())
+    ).hexdigest()
+    return dict(
+        name=f"{config.model_type}-{weights[:16]}{'-clean' * clean}",
+        function=function,
+        standardise=False,
+        published=name in HUB.values(),
+    )
 
 
 def load_features(name, device, resize="legacy"):
@@ -1201,9 +1618,15 @@ def load_features(name, device, resize="legacy"):
     if name in HUB or os.path.isdir(name):
         return transformer_features(HUB.get(name, name), device, resize == "clean")
     if name == "texture":
-        def by_few(pixels):   # so that its maps stay in the processor's cache: twice as fast
-            few = max(1, 2**15 // pixels[0, 0].numel()) if pixels.device.type == "cpu" else len(pixels)
+
+        def by_few(pixels):  # so that its maps stay in the processor's cache: twice as fast
+            few = (
+                max(1, 2**15 // pixels[0, 0].numel())
+                if pixels.device.type == "cpu"
+                else len(pixels)
+            )
             return torch.cat([texture(part) for part in pixels.split(few)])
+
         return dict(name="texture-1", function=by_few, standardise=True, published=False)
     if name == "vgg-random":
         trunk = trunk_of("vgg16", orthogonal_vgg()).to(device)
@@ -1212,13 +1635,18 @@ def load_features(name, device, resize="legacy"):
         def spread(pixels):  # mean and sd of each map of five layers: 2944 numbers
             maps = taps(trunk, (pixels / 127.5 - 1 - mean) / sd, LPIPS["vgg"][1])
             return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.std((2, 3)))], 1)
+
         return dict(name="vgg-random-2", function=spread, standardise=True, published=False)
     path = find_weights(FID_WEIGHTS) if name == "inception" else name
     if path is None or not os.path.isfile(path):
-        fail(f"--features {name}: no such weight file: put {FID_WEIGHTS} (github.com/mseitzer/pytorch-fid, release "
-             f"fid_weights) into {CACHE}, name its path or a model's folder, or use texture or vgg-random, which need none")
+        fail(
+            f"--features {name}: no such weight file: put {FID_WEIGHTS} (github.com/mseitzer/pytorch-fid, release "
+            f"fid_weights) into {CACHE}, name its path or a model's folder, or use texture or vgg-random, which need none"
+        )
     try:
-        net = fid_inception(load_weights(path, FID_SHA256 if name == "inception" else "")).to(device)
+        net = fid_inception(load_weights(path, FID_SHA256 if name == "inception" else "")).to(
+            device
+        )
     except RuntimeError:
         fail(f"{path}: is not the weights of FID's Inception")
     digest = content_hash(path)
@@ -1227,8 +1655,14 @@ def load_features(name, device, resize="legacy"):
         if resize == "clean":
             return net((resized(pixels, 299, "clean") - 128) / 128)
         return net(resized(pixels, 299, "bilinear") / 127.5 - 1)
-    return dict(name=f"inception-{digest[:16]}{'-clean' * (resize == 'clean')}", function=pool3, standardise=False,
-                published=digest == FID_SHA256, head=net.head.cpu().double().numpy())
+
+    return dict(
+        name=f"inception-{digest[:16]}{'-clean' * (resize == 'clean')}",
+        function=pool3,
+        standardise=False,
+        published=digest == FID_SHA256,
+        head=net.head.cpu().double().numpy(),
+    )
 
 
 def extract(pixels, network, device, batch_size=32, precision="auto"):
@@ -1239,22 +1673,38 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     name = network["name"] + (f"-{precision}" if dtype != torch.float32 else "")
-    keys = [hashlib.sha256(f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()).hexdigest()
-            for image in pixels]
+    keys = [
+        hashlib.sha256(
+            f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
+        ).hexdigest()
+        for image in pixels
+    ]
     paths = [CACHE / "features" / name / key[:2] / key for key in keys]
     vectors = [cached_vector(path) for path in paths]
     todo = [n for n, vector in enumerate(vectors) if vector is None]
     lower = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), lower, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 moves FID's third digit
-        for start in tqdm(range(0, len(todo), batch_size), desc=name, leave=False,
-                          disable=None if len(todo) > 100 else True):
-            numbers = todo[start:start + batch_size]
+    with (
+        torch.inference_mode(),
+        lower,
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):  # TF32 moves FID's third digit
+        for start in tqdm(
+            range(0, len(todo), batch_size),
+            desc=name,
+            leave=False,
+            disable=None if len(todo) > 100 else True,
+        ):
+            numbers = todo[start : start + batch_size]
             found = network["function"](pixels[numbers].to(device)).float().cpu().numpy()
             for n, vector in zip(numbers, found):
                 vectors[n] = vector
-                with contextlib.suppress(OSError):  # a full disk costs only time, and a torn file shows by its checksum
+                with contextlib.suppress(
+                    OSError
+                ):  # a full disk costs only time, and a torn file shows by its checksum
                     paths[n].parent.mkdir(parents=True, exist_ok=True)
-                    paths[n].write_bytes(hashlib.sha256(vector.tobytes()).digest() + vector.tobytes())
+                    paths[n].write_bytes(
+                        hashlib.sha256(vector.tobytes()).digest() + vector.tobytes()
+                    )
     features = np.stack(vectors).astype(np.float64)
     if not np.isfinite(features).all():
         fail(f"the features of {network['name']} are not finite: are its weights sound?")
@@ -1267,10 +1717,14 @@ def caption_scores(pixels, captions, name, device, batch_size=32):
     images = extract(pixels, transformer_features(name, device, clean=True), device, batch_size)
     model = transformer(name, "CLIPTextModelWithProjection", use_safetensors=True).to(device).eval()
     distinct = list(dict.fromkeys(captions))
-    tokens = transformer(name, "AutoTokenizer")(distinct, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    tokens = transformer(name, "AutoTokenizer")(
+        distinct, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
     with torch.inference_mode():
         texts = model(**tokens.to(device)).text_embeds.double().cpu().numpy()
-    cosines = (images / np.linalg.norm(images, axis=1)[:, None]) @ (texts / np.linalg.norm(texts, axis=1)[:, None]).T
+    cosines = (images / np.linalg.norm(images, axis=1)[:, None]) @ (
+        texts / np.linalg.norm(texts, axis=1)[:, None]
+    ).T
     return np.maximum(0, 100 * cosines)[:, [distinct.index(caption) for caption in captions]]
 
 
@@ -1280,23 +1734,40 @@ def cached_vector(path):
         data = path.read_bytes()
     except OSError:
         return None
-    return np.frombuffer(data[32:], np.float32) if hashlib.sha256(data[32:]).digest() == data[:32] else None
+    return (
+        np.frombuffer(data[32:], np.float32)
+        if hashlib.sha256(data[32:]).digest() == data[:32]
+        else None
+    )
 
 
 # ---------------------------------------------------------------- LPIPS and SSIM, image against image
 
 LPIPS_MEAN, LPIPS_SD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-LPIPS = {"alex": ("alexnet", (1, 4, 7, 9, 11), "alexnet-owt-7be5be79.pth", "df73285e"),
-         "vgg": ("vgg16", (3, 8, 15, 22, 29), "vgg16-397923af.pth", "a78928a0"),
-         "squeeze": ("squeezenet1_1", (1, 4, 7, 9, 10, 11, 12), "squeezenet1_1-b8a52dc0.pth", "4a5350f2")}
+LPIPS = {
+    "alex": ("alexnet", (1, 4, 7, 9, 11), "alexnet-owt-7be5be79.pth", "df73285e"),
+    "vgg": ("vgg16", (3, 8, 15, 22, 29), "vgg16-397923af.pth", "a78928a0"),
+    "squeeze": (
+        "squeezenet1_1",
+        (1, 4, 7, 9, 10, 11, 12),
+        "squeezenet1_1-b8a52dc0.pth",
+        "4a5350f2",
+    ),
+}
 
 
 def lpips_files(net):
     """Where LPIPS's trunk and its linear weights lie: (path or None, path or None)."""
     package = importlib.util.find_spec("lpips")
-    packed = Path(package.submodule_search_locations[0]) / "weights" / "v0.1" / f"{net}.pth" if package else None
+    packed = (
+        Path(package.submodule_search_locations[0]) / "weights" / "v0.1" / f"{net}.pth"
+        if package
+        else None
+    )
     own = find_weights(f"lpips-{net}.pth")
-    return find_weights(LPIPS[net][2]), own or (str(packed) if packed and packed.is_file() else None)
+    return find_weights(LPIPS[net][2]), own or (
+        str(packed) if packed and packed.is_file() else None
+    )
 
 
 def load_lpips(net, device):
@@ -1306,16 +1777,25 @@ def load_lpips(net, device):
     """
     if net == "random":
         trunk, indices = trunk_of("vgg16", orthogonal_vgg()), LPIPS["vgg"][1]
-        weights = [torch.full((channels, 1, 1), 1 / len(indices)) for channels in (64, 128, 256, 512, 512)]
+        weights = [
+            torch.full((channels, 1, 1), 1 / len(indices)) for channels in (64, 128, 256, 512, 512)
+        ]
     else:
         kind, indices, file, digest = LPIPS[net]
         trunk_path, linear_path = lpips_files(net)
         if not trunk_path or not linear_path:
-            fail(f"--lpips {net}: needs torchvision's {file} in {CACHE} and the linear layers of the package lpips "
-                 "(pip install lpips); evaluate.py and filter.py can do without: --lpips random")
-        trunk, linear = trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])), load_weights(linear_path, digest)
+            fail(
+                f"--lpips {net}: needs torchvision's {file} in {CACHE} and the linear layers of the package lpips "
+                "(pip install lpips); evaluate.py and filter.py can do without: --lpips random"
+            )
+        trunk, linear = (
+            trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])),
+            load_weights(linear_path, digest),
+        )
         weights = [linear[f"lin{n}.model.1.weight"][0] for n in range(len(indices))]
-    return dict(name=net, trunk=trunk.to(device), indices=indices, weights=[w.to(device) for w in weights])
+    return dict(
+        name=net, trunk=trunk.to(device), indices=indices, weights=[w.to(device) for w in weights]
+    )
 
 
 def lpips_vectors(network, images):
@@ -1325,7 +1805,9 @@ def lpips_vectors(network, images):
     """
     mean, sd = (torch.tensor(v).to(images)[:, None, None] for v in (LPIPS_MEAN, LPIPS_SD))
     parts = []
-    for maps, weight in zip(taps(network["trunk"], (images - mean) / sd, network["indices"]), network["weights"]):
+    for maps, weight in zip(
+        taps(network["trunk"], (images - mean) / sd, network["indices"]), network["weights"]
+    ):
         maps /= torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10
         maps *= (weight / maps[0, 0].numel()).sqrt()
         parts.append(maps.flatten(1))
@@ -1338,26 +1820,36 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     One forward pass an image and one product; where the features of all are more than `memory` bytes, blocks of them
     meet the others, passed anew. others: uint8 pixels (M, 3, H, W) with which the pairs are made instead: (N, M).
     """
+
     def vectors(part):
         return lpips_vectors(network, part.to(device) / 127.5 - 1)
+
     alone, others = others is None, pixels if others is None else others
     result = np.zeros((len(pixels), len(others)))
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         size = vectors(pixels[:1]).shape[1]
         width = max(1, memory // (4 * size) // batch_size) * batch_size
         block = torch.empty(min(width, len(pixels)), size, device=device)
-        for i in tqdm(range(0, len(pixels), width), desc=f"LPIPS {network['name']}", leave=False, disable=None):
-            first = block[:len(pixels) - i]
+        for i in tqdm(
+            range(0, len(pixels), width), desc=f"LPIPS {network['name']}", leave=False, disable=None
+        ):
+            first = block[: len(pixels) - i]
             for rows, part in zip(first.split(batch_size), pixels[i:].split(batch_size)):
                 rows.copy_(vectors(part))
             for j in range(i if alone else 0, len(others), batch_size):
                 known = alone and j < i + len(first)
-                second = first[j - i:j - i + batch_size] if known else vectors(others[j:j + batch_size])
+                second = (
+                    first[j - i : j - i + batch_size]
+                    if known
+                    else vectors(others[j : j + batch_size])
+                )
                 norms = [torch.linalg.vector_norm(x, dim=1).square() for x in (first, second)]
-                found = (norms[0][:, None] + norms[1] - 2 * (first @ second.T)).double().cpu().numpy()
-                result[i:i + len(first), j:j + len(second)] = found
+                found = (
+                    (norms[0][:, None] + norms[1] - 2 * (first @ second.T)).double().cpu().numpy()
+                )
+                result[i : i + len(first), j : j + len(second)] = found
                 if alone:
-                    result[j:j + len(second), i:i + len(first)] = found.T
+                    result[j : j + len(second), i : i + len(first)] = found.T
     return np.where(result < 3e-5, 0, result)  # float32 leaves up to 2e-5 between equal flat images
 
 
@@ -1379,6 +1871,7 @@ def ssim_maps(a, b):
             for k in range(1, 11):
                 x.add_(whole.narrow(axis, k, size), alpha=window[k])
         return x
+
     mean_a, mean_b = smooth(a), smooth(b)
     variances = smooth(a * a) + smooth(b * b) - mean_a**2 - mean_b**2
     structure = (2 * (smooth(a * b) - mean_a * mean_b) + 9e-4) / (variances + 9e-4)
@@ -1411,19 +1904,36 @@ def ssim_matrix(first, second, device="cpu", size=64):
     weights = (window[:, None] * window).flatten()  # (121,)
 
     def shrink(pixels):  # -> (N, size, size)
-        return torch.cat([F.interpolate(to_grey(part.to(device)), (size, size), mode="area")[:, 0]
-                          for part in pixels.split(64)])
+        return torch.cat(
+            [
+                F.interpolate(to_grey(part.to(device)), (size, size), mode="area")[:, 0]
+                for part in pixels.split(64)
+            ]
+        )
 
-    def places(grey, y):  # one row of windows: centred patches (size - 10, N, 121), means, both terms of the divisor
-        patches = grey[:, y:y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
+    def places(
+        grey, y
+    ):  # one row of windows: centred patches (size - 10, N, 121), means, both terms of the divisor
+        patches = grey[:, y : y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
         mean = patches @ weights
         patches = patches - mean[:, :, None]
         return zip(patches, mean, mean**2 + 0.5e-4, patches.square() @ weights + 4.5e-4)
+
     with torch.inference_mode():
-        a, b, total = shrink(first), shrink(second), torch.zeros(len(first), len(second), device=device)
+        a, b, total = (
+            shrink(first),
+            shrink(second),
+            torch.zeros(len(first), len(second), device=device),
+        )
         for y in tqdm(range(size - 10), desc="SSIM", leave=False, disable=None):
-            for (x, mean_x, light_x, spread_x), (z, mean_z, light_z, spread_z) in zip(places(a, y), places(b, y)):
-                score = torch.outer(2 * mean_x, mean_z).add_(1e-4).mul_((x * (2 * weights) @ z.T).add_(9e-4))
+            for (x, mean_x, light_x, spread_x), (z, mean_z, light_z, spread_z) in zip(
+                places(a, y), places(b, y)
+            ):
+                score = (
+                    torch.outer(2 * mean_x, mean_z)
+                    .add_(1e-4)
+                    .mul_((x * (2 * weights) @ z.T).add_(9e-4))
+                )
                 total += score.div_(light_x[:, None] + light_z).div_(spread_x[:, None] + spread_z)
     return (total / (size - 10) ** 2).double().cpu().numpy()
 
@@ -1440,7 +1950,9 @@ def frechet(first, second):
     means, roots, traces = [x.mean(0, dtype=np.float64) for x in (first, second)], [], 0.0
     for x, mean in zip((first, second), means):
         root = np.empty((0, x.shape[1]))
-        for part in np.array_split(x, 1 + len(x) // (1000 + x.shape[1])):   # QR copies what it is given
+        for part in np.array_split(
+            x, 1 + len(x) // (1000 + x.shape[1])
+        ):  # QR copies what it is given
             centred = (part - mean) / np.sqrt(len(x) - 1)
             traces += np.vdot(centred, centred)
             root = np.concatenate([root, centred])
@@ -1456,20 +1968,27 @@ def kid(first, second):
     All images at once, no subsets; the standard error is the delete-one jackknife from row sums.
     """
     n, m, d = len(first), len(second), first.shape[1]
-    kernels = [(x @ y.T / d + 1) ** 3 for x, y in ((first, first), (second, second), (first, second))]
+    kernels = [
+        (x @ y.T / d + 1) ** 3 for x, y in ((first, first), (second, second), (first, second))
+    ]
     a, b = (k.sum(1) - k.diagonal() for k in kernels[:2])  # row sums without the diagonal
     value = a.sum() / (n * (n - 1)) + b.sum() / (m * (m - 1)) - 2 * kernels[2].mean()
     if min(n, m) < 3:
         return value, float("nan")
-    left = [(kernels[2].mean(1 - k) - own / (len(own) - 2)).var() / (len(own) - 1) for k, own in enumerate((a, b))]
-    return value, 2 * np.sqrt(sum(left))   # what is the same whichever image is left out has no variance
+    left = [
+        (kernels[2].mean(1 - k) - own / (len(own) - 2)).var() / (len(own) - 1)
+        for k, own in enumerate((a, b))
+    ]
+    return value, 2 * np.sqrt(
+        sum(left)
+    )  # what is the same whichever image is left out has no variance
 
 
 def squared_distances(first, second):
     """|x - y|^2 of all pairs, (N, D), (M, D) -> (N, M); what rounding leaves between equal rows reads 0."""
     (a, b), distances = (np.square(x).sum(1) for x in (first, second)), -2 * first @ second.T
-    for start in range(0, len(a), 1000):   # in place: the matrices of ten thousand images are large
-        rows, norms = distances[start:start + 1000], a[start:start + 1000, None] + b
+    for start in range(0, len(a), 1000):  # in place: the matrices of ten thousand images are large
+        rows, norms = distances[start : start + 1000], a[start : start + 1000, None] + b
         rows += norms
         rows[rows < 1e-12 * norms] = 0
     return distances
@@ -1481,30 +2000,17 @@ def precision_recall(real, fake, cross, k):
     real (N, N), fake (M, M), cross (N, M). A ball reaches to the k-th neighbour within its own set and includes its
     surface, so that coinciding points count as covered.
     """
+
     def radii(own):  # the 0-th neighbour is the point itself
         return np.partition(own, min(k, len(own) - 1), axis=1)[:, min(k, len(own) - 1)]
+
     inside = cross <= radii(real)[:, None]
-    return (inside.any(0).mean(), (cross <= radii(fake)).any(1).mean(), inside.sum(0).mean() / k, inside.any(1).mean())
-
-
-def pooled(real, fake, standardise):
-    """Both sets' features stacked, (N, D), (M, D) -> float64 (N + M, D); standardise: centred and divided by the pooled
-    standard deviation (the real set's own would favour the real set)."""
-    features = np.concatenate([real, fake], dtype=np.float64)
-    if standardise:   # in place: they may be large
-        features -= features.mean(0)
-        spread = np.sqrt(np.einsum("nd,nd->d", features, features) / len(features))
-        features /= np.where(spread > 1e-9, spread, 1)
-    return features
-
-
-def joint_matrices(real, fake, standardise):
-    """What every number below is read from: both sets' features as `pooled`, their KID kernel and distances."""
-    features = pooled(real, fake, standardise)
-    centred = features - features.mean(0)  # a large common mean costs digits
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    return {"features": features, "gram": centred @ centred.T, "distance": squared_distances(centred, centred),
-            "kernel": (features @ features.T / features.shape[1] + 1) ** 3, "cosine": 1 - squared_distances(unit, unit) / 2}
+    return (
+        inside.any(0).mean(),
+        (cross <= radii(fake)).any(1).mean(),
+        inside.sum(0).mean() / k,
+        inside.any(1).mean(),
+    )
 
 
 def colour(pixels):
@@ -1517,7 +2023,7 @@ def colour(pixels):
         mean = chroma.mean((2, 3), keepdim=True)
         spread = (chroma - mean).square().mean((2, 3)).sqrt()
         both = (chroma - mean).prod(1).mean((1, 2))
-        size = torch.hypot(*chroma.unbind(1)).mean((1, 2))   # norm(dim=1) takes sixty times as long
+        size = torch.hypot(*chroma.unbind(1)).mean((1, 2))  # norm(dim=1) takes sixty times as long
         detail = (chroma.diff(dim=2).diff(dim=3).abs().mean((2, 3)) + 1e-3).log()
         found.append(torch.cat([mean[..., 0, 0], spread, both[:, None], size[:, None], detail], 1))
     return torch.cat(found).double().numpy()
@@ -1527,227 +2033,32 @@ def artefacts(image):
     """PIL image -> (4,): logs of the steps between pixels at the borders of 8 x 8 blocks over all steps, down and across;
     of the grain over the steps; of the grain. Of the middle 512 pixels as stored: JPEG's blocks, faint noise and faint
     blur do not outlive a resize."""
-    left, top = (max(0, side - 512) // 16 * 8 for side in image.size)   # on the blocks' grid
-    grey = np.asarray(image.convert("L").crop((left, top, min(left + 512, image.width), min(top + 512, image.height))))
+    left, top = (max(0, side - 512) // 16 * 8 for side in image.size)  # on the blocks' grid
+    grey = np.asarray(
+        image.convert("L").crop(
+            (left, top, min(left + 512, image.width), min(top + 512, image.height))
+        )
+    )
     grey = np.pad(grey.astype(np.float32), [(0, max(0, 16 - side)) for side in grey.shape], "edge")
     down, across = (np.abs(np.diff(grey, axis=axis)) for axis in (0, 1))
     grain, steps = np.abs(np.diff(np.diff(grey, 2, 0), 2, 1)).mean(), down.mean() + across.mean()
-    over, under = np.log(0.1 + np.array([[down[7::8].mean(), across[:, 7::8].mean(), grain],
-                                         [down.mean(), across.mean(), steps]]))   # a tenth of a grey level
+    over, under = np.log(
+        0.1
+        + np.array(
+            [
+                [down[7::8].mean(), across[:, 7::8].mean(), grain],
+                [down.mean(), across.mean(), steps],
+            ]
+        )
+    )  # a tenth of a grey level
     return np.append(over - under, over[2])
-
-
-def frechet_draws(joint, draws):
-    """The Frechet distance of each draw, by the nuclear norm of a block of the one Gram matrix."""
-    def one(draw):
-        i, j = np.flatnonzero(draw == 1), np.flatnonzero(draw == -1)
-        if "gram" not in joint or max(len(i), len(j)) > joint["features"].shape[1]:
-            return frechet(joint["features"][i], joint["features"][j])
-        a, b, c = (joint["gram"][np.ix_(*pair)] for pair in ((i, i), (j, j), (i, j)))
-        traces = sum((x.trace() - len(x) * x.mean()) / (len(x) - 1) for x in (a, b))
-        centred = c - c.mean(0) - c.mean(1, keepdims=True) + c.mean()
-        nuclear = np.linalg.svd(centred, compute_uv=False).sum() / np.sqrt((len(i) - 1) * (len(j) - 1))
-        return max(0.0, a.mean() + b.mean() - 2 * c.mean() + traces - 2 * nuclear)
-    return np.array([one(draw) for draw in tqdm(draws, desc="Frechet", leave=False, disable=None)])
-
-
-def pair_means(matrix, draws):
-    """Means of a symmetric matrix over pairs, diagonals left out: within the first, the second set, between them.
-
-    One product with the draws' indicators serves them all.
-    """
-    first, second = (draws == 1).T.astype(float), (draws == -1).T.astype(float)  # (n+m, draws)
-    n, m, diagonal = first.sum(0), second.sum(0), matrix.diagonal()
-    to_first, to_second = matrix @ first, matrix @ second
-    return (((first * to_first).sum(0) - diagonal @ first) / (n * (n - 1)),
-            ((second * to_second).sum(0) - diagonal @ second) / (m * (m - 1)), (first * to_second).sum(0) / (n * m))
-
-
-def kid_draws(joint, draws):
-    """KID of each draw."""
-    first, second, between = pair_means(joint["kernel"], draws)
-    return first + second - 2 * between
-
-
-def neighbour_draws(joint, draws, number):
-    """Number 0-3 of precision, recall (k = 3), density, coverage (k = 5) for each draw; computed once for all four."""
-    def one(draw):
-        i, j = np.flatnonzero(draw == 1), np.flatnonzero(draw == -1)
-        blocks = [joint["distance"][np.ix_(*pair)] for pair in ((i, i), (j, j), (i, j))]
-        return precision_recall(*blocks, 3)[:2] + precision_recall(*blocks, 5)[2:]
-    key = "neighbours", draws.tobytes()
-    if key not in joint:
-        joint[key] = np.array([one(draw) for draw in tqdm(draws, desc="neighbours", leave=False, disable=None)])
-    return joint[key][:, number]
-
-
-def cmmd_draws(joint, draws):
-    """CMMD (Jayasumana et al. 2024) of each draw: Gaussian kernel of sigma 10, unit vectors, diagonals included, x 1000."""
-    first, second, between = pair_means(np.exp((joint["cosine"] - 1) / 100), draws)
-    n, m = (draws == 1).sum(1), (draws == -1).sum(1)
-    return 1000 * (first + (1 - first) / n + second + (1 - second) / m - 2 * between)
-
-
-def vendi(similarity):
-    """Vendi score (Friedman & Dieng 2023) of (n, n) similarities, 1 with itself: how many different images n amount to."""
-    return float(np.exp(special.entr(np.linalg.eigvalsh(similarity / len(similarity)).clip(0)).sum()))
-
-
-def vendi_draws(joint, draws):
-    """Vendi score of the second set of each draw."""
-    second = (np.flatnonzero(draw == -1) for draw in tqdm(draws, desc="Vendi", leave=False, disable=None))
-    return np.array([vendi(joint["cosine"][np.ix_(j, j)]) for j in second])
-
-
-def inception_draws(joint, draws):
-    """Inception Score (Salimans et al. 2016) of the second set of each draw, in one split; joint["logits"]: (n + m, 1008),
-    without bias, all columns, as torch-fidelity has them."""
-    shares = special.softmax(joint["logits"], 1)
-    second = (draws == -1) / (draws == -1).sum(1, keepdims=True)
-    return np.exp(special.entr(second @ shares).sum(1) - second @ special.entr(shares).sum(1))
-
-
-def caption_draws(joint, draws):
-    """CLIP score of images with their captions (row 0) and with shuffled ones; joint["captions"]: (m, m) image, caption."""
-    m = len(joint["captions"])
-    orders = [torch.randperm(m, generator=generator(0, "captions", row)).numpy() for row in range(1, len(draws))]
-    return np.array([joint["captions"][np.arange(m), order].mean() for order in [np.arange(m), *orders]])
-
-
-def sampled_pair_draws(matrix, draws):
-    """Mean over the pairs within the second set of each draw whose entry of `matrix` is known, not NaN."""
-    second = (draws == -1).astype(float)
-    sums = [(second @ part * second).sum(1) for part in (np.nan_to_num(matrix), np.isfinite(matrix).astype(float))]
-    return sums[0] / np.maximum(sums[1], 1)
-
-
-def nearest_draws(matrix, draws):
-    """Mean over the second set of the smallest entry towards the first, for each draw."""
-    return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
-
-
-def large_values(real, fake, standardise=False, width=200):
-    """The metrics of features that have too many rows for one matrix, (N, D), (M, D), N, M > 1: {name: value}, in blocks.
-
-    frechet, kid, cmmd, precision, recall, density, coverage and vendi, as in METRICS.
-    """
-    (n, d), m = real.shape, len(fake)
-    sets = np.split(pooled(real, fake, True), [n]) if standardise else [real, fake]   # float32 until it is their turn
-    squares, sums, radii = [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in sets], {}, [[], []]
-
-    def blocks(a, b):  # squared distances, `width` rows at a time; the kernels' sums on the way
-        others = sets[b].T.astype(np.float64)
-        for start in tqdm(range(0, len(sets[a]), width), desc="blocks", leave=False, disable=None):
-            product, own = sets[a][start:start + width] @ others, squares[a][start:start + width, None]
-            for name, kernel in (("kid", (product / d + 1) ** 3),
-                                 ("cmmd", np.exp((product / np.sqrt(own * squares[b] + 1e-24) - 1) / 100))):
-                diagonal = np.trace(kernel, start) if a == b and name == "kid" else 0
-                sums[name, a, b] = sums.get((name, a, b), 0) + kernel.sum() - diagonal
-            yield start, np.maximum(own + squares[b] - 2 * product, 0)
-    for a in (0, 1):
-        ks = [min(k, len(sets[a]) - 1) for k in (3, 5)]
-        radii[a] = np.concatenate([np.partition(block, ks, axis=1)[:, ks] for _, block in blocks(a, a)])
-    reached, counted, recalled, covered = np.zeros(m, bool), 0, [], []
-    for start, block in blocks(0, 1):
-        near, wide = (block <= radii[0][start:start + width, k, None] for k in (0, 1))
-        reached, counted = reached | near.any(0), counted + wide.sum()
-        recalled.append((block <= radii[1][:, 0]).any(1))
-        covered.append(wide.any(1))
-    kid, cmmd = ([sums[name, a, b] for a, b in ((0, 0), (1, 1), (0, 1))] for name in ("kid", "cmmd"))
-    unit = sets[1] / np.sqrt(squares[1] + 1e-24)[:, None]
-    covariance = unit.T @ unit / m   # has the similarities' eigenvalues
-    return {"frechet": frechet(*sets), "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
-            "cmmd": 1000 * (cmmd[0] / n**2 + cmmd[1] / m**2 - 2 * cmmd[2] / (n * m)), "precision": reached.mean(),
-            "recall": np.concatenate(recalled).mean(), "density": counted / (5 * m),
-            "coverage": np.concatenate(covered).mean(), "vendi": vendi(covariance * d)}
-
-
-# name: (function of the joint matrices and the draws, lower is better, what it needs: evaluate.py brings it)
-METRICS = {
-    "frechet": (frechet_draws, True, "features"),
-    "kid": (kid_draws, True, "features"),
-    "cmmd": (cmmd_draws, True, "features"),
-    **{name: (functools.partial(neighbour_draws, number=number), False, "features")
-       for number, name in enumerate(("precision", "recall", "density", "coverage"))},
-    "vendi": (vendi_draws, False, "features"),
-    "colour": (lambda joint, draws: frechet_draws(joint["colour"], draws), True, "colour"),
-    "artefacts": (lambda joint, draws: frechet_draws(joint["artefacts"], draws), True, "artefacts"),
-    "ssim_nearest": (lambda joint, draws: -nearest_draws(-joint["ssim"], draws), False, "ssim"),
-    "ssim_pairs": (lambda joint, draws: pair_means(joint["ssim"], draws)[1], True, "ssim"),
-    "lpips_nearest": (lambda joint, draws: nearest_draws(joint["lpips"], draws), True, "lpips"),
-    "lpips_pairs": (lambda joint, draws: pair_means(joint["lpips"], draws)[1], False, "lpips"),
-    "ms_ssim_pairs": (lambda joint, draws: sampled_pair_draws(joint["ms_ssim"], draws), True, "ms_ssim"),
-    "inception_score": (inception_draws, False, "logits"),
-    "clip_score": (caption_draws, False, "captions"),
-}
-OPT_IN = ("ms_ssim", "logits", "captions")   # what is brought only for metrics that are asked for by name
-
-
-# ---------------------------------------------------------------- the yardstick: what chance alone would give
-
-
-def whole_groups(groups, n, m):
-    """`groups`, or None where a permutation cannot keep them whole: under five of them, or one that fills half a set."""
-    sizes = collections.Counter(name for name in groups or () if name)
-    return groups if len(sizes) >= 5 and 2 * max(sizes.values()) <= min(n, m) else None
-
-
-def permutation_draws(n, m, count, seed, groups=None):
-    """int8 (1 + count, n + m): 1 for the first set, -1 for the second; row 0 is the sets as they are.
-
-    The others share out the pooled images anew in the same sizes. groups: a name an image, "" for an image on its
-    own; a group stays together, and an image that no longer fits is left out (0).
-    """
-    names = [name or n for n, name in enumerate(whole_groups(groups, n, m) or [""] * (n + m))]
-    units = {name: [] for name in names}
-    for index, name in enumerate(names):
-        units[name].append(index)
-    units = list(units.values())
-    draws = np.zeros((1 + count, n + m), np.int8)
-    draws[0, :n], draws[0, n:] = 1, -1
-    for row in range(1, 1 + count):
-        room = {1: n, -1: m}
-        for unit in torch.randperm(len(units), generator=generator(seed, "permutation", row)).tolist():
-            side = next((side for side in room if room[side] >= len(units[unit])), 0)
-            draws[row, units[unit]] = side
-            room[side] = room.get(side, 0) - len(units[unit])
-    return draws
-
-
-def half_draws(n, m, count, seed, groups=None):
-    """Two kinds of int8 (count, n + m) draws at equal sizes: half of the real set against its other half, and the
-    first of these halves against as many of the second set."""
-    half = min(n, m) // 2
-    splits = permutation_draws(half, n - half, count, (seed, "halves"), groups[:n] if groups else None)[1:]
-    against_real, against_fake = (np.zeros((count, n + m), np.int8) for _ in range(2))
-    for row, split in enumerate(splits):
-        order = torch.randperm(m, generator=generator(seed, "half of the second set", row)).numpy() + n
-        mixed = torch.randperm(n, generator=generator(seed, "half of the first set", row)).numpy()
-        first, rest = (mixed[split[mixed] == side] for side in (1, -1))
-        size = min(len(first), len(rest), m)   # whole patients can leave a half short
-        against_real[row, first[:size]], against_fake[row, first[:size]] = 1, 1
-        against_real[row, rest[:size]], against_fake[row, order[:size]] = -1, -1
-    return against_real, against_fake
-
-
-def yardstick(values, lower_is_better):
-    """A value (values[0]) beside what chance gives (the rest): null median and 95 % range, excess, p_high, p_low.
-
-    p_high: how often chance is as bad or worse; p_low: how often it is as good or better. A small p_high says
-    "different from real", a small p_low "closer than two fresh samples are", which copies are.
-    """
-    value, null = values[0], values[1:]
-    worse = null >= value if lower_is_better else null <= value
-    better = null <= value if lower_is_better else null >= value
-    low, median, high = np.percentile(null, (2.5, 50, 97.5))
-    return {"value": float(value), "null": float(median), "null_low": float(low), "null_high": float(high),
-            "excess": float(value - median), "p_high": float((1 + worse.sum()) / (1 + len(null))),
-            "p_low": float((1 + better.sum()) / (1 + len(null)))}
 
 
 # ---------------------------------------------------------------- calibration: what a real image scores
 
-COPY_CHANCE = 0.01   # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
+COPY_CHANCE = (
+    0.01  # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
+)
 
 
 def same_unit(groups):
@@ -1758,8 +2069,13 @@ def same_unit(groups):
 
 def nearest(distances, forbidden=False):
     """(index, distance) of each row's smallest entry; entries that are True in `forbidden` do not count."""
-    forbidden = np.broadcast_to(forbidden, distances.shape)   # by parts: the matrices of ten thousand images are large
-    parts = (np.where(forbidden[n:n + 1000], np.inf, distances[n:n + 1000]) for n in range(0, max(1, len(distances)), 1000))
+    forbidden = np.broadcast_to(
+        forbidden, distances.shape
+    )  # by parts: the matrices of ten thousand images are large
+    parts = (
+        np.where(forbidden[n : n + 1000], np.inf, distances[n : n + 1000])
+        for n in range(0, max(1, len(distances)), 1000)
+    )
     return tuple(map(np.concatenate, zip(*((part.argmin(1), part.min(1)) for part in parts))))
 
 
@@ -1769,21 +2085,35 @@ def copy_distances(first, real):
     sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, 25 crops of 90 % and all
     their mirror images. Real pictures are to be measured against one another in the same way.
     """
+
     def shrunk(grey, side):
         return F.interpolate(grey, (side, side), mode="bilinear", antialias=True)
 
     def thumbnails(grey, y=0, x=0, side=80):
-        small = shrunk(grey[:, :, y:y + side, x:x + side], 16)
-        return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1)).reshape(small.shape)
-    places = [(0, 0), *itertools.product(range(0, 9, 2), range(0, 9, 2), [72])]   # steps of 2.5 %: coarser ones miss some
-    asked = torch.cat([thumbnails(shrunk(to_grey(part), 80)).flatten(1) for part in first.split(256)])
+        small = shrunk(grey[:, :, y : y + side, x : x + side], 16)
+        return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1)).reshape(
+            small.shape
+        )
+
+    places = [
+        (0, 0),
+        *itertools.product(range(0, 9, 2), range(0, 9, 2), [72]),
+    ]  # steps of 2.5 %: coarser ones miss some
+    asked = torch.cat(
+        [thumbnails(shrunk(to_grey(part), 80)).flatten(1) for part in first.split(256)]
+    )
     best = torch.full((len(first), len(real)), -1.0)
-    for part, found in zip(real.split(256), best.split(256, 1)):   # found is a view: filled in place
+    for part, found in zip(real.split(256), best.split(256, 1)):  # found is a view: filled in place
         grey = shrunk(to_grey(part), 80)
         for known in (thumbnails(grey, *place) for place in places):
             for view in (known, known.flip(3)):
                 torch.maximum(found, asked @ view.flatten(1).T, out=found)
     return best.mul_(-2).add_(2).clamp_(min=0).sqrt_().numpy()
+
+
+def copy_limit(count):
+    """The chance up to which an image is a copy, beside `count` real ones: few real images can show no smaller one."""
+    return max(COPY_CHANCE, 1 / (count + 1))
 
 
 def copy_chances(real, fake, same):
@@ -1800,353 +2130,13 @@ def copy_chances(real, fake, same):
     def nearness(distances, forbidden):
         first, d1 = nearest(distances, forbidden)
         return d1, d1 / np.maximum(nearest(distances, same[first] | forbidden)[1], 1e-12)
+
     known, asked = nearness(real, same), nearness(fake, False)
-    chances = [(1 + np.searchsorted(np.sort(a), b, "right")) / (len(real) + 1) for a, b in zip(known, asked)]
+    chances = [
+        (1 + np.searchsorted(np.sort(a), b, "right")) / (len(real) + 1)
+        for a, b in zip(known, asked)
+    ]
     return np.minimum(2 * np.minimum(*chances), np.maximum(*chances))
-
-
-def plain_scores(grey):
-    """Log variance of the Laplacian and contrast of (B, 1, H, W) in [0, 1]: two (B,)."""
-    def variance(maps):   # torch.var takes five times as long
-        return (maps - maps.mean((1, 2, 3), keepdim=True)).square().sum((1, 2, 3)) / (maps[0].numel() - 1)
-    down, across, middle = grey[..., 1:-1], grey[..., 1:-1, :], grey[..., 1:-1, 1:-1]
-    edges = down[..., :-2, :] + down[..., 2:, :] + across[..., :-2] + across[..., 2:] - 4 * middle   # faster than conv2d
-    return (variance(edges) + 1e-8).log(), variance(grey).sqrt()
-
-
-def image_scores(pixels):
-    """Scores of uint8 pixels (N, 3, H, W), each (N,): log variance of the Laplacian, contrast."""
-    parts = zip(*(plain_scores(to_grey(part)) for part in pixels.split(64)))
-    return {name: torch.cat(part).double().numpy() for name, part in zip(("sharpness", "contrast"), parts)}
-
-
-def appearance(pixels):
-    """uint8 (N, 3, H, W) -> (N, 200): `colour`, and the 8 x 8 pixels of a thumbnail less their mean, of length 1. The
-    texture descriptor sees neither a colour nor that a film is inverted."""
-    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in pixels.split(64)]).double()
-    return np.hstack([colour(pixels), F.normalize(small - small.mean(1, keepdim=True)).numpy()])
-
-
-def in_units_of(real, seen):
-    """`appearance` (m, 200) in the spread of real images' (n, 200): a colour at most three standard deviations from the
-    median, so that one tinted film among grey ones does not drown the layout, which weighs half as much again."""
-    spread = np.maximum(real.std(0), 3e-3)
-    tint = np.tanh((seen[:, :8] - np.median(real[:, :8], axis=0)) / spread[:8] / 3) * 3 / 8**0.5
-    return np.hstack([tint, 1.5 * seen[:, 8:] / np.linalg.norm(spread[8:])])
-
-
-def two_sided(reference, values):
-    """Distance from the reference's median in units of its median absolute deviation: both ends are bad."""
-    median = np.median(reference)
-    return np.abs(values - median) / (1.4826 * np.median(np.abs(reference - median)) + 1e-9)
-
-
-def ranks(real_scores, scores):
-    """{name: u} of the real scores' names: u = (1 + how many real scores are smaller) / (n + 1), in (0, 1]; large is bad."""
-    return {name: (1 + np.searchsorted(np.sort(values), scores[name])) / (len(values) + 1)
-            for name, values in real_scores.items()}
-
-
-def calibrate(real_scores, alpha, members=slice(None)):
-    """The threshold on the largest rank that 1 - alpha of unseen real images pass in all their scores together.
-
-    real_scores: name -> (n,) leave-one-out scores of real images, large is bad; members: those it is taken from, all
-    or the ones of a label. The conformal quantile of the maximum of the ranks: cutting each of several scores at alpha
-    would refuse too many. Infinite, so that everything passes, where there are fewer than 1/alpha - 1.
-    """
-    joint = np.sort(np.max(list(ranks(real_scores, real_scores).values()), axis=0)[members])
-    k = int(np.ceil((1 - alpha) * (len(joint) + 1) - 1e-9))
-    return float(joint[k - 1]) if k <= len(joint) else float("inf")
-
-
-def judge(real_scores, scores, threshold):
-    """(passes, worst): bool (N,) and, for each image, the name of the score that ranks worst among the real ones.
-
-    threshold: one number, or (N,).
-    """
-    u = ranks(real_scores, scores)
-    stacked = np.stack(list(u.values()))  # (scores, N)
-    return stacked.max(0) <= threshold, [list(u)[n] for n in stacked.argmax(0)]
-
-
-def refuse(reasons, which, why):
-    """Give the images that are True in `which` (m,) the reason why(i), in place; an earlier reason stays."""
-    for i in np.flatnonzero(which):
-        reasons[i] = reasons[i] or why(i)
-
-
-def refuse_low(reasons, given, quality, alignment):
-    """Refuse, in place, what a selector gives less than these limits, each None or a number; what is not known fails it."""
-    for name, least in (("quality", quality), ("alignment", alignment)):
-        if least is not None:
-            refuse(reasons, ~(given[name] >= least), lambda i, name=name, least=least: (
-                f"{name} {given[name][i]:.2f} below {least:.2f}"))
-
-
-def copy_limit(count):
-    """The chance up to which an image is a copy, beside `count` real ones: few real images can show no smaller one."""
-    return max(COPY_CHANCE, 1 / (count + 1))
-
-
-def label_thresholds(own, rows, alpha):
-    """{label: calibrated threshold}: "" for all, and each label that has enough of the real images `rows` for its own."""
-    labels = np.array([text_key(row["label"]) for row in rows])
-    found = {label: calibrate(own, alpha, labels == label) for label in sorted({*labels} - {""})}
-    return {"": calibrate(own, alpha)} | {label: u for label, u in found.items() if np.isfinite(u)}
-
-
-def measure_reference(rows, pixels, device, alpha=None, max_lpips=None, min_ssim=None, copies=False, features="texture",
-                      lpips=None, batch_size=32, precision="auto"):
-    """Measure the real images once, so that others can be judged beside them: a dict for `score` and `refusals`.
-
-    rows, pixels: as load_pixels gives, uint8 (n, 3, S, S), S >= 64. alpha: refuse what looks less real than all but
-    this share of the real images; max_lpips, min_ssim: limits towards the nearest of them; copies: refuse copies.
-    features, lpips: networks by name; without lpips it is alex where its weights are. In the dict, "said" has a line on
-    each limit, and "own" the real images' scores, each against those of other patients. fail() where there are too few
-    real images for alpha, or all are of one patient.
-    """
-    enough = int(np.ceil(1 / alpha - 1e-9)) - 1 if alpha else 0
-    if len(rows) < enough:
-        fail(f"--calibrate {alpha:g} needs at least {enough} real images, --reference has {len(rows)}")
-    lpips = lpips or ("alex" if max_lpips is not None or all(lpips_files("alex")) else None)
-    reference = dict(pixels=pixels, device=device, batch_size=batch_size, precision=precision, spread=1.0,
-                     network=load_features(features, device), lpips=lpips and load_lpips(lpips, device), limits=[])
-    if max_lpips is not None:
-        reference["limits"].append(("lpips", max_lpips, f"--max-lpips {max_lpips:g}"))
-    if min_ssim is not None:
-        reference["limits"].append(("dissimilarity", 1 - min_ssim, f"--min-ssim {min_ssim:g}"))
-    vectors = seen_by(reference, pixels)
-    if reference["network"]["standardise"]:
-        spread = vectors.std(0)   # a corner that is black in all of them must not outweigh the rest
-        reference["spread"] = np.maximum(spread, 0.2 * np.median(spread)) + 1e-9
-    reference |= dict(vectors=vectors / reference["spread"], simple=image_scores(pixels), appearance=appearance(pixels))
-    distances = np.sqrt(squared_distances(reference["vectors"], reference["vectors"]))
-    same = same_unit([row["group"] for row in rows]) | (distances <= 1e-3 * np.median(distances))   # there twice: one
-    if same.all(1).any():
-        fail("--reference: all its images are of one patient; it takes several")
-    own = score(reference, pixels, reference["vectors"], same)[0]
-    said = [f"{why} would refuse {np.mean(own[name] > limit):.0%} of the real images"
-            for name, limit, why in reference["limits"]]
-    if copies:
-        limit = copy_limit(len(rows))
-        reference["copies"] = limit, copy_distances(pixels, pixels), same
-        said.append(f"a copy is what is nearer to a real image than all but {limit:.1%} of fresh ones are")
-    if alpha:
-        reference["thresholds"] = label_thresholds(own, rows, alpha)
-        said.append(f"calibrated on {len(rows)} real images by {', '.join(own)}: about {1 - alpha:.0%} of unseen real "
-                    "ones would pass" + "".join(f"; label \"{label}\" has a threshold of its own"
-                                                for label in reference["thresholds"] if label))
-    return reference | dict(own=own, said=said)
-
-
-def seen_by(reference, pixels):
-    """Features (m, D) of pixels in units of the reference's spread."""
-    how = (reference[name] for name in ("network", "device", "batch_size", "precision"))
-    return extract(pixels, *how) / reference["spread"]
-
-
-def score(reference, pixels, vectors=None, forbidden=False):
-    """Scores beside a measured reference of uint8 pixels (m, 3, S, S): ({name: (m,)}, nearest real image (m,), vectors).
-
-    Large is bad in all but copy_chance. vectors, forbidden: of the real images themselves, their features and bool
-    (m, n), who is not compared with whom.
-    """
-    real, device = reference["pixels"], reference["device"]
-    vectors = seen_by(reference, pixels) if vectors is None else vectors
-    index, distance = nearest(np.sqrt(squared_distances(vectors, reference["vectors"])), forbidden)
-    scores = {"distance": distance} | {name: two_sided(reference["simple"][name], values)
-                                       for name, values in image_scores(pixels).items()}
-    seen, known = (in_units_of(reference["appearance"], x) for x in (appearance(pixels), reference["appearance"]))
-    mirrored = np.hstack([seen[:, :8], seen[:, 8:].reshape(-1, 8)[:, ::-1].reshape(-1, 192)])
-    apart = np.minimum(squared_distances(seen, known), squared_distances(mirrored, known))
-    apart[np.broadcast_to(forbidden, apart.shape)] = np.inf
-    fifth = min(5, len(real)) - 1   # a few odd real images, grey among photographs, do not excuse others
-    scores["colour"] = np.sqrt(np.partition(apart, fifth)[:, fifth])
-    if reference["lpips"]:
-        matrix = lpips_matrix(pixels, reference["lpips"], device, reference["batch_size"], others=real)
-        scores["lpips"] = nearest(matrix, forbidden)[1]
-    if any(name == "dissimilarity" for name, *_ in reference["limits"]):
-        scores["dissimilarity"] = 1 + nearest(-ssim_matrix(pixels, real, device), forbidden)[1]
-    if "copies" in reference:
-        limit, known, same = reference["copies"]
-        apart = copy_distances(pixels, real)
-        scores["copy_chance"] = copy_chances(known, apart, same)
-        index = np.where(scores["copy_chance"] <= limit, apart.argmin(1), index)   # of a copy, what it is a copy of
-    return scores, index, vectors
-
-
-def refusals(reference, scores, rows):
-    """Why each image goes, [str], "" where it stays: by its `score` beside a measured reference, and its row's label."""
-    reasons = [""] * len(rows)
-    if "copies" in reference:
-        chance = scores["copy_chance"]
-        refuse(reasons, chance <= reference["copies"][0], lambda i: f"copy of a real image (chance {chance[i]:.2g})")
-    for name, limit, why in reference["limits"]:
-        refuse(reasons, scores[name] > limit, lambda i, why=why: why)
-    if "thresholds" in reference:
-        of = reference["thresholds"]
-        threshold = np.array([of.get(text_key(row["label"]), of[""]) for row in rows])
-        passes, worst = judge(reference["own"], scores, threshold)
-        refuse(reasons, ~passes, lambda i: worst[i].replace("colour", "colour or layout") + " unlike the real images")
-    return reasons
-
-
-# ---------------------------------------------------------------- the quality head, fitted on experts' ratings
-
-QUALITY_FEATURES = (("hand-1", 21), ("texture-1", 368), ("hand-1-squared", 21))
-QUALITY_TENSORS = {"feat.mean", "feat.scale", "head.weight", "head.bias", "head.modality_bias", "head.cut", "cal.platt",
-                   "shell.mean", "shell.whiten", "shell.q", "boot.weight", "boot.bias", "align.proto", "align.bias",
-                   "align.logit"}
-
-
-def hand(pixels):
-    """What spoils a picture technically: uint8 (B, 3, H, W), H, W >= 32 -> (B, 21).
-
-    Sharpness (log variance of the Laplacian), contrast, mean chroma; both gradients; noise (Immerkaer 1996), signal to
-    noise; 5-95 % range; shares of black and white; 5 % point, log red and blue over green; steps of the log power
-    spectrum over six bands; steps at 8-pixel borders over those elsewhere, both ways; checkerboards.
-    """
-    grey, (red, green, blue) = to_grey(pixels), (pixels.float().mean((2, 3)) / 255 + 0.01).log().T
-    kernels = torch.tensor([[[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], [[-1, -2, -1], [0, 0, 0], [1, 2, 1]],
-                            [[1, -2, 1], [-2, 4, -2], [1, -2, 1]]]).to(grey)   # both Sobels, Immerkaer's
-    mean, strength = grey.mean((1, 2, 3)), F.conv2d(grey, kernels[:, None]).abs().mean((2, 3)) + 1e-4
-    noise = strength[:, 2] / 6 * (np.pi / 2) ** 0.5
-    low, high = grey[..., ::2, ::2].flatten(1).quantile(torch.tensor([0.05, 0.95]).to(grey), 1)
-    y, x = torch.meshgrid(torch.fft.fftfreq(grey.shape[2]), torch.fft.rfftfreq(grey.shape[3]), indexing="ij")
-    edges = torch.logspace(np.log10(1.5 / min(grey.shape[2:])), np.log10(0.5), 7)
-    bands = torch.bucketize(torch.hypot(x, y), edges).flatten() == torch.arange(1, 7)[:, None]   # (6, frequencies)
-    bands = (bands / bands.sum(1, keepdim=True)).to(grey)
-    power = (torch.fft.rfft2(grey[:, 0]).abs().square().flatten(1) / grey[0].numel() @ bands.T + 1e-6).log()
-    across, down = grey.diff(dim=3), grey.diff(dim=2)
-    blocks = [(steps[..., 7::8].abs().mean((1, 2, 3)) + 1e-3).log() - (steps.abs().mean((1, 2, 3)) + 1e-3).log()
-              for steps in (across, down.transpose(2, 3))]
-    chroma = (pixels.amax(1) - pixels.amin(1)).float().mean((1, 2)) / 255
-    return torch.stack([*plain_scores(grey), chroma, *strength[:, :2].log().T, noise.log(),
-                        (mean + 1e-4).log() - noise.log(), high - low, (grey < 0.02).float().mean((1, 2, 3)),
-                        (grey > 0.98).float().mean((1, 2, 3)), low, red - green, blue - green,
-                        *power.diff(dim=1).T, *blocks, (across.diff(dim=2).abs().mean((1, 2, 3)) + 1e-4).log()], 1)
-
-
-def quality_features(pixels, device):
-    """What the quality head sees of uint8 pixels (N, 3, H, W): float64 (N, 389), `hand` and `texture`."""
-    plain = torch.cat([hand(part.to(device)).cpu() for part in pixels.split(64)]).double().numpy()
-    return np.concatenate([plain, extract(pixels, load_features("texture", device), device)], 1)
-
-
-def standardised(features, mean, scale):
-    """quality_features (N, 389) in the units of mean and scale (410,), the squares of `hand` behind them: (N, 410).
-
-    Too much is as bad as too little, which a line alone cannot say.
-    """
-    count, hand_count = features.shape[1], QUALITY_FEATURES[0][1]
-    z = (features - mean[:count]) / scale[:count]
-    squares = np.minimum(np.square(z[:, :hand_count]) * hand_count, 9)
-    return np.hstack([z, (squares - mean[count:]) / scale[count:]])
-
-
-def save_selector(path, spec, tensors):
-    """Write a fitted head: safetensors, fp32, `spec` as JSON in the metadata; no paths, no patients.
-
-    For D = 410 `standardised` features: feat.mean, feat.scale, head.weight (D), head.bias (1), head.modality_bias (one
-    for each of spec["modalities"], none for one), head.cut (2) and cal.platt (slope, cut) of the logistic calibration,
-    shell.mean (D), shell.whiten (D, P), shell.q (1) beyond which an image is unlike all rated ones, boot.weight (20, D),
-    boot.bias (20) of ten bootstraps of each half of the groups, align.proto (C, D), align.bias (C), align.logit (1) of
-    the softmax over spec["classes"].
-    """
-    from safetensors.torch import save
-    spec = json.loads(json.dumps(spec, sort_keys=True), parse_constant=lambda name: None)   # NaN is no JSON
-    metadata = {"format": "medlora-selector", "version": "1", "tool": "medlora", "spec": json.dumps(spec)}
-    data = save({name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()})
-    length = int.from_bytes(data[:8], "little")   # the library would write its metadata in random order
-    header = json.dumps({"__metadata__": metadata, **json.loads(data[8:8 + length])}).encode()
-    header += b" " * (-len(header) % 8)
-    write_file(path, len(header).to_bytes(8, "little") + header + data[8 + length:])
-
-
-def load_selector(path):
-    """A selector that filter.py --fit wrote: its spec and float64 arrays in one dict. fail() for anything else."""
-    from safetensors import safe_open
-    try:
-        with safe_open(path, "np") as file:
-            found = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}
-            metadata = file.metadata() or {}
-        spec = json.loads(metadata.get("spec", "{}"))
-        known = tuple((block["name"], block["dim"]) for block in spec.get("features", ())) == QUALITY_FEATURES and (
-            64 <= spec["features"][0]["size"] <= 4096 and 0 <= spec["thresholds"]["quality"] <= 1 and spec["good"] in (2, 3)
-            and all(isinstance(text, str) for key in ("modalities", "classes", "warnings") for text in spec[key]))
-    except Exception:   # a missing file, damaged safetensors, damaged JSON
-        fail(f"{path}: is not a readable selector; filter.py --fit writes one")
-    if (metadata.get("format"), metadata.get("version")) != ("medlora-selector", "1"):
-        fail(f"{path}: is not a selector of version 1; filter.py --fit writes one")
-    wide = ("feat.mean", "feat.scale", "head.weight", "boot.weight", "align.proto")
-    if not (known and set(found) == QUALITY_TENSORS and all(np.isfinite(value).all() for value in found.values())
-            and {found[name].shape[-1] for name in wide} == {sum(dim for _, dim in QUALITY_FEATURES)}):
-        fail(f"{path}: its features or numbers are not those of this version; fit it again with filter.py --fit")
-    return {"spec": spec, **found}
-
-
-RATING_COLUMNS = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real"
-
-
-def read_ratings(paths):
-    """All rows of ratings files: dicts of RATING_COLUMNS with "path" (image_path beside its file), "rating" int and
-    "level" float (3 where it is empty); fail() names the rows whose rating is not 1, 2 or 3.
-    """
-    found = []
-    for path in paths:
-        if not os.path.isfile(path):
-            fail(f"{path}: no such file")
-        rows = read_table(path)
-        if not rows or not all(row.get("image_path") and "rating" in row for row in rows):
-            fail(f"{path}: a ratings file has rows and at least the columns image_path and rating")
-        for name, sort in (("rating", r"[123](\.0*)?"), ("expert_level", r"([1-9]\d*(\.\d*)?)?")):
-            wrong = [str(n) for n, row in enumerate(rows, 2) if not re.fullmatch(sort, row.get(name, ""))]
-            if wrong:
-                fail(f"{path}: row {', '.join(wrong[:5])}: {name} must be 1, 2 or 3" + " or more" * (name != "rating"))
-        for row in rows:
-            name = row["image_path"].replace("\0", "?")   # no name of a file has that
-            place = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(path)), name))
-            found.append({name: row.get(name, "") for name in RATING_COLUMNS.split(",")} | dict(
-                path=place if os.path.exists(place) else place.replace("\\", "/"),   # written on Windows
-                rating=int(row["rating"][0]), level=float(row.get("expert_level") or 3),
-                expert=row.get("expert") or Path(path).stem))
-    return found
-
-
-def text_key(text):
-    """A label or caption as a selector's classes are named."""
-    return " ".join(text.lower().split())
-
-
-def apply_selector(selector, features, rows):
-    """Judge images by quality_features at the selector's size, features (N, 389): a dict of values (N,).
-
-    quality: probability that an expert gives the rating spec["good"] or better, 0 where the image is unlike all that
-    were rated; reward: the same of the heads of one half of the rated groups, less their standard deviation, for a
-    network to learn from; judge: of the heads of the other half, to see what was learnt; alignment: probability that it
-    shows its row's label (else caption), NaN where the selector does not know that. rows: as list_images gives; of
-    "fields" only "modality" is read, and fail() says which one no expert rated.
-    """
-    spec, modalities = selector["spec"], [text_key(modality_of(row)) for row in rows]
-    unknown = sorted(set(modalities) - set(spec["modalities"])) if len(spec["modalities"]) > 1 else []
-    if unknown:
-        fail(f"the selector was fitted on {', '.join(spec['modalities'])}, not on {unknown[0] or 'images without modality'}")
-    z = standardised(features, selector["feat.mean"], selector["feat.scale"])
-    offset = [selector["head.modality_bias"][spec["modalities"].index(m)] if len(spec["modalities"]) > 1 else 0
-              for m in modalities]
-    slope, cut = selector["cal.platt"]
-    scores = np.add(offset, z @ selector["head.weight"] + selector["head.bias"])
-    heads = np.add(offset, (z @ selector["boot.weight"].T + selector["boot.bias"]).T)   # (20, N)
-    inside = np.linalg.norm((z - selector["shell.mean"]) @ selector["shell.whiten"], axis=1) <= selector["shell.q"]
-    logits = selector["align.logit"] * (z @ selector["align.proto"].T + selector["align.bias"])   # (N, classes)
-    shares = special.softmax(logits, 1) if logits.size else logits
-    known = [next((spec["classes"].index(key) for key in map(text_key, (row["label"], row["caption"]))
-                   if key in spec["classes"]), None) for row in rows]
-    alignment = np.array([np.nan if c is None else share[c] for share, c in zip(shares, known)])
-    learnt, unseen = np.split(special.expit(slope * heads + cut), 2)
-    return {"quality": np.where(inside, special.expit(slope * scores + cut), 0),
-            "reward": np.where(inside, learnt.mean(0) - learnt.std(0), 0), "judge": np.where(inside, unseen.mean(0), 0),
-            "alignment": alignment}
 
 
 # ---------------------------------------------------------------- the page that train, evaluate and filter share
@@ -2170,30 +2160,45 @@ color:var(--soft);max-width:12.3rem;overflow-wrap:anywhere}svg{max-width:100%;he
 
 def page(title, body):
     """One self-contained HTML file as text: `body` is HTML whose texts went through html.escape."""
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-            f"<style>{STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
+    )
 
 
 def table(header, rows):
     """An HTML table; every cell is escaped."""
-    lines = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-             for tag, cells in [("th", header)] + [("td", row) for row in rows]]
-    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>\n"
+    lines = [
+        "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
+        for tag, cells in [("th", header)] + [("td", row) for row in rows]
+    ]
+    return (
+        '<div class="wide"><table>'
+        + "".join(f"<tr>{line}</tr>\n" for line in lines)
+        + "</table></div>\n"
+    )
 
 
 def thumbnail(image, size=96, **how):
     """A PIL image, or uint8 pixels (3, H, W), as a JPEG of at most `size` pixels a side in an <img> element."""
-    image, buffer = (image if isinstance(image, Image.Image) else picture(image)).convert("RGB"), io.BytesIO()
+    image, buffer = (
+        (image if isinstance(image, Image.Image) else picture(image)).convert("RGB"),
+        io.BytesIO(),
+    )
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", **{"quality": 85, **how})
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return (
+        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    )
 
 
 def curve(series, x_label="", y_label="", width=640, height=260):
     """An inline SVG line chart; series: name -> list of (x, y). Points that are not finite are left out."""
     series = {name: [p for p in points if np.isfinite(p).all()] for name, points in series.items()}
-    every = np.array([point for points in series.values() for point in points], float).reshape(-1, 2)
+    every = np.array([point for points in series.values() for point in points], float).reshape(
+        -1, 2
+    )
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
     low, high = every.min(0), every.max(0)
@@ -2203,18 +2208,29 @@ def curve(series, x_label="", y_label="", width=640, height=260):
     def place(point):
         x, y = (np.asarray(point, float) - low) / span * box
         return f"{70 + x:.1f},{height - 40 - y:.1f}"
+
     parts = [f'<path d="M70 20V{height - 40}H{width - 15}" fill="none" stroke="var(--line)"/>']
     for share in (0, 0.5, 1):
         x, y = low + share * span
-        parts.append(f'<text x="{70 + share * box[0]:.0f}" y="{height - 22}" text-anchor="middle">{x:.4g}</text>'
-                     f'<text x="64" y="{height - 36 - share * box[1]:.0f}" text-anchor="end">{y:.4g}</text>')
+        parts.append(
+            f'<text x="{70 + share * box[0]:.0f}" y="{height - 22}" text-anchor="middle">{x:.4g}</text>'
+            f'<text x="64" y="{height - 36 - share * box[1]:.0f}" text-anchor="end">{y:.4g}</text>'
+        )
     for n, (name, points) in enumerate(series.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
-        line = " ".join(map(place, points[:1] + points))  # twice the first: one point alone is a dot
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{2 if len(points) > 1 else 7}" '
-                     'stroke-linecap="round"/>'
-                     f'<text x="{80 + 140 * n}" y="12" fill="{colour}">{html.escape(name)}</text>')
-    parts.append(f'<text x="{70 + box[0] / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'
-                 f'<text x="0" y="12">{html.escape(y_label)}</text>')
-    return (f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" font-size="12" '
-            f'fill="var(--soft)">{"".join(parts)}</svg>\n')
+        line = " ".join(
+            map(place, points[:1] + points)
+        )  # twice the first: one point alone is a dot
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{2 if len(points) > 1 else 7}" '
+            'stroke-linecap="round"/>'
+            f'<text x="{80 + 140 * n}" y="12" fill="{colour}">{html.escape(name)}</text>'
+        )
+    parts.append(
+        f'<text x="{70 + box[0] / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'
+        f'<text x="0" y="12">{html.escape(y_label)}</text>'
+    )
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" font-size="12" '
+        f'fill="var(--soft)">{"".join(parts)}</svg>\n'
+    )

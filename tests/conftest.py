@@ -1,4 +1,5 @@
 """What the tests share: a tiny random base, tiny random images, and a way to run a script in this process."""
+
 import ast
 import atexit
 import os
@@ -14,14 +15,18 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MEDLORA_CACHE"] = tempfile.mkdtemp(prefix="medlora-tests-")   # before metrics is imported
+os.environ["MEDLORA_CACHE"] = tempfile.mkdtemp(
+    prefix="medlora-tests-"
+)  # before metrics is imported
 atexit.register(shutil.rmtree, os.environ["MEDLORA_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: bases of real size, gigabytes and minutes each; run by -m slow alone")
+    config.addinivalue_line(
+        "markers", "slow: bases of real size, gigabytes and minutes each; run by -m slow alone"
+    )
     config.option.markexpr = config.option.markexpr or "not slow"
-    for text in ("__array__ implementation", "Detected pickle"):   # other packages' pleas
+    for text in ("__array__ implementation", "Detected pickle"):  # other packages' pleas
         config.addinivalue_line("filterwarnings", f"ignore:{text}")
 
 
@@ -31,22 +36,57 @@ def tiny_parts(prediction_type="epsilon", **unet_flags):
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     torch.manual_seed(0)
     letters = list(bytes_to_unicode().values())
     words = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    tokenizer = CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77
+    )
     text_config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=24, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
-    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), down_block_types=["DownEncoderBlock2D"] * 4,
-                        up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=1, norm_num_groups=4,
-                        latent_channels=4, sample_size=64)
-    unet = UNet2DConditionModel(**{**dict(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4,
-        norm_num_groups=8, down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"]), **unet_flags})
-    schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                             set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=24,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+    )
+    unet = UNet2DConditionModel(
+        **{
+            **dict(
+                sample_size=8,
+                block_out_channels=(16, 32),
+                layers_per_block=1,
+                cross_attention_dim=32,
+                attention_head_dim=4,
+                norm_num_groups=8,
+                down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+                up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+            ),
+            **unet_flags,
+        }
+    )
+    schedule = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
     return vae, CLIPTextModel(text_config), tokenizer, unet, schedule, text_config
 
 
@@ -54,33 +94,73 @@ def pytest_terminal_summary(terminalreporter):
     """Lines that bear code, comments and docstrings not counted: printed, not judged."""
     for path in sorted(ROOT.glob("*.py")):
         source = path.read_text(encoding="utf-8")
-        texts = {line for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)
-                 and isinstance(node.value, ast.Constant) for line in range(node.lineno, node.end_lineno + 1)}
-        bearing = [n for n, line in enumerate(source.splitlines(), 1) if line.split("#")[0].strip() and n not in texts]
+        texts = {
+            line
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            for line in range(node.lineno, node.end_lineno + 1)
+        }
+        bearing = [
+            n
+            for n, line in enumerate(source.splitlines(), 1)
+            if line.split("#")[0].strip() and n not in texts
+        ]
         terminalreporter.write_line(f"{path.name}: {len(bearing)} lines of code")
 
 
 def save_base(folder, *prediction_type, **unet_flags):
     """Save these parts as a Stable Diffusion pipeline; returns the folder's name."""
     from diffusers import StableDiffusionPipeline
+
     vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts(*prediction_type, **unet_flags)
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, schedule, None, None,
-                            requires_safety_checker=False).save_pretrained(folder)
+    StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, schedule, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
     return str(folder)
 
 
 def write_selector(path, **spec):
     """A selector for 64 px that likes bright pictures and knows no labels; returns its path."""
-    import metrics
+    import filter as filter_script
+
     weight = np.zeros(410)
-    weight[10] = 3.0   # the 5 % point of the grey values
-    spec = dict(features=[dict(name=name, dim=dim, size=64) for name, dim in metrics.QUALITY_FEATURES], good=3, modalities=[""],
-                classes=[], thresholds={"quality": 0.5}, warnings=[], judging=[], ratings_sha256=[]) | spec
-    metrics.save_selector(path, spec, {
-        "feat.mean": np.zeros(410), "feat.scale": np.ones(410), "head.weight": weight, "head.bias": [0], "head.modality_bias": [],
-        "head.cut": [0, 0], "cal.platt": [1, 0], "shell.mean": np.zeros(410), "shell.whiten": np.zeros((410, 1)), "shell.q": [1],
-        "boot.weight": weight + np.linspace(-0.01, 0.01, 20)[:, None], "boot.bias": np.zeros(20),
-        "align.proto": np.zeros((0, 410)), "align.bias": [], "align.logit": [1]})
+    weight[10] = 3.0  # the 5 % point of the grey values
+    spec = (
+        dict(
+            features=[
+                dict(name=name, dim=dim, size=64) for name, dim in filter_script.QUALITY_FEATURES
+            ],
+            good=3,
+            modalities=[""],
+            classes=[],
+            thresholds={"quality": 0.5},
+            warnings=[],
+            judging=[],
+            ratings_sha256=[],
+        )
+        | spec
+    )
+    filter_script.save_selector(
+        path,
+        spec,
+        {
+            "feat.mean": np.zeros(410),
+            "feat.scale": np.ones(410),
+            "head.weight": weight,
+            "head.bias": [0],
+            "head.modality_bias": [],
+            "head.cut": [0, 0],
+            "cal.platt": [1, 0],
+            "shell.mean": np.zeros(410),
+            "shell.whiten": np.zeros((410, 1)),
+            "shell.q": [1],
+            "boot.weight": weight + np.linspace(-0.01, 0.01, 20)[:, None],
+            "boot.bias": np.zeros(20),
+            "align.proto": np.zeros((0, 410)),
+            "align.bias": [],
+            "align.logit": [1],
+        },
+    )
     return path
 
 
@@ -93,8 +173,13 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sd21(tmp_path_factory):
     """The same of SD 2.1-768's kind: v-prediction, linear projections, heads by level, attention that is upcast."""
-    return save_base(tmp_path_factory.mktemp("sd21"), "v_prediction", attention_head_dim=(2, 4),
-                     use_linear_projection=True, upcast_attention=True)
+    return save_base(
+        tmp_path_factory.mktemp("sd21"),
+        "v_prediction",
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        upcast_attention=True,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -102,12 +187,26 @@ def sdxl(tmp_path_factory):
     """The same of SDXL's kind: two text encoders, pooled text and sizes as added embeddings, a deeper transformer."""
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModelWithProjection
+
     vae, text_encoder, tokenizer, unet, schedule, config = tiny_parts(
-        cross_attention_dim=64, use_linear_projection=True, transformer_layers_per_block=(1, 2),
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=24 + 6 * 8)
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 6 * 8,
+    )
     folder = tmp_path_factory.mktemp("sdxl")
-    StableDiffusionXLPipeline(vae, text_encoder, CLIPTextModelWithProjection(config), tokenizer, tokenizer, unet, schedule,
-                              force_zeros_for_empty_prompt=True).save_pretrained(folder)
+    StableDiffusionXLPipeline(
+        vae,
+        text_encoder,
+        CLIPTextModelWithProjection(config),
+        tokenizer,
+        tokenizer,
+        unet,
+        schedule,
+        force_zeros_for_empty_prompt=True,
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -126,15 +225,18 @@ def images(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch):
     """run(module, flag, flag, …): what the script of that module does with these flags, in this process."""
+
     def call(module, *flags):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
         return module.main(module.parse_args())
+
     return call
 
 
 @pytest.fixture
 def refused(run, capsys):
     """refused(module, flag, …): the one line with which the script refuses, after checking that it is one, status 2."""
+
     def call(module, *flags):
         with pytest.raises(SystemExit) as stop:
             run(module, *flags)
@@ -142,4 +244,5 @@ def refused(run, capsys):
         assert stop.value.code == 2 and not any("Traceback" in line for line in lines)
         assert lines[-1].startswith("error: ") and sum("error: " in line for line in lines) == 1
         return lines[-1]
+
     return call

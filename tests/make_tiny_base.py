@@ -39,13 +39,41 @@ import phantoms  # noqa: E402
 
 LATENT_STD = 1 / 0.18215  # as in Stable Diffusion, so that a forgotten scaling factor shows
 UNSEEN = {  # wordings that no caption uses, to see what the text encoder makes of a user's own
-    "inflammatory ulcer": ["open inflamed ulcer on the heel", "red inflammatory wound", "inflammatory stage"],
-    "remodelling ulcer": ["remodelling stage of healing", "scar of a closed ulcer", "wound remodelling, pale scar"],
-    "normal chest": ["normal x-ray of the chest", "clear lungs", "chest x-ray of a healthy patient, no finding"],
-    "pleural effusion": ["x-ray: effusion on the left", "right effusion", "large fluid collection, pleural space"],
-    "lung nodule": ["x-ray: nodule on the left", "round nodule", "chest x-ray with a small nodule, upper zone"],
-    "normal fundus": ["healthy eye, fundus", "normal retina photograph", "fundus with a clear macula and normal disc"],
-    "retinal haemorrhages": ["fundus with haemorrhages", "many bleedings in the retina", "diabetic retinopathy"],
+    "inflammatory ulcer": [
+        "open inflamed ulcer on the heel",
+        "red inflammatory wound",
+        "inflammatory stage",
+    ],
+    "remodelling ulcer": [
+        "remodelling stage of healing",
+        "scar of a closed ulcer",
+        "wound remodelling, pale scar",
+    ],
+    "normal chest": [
+        "normal x-ray of the chest",
+        "clear lungs",
+        "chest x-ray of a healthy patient, no finding",
+    ],
+    "pleural effusion": [
+        "x-ray: effusion on the left",
+        "right effusion",
+        "large fluid collection, pleural space",
+    ],
+    "lung nodule": [
+        "x-ray: nodule on the left",
+        "round nodule",
+        "chest x-ray with a small nodule, upper zone",
+    ],
+    "normal fundus": [
+        "healthy eye, fundus",
+        "normal retina photograph",
+        "fundus with a clear macula and normal disc",
+    ],
+    "retinal haemorrhages": [
+        "fundus with haemorrhages",
+        "many bleedings in the retina",
+        "diabetic retinopathy",
+    ],
 }
 WORDS = """a an the of in on with and without no patient skin lesion disease normal abnormal acute chronic image photo
 photograph photography x-ray radiograph ct mri ultrasound scan film chest lung heart brain liver kidney bone foot leg
@@ -68,13 +96,23 @@ def read_pool(folder):
     """(uint8 images (N, 3, H, W), captions, labels) of a folder that phantoms.write made."""
     with open(pathlib.Path(folder) / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    images = np.stack([np.asarray(Image.open(pathlib.Path(folder) / row["file_name"])) for row in rows])
-    return torch.from_numpy(images).permute(0, 3, 1, 2), [row["text"] for row in rows], [row["label"] for row in rows]
+    images = np.stack(
+        [np.asarray(Image.open(pathlib.Path(folder) / row["file_name"])) for row in rows]
+    )
+    return (
+        torch.from_numpy(images).permute(0, 3, 1, 2),
+        [row["text"] for row in rows],
+        [row["label"] for row in rows],
+    )
 
 
 def unseen(count):
     """Pictures outside every pool by the seeds' convention: (count * kinds, 3, 128, 128) in -1..1, and their kinds."""
-    drawn = [(kind, phantoms.draw(kind, 500_000 + i)[0]) for kind in phantoms.BASE_KINDS for i in range(count)]
+    drawn = [
+        (kind, phantoms.draw(kind, 500_000 + i)[0])
+        for kind in phantoms.BASE_KINDS
+        for i in range(count)
+    ]
     images = torch.from_numpy(np.stack([image for _, image in drawn])).permute(0, 3, 1, 2)
     return images.float() / 127.5 - 1, [kind for kind, _ in drawn]
 
@@ -101,8 +139,16 @@ def fit(args, name, modules, loss_of_batch, lr):
         spent = before + time.time() - began
         progress = step / args.steps if args.steps else spent / 60 / args.minutes
         if progress >= 1 or time.time() - saved > 60:
-            save_safely({**{key: module.state_dict() for key, module in modules.items()}, "averaged": averaged,
-                         "optimizer": optimizer.state_dict(), "step": step, "spent": spent}, path)
+            save_safely(
+                {
+                    **{key: module.state_dict() for key, module in modules.items()},
+                    "averaged": averaged,
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "spent": spent,
+                },
+                path,
+            )
             saved = time.time()
         if progress >= 1:
             break
@@ -113,7 +159,9 @@ def fit(args, name, modules, loss_of_batch, lr):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(averaged, [p.detach() for p in weights], 1 - min(0.998, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(
+            averaged, [p.detach() for p in weights], 1 - min(0.998, (1 + step) / (10 + step))
+        )
         step += 1
         if step % 50 == 0:
             print(f"{name} step {step} {spent:.0f} s loss {loss.item():.4f} {words()}", flush=True)
@@ -124,13 +172,21 @@ def fit(args, name, modules, loss_of_batch, lr):
 
 # ---- the autoencoder
 
+
 def make_vae(args):
     """Fit the autoencoder, give its latents zero mean and LATENT_STD a channel, and save it."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-                        block_out_channels=(16, 32, 64, 64), layers_per_block=1, latent_channels=4,
-                        norm_num_groups=8, sample_size=128, scaling_factor=1 / LATENT_STD)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=128,
+        scaling_factor=1 / LATENT_STD,
+    )
     images, _, _ = read_pool(args.data)
     test, _ = unseen(4)
 
@@ -145,13 +201,16 @@ def make_vae(args):
             shake = torch.sqrt(logvar.exp() + (0.05 * mean.detach().std()) ** 2)
             y = vae.decode(mean + shake * torch.randn(mean.shape, generator=draw)).sample
         error = y.float() - x
-        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-        divergence = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (
+            error[..., 1:, :] - error[..., :-1, :]
+        ).abs().mean()
+        divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * slopes + 1e-5 * divergence
 
         def words():
             with torch.no_grad():
                 return f"mse {error.square().mean():.5f} std {mean.std():.2f} psnr {psnr(vae, test).mean():.2f}"
+
         return loss, words
 
     fit(args, "vae", {"vae": vae}, loss_of_batch, 2e-3)
@@ -167,6 +226,7 @@ def make_decoder(args):
     loses first, and what squared error hardly sees.
     """
     from diffusers import AutoencoderKL
+
     from metrics import texture
 
     vae = AutoencoderKL.from_pretrained(pathlib.Path(args.out) / "vae").eval()
@@ -183,11 +243,18 @@ def make_decoder(args):
             y = vae.decode(z).sample
         y = y.float()
         error = y - x
-        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (
+            error[..., 1:, :] - error[..., :-1, :]
+        ).abs().mean()
         top, left = torch.randint(65, (2,), generator=draw).tolist()
-        a, b = (texture(part[..., top:top + 64, left:left + 64] * 127.5 + 127.5) for part in (y, x))
+        a, b = (
+            texture(part[..., top : top + 64, left : left + 64] * 127.5 + 127.5) for part in (y, x)
+        )
         loss = error.abs().mean() + 0.5 * slopes + 0.05 * (a - b).abs().mean()
-        return loss, lambda: f"texture {(a - b).abs().mean().item():.3f} psnr {psnr(vae, test).mean():.2f}"
+        return (
+            loss,
+            lambda: f"texture {(a - b).abs().mean().item():.3f} psnr {psnr(vae, test).mean():.2f}",
+        )
 
     fit(args, "decoder", {"decoder": vae.decoder}, loss_of_batch, 1e-3)
     vae.eval().save_pretrained(pathlib.Path(args.out) / "vae")
@@ -197,22 +264,33 @@ def make_decoder(args):
 @torch.no_grad()
 def encode(vae, images):
     """Posterior means (N, 4, H/8, W/8) of images in -1..1 or uint8."""
-    return torch.cat([vae.encode(part / 127.5 - 1 if images.dtype == torch.uint8 else part).latent_dist.mean
-                      for part in images.split(64)])
+    return torch.cat(
+        [
+            vae.encode(part / 127.5 - 1 if images.dtype == torch.uint8 else part).latent_dist.mean
+            for part in images.split(64)
+        ]
+    )
 
 
 @torch.no_grad()
 def psnr(vae, images):
     """PSNR (N,) in dB of the reconstruction from the posterior mean; images (N, 3, H, W) in -1..1."""
-    ratios = [10 * torch.log10(4 / (vae.decode(encode(vae, part)).sample.clamp(-1, 1) - part).square().mean((1, 2, 3)))
-              for part in images.split(32)]
+    ratios = [
+        10
+        * torch.log10(
+            4 / (vae.decode(encode(vae, part)).sample.clamp(-1, 1) - part).square().mean((1, 2, 3))
+        )
+        for part in images.split(32)
+    ]
     return torch.cat(ratios)
 
 
 @torch.no_grad()
 def standardise(vae, images):
     """Fold a shift and a scale a latent channel into the 1x1 convolutions on both sides of the latents."""
-    latents = encode(vae, images[torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:2000]])
+    latents = encode(
+        vae, images[torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:2000]]
+    )
     mean, scale = latents.mean((0, 2, 3)), LATENT_STD / latents.std((0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv
     into.weight[:4] *= scale[:, None, None, None]
@@ -229,12 +307,18 @@ def check_vae(vae, count=256):
     for kind, members in itertools.groupby(range(len(kinds)), lambda i: kinds[i]):
         print(f"psnr {kind}: {ratios[list(members)].mean():.2f} dB")
     latents = encode(vae, images) * vae.config.scaling_factor
-    mean, std = ([round(v, 3) for v in moment.tolist()] for moment in (latents.mean((0, 2, 3)), latents.std((0, 2, 3))))
-    print(f"psnr {ratios.mean():.2f} dB (lowest {ratios.min():.2f}), scaled latents: mean {mean} std {std}")
+    mean, std = (
+        [round(v, 3) for v in moment.tolist()]
+        for moment in (latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+    )
+    print(
+        f"psnr {ratios.mean():.2f} dB (lowest {ratios.min():.2f}), scaled latents: mean {mean} std {std}"
+    )
     return ratios.mean().item()
 
 
 # ---- words
+
 
 def make_tokenizer(captions, folder):
     """A CLIPTokenizer of bytes, bytes that end a word, learned merges and two specials; written to `folder`."""
@@ -244,12 +328,23 @@ def make_tokenizer(captions, folder):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = CLIPTokenizer().backend_tokenizer
     learner.model = models.BPE(end_of_word_suffix="</w>")
-    learner.train_from_iterator(captions + WORDS * 40, trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=20, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False))
+    learner.train_from_iterator(
+        captions + WORDS * 40,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            min_frequency=20,
+            initial_alphabet=letters,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     # A merge makes sense only where both halves exist, and the halves may be bytes that the learner never met as ends.
     words = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    vocab = {word: i for i, word in enumerate(dict.fromkeys(words + ["<|startoftext|>", "<|endoftext|>"]))}
+    vocab = {
+        word: i
+        for i, word in enumerate(dict.fromkeys(words + ["<|startoftext|>", "<|endoftext|>"]))
+    }
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
@@ -258,7 +353,9 @@ def make_tokenizer(captions, folder):
 def write_vocabulary(tokenizer, folder):
     """Write vocab.json and merges.txt, which transformers before 5 reads in place of tokenizer.json."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
+    )
     lines = ["#version: 0.2"] + [" ".join(pair) for pair in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -266,10 +363,21 @@ def write_vocabulary(tokenizer, folder):
 def text_encoder_of(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, projection_dim=128, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu", bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            projection_dim=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def thinned(caption, random):
@@ -291,8 +399,15 @@ def make_text(args):
     torch.manual_seed(0)
     encoder = text_encoder_of(tokenizer)
     eye = torch.nn.Sequential(
-        torch.nn.Conv2d(4, 64, 3, 2, 1), torch.nn.SiLU(), torch.nn.Conv2d(64, 128, 3, 2, 1), torch.nn.SiLU(),
-        torch.nn.Conv2d(128, 128, 3, 2, 1), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(512, 128))
+        torch.nn.Conv2d(4, 64, 3, 2, 1),
+        torch.nn.SiLU(),
+        torch.nn.Conv2d(64, 128, 3, 2, 1),
+        torch.nn.SiLU(),
+        torch.nn.Conv2d(128, 128, 3, 2, 1),
+        torch.nn.SiLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(512, 128),
+    )
     hand = torch.nn.Linear(128, 128)
     wordings = {caption: i for i, caption in enumerate(sorted(set(captions)))}
 
@@ -303,17 +418,26 @@ def make_text(args):
         # Padding comes after the end token, which a causal encoder never sees from there: the batch's longest will do.
         tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
         states = encoder(tokens)
-        seen, said = F.normalize(eye(latents[rows]), dim=-1), F.normalize(hand(states.pooler_output), dim=-1)
+        seen, said = (
+            F.normalize(eye(latents[rows]), dim=-1),
+            F.normalize(hand(states.pooler_output), dim=-1),
+        )
         same = torch.tensor([wordings[captions[i]] for i in rows])
         target = (same[:, None] == same[None]).float()
         scores = said @ seen.T / 0.07
-        contrast = F.cross_entropy(scores, target / target.sum(1, keepdim=True)) \
-            + F.cross_entropy(scores.T, target / target.sum(1, keepdim=True))
+        contrast = F.cross_entropy(scores, target / target.sum(1, keepdim=True)) + F.cross_entropy(
+            scores.T, target / target.sum(1, keepdim=True)
+        )
         # Each state keeps its own word, which the pooled loss alone would let fade; attention in the UNet reads them.
         table = F.normalize(encoder.get_input_embeddings().weight, dim=-1)
         keep = F.cross_entropy((states.last_hidden_state @ table.T).flatten(0, 1), tokens.flatten())
-        right = [labels[rows[i]] == labels[rows[j]] for i, j in enumerate(scores.argmax(1).tolist())]
-        return contrast + 0.1 * keep, lambda: f"kind retrieved {np.mean(right):.3f} contrast {contrast.item():.3f}"
+        right = [
+            labels[rows[i]] == labels[rows[j]] for i, j in enumerate(scores.argmax(1).tolist())
+        ]
+        return (
+            contrast + 0.1 * keep,
+            lambda: f"kind retrieved {np.mean(right):.3f} contrast {contrast.item():.3f}",
+        )
 
     fit(args, "text", {"encoder": encoder, "eye": eye, "hand": hand}, loss_of_batch, 1e-3)
     encoder.eval().save_pretrained(out / "text_encoder")
@@ -323,39 +447,71 @@ def make_text(args):
 @torch.no_grad()
 def check_text(encoder, tokenizer):
     """Print how many captions never seen have as nearest kind (by pooled state) their own; returns the share."""
+
     def pooled(texts):
-        tokens = tokenizer(texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids
         return F.normalize(encoder(tokens).pooler_output, dim=-1)
 
-    centres = torch.stack([pooled([phantoms.draw(kind, 400_000 + i, 16)[1] for i in range(64)]).mean(0)
-                           for kind in UNSEEN])
+    centres = torch.stack(
+        [
+            pooled([phantoms.draw(kind, 400_000 + i, 16)[1] for i in range(64)]).mean(0)
+            for kind in UNSEEN
+        ]
+    )
     cases = [(kind, text) for kind, texts in enumerate(UNSEEN.values()) for text in texts]
     found = (pooled([text for _, text in cases]) @ centres.T).argmax(1).tolist()
     wrong = [f"{text!r} -> {list(UNSEEN)[i]}" for (kind, text), i in zip(cases, found) if kind != i]
-    print(f"unseen wordings whose nearest kind is right: {len(cases) - len(wrong)} of {len(cases)}; wrong: {wrong}")
+    print(
+        f"unseen wordings whose nearest kind is right: {len(cases) - len(wrong)} of {len(cases)}; wrong: {wrong}"
+    )
     return 1 - len(wrong) / len(cases)
 
 
 # ---- the rest of the pipeline
 
+
 def init_unet(args):
     """Write a random UNet, the scheduler of Stable Diffusion 1.5 and model_index.json beside VAE and text encoder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextModel, CLIPTokenizer
 
     out = pathlib.Path(args.out)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(64, 112, 128), layers_per_block=1, norm_num_groups=16,
+        sample_size=16,
+        block_out_channels=(64, 112, 128),
+        layers_per_block=1,
+        norm_num_groups=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128, attention_head_dim=4)
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)
+        cross_attention_dim=128,
+        attention_head_dim=4,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
     pipeline = StableDiffusionPipeline(
-        AutoencoderKL.from_pretrained(out / "vae"), CLIPTextModel.from_pretrained(out / "text_encoder"),
-        CLIPTokenizer.from_pretrained(out / "tokenizer"), unet, scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False)
+        AutoencoderKL.from_pretrained(out / "vae"),
+        CLIPTextModel.from_pretrained(out / "text_encoder"),
+        CLIPTokenizer.from_pretrained(out / "tokenizer"),
+        unet,
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.save_pretrained(out)
     parts = ("unet", "vae", "text_encoder")
     print({name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in parts})
@@ -365,15 +521,21 @@ def pack(args):
     """Write the trained pipeline folder as fp16 safetensors to --out; refuse it over 16,000,000 bytes."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(args.trained, torch_dtype=torch.float16, safety_checker=None,
-                                                       requires_safety_checker=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        args.trained, torch_dtype=torch.float16, safety_checker=None, requires_safety_checker=False
+    )
     pipeline.save_pretrained(args.out)
     write_vocabulary(pipeline.tokenizer, pathlib.Path(args.out) / "tokenizer")
     # transformers from 5 on loads in the type the configuration names, diffusers in float32: a plain load must not mix.
     config = pathlib.Path(args.out) / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
-    for path in pathlib.Path(args.out).rglob("*.json"):   # diffusers notes the folder it loaded from
-        path.write_text(re.sub(r'\n *"_name_or_path": "[^"]*",', "", path.read_text(encoding="utf-8")), encoding="utf-8")
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n"
+    )
+    for path in pathlib.Path(args.out).rglob("*.json"):  # diffusers notes the folder it loaded from
+        path.write_text(
+            re.sub(r'\n *"_name_or_path": "[^"]*",', "", path.read_text(encoding="utf-8")),
+            encoding="utf-8",
+        )
     size = sum(path.stat().st_size for path in pathlib.Path(args.out).rglob("*") if path.is_file())
     print(f"{args.out}: {size:,} bytes")
     if size > 16_000_000:
@@ -390,16 +552,29 @@ def check(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("stage", choices=["vae", "decoder", "text", "init-unet", "pack", "check"])
     parser.add_argument("--out", required=True, help="pipeline folder to write (check: to read)")
     parser.add_argument("--data", help="pool of phantoms, for vae and text")
     parser.add_argument("--trained", help="pipeline folder with the trained UNet, for pack")
     parser.add_argument("--minutes", type=float, default=10, help="length of a fit by the clock")
     parser.add_argument("--steps", type=int, help="length of a fit in steps instead")
-    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16, for CPUs that have it in hardware")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="autocast to bfloat16, for CPUs that have it in hardware",
+    )
     args = parser.parse_args()
-    {"vae": make_vae, "decoder": make_decoder, "text": make_text, "init-unet": init_unet, "pack": pack, "check": check}[args.stage](args)
+    {
+        "vae": make_vae,
+        "decoder": make_decoder,
+        "text": make_text,
+        "init-unet": init_unet,
+        "pack": pack,
+        "check": check,
+    }[args.stage](args)
 
 
 if __name__ == "__main__":

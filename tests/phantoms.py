@@ -41,70 +41,119 @@ BASE_KINDS = [kind for kind in KINDS if kind not in HELD_OUT]
 # A wording is used only where every field it names is true of the picture.
 CAPTIONS = {
     "inflammatory ulcer": [
-        "an inflammatory diabetic foot ulcer with red edges on {tone} skin", "inflammatory phase wound on {tone} skin",
-        "photo of a {extent} inflamed ulcer, {tone} skin", "wound in the inflammatory phase with {slough} slough",
-        "inflamed diabetic foot ulcer, {extent}", "a {extent} red wound with {slough} yellow slough, inflamed",
-        "clinical photo of an inflammatory ulcer on {tone} skin", "an inflammatory ulcer with {necrosis} necrosis",
+        "an inflammatory diabetic foot ulcer with red edges on {tone} skin",
+        "inflammatory phase wound on {tone} skin",
+        "photo of a {extent} inflamed ulcer, {tone} skin",
+        "wound in the inflammatory phase with {slough} slough",
+        "inflamed diabetic foot ulcer, {extent}",
+        "a {extent} red wound with {slough} yellow slough, inflamed",
+        "clinical photo of an inflammatory ulcer on {tone} skin",
+        "an inflammatory ulcer with {necrosis} necrosis",
     ],
     "remodelling ulcer": [
-        "a diabetic foot ulcer in the remodelling phase on {tone} skin", "remodelling phase wound on {tone} skin",
-        "photo of a healed {extent} wound with pale scar, {tone} skin", "wound in the remodelling phase, {scar} scar",
-        "closing ulcer with a smooth {scar} scar, {extent}", "a {extent} remodelling ulcer with contracted edges",
-        "clinical photo of a remodelling ulcer on {tone} skin", "healing ulcer with a {residual} open centre",
+        "a diabetic foot ulcer in the remodelling phase on {tone} skin",
+        "remodelling phase wound on {tone} skin",
+        "photo of a healed {extent} wound with pale scar, {tone} skin",
+        "wound in the remodelling phase, {scar} scar",
+        "closing ulcer with a smooth {scar} scar, {extent}",
+        "a {extent} remodelling ulcer with contracted edges",
+        "clinical photo of a remodelling ulcer on {tone} skin",
+        "healing ulcer with a {residual} open centre",
     ],
     "normal chest": [
-        "a normal chest x-ray", "chest x-ray, no finding", "frontal chest radiograph with clear lungs",
-        "normal chest x-ray of a {build} patient", "chest x-ray without abnormality, {exposure} exposure",
-        "healthy lungs on a chest film, {build} build", "chest film, clear lungs, normal heart",
+        "a normal chest x-ray",
+        "chest x-ray, no finding",
+        "frontal chest radiograph with clear lungs",
+        "normal chest x-ray of a {build} patient",
+        "chest x-ray without abnormality, {exposure} exposure",
+        "healthy lungs on a chest film, {build} build",
+        "chest film, clear lungs, normal heart",
     ],
     "pleural effusion": [
-        "chest x-ray with a {side} pleural effusion", "a {extent} {side} pleural effusion on a chest radiograph",
-        "chest film, {side}-sided pleural effusion", "chest x-ray showing {extent} pleural fluid on the {side}",
-        "pleural effusion, {extent}, {side} side, chest x-ray", "frontal chest radiograph with pleural effusion",
+        "chest x-ray with a {side} pleural effusion",
+        "a {extent} {side} pleural effusion on a chest radiograph",
+        "chest film, {side}-sided pleural effusion",
+        "chest x-ray showing {extent} pleural fluid on the {side}",
+        "pleural effusion, {extent}, {side} side, chest x-ray",
+        "frontal chest radiograph with pleural effusion",
         "fluid in the {side} pleural space, {build} patient",
     ],
     "lung nodule": [
-        "chest x-ray with a lung nodule in the {side} {zone} zone", "a {extent} {side} lung nodule, chest radiograph",
-        "chest film, solitary nodule, {side} lung", "chest x-ray showing a {extent} nodule in the {side} lung",
-        "lung nodule, {zone} zone, {side} side", "frontal chest radiograph with a pulmonary nodule",
+        "chest x-ray with a lung nodule in the {side} {zone} zone",
+        "a {extent} {side} lung nodule, chest radiograph",
+        "chest film, solitary nodule, {side} lung",
+        "chest x-ray showing a {extent} nodule in the {side} lung",
+        "lung nodule, {zone} zone, {side} side",
+        "frontal chest radiograph with a pulmonary nodule",
         "a {density} round lung nodule, {side} lung",
     ],
     "normal fundus": [
-        "a normal fundus photograph", "fundus photo of a healthy retina", "normal retina, {eye} eye",
-        "fundus photograph of a {eye} eye, no lesion", "healthy {hue} fundus with clear macula",
-        "colour fundus photo, normal, {eye} eye", "normal optic disc and macula, {hue} fundus",
+        "a normal fundus photograph",
+        "fundus photo of a healthy retina",
+        "normal retina, {eye} eye",
+        "fundus photograph of a {eye} eye, no lesion",
+        "healthy {hue} fundus with clear macula",
+        "colour fundus photo, normal, {eye} eye",
+        "normal optic disc and macula, {hue} fundus",
     ],
     "retinal haemorrhages": [
-        "fundus photograph with retinal haemorrhages", "{amount} retinal haemorrhages, {eye} eye",
-        "fundus photo with {amount} {form} haemorrhages", "diabetic retinopathy with {amount} {form} haemorrhages",
-        "colour fundus photo, {form} haemorrhages, {eye} eye", "retina with {amount} dark red bleedings, {hue} fundus",
+        "fundus photograph with retinal haemorrhages",
+        "{amount} retinal haemorrhages, {eye} eye",
+        "fundus photo with {amount} {form} haemorrhages",
+        "diabetic retinopathy with {amount} {form} haemorrhages",
+        "colour fundus photo, {form} haemorrhages, {eye} eye",
+        "retina with {amount} dark red bleedings, {hue} fundus",
         "haemorrhages in the retina of a {eye} eye",
     ],
     "mpox lesion": [
-        "an mpox skin lesion on {tone} skin", "{amount} mpox lesions on {tone} skin",
-        "clinical photo of a monkeypox skin lesion", "monkeypox rash, {amount} {stage} lesions",
-        "skin with {amount} umbilicated mpox {stage} lesions", "photo of {stage} mpox lesions, {tone} skin",
+        "an mpox skin lesion on {tone} skin",
+        "{amount} mpox lesions on {tone} skin",
+        "clinical photo of a monkeypox skin lesion",
+        "monkeypox rash, {amount} {stage} lesions",
+        "skin with {amount} umbilicated mpox {stage} lesions",
+        "photo of {stage} mpox lesions, {tone} skin",
     ],
 }
 
-SKIN_TONES = np.array([[0.94, 0.80, 0.71], [0.87, 0.68, 0.55], [0.74, 0.52, 0.39], [0.54, 0.36, 0.26],
-                       [0.34, 0.22, 0.16]], np.float32)
-CLOTHS = np.array([[0.36, 0.55, 0.72], [0.30, 0.52, 0.44], [0.86, 0.86, 0.84], [0.52, 0.54, 0.58],
-                   [0.16, 0.24, 0.38]], np.float32)
+SKIN_TONES = np.array(
+    [
+        [0.94, 0.80, 0.71],
+        [0.87, 0.68, 0.55],
+        [0.74, 0.52, 0.39],
+        [0.54, 0.36, 0.26],
+        [0.34, 0.22, 0.16],
+    ],
+    np.float32,
+)
+CLOTHS = np.array(
+    [
+        [0.36, 0.55, 0.72],
+        [0.30, 0.52, 0.44],
+        [0.86, 0.86, 0.84],
+        [0.52, 0.54, 0.58],
+        [0.16, 0.24, 0.38],
+    ],
+    np.float32,
+)
 
 
 # ---- the brushes
 
+
 def keyed(*key):
     """A numpy generator for this key, the same on every machine."""
-    return np.random.default_rng(int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big"))
+    return np.random.default_rng(
+        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def plane(size):
     """x to the right and y downwards at the pixel centres, each (size, size) in -1..1."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size) * 2 - 1
-    return np.broadcast_to(axis[None, :], (size, size)), np.broadcast_to(axis[:, None], (size, size))
+    return np.broadcast_to(axis[None, :], (size, size)), np.broadcast_to(
+        axis[:, None], (size, size)
+    )
 
 
 def ramp(low, high, value):
@@ -117,9 +166,11 @@ def fractal(random, size, cells, octaves=3, wide=1):
     """Smooth noise (size, size) of mean 0 and deviation about 0.6; `cells` lumps down, cells/wide across."""
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
-        count = cells * 2 ** octave
+        count = cells * 2**octave
         lattice = random.standard_normal((count, max(2, round(count / wide))), dtype=np.float32)
-        total += np.asarray(Image.fromarray(lattice).resize((size, size), Image.BICUBIC)) * 0.5 ** octave
+        total += (
+            np.asarray(Image.fromarray(lattice).resize((size, size), Image.BICUBIC)) * 0.5**octave
+        )
     return total
 
 
@@ -143,7 +194,12 @@ def outline(random, size, centre, radius, irregularity, warp=0.05):
     u, v = x * np.cos(turn) + y * np.sin(turn), (y * np.cos(turn) - x * np.sin(turn)) / squeeze
     angle, edge = np.arctan2(v, u), np.ones_like(u)
     for wave in range(2, 7):
-        edge += irregularity / wave * np.cos(wave * angle + random.uniform(0, 2 * np.pi)) * random.uniform(0.4, 1.2)
+        edge += (
+            irregularity
+            / wave
+            * np.cos(wave * angle + random.uniform(0, 2 * np.pi))
+            * random.uniform(0.4, 1.2)
+        )
     return (np.hypot(u, v) - radius * edge).astype(np.float32)
 
 
@@ -153,24 +209,39 @@ def named(value, low, high, names):
 
 # ---- skin and wounds
 
+
 def skin(body, random, size):
     """Lit skin, whole frame or a limb on a cloth, and its attributes; the tone is the patient's."""
     x, y = plane(size)
     tone, ruddy = body.uniform(0, 1), body.uniform(-0.02, 0.04)
-    colour = np.array([np.interp(tone * 4, range(5), SKIN_TONES[:, channel]) for channel in range(3)]) + [ruddy, 0, 0]
+    colour = np.array(
+        [np.interp(tone * 4, range(5), SKIN_TONES[:, channel]) for channel in range(3)]
+    ) + [ruddy, 0, 0]
     mottle = fractal(random, size, 4, 4)
     image = (colour * (1 + 0.05 * mottle[..., None] * np.array([0.7, 1.0, 1.1]))).astype(np.float32)
-    light, turn = random.uniform(0, 2 * np.pi), random.uniform(-0.5, 0.5) + np.pi / 2 * random.integers(0, 2)
+    light, turn = (
+        random.uniform(0, 2 * np.pi),
+        random.uniform(-0.5, 0.5) + np.pi / 2 * random.integers(0, 2),
+    )
     limb = random.random() < 0.5
-    offset, half, cloth = random.uniform(-0.12, 0.12), random.uniform(0.66, 0.92), CLOTHS[random.integers(len(CLOTHS))]
+    offset, half, cloth = (
+        random.uniform(-0.12, 0.12),
+        random.uniform(0.66, 0.92),
+        CLOTHS[random.integers(len(CLOTHS))],
+    )
     folds, across = fractal(random, size, 3, 2), x * np.cos(turn) + y * np.sin(turn) - offset
     if limb:
         bulge = np.abs(across + 0.05 * np.sin(2.5 * (y * np.cos(turn) - x * np.sin(turn)))) / half
-        image *= (0.62 + 0.4 * np.sqrt(np.clip(1 - bulge ** 2, 0, 1)))[..., None]
+        image *= (0.62 + 0.4 * np.sqrt(np.clip(1 - bulge**2, 0, 1)))[..., None]
         shadow = 0.5 + 0.5 * ramp(0.98, 1.35, bulge)
         blend(image, cloth * ((1 + 0.09 * folds) * shadow)[..., None], ramp(0.98, 1.02, bulge))
-    return image, {"tone_value": tone, "light": light, "limb": limb, "limb_offset": (offset, turn),
-                   "tone": named(tone, 0.33, 0.66, ("light", "brown", "dark"))}
+    return image, {
+        "tone_value": tone,
+        "light": light,
+        "limb": limb,
+        "limb_offset": (offset, turn),
+        "tone": named(tone, 0.33, 0.66, ("light", "brown", "dark")),
+    }
 
 
 def photograph(image, random, light, ruler):
@@ -179,11 +250,17 @@ def photograph(image, random, light, ruler):
     x, y = plane(size)
     edge, pitch = random.uniform(0.70, 0.84), random.uniform(0.09, 0.14)
     along, across = ((x, y), (y, x), (x, -y), (y, -x))[random.integers(4)]
-    warmth, falloff, exposure = random.uniform(-0.07, 0.09), random.uniform(0.05, 0.22), random.uniform(0.88, 1.1)
+    warmth, falloff, exposure = (
+        random.uniform(-0.07, 0.09),
+        random.uniform(0.05, 0.22),
+        random.uniform(0.88, 1.1),
+    )
     if ruler:
         phase = np.abs(((along / pitch) % 1) - 0.5) * pitch
         long = ((along / pitch // 1) % 5) == 0
-        tick = ramp(0.022, 0.008, phase) * ramp(edge + 0.10 + 0.08 * long, edge + 0.08 + 0.08 * long, across)
+        tick = ramp(0.022, 0.008, phase) * ramp(
+            edge + 0.10 + 0.08 * long, edge + 0.08 + 0.08 * long, across
+        )
         strip = ramp(edge - 0.012, edge + 0.012, across)
         blend(image, np.array([0.93, 0.92, 0.88]), strip)
         blend(image, np.array([0.15, 0.15, 0.17]), strip * tick)
@@ -196,8 +273,11 @@ def wound_place(random, attributes):
     offset, turn = attributes["limb_offset"] if attributes["limb"] else (0.0, 0.0)
     centre = np.array([np.cos(turn), np.sin(turn)]) * offset + random.uniform(-0.22, 0.22, 2)
     radius = random.uniform(0.24, 0.52)
-    attributes.update(centre=tuple(centre.round(3)), radius=radius,
-                      extent=named(radius, 0.33, 0.43, ("small", "medium", "large")))
+    attributes.update(
+        centre=tuple(centre.round(3)),
+        radius=radius,
+        extent=named(radius, 0.33, 0.43, ("small", "medium", "large")),
+    )
     return centre, radius
 
 
@@ -208,26 +288,59 @@ def inflammatory(body, random, size):
     irregularity, light = random.uniform(0.08, 0.34), attributes["light"]
     distance = outline(random, size, centre, radius, irregularity)
     halo, reach = random.uniform(0.45, 0.95), random.uniform(0.10, 0.26)
-    bed, slough, necrosis = random.uniform(0, 1), random.uniform(0, 0.62), max(0.0, random.uniform(-0.9, 0.45))
-    grain, patches, dead = fractal(random, size, 9, 3), fractal(random, size, 4, 3), fractal(random, size, 3, 2)
+    bed, slough, necrosis = (
+        random.uniform(0, 1),
+        random.uniform(0, 0.62),
+        max(0.0, random.uniform(-0.9, 0.45)),
+    )
+    grain, patches, dead = (
+        fractal(random, size, 9, 3),
+        fractal(random, size, 4, 3),
+        fractal(random, size, 3, 2),
+    )
     bright = 0.45 + 0.55 * image.mean(-1, keepdims=True) / 0.6
     inside = ramp(0.022, -0.022, distance)
     limb = 1.0 if not attributes["limb"] else ramp(0.5, 1.4, bright[..., 0] + 0.6)
-    blend(image, np.array([0.80, 0.27, 0.24]) * bright, halo * np.exp(-np.maximum(distance, 0) / reach) * limb)
-    blend(image, np.array([0.62, 0.20, 0.20]) * bright, 0.55 * np.exp(-((distance - 0.03) / 0.035) ** 2))
+    blend(
+        image,
+        np.array([0.80, 0.27, 0.24]) * bright,
+        halo * np.exp(-np.maximum(distance, 0) / reach) * limb,
+    )
+    blend(
+        image,
+        np.array([0.62, 0.20, 0.20]) * bright,
+        0.55 * np.exp(-(((distance - 0.03) / 0.035) ** 2)),
+    )
     flesh = np.array([0.46, 0.05, 0.07]) + bed * np.array([0.30, 0.09, 0.07])
     blend(image, flesh * (1 + 0.20 * grain[..., None]), inside)
-    blend(image, np.array([0.86, 0.74, 0.42]) * (1 + 0.08 * grain[..., None]),
-          inside * ramp(0.60 - 1.1 * slough, 1.20 - 1.1 * slough, patches) * 0.88 * (slough > 0.08))
-    blend(image, np.array([0.13, 0.09, 0.08]), inside * ramp(0.75 - 1.1 * necrosis, 1.15 - 1.1 * necrosis, dead)
-          * 0.9 * (necrosis > 0.05))
-    height = -0.10 * ramp(0.06, -0.10, distance) + 0.012 * grain * inside + 0.03 * np.exp(-(distance / 0.07) ** 2)
+    blend(
+        image,
+        np.array([0.86, 0.74, 0.42]) * (1 + 0.08 * grain[..., None]),
+        inside * ramp(0.60 - 1.1 * slough, 1.20 - 1.1 * slough, patches) * 0.88 * (slough > 0.08),
+    )
+    blend(
+        image,
+        np.array([0.13, 0.09, 0.08]),
+        inside * ramp(0.75 - 1.1 * necrosis, 1.15 - 1.1 * necrosis, dead) * 0.9 * (necrosis > 0.05),
+    )
+    height = (
+        -0.10 * ramp(0.06, -0.10, distance)
+        + 0.012 * grain * inside
+        + 0.03 * np.exp(-((distance / 0.07) ** 2))
+    )
     shade = relief(height, light)
     image *= (1 + 0.42 * np.clip(shade, -1, 1))[..., None]
     blend(image, np.ones(3), inside * 0.55 * random.uniform(0.2, 1) * ramp(0.34, 0.8, shade))
-    attributes.update(irregularity=irregularity, halo=halo, bed=bed, slough_value=slough, necrosis_value=necrosis,
-                      slough="" if slough < 0.16 else "some" if slough < 0.38 else "much",
-                      necrosis="black" if necrosis > 0.18 else "", ruler=random.random() < 0.3)
+    attributes.update(
+        irregularity=irregularity,
+        halo=halo,
+        bed=bed,
+        slough_value=slough,
+        necrosis_value=necrosis,
+        slough="" if slough < 0.16 else "some" if slough < 0.38 else "much",
+        necrosis="black" if necrosis > 0.18 else "",
+        ruler=random.random() < 0.3,
+    )
     photograph(image, random, light, attributes["ruler"])
     return image, attributes
 
@@ -237,31 +350,62 @@ def remodelling(body, random, size):
     x, y = plane(size)
     image, attributes = skin(body, random, size)
     centre, radius = wound_place(random, attributes)
-    irregularity, light, pink = random.uniform(0.05, 0.26), attributes["light"], random.uniform(0, 1)
+    irregularity, light, pink = (
+        random.uniform(0.05, 0.26),
+        attributes["light"],
+        random.uniform(0, 1),
+    )
     distance = outline(random, size, centre, radius * 0.92, irregularity)
     folds, depth, sheen = random.integers(9, 20), random.uniform(0.3, 1.0), random.uniform(0.2, 0.9)
     smooth, wander = fractal(random, size, 3, 2), fractal(random, size, 4, 2)
     bright = 0.30 + 0.70 * image.mean(-1, keepdims=True) / 0.65
     inside, tight = ramp(0.05, -0.06, distance), np.exp(-np.maximum(distance, 0) / 0.16)
     scar = np.array([0.93, 0.80, 0.76]) + pink * np.array([-0.03, -0.22, -0.19])
-    blend(image, scar * np.clip(bright, 0.55, 1.05) * (1 + 0.035 * smooth[..., None]), 0.86 * inside)
-    blend(image, np.array([0.72, 0.47, 0.43]) * bright, 0.40 * np.exp(-((distance - 0.05) / 0.05) ** 2))
-    blend(image, np.array([0.97, 0.88, 0.84]) * np.clip(bright, 0.6, 1.0),
-          random.uniform(0.35, 0.75) * np.exp(-((distance + 0.05) / 0.035) ** 2))
+    blend(
+        image, scar * np.clip(bright, 0.55, 1.05) * (1 + 0.035 * smooth[..., None]), 0.86 * inside
+    )
+    blend(
+        image,
+        np.array([0.72, 0.47, 0.43]) * bright,
+        0.40 * np.exp(-(((distance - 0.05) / 0.05) ** 2)),
+    )
+    blend(
+        image,
+        np.array([0.97, 0.88, 0.84]) * np.clip(bright, 0.6, 1.0),
+        random.uniform(0.35, 0.75) * np.exp(-(((distance + 0.05) / 0.035) ** 2)),
+    )
     angle = np.arctan2(y - centre[1], x - centre[0])
     wrinkle = np.sin(angle * folds + 2.2 * wander) * tight * ramp(-0.22, 0.04, distance)
     rings = np.sin(distance * random.uniform(38, 60) + 1.5 * wander) * inside * random.uniform(0, 1)
     residual = random.uniform(0, 1)
-    spot = outline(random, size, centre + random.uniform(-0.06, 0.06, 2), radius * 0.22 * (0.4 + residual), 0.2, 0.02)
+    spot = outline(
+        random,
+        size,
+        centre + random.uniform(-0.06, 0.06, 2),
+        radius * 0.22 * (0.4 + residual),
+        0.2,
+        0.02,
+    )
     if residual > 0.55:
-        blend(image, np.array([0.80, 0.36, 0.34]) * (1 + 0.06 * smooth[..., None]), 0.85 * ramp(0.03, -0.03, spot))
+        blend(
+            image,
+            np.array([0.80, 0.36, 0.34]) * (1 + 0.06 * smooth[..., None]),
+            0.85 * ramp(0.03, -0.03, spot),
+        )
     height = 0.011 * depth * wrinkle + 0.0016 * rings - 0.05 * ramp(0.1, -0.2, distance)
     shade = relief(height, light)
     image *= (1 + 0.40 * np.clip(shade, -1, 1))[..., None]
     blend(image, np.ones(3), 0.22 * sheen * inside * ramp(0.2, 1.1, smooth))
-    attributes.update(irregularity=irregularity, pink=pink, folds=int(folds), depth=depth, residual_value=residual,
-                      scar="pink" if pink > 0.5 else "pale", residual="small" if residual > 0.55 else "",
-                      ruler=random.random() < 0.3)
+    attributes.update(
+        irregularity=irregularity,
+        pink=pink,
+        folds=int(folds),
+        depth=depth,
+        residual_value=residual,
+        scar="pink" if pink > 0.5 else "pale",
+        residual="small" if residual > 0.55 else "",
+        ruler=random.random() < 0.3,
+    )
     photograph(image, random, light, attributes["ruler"])
     return image, attributes
 
@@ -271,84 +415,152 @@ def mpox(body, random, size):
     x, y = plane(size)
     image, attributes = skin(body, random, size)
     count, light = int(random.integers(1, 12)), attributes["light"]
-    stage, redness = ("papular", "pustular", "crusted")[random.integers(3)], random.uniform(0.35, 0.9)
+    stage, redness = (
+        ("papular", "pustular", "crusted")[random.integers(3)],
+        random.uniform(0.35, 0.9),
+    )
     bright = 0.40 + 0.60 * image.mean(-1, keepdims=True) / 0.6
-    largest, placed, height = random.uniform(0.13, 0.30) / count ** 0.22, [], np.zeros((size, size), np.float32)
-    dome_colour = {"papular": [0.78, 0.36, 0.33], "pustular": [0.90, 0.74, 0.60], "crusted": [0.42, 0.22, 0.16]}[stage]
+    largest, placed, height = (
+        random.uniform(0.13, 0.30) / count**0.22,
+        [],
+        np.zeros((size, size), np.float32),
+    )
+    dome_colour = {
+        "papular": [0.78, 0.36, 0.33],
+        "pustular": [0.90, 0.74, 0.60],
+        "crusted": [0.42, 0.22, 0.16],
+    }[stage]
     for _ in range(count):
         spots = random.uniform(-0.68, 0.68, (12, 2))
-        radius, pit, warp = largest * random.uniform(0.6, 1.0), random.uniform(0.16, 0.30), random.uniform(0, 6.3)
+        radius, pit, warp = (
+            largest * random.uniform(0.6, 1.0),
+            random.uniform(0.16, 0.30),
+            random.uniform(0, 6.3),
+        )
         waves = random.integers(2, 6)
-        free = [spot for spot in spots if all(np.hypot(*(spot - other)) > 1.25 * (radius + r) for other, r in placed)]
+        free = [
+            spot
+            for spot in spots
+            if all(np.hypot(*(spot - other)) > 1.25 * (radius + r) for other, r in placed)
+        ]
         if not free:
             continue
         placed.append((free[0], radius))
         u, v = x - free[0][0], y - free[0][1]
         r = np.hypot(u, v) / (radius * (1 + 0.05 * np.cos(waves * np.arctan2(v, u) + warp)))
-        dome, pitted = ramp(1.15, 0.72, r), np.exp(-(r / pit) ** 2)
-        blend(image, np.array([0.80, 0.27, 0.25]) * bright, redness * np.exp(-np.maximum(r - 0.9, 0) / 0.45))
+        dome, pitted = ramp(1.15, 0.72, r), np.exp(-((r / pit) ** 2))
+        blend(
+            image,
+            np.array([0.80, 0.27, 0.25]) * bright,
+            redness * np.exp(-np.maximum(r - 0.9, 0) / 0.45),
+        )
         blend(image, np.array(dome_colour) * np.clip(bright, 0.6, 1.1), 0.9 * dome)
         blend(image, np.array(dome_colour) * np.array([0.52, 0.38, 0.36]) * bright, 0.8 * pitted)
-        height += radius * (0.42 * np.sqrt(np.clip(1.1 - r ** 2, 0, 1)) - 0.30 * pitted)
+        height += radius * (0.42 * np.sqrt(np.clip(1.1 - r**2, 0, 1)) - 0.30 * pitted)
     rough = fractal(random, size, 14, 2) * (0.05 if stage == "crusted" else 0.015)
-    image *= (1 + 0.55 * np.clip(relief(height + 0.10 * rough * (height > 0.005), light + np.pi), -1, 1))[..., None]
-    attributes.update(count=len(placed), stage=stage, redness=redness, largest=largest,
-                      amount="a few" if len(placed) < 5 else "many", ruler=random.random() < 0.12)
+    image *= (
+        1 + 0.55 * np.clip(relief(height + 0.10 * rough * (height > 0.005), light + np.pi), -1, 1)
+    )[..., None]
+    attributes.update(
+        count=len(placed),
+        stage=stage,
+        redness=redness,
+        largest=largest,
+        amount="a few" if len(placed) < 5 else "many",
+        ruler=random.random() < 0.12,
+    )
     photograph(image, random, light, attributes["ruler"])
     return gaussian_filter(image, (size / 128, size / 128, 0)), attributes
 
 
 # ---- chest films
 
+
 def chest(body, random, size, finding):
     """A frontal film (the patient's right is on the left of the picture) with `finding`: "", "effusion" or "nodule"."""
     x, y = plane(size)
     width, lung, heart = body.uniform(0.82, 1.0), body.uniform(0.80, 0.88), body.uniform(0.80, 1.15)
     ribs, slope, top = body.uniform(3.9, 5.2), body.uniform(0.20, 0.5), body.uniform(-0.86, -0.74)
-    base, dome, clavicle = random.uniform(0.46, 0.66), random.uniform(0.14, 0.24), random.uniform(-0.10, 0.10)
+    base, dome, clavicle = (
+        random.uniform(0.46, 0.66),
+        random.uniform(0.14, 0.24),
+        random.uniform(-0.10, 0.10),
+    )
     x = x - random.uniform(-0.06, 0.06)
     shoulder = ramp(-1.08, -0.66, y)
-    tissue = ramp(0.05, -0.05, np.abs(x) - (0.30 + (width - 0.26) * shoulder) - 0.10 * ramp(0.2, -0.6, y))
+    tissue = ramp(
+        0.05, -0.05, np.abs(x) - (0.30 + (width - 0.26) * shoulder) - 0.10 * ramp(0.2, -0.6, y)
+    )
     film = (0.52 + 0.03 * fractal(random, size, 3, 2)) * tissue
     lungs, zones, fluid = np.zeros_like(film), {}, np.zeros_like(film)
     side = ("right", "left")[random.integers(2)]
-    level, fog, markings = random.uniform(-0.12, 0.34), random.uniform(0.7, 1.0), fractal(random, size, 10, 3)
+    level, fog, markings = (
+        random.uniform(-0.12, 0.34),
+        random.uniform(0.7, 1.0),
+        fractal(random, size, 10, 3),
+    )
     for name, sign in (("right", -1), ("left", 1)):
         u = sign * x
         floor = base + (0.05 if name == "left" else 0.0) - dome * (1 - ((u - 0.36) / 0.36) ** 2)
         t = np.clip((y - top) / (base + 0.12 - top), 0, 1)
-        outer = 0.30 + (lung * width - 0.30) * np.sqrt(1 - (1 - t) ** 2.2) * (1 - 0.05 * t ** 4)
+        outer = 0.30 + (lung * width - 0.30) * np.sqrt(1 - (1 - t) ** 2.2) * (1 - 0.05 * t**4)
         inner = 0.13 + 0.19 * (1 - t) ** 6
-        zones[name] = ramp(-0.03, 0.03, u - inner) * ramp(0.035, -0.035, u - outer) * ramp(0.02, -0.02, y - floor)
+        zones[name] = (
+            ramp(-0.03, 0.03, u - inner)
+            * ramp(0.035, -0.035, u - outer)
+            * ramp(0.02, -0.02, y - floor)
+        )
         lungs += zones[name] * ramp(0, 0.04, t)
         if finding == "effusion" and name == side:
             meniscus = level - 0.42 * ramp(0.25, lung * width + 0.05, u) ** 1.6 + 0.05 * (u - 0.4)
-            fluid = ramp(-0.07, 0.05, y - meniscus) * ramp(0.06, 0.14, u) * ramp(0.05, -0.04, u - outer - 0.02) * fog
+            fluid = (
+                ramp(-0.07, 0.05, y - meniscus)
+                * ramp(0.06, 0.14, u)
+                * ramp(0.05, -0.04, u - outer - 0.02)
+                * fog
+            )
     film += lungs * (-0.39 + 0.035 * markings)
-    hilum = np.exp(-((np.abs(x) - 0.22) / 0.15) ** 2 - ((y + 0.02) / 0.26) ** 2)
+    hilum = np.exp(-(((np.abs(x) - 0.22) / 0.15) ** 2) - ((y + 0.02) / 0.26) ** 2)
     below = y - base + 0.30
     shadow = ramp(1.10, 0.80, np.hypot((x - 0.13 - 0.28 * below) / (0.34 * heart), below / 0.44))
     film += (0.56 - film) * shadow * 0.95
     lungs *= 1 - 0.9 * shadow
     film += lungs * hilum * (0.13 + 0.10 * markings)
-    film += 0.20 * np.exp(-(x / 0.14) ** 2) * tissue * ramp(-1.0, -0.5, y)
-    film -= 0.10 * np.exp(-(x / 0.045) ** 2) * ramp(0.0, -0.35, y) * ramp(-1.0, -0.8, y)
-    film += 0.025 * np.sin(y * 24) * np.exp(-(x / 0.10) ** 2) * tissue
+    film += 0.20 * np.exp(-((x / 0.14) ** 2)) * tissue * ramp(-1.0, -0.5, y)
+    film -= 0.10 * np.exp(-((x / 0.045) ** 2)) * ramp(0.0, -0.35, y) * ramp(-1.0, -0.8, y)
+    film += 0.025 * np.sin(y * 24) * np.exp(-((x / 0.10) ** 2)) * tissue
     bow = np.abs(x) * (1 - 0.5 * np.abs(x)) * slope
-    wave = np.abs(((y - bow + 0.9 * x ** 2 * slope * 2) * ribs) % 1 - 0.5)
-    front = np.abs(((y - 0.55 * x ** 2 + slope * 1.1 * np.abs(x)) * ribs * 0.92 + 0.3) % 1 - 0.5)
+    wave = np.abs(((y - bow + 0.9 * x**2 * slope * 2) * ribs) % 1 - 0.5)
+    front = np.abs(((y - 0.55 * x**2 + slope * 1.1 * np.abs(x)) * ribs * 0.92 + 0.3) % 1 - 0.5)
     bone = (0.12 * ramp(0.25, 0.10, wave) + 0.06 * ramp(0.22, 0.10, front)) * ramp(-0.98, -0.8, y)
     film += bone * (0.20 + 0.80 * lungs) * tissue * ramp(0.06, 0.16, np.abs(x))
-    collar = np.abs(y - (top + 0.10 + clavicle * 0.5 - 0.30 * (np.abs(x) - 0.12) + 0.18 * np.abs(x) ** 2))
-    film += 0.15 * ramp(0.055, 0.025, collar) * ramp(0.06, 0.12, np.abs(x)) * ramp(0.86, 0.7, np.abs(x))
+    collar = np.abs(
+        y - (top + 0.10 + clavicle * 0.5 - 0.30 * (np.abs(x) - 0.12) + 0.18 * np.abs(x) ** 2)
+    )
+    film += (
+        0.15 * ramp(0.055, 0.025, collar) * ramp(0.06, 0.12, np.abs(x)) * ramp(0.86, 0.7, np.abs(x))
+    )
     film += (0.72 - film) * fluid
-    attributes = {"width": width, "heart": heart, "ribs": ribs, "slope": slope, "lung": lung, "diaphragm": base,
-                  "build": named(width, 0.86, 0.94, ("slim", "medium", "broad"))}
+    attributes = {
+        "width": width,
+        "heart": heart,
+        "ribs": ribs,
+        "slope": slope,
+        "lung": lung,
+        "diaphragm": base,
+        "build": named(width, 0.86, 0.94, ("slim", "medium", "broad")),
+    }
     if finding == "effusion":
-        attributes.update(side=side, level=level, extent=named(level, 0.02, 0.18, ("large", "moderate", "small")))
+        attributes.update(
+            side=side, level=level, extent=named(level, 0.02, 0.18, ("large", "moderate", "small"))
+        )
     if finding == "nodule":
         attributes.update(nodule(film, random, size, side, lung * width))
-    bright, contrast, gamma = random.uniform(-0.04, 0.06), random.uniform(0.95, 1.2), random.uniform(0.8, 1.25)
+    bright, contrast, gamma = (
+        random.uniform(-0.04, 0.06),
+        random.uniform(0.95, 1.2),
+        random.uniform(0.8, 1.25),
+    )
     film = np.clip(film * contrast + bright + 0.012 * fractal(random, size, 48, 1), 0, 1) ** gamma
     attributes.update(gamma=gamma, exposure=named(gamma, 0.93, 1.1, ("soft", "normal", "dark")))
     return np.repeat(film[..., None], 3, 2).astype(np.float32), attributes
@@ -356,18 +568,30 @@ def chest(body, random, size, finding):
 
 def nodule(film, random, size, side, reach):
     """Add a round density to the lung on `side` of `film` (in place) and say what it is."""
-    sign, radius, density = -1 if side == "right" else 1, random.uniform(0.085, 0.16), random.uniform(0.30, 0.48)
+    sign, radius, density = (
+        -1 if side == "right" else 1,
+        random.uniform(0.085, 0.16),
+        random.uniform(0.30, 0.48),
+    )
     height = random.uniform(-0.46, 0.16)
-    centre = np.array([sign * random.uniform(0.36, (0.60 + 0.35 * (height + 0.46)) * reach), height])
+    centre = np.array(
+        [sign * random.uniform(0.36, (0.60 + 0.35 * (height + 0.46)) * reach), height]
+    )
     field = outline(random, size, centre, radius, 0.08, 0.01)
     film += density * ramp(0.25 * radius, -0.55 * radius, field) * np.clip(1.25 - film, 0, 1)
-    return {"side": side, "radius": radius, "density_value": density, "centre": tuple(centre.round(3)),
-            "extent": named(radius, 0.108, 0.135, ("small", "medium", "large")),
-            "zone": named(centre[1], -0.27, -0.05, ("upper", "middle", "lower")),
-            "density": "dense" if density > 0.39 else "faint"}
+    return {
+        "side": side,
+        "radius": radius,
+        "density_value": density,
+        "centre": tuple(centre.round(3)),
+        "extent": named(radius, 0.108, 0.135, ("small", "medium", "large")),
+        "zone": named(centre[1], -0.27, -0.05, ("upper", "middle", "lower")),
+        "density": "dense" if density > 0.39 else "faint",
+    }
 
 
 # ---- fundi
+
 
 def vessel_tree(random, size, disc, sign):
     """Coverage (size, size) of arteries and of veins: branching walks that leave the disc and arch round the macula."""
@@ -379,8 +603,20 @@ def vessel_tree(random, size, disc, sign):
         for kind in (0, 1):
             for direction, bend, width, length in ((-0.55, 1.0, 0.040, 30), (0.85, 0.3, 0.028, 16)):
                 heading = np.arctan2(vertical, sign * direction) + random.uniform(-0.35, 0.35)
-                root = (disc[0] + random.uniform(-0.05, 0.05), disc[1] + random.uniform(-0.05, 0.05))
-                walks.append((kind, root, heading, vertical * sign * -bend, width * (0.8 + 0.4 * kind), length))
+                root = (
+                    disc[0] + random.uniform(-0.05, 0.05),
+                    disc[1] + random.uniform(-0.05, 0.05),
+                )
+                walks.append(
+                    (
+                        kind,
+                        root,
+                        heading,
+                        vertical * sign * -bend,
+                        width * (0.8 + 0.4 * kind),
+                        length,
+                    )
+                )
     while walks:
         kind, point, heading, bend, width, length = walks.pop()
         for step in range(length):
@@ -392,7 +628,9 @@ def vessel_tree(random, size, disc, sign):
             if random.random() < 0.13 and step > 2 and width > 0.013:
                 fork = heading + random.choice([-1, 1]) * random.uniform(0.4, 0.8)
                 walks.append((kind, point, fork, 0.0, width * 0.62, int((length - step) * 0.7)))
-    return [np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255 for canvas in canvases]
+    return [
+        np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255 for canvas in canvases
+    ]
 
 
 def fundus(body, random, size, bleeding):
@@ -401,30 +639,47 @@ def fundus(body, random, size, bleeding):
     pigment, eye = body.uniform(0, 1), ("left", "right")[random.integers(2)]
     sign = 1 if eye == "right" else -1
     disc = (sign * random.uniform(0.40, 0.58), random.uniform(-0.10, 0.10))
-    radius, cup, oval = random.uniform(0.135, 0.18), random.uniform(0.25, 0.6), random.uniform(0.84, 1.0)
+    radius, cup, oval = (
+        random.uniform(0.135, 0.18),
+        random.uniform(0.25, 0.6),
+        random.uniform(0.84, 1.0),
+    )
     colour = np.array([0.86, 0.42, 0.20]) + pigment * np.array([-0.22, -0.19, -0.09])
     choroid, streak = fractal(random, size, 4, 3), fractal(random, size, 7, 2)
     image = (colour * (1 + 0.055 * choroid + 0.03 * streak)[..., None]).astype(np.float32)
     macula = (disc[0] - sign * random.uniform(0.62, 0.76), disc[1] + random.uniform(0.0, 0.08))
     dark = random.uniform(0.25, 0.5)
     far = np.hypot(x - macula[0], y - macula[1])
-    spot = dark * np.exp(-(far / 0.19) ** 2) + 0.3 * np.exp(-(far / 0.06) ** 2)
+    spot = dark * np.exp(-((far / 0.19) ** 2)) + 0.3 * np.exp(-((far / 0.06) ** 2))
     blend(image, colour * np.array([0.48, 0.36, 0.38]), spot)
     near = np.hypot((x - disc[0]) / oval, y - disc[1])
     blend(image, np.array([0.98, 0.70, 0.40]), 0.35 * np.exp(-np.maximum(near - radius, 0) / 0.09))
     blend(image, np.array([0.97, 0.80, 0.50]), 0.92 * ramp(radius + 0.025, radius - 0.025, near))
     blend(image, np.array([1.00, 0.94, 0.76]), ramp(radius * cup + 0.03, radius * cup - 0.03, near))
     artery, vein = vessel_tree(random, size, disc, sign)
-    clear = 1 - 0.75 * np.exp(-(far / 0.16) ** 2)
+    clear = 1 - 0.75 * np.exp(-((far / 0.16) ** 2))
     blend(image, colour * np.array([0.74, 0.42, 0.42]), 0.80 * artery * clear)
     blend(image, colour * np.array([0.52, 0.26, 0.34]), 0.85 * vein * clear)
-    attributes = {"pigment": pigment, "eye": eye, "disc": disc, "disc_radius": radius, "cup": cup, "macula": dark,
-                  "hue": named(pigment, 0.33, 0.66, ("orange", "red", "brown"))}
+    attributes = {
+        "pigment": pigment,
+        "eye": eye,
+        "disc": disc,
+        "disc_radius": radius,
+        "cup": cup,
+        "macula": dark,
+        "hue": named(pigment, 0.33, 0.66, ("orange", "red", "brown")),
+    }
     if bleeding:
         attributes.update(haemorrhages(image, random, disc, colour))
-    field, vignette, glow = random.uniform(0.90, 0.98), random.uniform(0.15, 0.5), random.uniform(0, 2 * np.pi)
+    field, vignette, glow = (
+        random.uniform(0.90, 0.98),
+        random.uniform(0.15, 0.5),
+        random.uniform(0, 2 * np.pi),
+    )
     centre = np.hypot(x, y)
-    image *= (1 - vignette * (centre / field) ** 3 + 0.10 * (x * np.cos(glow) + y * np.sin(glow)))[..., None]
+    image *= (1 - vignette * (centre / field) ** 3 + 0.10 * (x * np.cos(glow) + y * np.sin(glow)))[
+        ..., None
+    ]
     image *= np.float32(random.uniform(0.88, 1.12))
     image *= ramp(field + 0.015, field - 0.015, centre)[..., None]
     cut = random.uniform(0.72, 1.3)
@@ -435,27 +690,48 @@ def fundus(body, random, size, bleeding):
 
 def haemorrhages(image, random, disc, colour):
     """Paint dark red bleedings (in place): round blots, or flames that follow the nerve fibres away from the disc."""
-    size, count, form = image.shape[0], int(random.integers(4, 28)), ("blot", "flame-shaped")[random.integers(2)]
+    size, count, form = (
+        image.shape[0],
+        int(random.integers(4, 28)),
+        ("blot", "flame-shaped")[random.integers(2)],
+    )
     scale, largest = 4 * size, random.uniform(0.05, 0.088)
     canvas = Image.new("L", (scale, scale))
     pen = ImageDraw.Draw(canvas)
     for _ in range(count):
         away, turn = 0.88 * np.sqrt(random.uniform(0.02, 1)), random.uniform(0, 2 * np.pi)
-        spot, radius = away * np.array([np.cos(turn), np.sin(turn)]), largest * random.uniform(0.45, 1.0)
+        spot, radius = (
+            away * np.array([np.cos(turn), np.sin(turn)]),
+            largest * random.uniform(0.45, 1.0),
+        )
         along = np.arctan2(spot[1] - disc[1], spot[0] - disc[0])
         long, short = (2.0, 0.55) if form == "flame-shaped" else (1.1, 0.9)
         angles = np.arange(24) / 24 * 2 * np.pi
-        edge = radius * (1 + sum(random.normal(0, 0.16) * np.cos(wave * angles + random.uniform(0, 6.3))
-                                 for wave in (2, 3, 4)))
+        edge = radius * (
+            1
+            + sum(
+                random.normal(0, 0.16) * np.cos(wave * angles + random.uniform(0, 6.3))
+                for wave in (2, 3, 4)
+            )
+        )
         u, v = edge * long * np.cos(angles), edge * short * np.sin(angles)
-        px, py = spot[0] + u * np.cos(along) - v * np.sin(along), spot[1] + u * np.sin(along) + v * np.cos(along)
+        px, py = (
+            spot[0] + u * np.cos(along) - v * np.sin(along),
+            spot[1] + u * np.sin(along) + v * np.cos(along),
+        )
         pen.polygon([((a + 1) / 2 * scale, (b + 1) / 2 * scale) for a, b in zip(px, py)], fill=255)
     stain = np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255
     blend(image, colour * np.array([0.42, 0.13, 0.16]), 0.9 * stain)
-    return {"count": count, "largest": largest, "form": form, "amount": "a few" if count < 12 else "many"}
+    return {
+        "count": count,
+        "largest": largest,
+        "form": form,
+        "amount": "a few" if count < 12 else "many",
+    }
 
 
 # ---- pictures, folders
+
 
 def draw(kind, seed, size=128):
     """Draw one phantom.
@@ -465,15 +741,24 @@ def draw(kind, seed, size=128):
     Raises KeyError for an unknown kind.
     """
     body, random = keyed("patient", kind, seed // 2), keyed("picture", kind, seed)
-    painter = {"inflammatory ulcer": inflammatory, "remodelling ulcer": remodelling, "mpox lesion": mpox,
-               "normal chest": functools.partial(chest, finding=""),
-               "pleural effusion": functools.partial(chest, finding="effusion"),
-               "lung nodule": functools.partial(chest, finding="nodule"),
-               "normal fundus": functools.partial(fundus, bleeding=False),
-               "retinal haemorrhages": functools.partial(fundus, bleeding=True)}[kind]
+    painter = {
+        "inflammatory ulcer": inflammatory,
+        "remodelling ulcer": remodelling,
+        "mpox lesion": mpox,
+        "normal chest": functools.partial(chest, finding=""),
+        "pleural effusion": functools.partial(chest, finding="effusion"),
+        "lung nodule": functools.partial(chest, finding="nodule"),
+        "normal fundus": functools.partial(fundus, bleeding=False),
+        "retinal haemorrhages": functools.partial(fundus, bleeding=True),
+    }[kind]
     image, attributes = painter(body, random, size)
-    true_of_it = [wording for wording in CAPTIONS[kind]
-                  if all(attributes.get(field) for _, field, _, _ in string.Formatter().parse(wording) if field)]
+    true_of_it = [
+        wording
+        for wording in CAPTIONS[kind]
+        if all(
+            attributes.get(field) for _, field, _, _ in string.Formatter().parse(wording) if field
+        )
+    ]
     caption = true_of_it[random.integers(len(true_of_it))].format(**attributes)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), caption, attributes
 
@@ -485,8 +770,13 @@ def write_one(job):
     slug = kind.replace(" ", "-")
     name = f"{slug}-{seed:07d}.png"
     Image.fromarray(image).save(pathlib.Path(folder) / name, optimize=True)
-    return {"file_name": name, "text": caption, "label": kind, "modality": KINDS[kind],
-            "patient_id": f"{slug}-{seed // 2}"}
+    return {
+        "file_name": name,
+        "text": caption,
+        "label": kind,
+        "modality": KINDS[kind],
+        "patient_id": f"{slug}-{seed // 2}",
+    }
 
 
 def write(folder, count, seed=0, kinds=None, size=128, processes=1):
@@ -509,12 +799,18 @@ def write(folder, count, seed=0, kinds=None, size=128, processes=1):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--count", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture of each kind")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the first picture of each kind"
+    )
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--kinds", help="comma list out of: " + ", ".join(KINDS) + " (default: all)")
+    parser.add_argument(
+        "--kinds", help="comma list out of: " + ", ".join(KINDS) + " (default: all)"
+    )
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     kinds = None if args.kinds is None else [kind.strip() for kind in args.kinds.split(",")]

@@ -11,7 +11,9 @@ import phantoms
 
 HERE = pathlib.Path(__file__).parent
 TINY = HERE / "tiny-base"
-needs_tiny = pytest.mark.skipif(not TINY.exists(), reason="tests/tiny-base is not built: see make_tiny_base.py")
+needs_tiny = pytest.mark.skipif(
+    not TINY.exists(), reason="tests/tiny-base is not built: see make_tiny_base.py"
+)
 
 
 def rows_of(folder):
@@ -28,7 +30,9 @@ def test_a_seed_gives_the_same_picture_each_time_and_its_neighbour_another(kind)
     first, caption, attributes = phantoms.draw(kind, 11)
     again, caption_again, attributes_again = phantoms.draw(kind, 11)
     assert first.dtype == np.uint8 and first.shape == (128, 128, 3)
-    assert np.array_equal(first, again) and caption == caption_again and attributes == attributes_again
+    assert (
+        np.array_equal(first, again) and caption == caption_again and attributes == attributes_again
+    )
     assert np.abs(first.astype(int) - phantoms.draw(kind, 12)[0]).mean() > 2
 
 
@@ -45,7 +49,11 @@ def test_another_size_shows_the_same_scene(kind):
 @pytest.mark.parametrize("kind", phantoms.KINDS)
 def test_at_least_six_factors_vary_and_captions_come_in_several_wordings(kind):
     drawn = [phantoms.draw(kind, seed, 32) for seed in range(0, 80, 2)]
-    varying = [name for name in drawn[0][2] if len({str(attributes[name]) for _, _, attributes in drawn}) > 1]
+    varying = [
+        name
+        for name in drawn[0][2]
+        if len({str(attributes[name]) for _, _, attributes in drawn}) > 1
+    ]
     captions = {caption for _, caption, _ in drawn}
     assert len(varying) >= 6
     assert len(phantoms.CAPTIONS[kind]) >= 6 and len(captions) >= 6
@@ -69,7 +77,11 @@ def test_captions_tell_the_truth_about_side_and_skin():
 
 
 def test_two_pictures_of_a_patient_share_the_body():
-    for kind, factor in (("inflammatory ulcer", "tone_value"), ("normal chest", "width"), ("normal fundus", "pigment")):
+    for kind, factor in (
+        ("inflammatory ulcer", "tone_value"),
+        ("normal chest", "width"),
+        ("normal fundus", "pigment"),
+    ):
         values = [phantoms.draw(kind, seed, 16)[2][factor] for seed in (40, 41, 42)]
         assert values[0] == values[1] != values[2]
 
@@ -77,8 +89,13 @@ def test_two_pictures_of_a_patient_share_the_body():
 def test_kinds_can_be_told_apart_by_their_coarse_look():
     """Ridge regression on 12 px thumbnails: far above the 1 in 8 of chance for kinds, nearly sure of modality."""
     kinds = list(phantoms.KINDS)
-    flat = np.stack([small(phantoms.draw(kind, seed, 48)[0], 12).ravel() / 255
-                     for kind in kinds for seed in range(0, 200, 2)])
+    flat = np.stack(
+        [
+            small(phantoms.draw(kind, seed, 48)[0], 12).ravel() / 255
+            for kind in kinds
+            for seed in range(0, 200, 2)
+        ]
+    )
     train = np.tile(np.arange(100) < 70, len(kinds))
     truth = np.repeat(np.arange(len(kinds)), 100)
     design = np.c_[flat, np.ones(len(flat))]
@@ -86,7 +103,9 @@ def test_kinds_can_be_told_apart_by_their_coarse_look():
     gram = design[train].T @ design[train] + np.eye(design.shape[1])
     weights = np.linalg.solve(gram, design[train].T @ goal[train])
     found = (design[~train] @ weights).argmax(1)
-    modality = np.array([list(phantoms.KINDS.values()).index(phantoms.KINDS[kind]) for kind in kinds])
+    modality = np.array(
+        [list(phantoms.KINDS.values()).index(phantoms.KINDS[kind]) for kind in kinds]
+    )
     assert (found == truth[~train]).mean() > 0.6
     assert (modality[found] == modality[truth[~train]]).mean() > 0.9
 
@@ -97,8 +116,12 @@ def test_writing_a_folder_gives_pictures_and_metadata_and_patients_of_one_kind(t
     assert list(rows[0]) == ["file_name", "text", "label", "modality", "patient_id"]
     assert len(rows) == 12 and [row["label"] for row in rows[:2]] == ["normal chest", "mpox lesion"]
     assert all(Image.open(tmp_path / row["file_name"]).size == (32, 32) for row in rows)
-    patients = {row["patient_id"]: {other["label"] for other in rows if other["patient_id"] == row["patient_id"]}
-                for row in rows}
+    patients = {
+        row["patient_id"]: {
+            other["label"] for other in rows if other["patient_id"] == row["patient_id"]
+        }
+        for row in rows
+    }
     assert len(patients) == 6 and all(len(labels) == 1 for labels in patients.values())
 
 
@@ -117,6 +140,7 @@ def test_the_committed_folder_holds_what_the_code_draws():
 @needs_tiny
 def test_the_tiny_base_fits_sixteen_megabytes_and_loads_as_a_plain_pipeline():
     from diffusers import StableDiffusionPipeline
+
     assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 16_000_000
     pipeline = StableDiffusionPipeline.from_pretrained(TINY)
     assert pipeline.vae_scale_factor == 8 and pipeline.unet.config.sample_size == 16
@@ -125,7 +149,9 @@ def test_the_tiny_base_fits_sixteen_megabytes_and_loads_as_a_plain_pipeline():
         back = pipeline.tokenizer.decode(ids, skip_special_tokens=True)
         assert back.replace(" ", "") == text.lower().replace(" ", "")
         assert pipeline.tokenizer.eos_token_id not in ids[1:-1]
-    image = pipeline("normal chest", num_inference_steps=2, height=64, width=64, output_type="np").images
+    image = pipeline(
+        "normal chest", num_inference_steps=2, height=64, width=64, output_type="np"
+    ).images
     assert image.shape == (1, 64, 64, 3) and np.isfinite(image).all()
 
 
@@ -134,6 +160,7 @@ def test_the_tiny_vae_rebuilds_unseen_phantoms_to_thirty_decibels():
     import make_tiny_base
     import torch
     from diffusers import AutoencoderKL
+
     vae = AutoencoderKL.from_pretrained(TINY / "vae")
     images, _ = make_tiny_base.unseen(6)
     assert make_tiny_base.psnr(vae, images).mean() >= 30
@@ -146,6 +173,7 @@ def test_the_tiny_vae_rebuilds_unseen_phantoms_to_thirty_decibels():
 def test_the_tiny_text_encoder_places_wordings_it_never_saw_beside_their_kind():
     import make_tiny_base
     from transformers import CLIPTextModel, CLIPTokenizer
+
     encoder = CLIPTextModel.from_pretrained(TINY / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
     assert make_tiny_base.check_text(encoder, tokenizer) >= 0.8

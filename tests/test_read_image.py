@@ -1,4 +1,5 @@
 """Images of every kind become upright 8-bit RGB, or a BadImage that says why."""
+
 import importlib.util
 import struct
 import zlib
@@ -11,8 +12,12 @@ import metrics
 from metrics import WINDOWS, BadImage, read_image
 
 RAMP = np.tile(np.arange(0, 4096, 32, dtype=np.uint16), (64, 1))  # (64, 128), 12 bits
-dicom = pytest.mark.skipif(importlib.util.find_spec("pydicom") is None, reason="pydicom is not installed")
-nifti = pytest.mark.skipif(importlib.util.find_spec("nibabel") is None, reason="nibabel is not installed")
+dicom = pytest.mark.skipif(
+    importlib.util.find_spec("pydicom") is None, reason="pydicom is not installed"
+)
+nifti = pytest.mark.skipif(
+    importlib.util.find_spec("nibabel") is None, reason="nibabel is not installed"
+)
 
 
 def values(path, **how):
@@ -24,7 +29,9 @@ def values(path, **how):
 # ---------------------------------------------------------------- rasters
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp", "a.gif", "png in a.jpg"])
+@pytest.mark.parametrize(
+    "name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.bmp", "a.gif", "png in a.jpg"]
+)
 def test_common_formats_are_read_by_content(tmp_path, name):
     Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / name, "PNG" if " " in name else None)
     found = np.asarray(read_image(tmp_path / name))
@@ -60,7 +67,11 @@ def test_tiffs_that_store_white_as_zero_or_lie_on_their_side_are_read_right(tmp_
     assert (values(tmp_path / "white.tif")[0] == 255 - np.round(ramp[0] / 59000 * 255)).all()
     lying = Image.fromarray(np.array([[0, 40, 80], [120, 160, 200]], np.uint16) * 256)
     lying.save(tmp_path / "lying.tif", tiffinfo={274: 6})
-    assert values(tmp_path / "lying.tif", value_range=(0, 65280)).tolist() == [[120, 0], [160, 40], [200, 80]]
+    assert values(tmp_path / "lying.tif", value_range=(0, 65280)).tolist() == [
+        [120, 0],
+        [160, 40],
+        [200, 80],
+    ]
 
 
 def test_a_photo_is_turned_upright(tmp_path):
@@ -82,7 +93,9 @@ def test_sixteen_bits_are_scaled_by_the_images_range_or_the_one_given(tmp_path):
     Image.fromarray((RAMP / 4064 - 0.5).astype(np.float32)).save(tmp_path / "f.tif")
     assert values(tmp_path / "f.tif")[0, [0, -1]].tolist() == [0, 255]
     Image.fromarray(np.full((4, 4), 120, np.uint8)).save(tmp_path / "flat.png")
-    assert (values(tmp_path / "flat.png", value_range=(0, 4095)) == 120).all()  # 8 bits are never rescaled
+    assert (
+        values(tmp_path / "flat.png", value_range=(0, 4095)) == 120
+    ).all()  # 8 bits are never rescaled
 
 
 def test_the_first_frame_of_an_animation_or_of_pages_is_read(tmp_path):
@@ -94,27 +107,43 @@ def test_the_first_frame_of_an_animation_or_of_pages_is_read(tmp_path):
 
 def png_claiming(width, height):
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
-                                        for part in (chunk, b"IDAT" + zlib.compress(b"\0" * 99)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+        for part in (chunk, b"IDAT" + zlib.compress(b"\0" * 99))
+    )
 
 
 def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
-    Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)).save(tmp_path / "whole.png")
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)).save(
+        tmp_path / "whole.png"
+    )
     whole = (tmp_path / "whole.png").read_bytes()
     Image.open(tmp_path / "whole.png").save(tmp_path / "whole.jpg")
     place = len(whole) - 3000
-    cases = {"empty.png": (b"", "is empty"), "text.png": (b"hello " * 99, "is not an image"),
-             "half.png": (whole[:len(whole) // 2], "is damaged"), "note.pdf": (b"%PDF-1.4\n%stub\n", "is not an image"),
-             "bad_crc.png": (whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:], "is damaged"),
-             "bad_sum.png": (whole[:-13] + bytes([whole[-13] ^ 1]) + whole[-12:], "is damaged"),  # of the last pixels
-             "half.jpg": ((tmp_path / "whole.jpg").read_bytes()[:900], "is damaged"),
-             "bomb.png": (png_claiming(60000, 60000), "178 megapixels"),
-             "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image")}
+    cases = {
+        "empty.png": (b"", "is empty"),
+        "text.png": (b"hello " * 99, "is not an image"),
+        "half.png": (whole[: len(whole) // 2], "is damaged"),
+        "note.pdf": (b"%PDF-1.4\n%stub\n", "is not an image"),
+        "bad_crc.png": (
+            whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :],
+            "is damaged",
+        ),
+        "bad_sum.png": (
+            whole[:-13] + bytes([whole[-13] ^ 1]) + whole[-12:],
+            "is damaged",
+        ),  # of the last pixels
+        "half.jpg": ((tmp_path / "whole.jpg").read_bytes()[:900], "is damaged"),
+        "bomb.png": (png_claiming(60000, 60000), "178 megapixels"),
+        "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+    }
     for name, (content, why) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadImage) as error:
             read_image(tmp_path / name)
-        assert why in error.value.why and str(error.value) == f"{tmp_path / name}: {error.value.why}"
+        assert (
+            why in error.value.why and str(error.value) == f"{tmp_path / name}: {error.value.why}"
+        )
         assert "\n" not in str(error.value)
     (tmp_path / "folder.jpg").mkdir()
     for name, why in (("folder.jpg", "is a folder"), ("missing.png", "No such file")):
@@ -127,6 +156,7 @@ def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
 
 def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
     from pydicom.dataset import Dataset, FileMetaDataset
+
     data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
@@ -148,7 +178,14 @@ def write_dicom(path, pixels, photometric="MONOCHROME2", **tags):
 @dicom
 def test_a_dicom_is_rescaled_before_it_is_windowed(tmp_path):
     stored = np.tile(np.arange(0, 3000, 100, dtype=np.int16), (20, 1))
-    write_dicom(tmp_path / "ct.png", stored, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400)
+    write_dicom(
+        tmp_path / "ct.png",
+        stored,
+        RescaleSlope=1,
+        RescaleIntercept=-1024,
+        WindowCenter=40,
+        WindowWidth=400,
+    )
     expected = np.clip((stored[0] - 1024 - 39.5) / 399 + 0.5, 0, 1) * 255  # DICOM PS3.3 C.11.2.1.2
     assert np.abs(values(tmp_path / "ct.png")[0] - expected).max() <= 1
     expected = np.clip((stored[0] - 1024 + 600.5) / 1499 + 0.5, 0, 1) * 255
@@ -159,9 +196,14 @@ def test_a_dicom_is_rescaled_before_it_is_windowed(tmp_path):
 def test_the_files_own_function_of_its_window_is_used(tmp_path):
     stored = np.tile(np.arange(40, 60, dtype=np.uint16), (20, 1))
     x = stored[0].astype(float)
-    for function, expected in (("LINEAR", (x - 49.5) / 9 + 0.5), ("LINEAR_EXACT", (x - 50) / 10 + 0.5),
-                               ("SIGMOID", 1 / (1 + np.exp(-4 * (x - 50) / 10)))):   # DICOM PS3.3 C.11.2.1
-        write_dicom(tmp_path / function, stored, WindowCenter=50, WindowWidth=10, VOILUTFunction=function)
+    for function, expected in (
+        ("LINEAR", (x - 49.5) / 9 + 0.5),
+        ("LINEAR_EXACT", (x - 50) / 10 + 0.5),
+        ("SIGMOID", 1 / (1 + np.exp(-4 * (x - 50) / 10))),
+    ):  # DICOM PS3.3 C.11.2.1
+        write_dicom(
+            tmp_path / function, stored, WindowCenter=50, WindowWidth=10, VOILUTFunction=function
+        )
         assert np.abs(values(tmp_path / function)[0] - 255 * expected.clip(0, 1)).max() <= 1
 
 
@@ -191,7 +233,9 @@ def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn, monkeyp
     (tmp_path / "a.dcm").write_bytes(whole[:-500])
     with pytest.raises(BadImage) as error:
         read_image(tmp_path / "a.dcm")
-    said = str(error.value) + "".join(capsys.readouterr()) + "".join(str(w.message) for w in recwarn)
+    said = (
+        str(error.value) + "".join(capsys.readouterr()) + "".join(str(w.message) for w in recwarn)
+    )
     assert "Doe" not in said and "secret" not in said
     monkeypatch.setattr(metrics, "dicom_frame", lambda *_: int("Doe^Jane"))
     with pytest.raises(BadImage, match=r"is damaged \(ValueError\)$"):
@@ -201,33 +245,52 @@ def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn, monkeyp
 @dicom
 def test_what_files_of_little_care_leave_out_or_say_oddly_is_borne(tmp_path):
     from pydicom.dataset import Dataset
+
     plain = dict(WindowCenter=2048, WindowWidth=4096)
     write_dicom(tmp_path / "plain", RAMP, **plain)
     usual = values(tmp_path / "plain")
-    for n, odd in enumerate((dict(RescaleSlope=None, RescaleIntercept=None, **plain), dict(PixelSpacing=[1.0], **plain),
-                             dict(WindowCenter=2048, WindowWidth=4096, PixelAspectRatio=None))):
+    for n, odd in enumerate(
+        (
+            dict(RescaleSlope=None, RescaleIntercept=None, **plain),
+            dict(PixelSpacing=[1.0], **plain),
+            dict(WindowCenter=2048, WindowWidth=4096, PixelAspectRatio=None),
+        )
+    ):
         write_dicom(tmp_path / str(n), RAMP, **odd)
         assert (values(tmp_path / str(n)) == usual).all()
     write_dicom(tmp_path / "none", RAMP)
-    for name, odd in (("zero", dict(WindowCenter=100, WindowWidth=0)), ("half", dict(WindowCenter=100))):
+    for name, odd in (
+        ("zero", dict(WindowCenter=100, WindowWidth=0)),
+        ("half", dict(WindowCenter=100)),
+    ):
         write_dicom(tmp_path / name, RAMP, **odd)
         assert (values(tmp_path / name) == values(tmp_path / "none")).all()
     write_dicom(tmp_path / "centred", RAMP.astype(np.int16) - 2048, WindowCenter=0, WindowWidth=400)
-    assert abs(values(tmp_path / "centred")[0, 64] - 128) <= 1 and not values(tmp_path / "centred")[:, :50].any()
+    assert (
+        abs(values(tmp_path / "centred")[0, 64] - 128) <= 1
+        and not values(tmp_path / "centred")[:, :50].any()
+    )
     write_dicom(tmp_path / "ct", RAMP, Modality="CT", RescaleSlope=1, RescaleIntercept=None)
     with pytest.raises(BadImage, match="Hounsfield"):
         read_image(tmp_path / "ct", window="lung")
     table = Dataset()
-    table.LUTDescriptor, table.LUTData = [4096, 0, 8], (np.arange(4096) // 16).astype("<u2").tobytes()
+    table.LUTDescriptor, table.LUTData = (
+        [4096, 0, 8],
+        (np.arange(4096) // 16).astype("<u2").tobytes(),
+    )
     write_dicom(tmp_path / "lut", RAMP, VOILUTSequence=[table])
-    assert np.abs(values(tmp_path / "lut")[0] - RAMP[0] // 16).max() <= 1   # 8 bits: pydicom's own way wraps
+    assert (
+        np.abs(values(tmp_path / "lut")[0] - RAMP[0] // 16).max() <= 1
+    )  # 8 bits: pydicom's own way wraps
     signed = RAMP.astype(np.int16) - 2000
     signed[:, :9] = -2000
     write_dicom(tmp_path / "signed", signed, PixelPaddingValue=-2000)
     padded = metrics.open_dicom(tmp_path / "signed")
-    padded.add_new("PixelPaddingValue", "US", 63536)   # the same as an unsigned number
+    padded.add_new("PixelPaddingValue", "US", 63536)  # the same as an unsigned number
     padded.save_as(tmp_path / "padded")
-    assert (values(tmp_path / "padded") == values(tmp_path / "signed")).all() and not values(tmp_path / "padded")[:, :9].any()
+    assert (values(tmp_path / "padded") == values(tmp_path / "signed")).all() and not values(
+        tmp_path / "padded"
+    )[:, :9].any()
 
 
 @dicom
@@ -242,9 +305,14 @@ def test_files_that_scanners_name_by_numbers_are_found(tmp_path):
 def test_windows_have_names_that_only_cts_obey(tmp_path, capsys):
     stored = np.tile(np.arange(0, 3000, 100, dtype=np.int16), (20, 1))
     for name, modality in (("ct", "CT"), ("mr", "MR")):
-        write_dicom(tmp_path / name, stored, Modality=modality, RescaleSlope=1, RescaleIntercept=-1024)
+        write_dicom(
+            tmp_path / name, stored, Modality=modality, RescaleSlope=1, RescaleIntercept=-1024
+        )
     lung = values(tmp_path / "ct", window=(-600, 1500))
-    assert (values(tmp_path / "ct", window="lung") == lung).all() and WINDOWS["lung"] == (-600, 1500)
+    assert (values(tmp_path / "ct", window="lung") == lung).all() and WINDOWS["lung"] == (
+        -600,
+        1500,
+    )
     assert (values(tmp_path / "ct", window="-600,1500") == lung).all()
     assert (values(tmp_path / "mr", window="lung") == values(tmp_path / "mr")).all()
     assert (values(tmp_path / "mr", window="-600,1500") == lung).all()
@@ -275,7 +343,14 @@ def test_burnt_in_text_is_refused_unless_allowed(tmp_path):
 def test_padding_is_black_and_counts_for_nothing(tmp_path, photometric):
     padded = RAMP.copy()
     padded[:8] = 60000
-    write_dicom(tmp_path / "a", padded, photometric, PixelPaddingValue=60000, RescaleSlope=2, RescaleIntercept=-5)
+    write_dicom(
+        tmp_path / "a",
+        padded,
+        photometric,
+        PixelPaddingValue=60000,
+        RescaleSlope=2,
+        RescaleIntercept=-5,
+    )
     write_dicom(tmp_path / "b", RAMP, photometric)
     assert values(tmp_path / "a")[:8].max() == 0
     assert np.abs(values(tmp_path / "a")[8:] - values(tmp_path / "b")[8:]).max() <= 1
@@ -287,15 +362,28 @@ def test_frames_without_a_window_share_one_range(tmp_path):
     frames[:, 0] = 9999
     write_dicom(tmp_path / "a", frames, PixelPaddingValue=9999)
     assert [values(tmp_path / "a", slice=n)[9, 0] for n in range(3)] == [0, 128, 255]
-    assert [values(tmp_path / "a", slice=n, value_range=(0, 510))[9, 0] for n in range(3)] == [50, 100, 150]
+    assert [values(tmp_path / "a", slice=n, value_range=(0, 510))[9, 0] for n in range(3)] == [
+        50,
+        100,
+        150,
+    ]
 
 
 @dicom
-@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm",
-                                  "examples_overlay.dcm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CT_small.dcm",
+        "MR_small.dcm",
+        "MR_small_RLE.dcm",
+        "MR_small_bigendian.dcm",
+        "examples_overlay.dcm",
+    ],
+)
 def test_dicoms_read_as_pydicom_itself_reads_them(name):
     pydicom = pytest.importorskip("pydicom")
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
     path = pydicom.data.get_testdata_file(name, download=False)
     if path is None:
         pytest.skip("not among the files that come with pydicom")
@@ -304,11 +392,17 @@ def test_dicoms_read_as_pydicom_itself_reads_them(name):
     low, high = np.percentile(shown, (0.5, 99.5))
     if "VOILUTSequence" in data or "WindowCenter" in data:
         shown = apply_voi_lut(apply_modality_lut(data.pixel_array, data), data).astype(float)
-        low, high = 0, 2 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1 if "VOILUTSequence" in data else 0
+        low, high = (
+            0,
+            2 ** data.VOILUTSequence[0].LUTDescriptor[2] - 1 if "VOILUTSequence" in data else 0,
+        )
         if not high:  # pydicom spreads a window over what the stored bits can hold
-            slope, intercept = float(data.get("RescaleSlope", 1)), float(data.get("RescaleIntercept", 0))
-            least = -2 ** (data.BitsStored - 1) if data.PixelRepresentation else 0
-            low, high = (slope * end + intercept for end in (least, least + 2 ** data.BitsStored - 1))
+            slope, intercept = (
+                float(data.get("RescaleSlope", 1)),
+                float(data.get("RescaleIntercept", 0)),
+            )
+            least = -(2 ** (data.BitsStored - 1)) if data.PixelRepresentation else 0
+            low, high = (slope * end + intercept for end in (least, least + 2**data.BitsStored - 1))
     expected = np.clip((shown - low) / (high - low), 0, 1) * 255
     assert np.abs(values(path) - expected).max() <= 1
 
@@ -325,6 +419,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 @nifti
 def test_a_volume_gives_its_middle_slice_with_anterior_up(tmp_path):
     import nibabel
+
     volume = np.zeros((10, 12, 5, 2), np.int16)  # right, anterior, superior, time
     volume[:, :, 2, 0] = 100
     volume[8:, 10:, :, 0] = 1000  # right and anterior
@@ -340,14 +435,21 @@ def test_a_volume_gives_its_middle_slice_with_anterior_up(tmp_path):
 @nifti
 def test_volumes_are_cut_in_three_planes_and_scaled_as_a_whole(tmp_path):
     import nibabel
+
     volume = np.random.RandomState(0).rand(6, 8, 10).astype(np.float32)
     volume[4:, 6:, 7:] = 3  # right, anterior, superior: the upper right corner of each plane
     for name, save in (("a.nii", nibabel.Nifti1Image), ("a.mgz", nibabel.MGHImage)):
         nibabel.save(save(volume, np.eye(4)), tmp_path / name)
-        for plane, number, shape in (("axial", 8, (8, 6)), ("coronal", 7, (10, 6)), ("sagittal", 5, (10, 8))):
+        for plane, number, shape in (
+            ("axial", 8, (8, 6)),
+            ("coronal", 7, (10, 6)),
+            ("sagittal", 5, (10, 8)),
+        ):
             found = values(tmp_path / name, slice=f"{plane}:{number}")
             assert found.shape == shape and (found[:2, -2:] == 255).all() and found[4:].max() < 100
-            assert (values(tmp_path / name, slice=plane)[:2, -2:] < 255).all() or plane != "sagittal"
+            assert (
+                values(tmp_path / name, slice=plane)[:2, -2:] < 255
+            ).all() or plane != "sagittal"
         assert (values(tmp_path / name, slice="axial:8") == values(tmp_path / name, slice=8)).all()
         with pytest.raises(BadImage, match="slices 0 to 7"):
             read_image(tmp_path / name, slice="coronal:8")
@@ -356,13 +458,22 @@ def test_volumes_are_cut_in_three_planes_and_scaled_as_a_whole(tmp_path):
 @nifti
 def test_volumes_read_as_nibabel_itself_turns_them():
     import nibabel.testing
-    for name in ("anatomical.nii", "functional.nii", "reoriented_anat_moved.nii", "example4d.nii.gz",
-                 "example_nifti2.nii.gz", "test.mgz"):
+
+    for name in (
+        "anatomical.nii",
+        "functional.nii",
+        "reoriented_anat_moved.nii",
+        "example4d.nii.gz",
+        "example_nifti2.nii.gz",
+        "test.mgz",
+    ):
         path = f"{nibabel.testing.data_path}/{name}"
         volume = nibabel.as_closest_canonical(nibabel.load(path)).get_fdata()
         volume = volume[..., 0] if volume.ndim > 3 else volume
         low, high = np.percentile(volume, 1), np.percentile(volume[volume > volume.mean()], 99)
-        expected = np.clip((np.rot90(volume[:, :, volume.shape[2] // 2]) - low) / (high - low), 0, 1) * 255
+        expected = (
+            np.clip((np.rot90(volume[:, :, volume.shape[2] // 2]) - low) / (high - low), 0, 1) * 255
+        )
         found = values(path)
         assert found.shape == expected.shape and np.abs(found - expected).max() <= 1, name
 
@@ -378,14 +489,19 @@ def test_whatever_is_in_a_file_it_is_an_image_or_a_bad_image(tmp_path, capfd):
         write_dicom(tmp_path / "a.dcm", np.stack([RAMP, RAMP]), WindowCenter=40, WindowWidth=400)
     if importlib.util.find_spec("nibabel"):
         import nibabel
-        nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+
+        nibabel.save(
+            nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "a.nii.gz"
+        )
     draw, read = np.random.RandomState(0), 0
     for path in sorted(tmp_path.iterdir()):
         whole = np.frombuffer(path.read_bytes(), np.uint8)
         for n in range(16):
             broken = whole.copy()
-            broken[draw.randint(0, min(len(whole), 400 if n % 2 else len(whole)), 1 + n // 4)] = draw.randint(256)
-            path.write_bytes(broken[:draw.randint(len(whole)) if n % 5 == 0 else None].tobytes())
+            broken[draw.randint(0, min(len(whole), 400 if n % 2 else len(whole)), 1 + n // 4)] = (
+                draw.randint(256)
+            )
+            path.write_bytes(broken[: draw.randint(len(whole)) if n % 5 == 0 else None].tobytes())
             try:
                 read += read_image(path).mode == "RGB"
             except BadImage as error:

@@ -1,4 +1,5 @@
 """Training: each rule that some well-known trainer breaks, and what a run leaves, loses and refuses."""
+
 import contextlib
 import json
 import math
@@ -31,8 +32,30 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def flags(base, images):
     """A quick run: 12 steps on random weights, checkpoints every 5, validation every 6, no grids."""
-    return ["--base", base, "--data", images, "--prompt", "a {label} foot", "--steps", 12, "--save-every", 5, "--rank", 2,
-            "--validate-every", 6, "--val-samples", 0, "--lr", 1e-3, "--log-every", 3, "--val-split", 0.2]
+    return [
+        "--base",
+        base,
+        "--data",
+        images,
+        "--prompt",
+        "a {label} foot",
+        "--steps",
+        12,
+        "--save-every",
+        5,
+        "--rank",
+        2,
+        "--validate-every",
+        6,
+        "--val-samples",
+        0,
+        "--lr",
+        1e-3,
+        "--log-every",
+        3,
+        "--val-split",
+        0.2,
+    ]
 
 
 def command(*flags, processes=0):
@@ -41,41 +64,83 @@ def command(*flags, processes=0):
 
 
 def launch(*flags, processes=0, **how):
-    return subprocess.run(command(*flags, processes=processes), cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+    return subprocess.run(
+        command(*flags, processes=processes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **how,
+    )
 
 
 def log_of(out, key="loss"):
-    return [line for line in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if key in line]
+    return [
+        line
+        for line in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+        if key in line
+    ]
 
 
 def results(out):
-    return [(Path(out) / name).read_bytes() for name in ("lora.safetensors", "lora-last.safetensors")]
+    return [
+        (Path(out) / name).read_bytes() for name in ("lora.safetensors", "lora-last.safetensors")
+    ]
 
 
 @pytest.fixture
 def setup(base, images, monkeypatch):
     """(args, base, data, state) just before the first step."""
+
     def make(*more):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--base", base, "--data", images, "--prompt", "a {label} foot",
-                                          "--rank", "2", *map(str, more)])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                "train.py",
+                "--base",
+                base,
+                "--data",
+                images,
+                "--prompt",
+                "a {label} foot",
+                "--rank",
+                "2",
+                *map(str, more),
+            ],
+        )
         args = train.parse_args()
         args.resolution = 64
         loaded = sample.load_base(args.base, CPU, "fp32", args.method)
         rows = train.list_images(args.data, prompt=args.prompt)
         data = train.cache(loaded, *train.load_pixels(rows, 64), args, "images")
         return args, loaded, data, train.start(loaded, args, None)
+
     return make
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
 
+
 def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_path, run, base):
     run(train, *flags, "--out", tmp_path, "--val-samples", 1, "--val-steps", 2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
-        "step-00000006.pt", "step-00000010.pt", "step-00000012.pt", "latest.pt", "best.pt"}
+        "step-00000006.pt",
+        "step-00000010.pt",
+        "step-00000012.pt",
+        "latest.pt",
+        "best.pt",
+    }
     assert [line["step"] for line in log_of(tmp_path)] == list(range(1, 13))
-    assert set(log_of(tmp_path)[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second", "memory"}
+    assert set(log_of(tmp_path)[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_second",
+        "memory",
+    }
     assert [line["step"] for line in log_of(tmp_path, "val_loss")] == [6, 12]
     assert Image.open(tmp_path / "samples" / "step-00000012.png").width > 64
     split = (tmp_path / "split.csv").read_text().splitlines()
@@ -96,20 +161,35 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(flags, tmp_path, run, c
     assert log_of(tmp_path)[-1]["step"] == 15 and results(tmp_path) != before
 
 
-def test_the_adapter_file_holds_the_averaged_weights_of_the_best_validation_or_of_the_end(flags, tmp_path, run):
+def test_the_adapter_file_holds_the_averaged_weights_of_the_best_validation_or_of_the_end(
+    flags, tmp_path, run
+):
     run(train, *flags, "--out", tmp_path / "a")
     run(train, *flags, "--out", tmp_path / "b", "--val-split", 0)
     for out, which in (("a", "best.pt"), ("b", "latest.pt")):
         kept = torch.load(tmp_path / out / "checkpoints" / which, weights_only=True)
         found = load_file(tmp_path / out / "lora.safetensors")
-        assert all(torch.equal(found[name], value) for name, value in kept["ema"].items()) and len(found) == len(kept["ema"])
+        assert all(torch.equal(found[name], value) for name, value in kept["ema"].items()) and len(
+            found
+        ) == len(kept["ema"])
         assert not all(torch.equal(found[name], value) for name, value in kept["weights"].items())
 
 
 def test_full_training_leaves_a_folder_that_serves_as_a_base(flags, tmp_path, run):
     run(train, *flags, "--out", tmp_path / "full", "--method", "full")
-    run(sample, "--base", tmp_path / "full" / "model", "--prompt", "x", "--num-images", 1, "--steps", 1, "--out",
-        tmp_path / "drawn")
+    run(
+        sample,
+        "--base",
+        tmp_path / "full" / "model",
+        "--prompt",
+        "x",
+        "--num-images",
+        1,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "drawn",
+    )
     tuned = load_file(tmp_path / "full" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     ema = torch.load(tmp_path / "full" / "checkpoints" / "best.pt", weights_only=True)["ema"]
     assert all(torch.equal(tuned[name.removeprefix("unet.")], ema[name]) for name in ema)
@@ -119,12 +199,29 @@ def test_the_checkpoint_holds_what_it_promises_without_pickled_objects(flags, tm
     run(train, *flags, "--out", tmp_path, "--keep-last", 1)
     assert len(list((tmp_path / "checkpoints").glob("step-*.pt"))) == 1
     checkpoint = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)
-    assert {"format", "step", "epoch", "position", "weights", "ema", "optimizer", "scaler", "schedule", "best", "history",
-            "args", "random"} <= set(checkpoint)
-    assert all(w.dtype == torch.float32 for w in checkpoint["weights"].values()) and len(checkpoint["weights"]) == 64
+    assert {
+        "format",
+        "step",
+        "epoch",
+        "position",
+        "weights",
+        "ema",
+        "optimizer",
+        "scaler",
+        "schedule",
+        "best",
+        "history",
+        "args",
+        "random",
+    } <= set(checkpoint)
+    assert (
+        all(w.dtype == torch.float32 for w in checkpoint["weights"].values())
+        and len(checkpoint["weights"]) == 64
+    )
 
 
 # ------------------------------------------------------------------------------------------------- the rules
+
 
 def test_each_epoch_sees_every_image_once_in_an_order_of_its_own():
     orders = [train.order(0, epoch, 50) for epoch in range(3)]
@@ -139,7 +236,7 @@ def test_draws_depend_on_the_place_in_the_global_batch_alone(setup):
     for i in range(3):
         assert torch.equal(whole[i], torch.cat([part[i] for part in parts]))
     noise = whole[1].flatten(1)
-    assert len({tuple(row.tolist()[:4]) for row in noise}) == 8     # every slot its own noise
+    assert len({tuple(row.tolist()[:4]) for row in noise}) == 8  # every slot its own noise
     assert not torch.equal(noise, train.make_batch(data, 6, range(8), args)[1].flatten(1))
 
 
@@ -156,7 +253,7 @@ def test_captions_and_latents_are_never_mispaired(setup):
 def test_latents_are_drawn_afresh_each_time_from_the_posterior(setup):
     args, _, data, _ = setup("--batch-size", 24)
     a, b = (train.make_batch(data, step, range(24), args)[0] for step in (0, 1))
-    first = [sorted(x.flatten(1)[:, 0].tolist()) for x in (a, b)]   # both steps see all 24 images
+    first = [sorted(x.flatten(1)[:, 0].tolist()) for x in (a, b)]  # both steps see all 24 images
     assert first[0] != first[1]
     data.std.zero_()
     a, b = (train.make_batch(data, step, range(24), args)[0] for step in (0, 1))
@@ -179,7 +276,9 @@ def test_clipping_clips_and_the_norm_told_is_the_one_before(setup):
     for w in weights:
         w.grad = torch.ones_like(w)
     seen = []
-    state.optimizer.register_step_pre_hook(lambda *_: seen.append(math.sqrt(sum(w.grad.square().sum().item() for w in weights))))
+    state.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(math.sqrt(sum(w.grad.square().sum().item() for w in weights)))
+    )
     norm = train.apply_gradients(state, weights, args)
     assert math.isclose(norm.item(), math.sqrt(sum(w.numel() for w in weights)), rel_tol=1e-5)
     assert math.isclose(seen[0], 0.5, rel_tol=1e-4)
@@ -201,7 +300,9 @@ def test_the_average_warms_up_and_covers_trainable_weights_only(setup):
     assert set(state.ema) == set(state.weights) and len(state.ema) == 64
 
 
-def test_a_step_with_nan_changes_nothing_and_three_in_a_row_end_the_run(setup, flags, tmp_path, refused, monkeypatch):
+def test_a_step_with_nan_changes_nothing_and_three_in_a_row_end_the_run(
+    setup, flags, tmp_path, refused, monkeypatch
+):
     args, _, _, state = setup("--lr", 0.1)
     weights = list(state.weights.values())
     for w in weights:
@@ -212,28 +313,44 @@ def test_a_step_with_nan_changes_nothing_and_three_in_a_row_end_the_run(setup, f
         w.grad = torch.full_like(w, math.nan)
     train.apply_gradients(state, weights, args)
     assert all(torch.equal(w, b) for w, b in zip(weights, before))
-    monkeypatch.setattr(train, "denoise", lambda base, noisy, *_: base.unet.conv_in.weight.sum() * math.nan * noisy + sum(
-        w.sum() for w in base.unet.parameters() if w.requires_grad))
+    monkeypatch.setattr(
+        train,
+        "denoise",
+        lambda base, noisy, *_: (
+            base.unet.conv_in.weight.sum() * math.nan * noisy
+            + sum(w.sum() for w in base.unet.parameters() if w.requires_grad)
+        ),
+    )
     assert "NaN" in refused(train, *flags, "--out", tmp_path)
 
 
 def test_learning_rate_warms_up_and_ends_near_zero_and_a_long_warm_up_is_capped(setup):
     args, *_ = setup("--steps", 100, "--warmup", 10, "--lr", 2.0)
     rates = [train.learning_rate(step, args) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
-    assert rates[55] == pytest.approx(2 * (0.5 + 0.5 * math.cos(math.pi * 45 / 90))) and rates[99] < 0.01
+    assert (
+        rates[0] == pytest.approx(0.2)
+        and rates[9] == pytest.approx(2.0)
+        and max(rates) == pytest.approx(2.0)
+    )
+    assert (
+        rates[55] == pytest.approx(2 * (0.5 + 0.5 * math.cos(math.pi * 45 / 90)))
+        and rates[99] < 0.01
+    )
     args.warmup = 10_000
     assert max(train.learning_rate(step, args) for step in range(100)) == pytest.approx(2.0)
     args.lr_schedule = "constant"
     assert train.learning_rate(99, args) == 2.0
     args.steps, args.warmup = 20, 10
     assert [train.learning_rate(step, args) for step in (0, 8, 9)] == pytest.approx([0.2, 1.8, 2.0])
-    args.warmup = None   # not asked for: no more than a tenth
+    args.warmup = None  # not asked for: no more than a tenth
     assert [train.learning_rate(step, args) for step in (0, 1)] == [1.0, 2.0]
 
 
 def test_of_steps_and_epochs_the_last_given_wins(setup):
-    assert (setup("--steps", 5, "--epochs", 2)[0].steps, setup("--epochs", 2, "--steps", 5)[0].epochs) == (None, None)
+    assert (
+        setup("--steps", 5, "--epochs", 2)[0].steps,
+        setup("--epochs", 2, "--steps", 5)[0].epochs,
+    ) == (None, None)
 
 
 def test_validation_loss_is_the_same_each_time_and_uses_the_average(setup):
@@ -258,54 +375,95 @@ def test_adapter_and_optimizer_stay_fp32_under_bf16_and_learn(flags, tmp_path, r
 
 def test_a_step_asks_no_tensor_for_its_value(setup, monkeypatch):
     args, loaded, data, state = setup("--snr-gamma", 5, "--noise-offset", 0.1)
-    train.compute_gradients(loaded, [("data", data, 1.0)], None, state, args)   # once, for what is worked out only once
+    train.compute_gradients(
+        loaded, [("data", data, 1.0)], None, state, args
+    )  # once, for what is worked out only once
     train.apply_gradients(state, list(state.weights.values()), args)
-    with monkeypatch.context() as patch:   # on a GPU each of these waits for all that was asked of it so far
+    with (
+        monkeypatch.context() as patch
+    ):  # on a GPU each of these waits for all that was asked of it so far
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-            patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"the step calls Tensor.{name}"))
+            patch.setattr(
+                torch.Tensor,
+                name,
+                lambda *_, name=name: pytest.fail(f"the step calls Tensor.{name}"),
+            )
         loss = train.compute_gradients(loaded, [("data", data, 1.0)], None, state, args)
         norm = train.apply_gradients(state, list(state.weights.values()), args)
     assert loss.item() > 0 and norm.item() > 0
 
 
-@pytest.mark.parametrize("more, stays", [([], ()), (["--text-lora"], ("text",)), (["--perceptual-weight", 0.1], ("vae",))])
-def test_vae_and_text_encoder_leave_the_device_once_cached_unless_they_are_needed(more, stays, flags, tmp_path, run, monkeypatch):
+@pytest.mark.parametrize(
+    "more, stays",
+    [([], ()), (["--text-lora"], ("text",)), (["--perceptual-weight", 0.1], ("vae",))],
+)
+def test_vae_and_text_encoder_leave_the_device_once_cached_unless_they_are_needed(
+    more, stays, flags, tmp_path, run, monkeypatch
+):
     places, loading = {}, train.load_base
 
     def watched(*of):
         base = loading(*of)
         for name, module in (("vae", base.vae), ("text", base.text_encoders[0])):
             places[name] = ["device"]
-            monkeypatch.setattr(module, "to", lambda where, name=name: places[name].append(str(where)))
+            monkeypatch.setattr(
+                module, "to", lambda where, name=name: places[name].append(str(where))
+            )
         return base
+
     monkeypatch.setattr(train, "load_base", watched)
 
     def begin(*_):
         raise EOFError
+
     monkeypatch.setattr(train, "fit", begin)
     with pytest.raises(EOFError):
         run(train, *flags, "--out", tmp_path, *more)
-    assert {name: where[-1] for name, where in places.items()} == {n: "device" if n in stays else "cpu" for n in places}
+    assert {name: where[-1] for name, where in places.items()} == {
+        n: "device" if n in stays else "cpu" for n in places
+    }
 
 
 @pytest.mark.parametrize("figure", ["kid", "fid"])
-def test_the_best_is_chosen_by_pictures_where_there_are_fifty_to_compare_with(figure, flags, tmp_path, run, refused,
-                                                                                          monkeypatch):
+def test_the_best_is_chosen_by_pictures_where_there_are_fifty_to_compare_with(
+    figure, flags, tmp_path, run, refused, monkeypatch
+):
     for i in range(110):
         place = tmp_path / "data" / ("train", "val")[i % 2]
         place.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((64, 64), 30 + i).convert("RGB").save(place / f"{i}.png")
     texture = train.load_features("texture", CPU)
-    flags += ["--data", tmp_path / "data" / "train", "--val-data", tmp_path / "data" / "val", "--prompt", "noise",
-              "--steps", 4, "--validate-every", 2, "--select-by", figure, "--val-steps", 1, "--out", tmp_path / "run"]
-    if figure == "fid":   # Inception's weights are not at hand: said before anything is trained
-        assert train.FID_WEIGHTS in refused(train, *flags) and not (tmp_path / "run" / "log.jsonl").exists()
+    flags += [
+        "--data",
+        tmp_path / "data" / "train",
+        "--val-data",
+        tmp_path / "data" / "val",
+        "--prompt",
+        "noise",
+        "--steps",
+        4,
+        "--validate-every",
+        2,
+        "--select-by",
+        figure,
+        "--val-steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
+    if figure == "fid":  # Inception's weights are not at hand: said before anything is trained
+        assert (
+            train.FID_WEIGHTS in refused(train, *flags)
+            and not (tmp_path / "run" / "log.jsonl").exists()
+        )
     monkeypatch.setattr(train, "find_weights", lambda name: name)
     monkeypatch.setattr(train, "load_features", lambda name, device: texture)
     run(train, *flags)
     seen = log_of(tmp_path / "run", figure)
     best = min(seen, key=lambda line: line[figure])["step"]
-    assert [line["step"] for line in seen] == [2, 4] and all(math.isfinite(line[figure]) for line in seen)
+    assert [line["step"] for line in seen] == [2, 4] and all(
+        math.isfinite(line[figure]) for line in seen
+    )
     assert lora.load(tmp_path / "run" / "lora.safetensors")[1]["steps"] == str(best)
 
 
@@ -314,13 +472,16 @@ def test_tensorboard_gets_what_the_log_gets(flags, tmp_path, run):
     run(train, *flags, "--out", tmp_path, "--tensorboard", "--val-samples", 1, "--val-steps", 1)
     board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.step for e in board.Scalars("loss")] == list(range(1, 13))
-    assert [e.value for e in board.Scalars("lr")] == pytest.approx([line["lr"] for line in log_of(tmp_path)])
+    assert [e.value for e in board.Scalars("lr")] == pytest.approx(
+        [line["lr"] for line in log_of(tmp_path)]
+    )
     assert board.Images("samples")
 
 
 def test_what_weights_and_biases_refuses_is_one_line(flags, tmp_path, refused, monkeypatch):
     def init(**_):
         raise ConnectionError("No API key")
+
     monkeypatch.setattr(train, "need", lambda *_: SimpleNamespace(Error=ConnectionError, init=init))
     assert "--wandb: No API key" in refused(train, *flags, "--wandb", "--out", tmp_path)
 
@@ -335,16 +496,30 @@ def test_accumulation_equals_the_larger_batch(flags, tmp_path, run):
 
 
 @pytest.mark.parametrize("processes, batch, accumulate", [(2, 4, 1), (4, 1, 2)])
-def test_several_processes_equal_one_with_their_batches_together(processes, batch, accumulate, flags, tmp_path, run):
+def test_several_processes_equal_one_with_their_batches_together(
+    processes, batch, accumulate, flags, tmp_path, run
+):
     run(train, *flags, "--out", tmp_path / "one", "--batch-size", 8)
-    several = [*flags, "--out", tmp_path / "several", "--batch-size", batch, "--accumulate", accumulate]
+    several = [
+        *flags,
+        "--out",
+        tmp_path / "several",
+        "--batch-size",
+        batch,
+        "--accumulate",
+        accumulate,
+    ]
     done = launch(*several, processes=processes)
     assert done.returncode == 0, done.stderr
     run(train, *flags, "--out", tmp_path / "one", "--batch-size", 8, "--steps", 15)
-    run(train, *flags, "--out", tmp_path / "several", "--batch-size", 8, "--steps", 15)   # go on in one process
+    run(
+        train, *flags, "--out", tmp_path / "several", "--batch-size", 8, "--steps", 15
+    )  # go on in one process
     assert len(log_of(tmp_path / "several")) == 15
     for key in ("loss", "val_loss"):
-        for one, other in zip(log_of(tmp_path / "one", key), log_of(tmp_path / "several", key), strict=True):
+        for one, other in zip(
+            log_of(tmp_path / "one", key), log_of(tmp_path / "several", key), strict=True
+        ):
             assert abs(one[key] - other[key]) < 1e-5
 
 
@@ -352,9 +527,15 @@ def test_min_snr_weighs_the_loss_of_a_step(setup):
     args, loaded, data, state = setup("--snr-gamma", 5, "--batch-size", 1, "--prompt-dropout", 0)
     latents, noise, t, text, _ = train.make_batch(data, 0, range(1), args)
     noisy, target, weight = sample.noised_and_target(loaded, latents, noise, t, 5)
-    plain = (sample.denoise(loaded, noisy, t, train.cond_of(loaded, data, text)) - target).square().mean()
+    plain = (
+        (sample.denoise(loaded, noisy, t, train.cond_of(loaded, data, text)) - target)
+        .square()
+        .mean()
+    )
     loss = train.compute_gradients(loaded, [("data", data, 1.0)], None, state, args)
-    assert abs(weight.item() - 1) > 0.05 and loss.item() == pytest.approx((weight * plain).item(), rel=1e-4)
+    assert abs(weight.item() - 1) > 0.05 and loss.item() == pytest.approx(
+        (weight * plain).item(), rel=1e-4
+    )
 
 
 def test_noise_offset_shifts_whole_channels(setup):
@@ -367,7 +548,9 @@ def test_noise_offset_shifts_whole_channels(setup):
 
 def test_linear_falls_to_zero(setup):
     args, *_ = setup("--steps", 100, "--warmup", 10, "--lr", 2.0, "--lr-schedule", "linear")
-    assert [train.learning_rate(step, args) for step in (10, 55, 99)] == pytest.approx([2, 1, 2 / 90])
+    assert [train.learning_rate(step, args) for step in (10, 55, 99)] == pytest.approx(
+        [2, 1, 2 / 90]
+    )
 
 
 def test_weight_decay_reaches_the_optimiser(setup):
@@ -398,7 +581,11 @@ def test_without_a_limit_nothing_is_clipped(setup):
 def test_validation_looks_evenly_at_all_timesteps(setup, monkeypatch):
     args, loaded, data, _ = setup()
     seen, whole = [], train.noised_and_target
-    monkeypatch.setattr(train, "noised_and_target", lambda base, x, noise, t: seen.extend(t.tolist()) or whole(base, x, noise, t))
+    monkeypatch.setattr(
+        train,
+        "noised_and_target",
+        lambda base, x, noise, t: seen.extend(t.tolist()) or whole(base, x, noise, t),
+    )
     train.validation_loss(loaded, data, 8)
     assert sorted(t * 64 // 1000 for t in seen) == list(range(64))
 
@@ -408,14 +595,28 @@ def test_the_perceptual_loss_counts_by_its_weight(setup):
     for weight in (0, 1, 2):
         args, loaded, data, state = setup("--perceptual-weight", weight, "--batch-size", 24)
         features = train.perceptual_features(loaded, args)
-        losses.append(train.compute_gradients(loaded, [("data", data, 1.0)], features, state, args).item())
-    assert losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-2) and losses[1] > losses[0] * 1.0001
+        losses.append(
+            train.compute_gradients(loaded, [("data", data, 1.0)], features, state, args).item()
+        )
+    assert (
+        losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-2)
+        and losses[1] > losses[0] * 1.0001
+    )
 
 
 def test_adapters_drop_out_while_they_learn(setup):
     args, loaded, _, state = setup("--dropout", 0.5)
-    assert {m.p for m in loaded.unet.modules() if isinstance(m, torch.nn.Dropout) and m in [
-        layer.lora_dropout for layer in loaded.unet.modules() if isinstance(layer, lora.LoRALayer)]} == {0.5}
+    assert {
+        m.p
+        for m in loaded.unet.modules()
+        if isinstance(m, torch.nn.Dropout)
+        and m
+        in [
+            layer.lora_dropout
+            for layer in loaded.unet.modules()
+            if isinstance(layer, lora.LoRALayer)
+        ]
+    } == {0.5}
     layer = next(layer for layer in loaded.unet.modules() if isinstance(layer, lora.LoRALinear))
     torch.nn.init.ones_(layer.lora_B.weight)
     x = torch.ones(1, layer.in_features)
@@ -427,55 +628,93 @@ def test_adapters_drop_out_while_they_learn(setup):
 
 def test_what_is_kept_for_a_test_is_never_learnt_from(flags, tmp_path, run, monkeypatch):
     seen, whole = [], train.cache
-    monkeypatch.setattr(train, "cache", lambda base, rows, *more: seen.append(rows) or whole(base, rows, *more))
-    run(train, *flags, "--test-split", 0.3, "--epochs", 2, "--batch-size", 2, "--accumulate", 2, "--out", tmp_path)
+    monkeypatch.setattr(
+        train, "cache", lambda base, rows, *more: seen.append(rows) or whole(base, rows, *more)
+    )
+    run(
+        train,
+        *flags,
+        "--test-split",
+        0.3,
+        "--epochs",
+        2,
+        "--batch-size",
+        2,
+        "--accumulate",
+        2,
+        "--out",
+        tmp_path,
+    )
     split = {row["file_name"]: row["split"] for row in metrics.read_table(tmp_path / "split.csv")}
     assert set(split.values()) == {"train", "val", "test"}
     assert [{split[row["file_name"]] for row in rows} for rows in seen] == [{"train"}, {"val"}]
     last = log_of(tmp_path)[-1]
-    assert last["step"] == math.ceil(2 * len(seen[0]) / 4) and last["epoch"] == pytest.approx(4 * last["step"] / len(seen[0]), abs=1e-3)
+    assert last["step"] == math.ceil(2 * len(seen[0]) / 4) and last["epoch"] == pytest.approx(
+        4 * last["step"] / len(seen[0]), abs=1e-3
+    )
 
 
 def test_fid_is_a_frechet_distance_and_kid_a_kid(setup, monkeypatch):
     args, loaded, data, _ = setup("--val-steps", 1)
     texture = train.load_features("texture", CPU)
     monkeypatch.setattr(train, "load_features", lambda *_: texture)
-    monkeypatch.setattr(train, "METRICS", {"kid": (lambda *_: [1.0], 0, 0), "frechet": (lambda *_: [2.0], 0, 0)})
-    assert [train.set_distance(loaded, data, train.changed(args, select_by=name)) for name in ("kid", "fid")] == [1, 2]
+    monkeypatch.setattr(
+        train, "METRICS", {"kid": (lambda *_: [1.0], 0, 0), "frechet": (lambda *_: [2.0], 0, 0)}
+    )
+    assert [
+        train.set_distance(loaded, data, train.changed(args, select_by=name))
+        for name in ("kid", "fid")
+    ] == [1, 2]
 
 
 def test_pictures_are_drawn_while_training_as_the_flags_have_it(setup, monkeypatch):
-    args, seen = setup("--val-steps", 4, "--val-guidance-scale", 3, "--seed", 5, "--batch-size", 2)[0], []
+    args, seen = (
+        setup("--val-steps", 4, "--val-guidance-scale", 3, "--seed", 5, "--batch-size", 2)[0],
+        [],
+    )
     monkeypatch.setattr(train, "generate", lambda *given, **how: seen.append((*given, how)))
     train.pictures_of("base", ["job"], args)
-    assert seen == [("base", ["job"], 4, 3.0, {"height": 64, "width": 64, "seed": 5, "batch_size": 2})]
+    assert seen == [
+        ("base", ["job"], 4, 3.0, {"height": 64, "width": 64, "seed": 5, "batch_size": 2})
+    ]
 
 
 def test_compile_is_asked_of_the_unet(flags, tmp_path, run, monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(type(module).__name__))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: asked.append(type(module).__name__)
+    )
     monkeypatch.setattr(train, "fit", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(train, *flags, "--compile", "--out", tmp_path)
     assert asked == ["UNet2DConditionModel"]
 
 
-def test_images_a_second_count_the_whole_batch_and_a_good_step_forgives_the_bad_ones_before(setup, monkeypatch):
+def test_images_a_second_count_the_whole_batch_and_a_good_step_forgives_the_bad_ones_before(
+    setup, monkeypatch
+):
     args, _, data, state = setup("--batch-size", 2, "--accumulate", 3)
     lines, nan = [], float("nan")
     monkeypatch.setattr(train.time, "perf_counter", lambda: 12.0)
     state.step = 5
-    seen = [*torch.tensor([[nan, 1.0], [nan, 1], [1, 1], [nan, 1], [1, nan]])]   # loss and norm
+    seen = [*torch.tensor([[nan, 1.0], [nan, 1], [1, 1], [nan, 1], [1, nan]])]  # loss and norm
     train.write_log(lambda *of: lines.extend(of), seen, 2.0, CPU, state, args, data)
-    assert [line["images_per_second"] for line in lines] == [5 * 6 / 10] * 5 and state.bad_steps == 2
+    assert [line["images_per_second"] for line in lines] == [
+        5 * 6 / 10
+    ] * 5 and state.bad_steps == 2
     train.write_log(lambda *_: None, [torch.ones(2)], 2.0, CPU, state, args, data)
     assert state.bad_steps == 0
 
 
 def test_features_judge_where_the_signal_outweighs_the_noise(base):
-    signal = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)**2).cumprod(0)
+    signal = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(
+        0
+    )
     args = train.argparse.Namespace(perceptual_weight=1, perceptual="vae")
-    assert train.perceptual_features(sample.load_base(base, CPU), args)[1] == (signal > 1 - signal).int().argmin()
+    assert (
+        train.perceptual_features(sample.load_base(base, CPU), args)[1]
+        == (signal > 1 - signal).int().argmin()
+    )
 
 
 def test_gradients_are_checkpointed_where_asked(setup):
@@ -485,16 +724,27 @@ def test_gradients_are_checkpointed_where_asked(setup):
 
 # ------------------------------------------------------------------------------------------------- nothing is lost
 
+
 def test_a_run_killed_at_any_instant_ends_with_the_same_bytes_as_one_never_stopped(flags, tmp_path):
     flags = [*flags, "--dropout", 0.1, "--steps", 60]
     assert launch(*flags, "--out", tmp_path / "whole").returncode == 0
     started = time.monotonic()
     for kill in range(3):
-        process = subprocess.Popen(command(*flags, "--out", tmp_path / "killed"), cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        wanted = 4 + 15 * kill   # kill at a moment after this many steps, wherever in its work the run then is
+        process = subprocess.Popen(
+            command(*flags, "--out", tmp_path / "killed"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        wanted = (
+            4 + 15 * kill
+        )  # kill at a moment after this many steps, wherever in its work the run then is
         while process.poll() is None and time.monotonic() - started < 120:
-            steps = [int(path.stem[5:]) for path in (tmp_path / "killed" / "checkpoints").glob("step-*.pt")]
+            steps = [
+                int(path.stem[5:])
+                for path in (tmp_path / "killed" / "checkpoints").glob("step-*.pt")
+            ]
             if max(steps, default=0) >= wanted:
                 time.sleep(0.013 * kill)
                 break
@@ -510,16 +760,25 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_bytes_as_one_never_stopp
     assert not [path for path in (tmp_path / "killed").rglob(".*.tmp")]
 
 
-def test_going_back_to_an_earlier_checkpoint_cuts_the_log_back_and_ends_with_the_same_bytes(flags, tmp_path, run):
+def test_going_back_to_an_earlier_checkpoint_cuts_the_log_back_and_ends_with_the_same_bytes(
+    flags, tmp_path, run
+):
     run(train, *flags, "--out", tmp_path)
     before, lines = results(tmp_path), [(line["step"], line["loss"]) for line in log_of(tmp_path)]
     run(train, *flags, "--out", tmp_path, "--resume", tmp_path / "checkpoints" / "step-00000010.pt")
-    assert [(line["step"], line["loss"]) for line in log_of(tmp_path)] == lines and results(tmp_path) == before
+    assert [(line["step"], line["loss"]) for line in log_of(tmp_path)] == lines and results(
+        tmp_path
+    ) == before
 
 
 def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
-    process = subprocess.Popen(command(*flags, "--steps", 5000, "--out", tmp_path), cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(*flags, "--steps", 5000, "--out", tmp_path),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     while not list(tmp_path.glob("checkpoints/step-*.pt")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -533,8 +792,14 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(flags, tmp_p
     run(train, *flags, "--out", tmp_path, "--steps", 5)
     before = results(tmp_path)
     limit = (tmp_path / "checkpoints" / "latest.pt").stat().st_size // 2
-    full = launch(*flags, "--out", tmp_path, "--steps", 12,
-                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    full = launch(
+        *flags,
+        "--out",
+        tmp_path,
+        "--steps",
+        12,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     assert full.returncode == 2 and full.stderr.strip().splitlines()[-1].startswith("error: ")
     assert "Traceback" not in full.stderr and str(tmp_path) in full.stderr
     assert torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["step"] == 5
@@ -544,19 +809,34 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_good(flags, tmp_p
 def test_a_full_gpu_is_one_line_that_names_the_flags_to_try(flags, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
     monkeypatch.setattr(train, "fit", full)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)   # guarded's handler is not this process's
+    monkeypatch.setattr(
+        signal, "signal", lambda *_: None
+    )  # guarded's handler is not this process's
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        train.guarded(train.main, train.parse_args())
+        train.run_script(train.main, train.parse_args)
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: ") and "--batch-size" in line and "--gradient-checkpointing" in line
+    assert (
+        stop.value.code == 2
+        and line.startswith("error: ")
+        and "--batch-size" in line
+        and "--gradient-checkpointing" in line
+    )
 
 
 def test_a_checkpoint_holds_tensors_numbers_strings_lists_and_dicts_only(flags, tmp_path, run):
     def kinds(value):
-        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        parts = (
+            [*value, *value.values()]
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list)
+            else []
+        )
         return {type(value)}.union(*map(kinds, parts))
+
     run(train, *flags, "--steps", 2, "--out", tmp_path)
     found = kinds(torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True))
     assert found == {dict, list, str, int, float, bool, torch.Tensor}
@@ -565,15 +845,34 @@ def test_a_checkpoint_holds_tensors_numbers_strings_lists_and_dicts_only(flags, 
 def test_a_run_goes_on_only_with_the_data_that_it_began_with(flags, images, tmp_path, run, refused):
     for name in ("a", "b"):
         shutil.copytree(images, tmp_path / name)
-    names = sorted(path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.png"))
-    (tmp_path / "a" / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},x" for name in names)]))
-    flags = [*flags[:2], *flags[4:], "--data", tmp_path / "a", "--steps", 2, "--out", tmp_path / "out"]
+    names = sorted(
+        path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.png")
+    )
+    (tmp_path / "a" / "metadata.csv").write_text(
+        "\n".join(["file_name,label", *(f"{name},x" for name in names)])
+    )
+    flags = [
+        *flags[:2],
+        *flags[4:],
+        "--data",
+        tmp_path / "a",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "out",
+    ]
     run(train, *flags, "--val-data", tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     (tmp_path / "c" / "calm" / "0.png").unlink()
-    assert "the validation data: files, captions or their order have changed" in refused(train, *flags, "--val-data", tmp_path / "c")
-    (tmp_path / "a" / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{name},x" for name in names[::-1])]))
-    assert "the training data: files, captions or their order have changed" in refused(train, *flags, "--val-data", tmp_path / "b")
+    assert "the validation data: files, captions or their order have changed" in refused(
+        train, *flags, "--val-data", tmp_path / "c"
+    )
+    (tmp_path / "a" / "metadata.csv").write_text(
+        "\n".join(["file_name,label", *(f"{name},x" for name in names[::-1])])
+    )
+    assert "the training data: files, captions or their order have changed" in refused(
+        train, *flags, "--val-data", tmp_path / "b"
+    )
 
 
 def test_two_sets_with_the_same_names_are_told_apart_in_the_split(flags, images, tmp_path, run):
@@ -586,7 +885,9 @@ def test_two_sets_with_the_same_names_are_told_apart_in_the_split(flags, images,
         assert {row["split"] for row in rows} == {split}
 
 
-def test_a_run_begun_anew_keeps_no_grid_of_the_run_before_and_leaves_foreign_files_alone(flags, tmp_path, run):
+def test_a_run_begun_anew_keeps_no_grid_of_the_run_before_and_leaves_foreign_files_alone(
+    flags, tmp_path, run
+):
     flags = [*flags, "--val-steps", 1, "--out", tmp_path]
     run(train, *flags, "--val-samples", 1)
     before = (tmp_path / "samples" / "step-00000012.png").read_bytes()
@@ -619,11 +920,17 @@ def children(pid):
 def agent(*torchrun_flags):
     """Start torchrun in the background, as README's job does."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, torchrun_flags)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+        [sys.executable, "-m", "torch.distributed.run", *map(str, torchrun_flags)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    )
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to find a rank's process")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to find a rank's process"
+)
 @pytest.mark.parametrize("dies", ["a rank", "a machine"])
 def test_torchrun_brings_back_what_was_killed_and_nothing_is_lost(dies, flags, tmp_path):
     flags = [*flags, "--batch-size", 4, "--steps", 40]
@@ -638,11 +945,14 @@ def test_torchrun_brings_back_what_was_killed_and_nothing_is_lost(dies, flags, t
             meet = f"--rdzv_endpoint=localhost:{free.getsockname()[1]}"
         machine = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", meet]
         running = [agent(*machine, f"--rdzv_conf=is_host={host}", *run) for host in (1, 0)]
-    while not (tmp_path / "killed" / "checkpoints" / "latest.pt").exists() and running[0].poll() is None:
+    while (
+        not (tmp_path / "killed" / "checkpoints" / "latest.pt").exists()
+        and running[0].poll() is None
+    ):
         time.sleep(0.01)
     if dies == "a rank":
         os.kill(children(running[0].pid)[-1], signal.SIGKILL)
-    else:   # the one that does not hold the meeting place, and what runs on it; then it comes back
+    else:  # the one that does not hold the meeting place, and what runs on it; then it comes back
         gone = running.pop()
         for pid in (*children(gone.pid), gone.pid):
             os.kill(pid, signal.SIGKILL)
@@ -653,6 +963,7 @@ def test_torchrun_brings_back_what_was_killed_and_nothing_is_lost(dies, flags, t
 
 
 # ------------------------------------------------------------------------------------------------- what is refused
+
 
 class Bomb:
     def __reduce__(self):
@@ -670,8 +981,12 @@ def damage(kind, path):
         torch.save({"model": torch.zeros(2)}, path)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "pickle bomb", "pickle bomb in torch's form", "of another program"])
-def test_a_damaged_checkpoint_is_refused_and_never_unpickled(kind, flags, tmp_path, run, refused, monkeypatch):
+@pytest.mark.parametrize(
+    "kind", ["truncated", "pickle bomb", "pickle bomb in torch's form", "of another program"]
+)
+def test_a_damaged_checkpoint_is_refused_and_never_unpickled(
+    kind, flags, tmp_path, run, refused, monkeypatch
+):
     run(train, *flags, "--out", tmp_path / "run", "--steps", 5)
     before = results(tmp_path / "run")
     damage(kind, tmp_path / "run" / "checkpoints" / "latest.pt")
@@ -680,9 +995,21 @@ def test_a_damaged_checkpoint_is_refused_and_never_unpickled(kind, flags, tmp_pa
     assert not (tmp_path / "exploded").exists() and results(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("key, value", [("step", None), ("weights", {}), ("ema", []), ("random", "x"), ("optimizer", {}),
-                                        ("best", {"step": 2}), ("history", [{}])])
-def test_a_checkpoint_with_a_part_of_another_kind_is_one_line(key, value, flags, tmp_path, run, refused):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("step", None),
+        ("weights", {}),
+        ("ema", []),
+        ("random", "x"),
+        ("optimizer", {}),
+        ("best", {"step": 2}),
+        ("history", [{}]),
+    ],
+)
+def test_a_checkpoint_with_a_part_of_another_kind_is_one_line(
+    key, value, flags, tmp_path, run, refused
+):
     run(train, *flags, "--out", tmp_path, "--steps", 2)
     path = tmp_path / "checkpoints" / "latest.pt"
     torch.save(torch.load(path, weights_only=True) | {key: value}, path)
@@ -691,30 +1018,51 @@ def test_a_checkpoint_with_a_part_of_another_kind_is_one_line(key, value, flags,
 
 def test_the_end_of_another_run_is_a_result_and_a_damaged_log_no_hindrance(flags, tmp_path, run):
     run(train, *flags, "--out", tmp_path / "a")
-    run(train, *flags, "--out", tmp_path / "b", "--resume", tmp_path / "a" / "checkpoints" / "latest.pt")
+    run(
+        train,
+        *flags,
+        "--out",
+        tmp_path / "b",
+        "--resume",
+        tmp_path / "a" / "checkpoints" / "latest.pt",
+    )
     assert results(tmp_path / "a")[1] == results(tmp_path / "b")[1]
     lines = (tmp_path / "a" / "log.jsonl").read_text()
-    (tmp_path / "a" / "log.jsonl").write_text("{}\n[1]\n" + lines.replace('"loss"', '"lost"', 1) + '{"step": 1, "loss": [}')
+    (tmp_path / "a" / "log.jsonl").write_text(
+        "{}\n[1]\n" + lines.replace('"loss"', '"lost"', 1) + '{"step": 1, "loss": [}'
+    )
     run(train, *flags, "--out", tmp_path / "a", "--steps", 13)
     assert [line["step"] for line in log_of(tmp_path / "a")] == list(range(2, 14))
 
 
-def test_a_grid_that_a_kill_prevented_is_drawn_when_the_run_goes_on(flags, tmp_path, run, monkeypatch):
+def test_a_grid_that_a_kill_prevented_is_drawn_when_the_run_goes_on(
+    flags, tmp_path, run, monkeypatch
+):
     flags = [*flags, "--out", tmp_path, "--val-samples", 1, "--val-steps", 1, "--save-every", 6]
 
     def killed(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(train, "draw_grid", killed)
     with pytest.raises(KeyboardInterrupt):
         run(train, *flags)
     monkeypatch.undo()
     run(train, *flags)
-    assert [path.name for path in sorted(tmp_path.glob("samples/*"))] == ["step-00000006.png", "step-00000012.png"]
+    assert [path.name for path in sorted(tmp_path.glob("samples/*"))] == [
+        "step-00000006.png",
+        "step-00000012.png",
+    ]
 
 
-def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(flags, tmp_path, run, refused):
+def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(
+    flags, tmp_path, run, refused
+):
     run(train, *flags, "--out", tmp_path)
-    before = [*results(tmp_path), (tmp_path / "split.csv").read_bytes(), (tmp_path / "args.json").read_bytes()]
+    before = [
+        *results(tmp_path),
+        (tmp_path / "split.csv").read_bytes(),
+        (tmp_path / "args.json").read_bytes(),
+    ]
     more = [*flags, "--out", tmp_path, "--steps", 20]
     assert "--val-split" in refused(train, *more, "--val-split", 0.5)
     assert "--rank 2 there, 4 here" in refused(train, *more, "--rank", 4)
@@ -724,23 +1072,30 @@ def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(flag
     shutil.copytree(flags[3], tmp_path / "more")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "more" / "sore" / "new.png")
     assert "have changed" in refused(train, *more, "--data", tmp_path / "more")
-    assert [*results(tmp_path), (tmp_path / "split.csv").read_bytes(), (tmp_path / "args.json").read_bytes()] == before
+    assert [
+        *results(tmp_path),
+        (tmp_path / "split.csv").read_bytes(),
+        (tmp_path / "args.json").read_bytes(),
+    ] == before
 
 
-@pytest.mark.parametrize("change, said", [
-    (["--data", "no-such-folder"], "no-such-folder"),
-    (["--prompt", "a {nonsense}"], "nonsense"),
-    (["--caption-column", "words"], "words"),
-    (["--method", "magic"], "magic"),
-    (["--rank", "-4"], "--rank -4"),
-    (["--rank", "four"], "four"),
-    (["--lr", "nan"], "--lr nan"),
-    (["--resolution", "100"], "--resolution 100"),
-    (["--targets", "to_nowhere"], "to_nowhere"),
-    (["--base", "no/such/base"], "no/such/base"),
-    (["--device", "cuda:7"], "cuda:7"),
-    (["--val-data", "no-such-folder"], "no-such-folder"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--data", "no-such-folder"], "no-such-folder"),
+        (["--prompt", "a {nonsense}"], "nonsense"),
+        (["--caption-column", "words"], "words"),
+        (["--method", "magic"], "magic"),
+        (["--rank", "-4"], "--rank -4"),
+        (["--rank", "four"], "four"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--resolution", "100"], "--resolution 100"),
+        (["--targets", "to_nowhere"], "to_nowhere"),
+        (["--base", "no/such/base"], "no/such/base"),
+        (["--device", "cuda:7"], "cuda:7"),
+        (["--val-data", "no-such-folder"], "no-such-folder"),
+    ],
+)
 def test_bad_input_is_one_line(change, said, flags, tmp_path, refused):
     assert said in refused(train, *flags, "--out", tmp_path / "out", *change)
     assert not list(tmp_path.glob("out/*.safetensors"))
@@ -748,10 +1103,13 @@ def test_bad_input_is_one_line(change, said, flags, tmp_path, refused):
 
 def test_an_empty_folder_and_too_few_images_are_refused(flags, tmp_path, refused):
     (tmp_path / "empty").mkdir()
-    assert "no images" in refused(train, *flags, "--out", tmp_path / "out", "--data", tmp_path / "empty")
+    assert "no images" in refused(
+        train, *flags, "--out", tmp_path / "out", "--data", tmp_path / "empty"
+    )
     Image.new("RGB", (64, 64)).save(tmp_path / "empty" / "one.png")
-    assert "not enough for the split" in refused(train, *flags, "--out", tmp_path / "out", "--prompt", "x", "--data",
-                                                 tmp_path / "empty")
+    assert "not enough for the split" in refused(
+        train, *flags, "--out", tmp_path / "out", "--prompt", "x", "--data", tmp_path / "empty"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_refused(flags, tmp_path):
@@ -761,23 +1119,37 @@ def test_a_folder_that_cannot_be_written_is_refused(flags, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_unreadable_images_are_named_and_skipped_or_refused(flags, images, tmp_path, run, refused, capsys):
+def test_unreadable_images_are_named_and_skipped_or_refused(
+    flags, images, tmp_path, run, refused, capsys
+):
     data = tmp_path / "data"
     data.mkdir()
     for i, path in enumerate(sorted(Path(images).rglob("*.png"))):
         (data / f"{i}.png").write_bytes(path.read_bytes())
     (data / "broken.png").write_bytes(b"\x89PNG not really")
-    flags = [*flags, "--data", data, "--prompt", "x", "--val-split", 0.3]   # one of 25, wherever it falls
+    flags = [
+        *flags,
+        "--data",
+        data,
+        "--prompt",
+        "x",
+        "--val-split",
+        0.3,
+    ]  # one of 25, wherever it falls
     run(train, *flags, "--out", tmp_path / "a", "--steps", 2)
     assert "skipped: " in (said := capsys.readouterr().err) and "broken.png" in said
-    run(train, *flags, "--out", tmp_path / "a", "--steps", 4)   # and the run goes on, though the file is bad as before
+    run(
+        train, *flags, "--out", tmp_path / "a", "--steps", 4
+    )  # and the run goes on, though the file is bad as before
     assert log_of(tmp_path / "a")[-1]["step"] == 4
     assert "broken.png" in refused(train, *flags, "--out", tmp_path / "b", "--strict")
     (data / "worse.png").write_bytes(b"")
     assert "cannot be read" in refused(train, *flags, "--out", tmp_path / "c")
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "tests" / "recipes").glob("*.txt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "tests" / "recipes").glob("*.txt")), ids=lambda path: path.stem
+)
 def test_every_recipe_runs(recipe, base, tmp_path, run):
     labels, data = ["a|b", "b", "", "c"] * 5, tmp_path / "data"
     data.mkdir()
@@ -785,19 +1157,49 @@ def test_every_recipe_runs(recipe, base, tmp_path, run):
         Image.new("RGB", (64, 64), (i, 2 * i, 90)).save(data / f"{i}.png")
     rows = [f"{i}.png,{labels[i]},p{i},OCT,thick retina number {i}" for i in range(20)]
     (data / "metadata.csv").write_text("\n".join(["path,labels,patient_id,modality,Text", *rows]))
-    run(train, f"@{recipe}", "--base", base, "--data", data, "--resolution", 64, "--steps", 2, "--val-samples", 0,
-        "--val-steps", 1, "--out", tmp_path / "run")
-    assert (tmp_path / "run" / "model" if "--method full" in recipe.read_text() else tmp_path / "run" / "lora.safetensors").exists()
+    run(
+        train,
+        f"@{recipe}",
+        "--base",
+        base,
+        "--data",
+        data,
+        "--resolution",
+        64,
+        "--steps",
+        2,
+        "--val-samples",
+        0,
+        "--val-steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    )
+    assert (
+        tmp_path / "run" / "model"
+        if "--method full" in recipe.read_text()
+        else tmp_path / "run" / "lora.safetensors"
+    ).exists()
 
 
 # ------------------------------------------------------------------------------------------------- methods
 
+
 def test_dreambooth_draws_the_missing_class_images_once_and_trains_on_both(flags, tmp_path, run):
-    method = [*flags, "--method", "dreambooth", "--class-data", tmp_path / "class", "--class-prompt", "a foot",
-              "--val-steps", 1]
+    method = [
+        *flags,
+        "--method",
+        "dreambooth",
+        "--class-data",
+        tmp_path / "class",
+        "--class-prompt",
+        "a foot",
+        "--val-steps",
+        1,
+    ]
     run(train, *method, "--out", tmp_path / "a", "--steps", 3)
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "class").iterdir()}
-    assert len(drawn) == 20   # as many as training images
+    assert len(drawn) == 20  # as many as training images
     (tmp_path / "class" / "class-00003.png").unlink()
     (tmp_path / "class" / "class-00019.png").unlink()
     run(train, *method, "--out", tmp_path / "b", "--steps", 3)
@@ -806,26 +1208,58 @@ def test_dreambooth_draws_the_missing_class_images_once_and_trains_on_both(flags
     run(train, *method, "--out", tmp_path / "c", "--steps", 3, "--prior-weight", 0)
     run(train, *flags, "--out", tmp_path / "d", "--steps", 3)
     for c, d in zip(*(load_file(tmp_path / x / "lora-last.safetensors").values() for x in "cd")):
-        torch.testing.assert_close(c, d)   # without weight the class images change nothing
+        torch.testing.assert_close(c, d)  # without weight the class images change nothing
 
 
 def test_class_images_count_by_their_weight(setup, flags, tmp_path, run, monkeypatch):
     args, loaded, data, state = setup()
-    streams = [[("data", data, 1.0), ("class", data, share)][:1 + (share > 0)] for share in (0, 0.5, 1)]
-    none, half, whole = (train.compute_gradients(loaded, each, None, state, args).item() for each in streams)
+    streams = [
+        [("data", data, 1.0), ("class", data, share)][: 1 + (share > 0)] for share in (0, 0.5, 1)
+    ]
+    none, half, whole = (
+        train.compute_gradients(loaded, each, None, state, args).item() for each in streams
+    )
     assert half - none == pytest.approx((whole - none) / 2, rel=1e-3)
     seen = []
     monkeypatch.setattr(train, "class_images", lambda *_: data)
     monkeypatch.setattr(train, "fit", lambda _, streams, *more: seen.extend(streams) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(train, *flags, "--method", "dreambooth", "--class-prompt", "x", "--prior-weight", 0.5, "--out", tmp_path)
+        run(
+            train,
+            *flags,
+            "--method",
+            "dreambooth",
+            "--class-prompt",
+            "x",
+            "--prior-weight",
+            0.5,
+            "--out",
+            tmp_path,
+        )
     assert [(name, share) for name, _, share in seen] == [("data", 1.0), ("class", 0.5)]
 
 
 def test_a_new_word_is_learned_and_diffusers_and_sample_read_it(flags, base, tmp_path, run):
     from diffusers import StableDiffusionPipeline
-    run(train, *flags, "--method", "textual-inversion", "--prompt", "a photo of <sore>", "--token", "<sore>",
-        "--init-word", "foot", "--vectors", 2, "--lr", 0.1, "--out", tmp_path)
+
+    run(
+        train,
+        *flags,
+        "--method",
+        "textual-inversion",
+        "--prompt",
+        "a photo of <sore>",
+        "--token",
+        "<sore>",
+        "--init-word",
+        "foot",
+        "--vectors",
+        2,
+        "--lr",
+        0.1,
+        "--out",
+        tmp_path,
+    )
     learned = load_file(tmp_path / "embeddings.safetensors")
     assert list(learned) == ["<sore>"] and learned["<sore>"].shape == (2, 32)
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
@@ -833,22 +1267,54 @@ def test_a_new_word_is_learned_and_diffusers_and_sample_read_it(flags, base, tmp
     pipe.load_textual_inversion(str(tmp_path / "embeddings.safetensors"))
     ours = sample.load_base(base, CPU)
     sample.use_extra(ours, {"tokens": "<sore>"}, learned)
-    theirs = pipe.text_encoder(pipe.tokenizer(pipe.maybe_convert_prompt("a photo of <sore>", pipe.tokenizer),
-                                              padding="max_length", return_tensors="pt").input_ids)[0]
-    torch.testing.assert_close(sample.encode_text(ours, ["a photo of <sore>"])["encoder_hidden_states"], theirs)
-    assert torch.equal(ours.text_encoders[0].get_input_embeddings().weight, known)   # the old words are as they were
-    run(sample, "--base", base, "--lora", tmp_path / "embeddings.safetensors", "--prompt", "a <sore>", "--num-images", 1,
-        "--steps", 1, "--out", tmp_path / "drawn")
+    theirs = pipe.text_encoder(
+        pipe.tokenizer(
+            pipe.maybe_convert_prompt("a photo of <sore>", pipe.tokenizer),
+            padding="max_length",
+            return_tensors="pt",
+        ).input_ids
+    )[0]
+    torch.testing.assert_close(
+        sample.encode_text(ours, ["a photo of <sore>"])["encoder_hidden_states"], theirs
+    )
+    assert torch.equal(
+        ours.text_encoders[0].get_input_embeddings().weight, known
+    )  # the old words are as they were
+    run(
+        sample,
+        "--base",
+        base,
+        "--lora",
+        tmp_path / "embeddings.safetensors",
+        "--prompt",
+        "a <sore>",
+        "--num-images",
+        1,
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "drawn",
+    )
 
 
 def test_the_text_encoder_is_adapted_too_and_diffusers_reads_it(flags, base, tmp_path, run):
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline
+
     run(train, *flags, "--text-lora", "--lr", 0.05, "--out", tmp_path)
-    names = [name for name in load_file(tmp_path / "lora.safetensors") if name.startswith("text_encoder.")]
-    assert len(names) == 2 * 8 and all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
+    names = [
+        name
+        for name in load_file(tmp_path / "lora.safetensors")
+        if name.startswith("text_encoder.")
+    ]
+    assert len(names) == 2 * 8 and all(
+        name.startswith("text_encoder.text_model.encoder.layers.") for name in names
+    )
     pairs, _, _ = lora.load(tmp_path / "lora.safetensors")
-    ours, pipe = sample.load_base(base, CPU), StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    ours, pipe = (
+        sample.load_base(base, CPU),
+        StableDiffusionPipeline.from_pretrained(base, safety_checker=None),
+    )
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
     ids = sample.tokenize(ours, ["a sore foot"])["ids"]
     plain = sample.encode_text(ours, ["a sore foot"])["encoder_hidden_states"]
@@ -862,25 +1328,46 @@ def test_the_text_encoder_is_adapted_too_and_diffusers_reads_it(flags, base, tmp
 def bert(tmp_path_factory):
     """A BERT of random weights, as a folder."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
+
     folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "sore", "calm", "foot"]
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(words), hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
-                         intermediate_size=48)).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=48,
+        )
+    ).save_pretrained(folder)
     return str(folder)
 
 
-def test_another_text_encoder_reads_the_captions_behind_a_trained_projection(flags, bert, tmp_path, run):
+def test_another_text_encoder_reads_the_captions_behind_a_trained_projection(
+    flags, bert, tmp_path, run
+):
     run(train, *flags, "--text-encoder", bert, "--text-length", 12, "--lr", 0.01, "--out", tmp_path)
     _, metadata, extra = lora.load(tmp_path / "lora.safetensors")
     assert metadata["text_encoder"] == bert and extra["text_projection.weight"].shape == (32, 24)
     first = torch.load(tmp_path / "checkpoints" / "step-00000006.pt", weights_only=True)["weights"]
     last = torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["weights"]
     assert not torch.equal(first["text_projection.weight"], last["text_projection.weight"])
-    run(sample, "--lora", tmp_path / "lora.safetensors", "--prompt", "a sore foot", "--num-images", 1, "--steps", 2,
-        "--out", tmp_path / "drawn")
+    run(
+        sample,
+        "--lora",
+        tmp_path / "lora.safetensors",
+        "--prompt",
+        "a sore foot",
+        "--num-images",
+        1,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "drawn",
+    )
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 1
 
 
@@ -888,8 +1375,12 @@ def test_the_padding_of_another_text_encoder_is_not_read(base, bert):
     ours = sample.load_base(base, CPU)
     sample.use_text_encoder(ours, bert, 12)
     cond = sample.encode_text(ours, ["a sore foot"])
-    alone = ours.text_encoders[0](**ours.tokenizers[0](["a sore foot"], return_tensors="pt")).last_hidden_state
-    torch.testing.assert_close(cond["encoder_hidden_states"][:, :5], ours.text_projection(alone), rtol=1e-4, atol=1e-5)
+    alone = ours.text_encoders[0](
+        **ours.tokenizers[0](["a sore foot"], return_tensors="pt")
+    ).last_hidden_state
+    torch.testing.assert_close(
+        cond["encoder_hidden_states"][:, :5], ours.text_projection(alone), rtol=1e-4, atol=1e-5
+    )
     assert cond["encoder_attention_mask"].tolist() == [[1.0] * 5 + [0.0] * 7]
 
 
@@ -898,33 +1389,58 @@ def test_the_length_of_texts_is_the_one_asked_for(setup, bert):
     assert sample.tokenize(train.prepare_base(args, CPU), ["a sore foot"])["ids"].shape == (1, 12)
 
 
-def test_an_encoder_or_a_table_of_class_images_that_cannot_serve_is_one_line(flags, base, sdxl, bert, images, tmp_path, refused):
+def test_an_encoder_or_a_table_of_class_images_that_cannot_serve_is_one_line(
+    flags, base, sdxl, bert, images, tmp_path, refused
+):
     from transformers import T5Config, T5Model
+
     other = [*flags, "--out", tmp_path / "out"]
     assert "a second way" in refused(train, *other, "--base", sdxl, "--text-encoder", bert)
     shutil.copytree(bert, tmp_path / "t5")
-    T5Model(T5Config(vocab_size=9, d_model=24, d_kv=12, d_ff=24, num_layers=1, num_heads=2)).save_pretrained(tmp_path / "t5")
+    T5Model(
+        T5Config(vocab_size=9, d_model=24, d_kv=12, d_ff=24, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path / "t5")
     for folder in (Path(base) / "text_encoder", tmp_path / "t5"):
         assert "cannot be used" in refused(train, *other, "--text-encoder", folder)
     shutil.copytree(images, tmp_path / "class")
     (tmp_path / "class" / "metadata.csv").write_text("file_name\nsore/1.png\n")
-    assert "its table names 1 images, 2" in refused(train, *other, "--method", "dreambooth", "--class-prompt", "a foot",
-                                                     "--class-data", tmp_path / "class")
+    assert "its table names 1 images, 2" in refused(
+        train,
+        *other,
+        "--method",
+        "dreambooth",
+        "--class-prompt",
+        "a foot",
+        "--class-data",
+        tmp_path / "class",
+    )
 
 
 def test_training_goes_on_from_an_adapter_at_another_resolution(flags, tmp_path, run, refused):
     run(train, *flags, "--out", tmp_path / "a", "--alpha", 4)
-    more = [*flags, "--resolution", 96, "--init-lora", tmp_path / "a" / "lora-last.safetensors", "--out"]
+    more = [
+        *flags,
+        "--resolution",
+        96,
+        "--init-lora",
+        tmp_path / "a" / "lora-last.safetensors",
+        "--out",
+    ]
     run(train, *more, tmp_path / "b", "--steps", 1, "--lr", 1e-12, "--alpha", 4)
     a, b = (load_file(tmp_path / x / "lora-last.safetensors") for x in "ab")
-    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a) and any(v.any() for k, v in a.items() if "_B" in k)
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a) and any(
+        v.any() for k, v in a.items() if "_B" in k
+    )
     assert "--init-lora" in refused(train, *more, tmp_path / "c", "--rank", 4)
 
 
 @pytest.mark.parametrize("kind", ["vae", "vgg"])
-def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(kind, setup, monkeypatch, tmp_path):
+def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(
+    kind, setup, monkeypatch, tmp_path
+):
     if kind == "vgg":
         from torchvision.models import vgg16
+
         torch.manual_seed(0)
         torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg.pth")
         monkeypatch.setattr(train, "find_weights", lambda name: str(tmp_path / "vgg.pth"))
@@ -932,16 +1448,23 @@ def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(
     for w in state.weights.values():
         w.data.add_(0.05)
     features = train.perceptual_features(loaded, args)
-    latents, noise = data.mean[:4], torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    latents, noise = (
+        data.mean[:4],
+        torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+    )
     t = torch.tensor([50, 200, 600, 900])
     noisy, _, _ = sample.noised_and_target(loaded, latents, noise, t)
-    cond = train.cond_of(loaded, data, {key: value[data.caption[:4]] for key, value in data.text.items()})
+    cond = train.cond_of(
+        loaded, data, {key: value[data.caption[:4]] for key, value in data.text.items()}
+    )
     clean = sample.predicted_latents(loaded, noisy, sample.denoise(loaded, noisy, t, cond), t)
     loss = train.perceptual_loss(features, clean, latents, t)
     assert (loss[:2] > 0).all() and not loss[2:].any()
     loss.sum().backward()
     assert all(w.grad is not None and w.grad.abs().max() > 0 for w in state.weights.values())
-    torch.testing.assert_close(sample.predicted_latents(loaded, noisy, noise, t), latents, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        sample.predicted_latents(loaded, noisy, noise, t), latents, rtol=1e-3, atol=1e-3
+    )
     assert train.perceptual_loss(features, latents, latents, t).abs().max() < 1e-8
 
 
@@ -957,7 +1480,9 @@ def test_patience_ends_a_run_that_no_longer_gets_better(flags, tmp_path, run, mo
     assert "is finished" in capsys.readouterr().out
 
 
-def test_a_run_taken_back_to_an_older_checkpoint_and_killed_goes_on_from_there(flags, tmp_path, run, monkeypatch):
+def test_a_run_taken_back_to_an_older_checkpoint_and_killed_goes_on_from_there(
+    flags, tmp_path, run, monkeypatch
+):
     flags += ["--keep-last", 0]
     run(train, *flags, "--out", tmp_path)
     whole, log = results(tmp_path), log_of(tmp_path)
@@ -969,52 +1494,92 @@ def test_a_run_taken_back_to_an_older_checkpoint_and_killed_goes_on_from_there(f
             run(train, *flags, "--out", tmp_path, "--resume", resume)
     assert not list((tmp_path / "checkpoints").glob(".*"))
     run(train, *flags, "--out", tmp_path)
-    assert results(tmp_path) == whole and [line["loss"] for line in log_of(tmp_path)] == [line["loss"] for line in log]
+    assert results(tmp_path) == whole and [line["loss"] for line in log_of(tmp_path)] == [
+        line["loss"] for line in log
+    ]
 
 
-def test_steps_that_changed_nothing_are_null_in_the_log_and_counted(flags, tmp_path, run, monkeypatch):
+def test_steps_that_changed_nothing_are_null_in_the_log_and_counted(
+    flags, tmp_path, run, monkeypatch
+):
     whole = train.compute_gradients
 
     def broken(base, streams, features, state, args):
-        return whole(base, streams, features, state, args) * (float("nan") if state.step == 3 else 1)
+        return whole(base, streams, features, state, args) * (
+            float("nan") if state.step == 3 else 1
+        )
+
     monkeypatch.setattr(train, "compute_gradients", broken)
     run(train, *flags, "--out", tmp_path)
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines if "loss" in line and line["loss"] is None] == [4]
     assert "1 steps changed nothing" in (tmp_path / "report.html").read_text()
 
 
 def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     from huggingface_hub import ModelCard
+
     run(train, *flags, "--steps", 2, "--out", tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.instance_prompt == "a sore foot" and "--prompt 'a sore foot'`" in card.text and "lora" in card.data.tags and card.data.license == "other"
+    assert (
+        card.data.instance_prompt == "a sore foot"
+        and "--prompt 'a sore foot'`" in card.text
+        and "lora" in card.data.tags
+        and card.data.license == "other"
+    )
     assert "not for diagnosis" in card.text
 
 
 def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
     (tmp_path / "recipe.txt").write_text("--method dreambooth\n--class-prompt a foot\n")
-    run(train, f"@{tmp_path / 'recipe.txt'}", *flags, "--steps", 1, "--method", "lora", "--out", tmp_path / "out")
+    run(
+        train,
+        f"@{tmp_path / 'recipe.txt'}",
+        *flags,
+        "--steps",
+        1,
+        "--method",
+        "lora",
+        "--out",
+        tmp_path / "out",
+    )
     assert json.loads((tmp_path / "out" / "args.json").read_text())["args"]["method"] == "lora"
 
 
-@pytest.mark.parametrize("change, said", [
-    (["--method", "dreambooth"], "--class-prompt"),
-    (["--method", "textual-inversion"], "--prompt with the new word"),
-    (["--method", "full", "--text-lora"], "--text-lora goes with"),
-    (["--text-lora", "--text-encoder", "x"], "give one of them"),
-    (["--text-encoder", "no/such/encoder"], "no/such/encoder"),
-    (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
-    (["--select-by", "fid"], "needs 50 validation images"),
-    (["--perceptual-weight", "0.1", "--perceptual", "vgg"], "vgg16-397923af.pth"),
-    (["--class-prompt", "a foot"], "goes with --method dreambooth"),
-    (["--patience", "2", "--val-split", "0"], "--patience counts validations"),
-    (["--anchor", "0.2"], "goes with --refine"),
-    (["--method", "dreambooth", "--class-prompt", "a foot", "--text-encoder", "x"], "goes with --method lora"),
-    (["--method", "textual-inversion", "--prompt", "a my thing", "--token", "my thing"], "give one word"),
-    (["--method", "textual-inversion", "--prompt", "a <concept>", "--init-word", " "], "--init-word"),
-    (["--lr", "0"], "--lr 0"),
-])
-def test_contradictions_and_missing_parts_are_one_line(change, said, flags, tmp_path, refused, monkeypatch):
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (["--method", "dreambooth"], "--class-prompt"),
+        (["--method", "textual-inversion"], "--prompt with the new word"),
+        (["--method", "full", "--text-lora"], "--text-lora goes with"),
+        (["--text-lora", "--text-encoder", "x"], "give one of them"),
+        (["--text-encoder", "no/such/encoder"], "no/such/encoder"),
+        (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
+        (["--select-by", "fid"], "needs 50 validation images"),
+        (["--perceptual-weight", "0.1", "--perceptual", "vgg"], "vgg16-397923af.pth"),
+        (["--class-prompt", "a foot"], "goes with --method dreambooth"),
+        (["--patience", "2", "--val-split", "0"], "--patience counts validations"),
+        (["--anchor", "0.2"], "goes with --refine"),
+        (
+            ["--method", "dreambooth", "--class-prompt", "a foot", "--text-encoder", "x"],
+            "goes with --method lora",
+        ),
+        (
+            ["--method", "textual-inversion", "--prompt", "a my thing", "--token", "my thing"],
+            "give one word",
+        ),
+        (
+            ["--method", "textual-inversion", "--prompt", "a <concept>", "--init-word", " "],
+            "--init-word",
+        ),
+        (["--lr", "0"], "--lr 0"),
+    ],
+)
+def test_contradictions_and_missing_parts_are_one_line(
+    change, said, flags, tmp_path, refused, monkeypatch
+):
     monkeypatch.setattr(train, "find_weights", lambda name: None)
     assert said in refused(train, *flags, "--out", tmp_path / "out", *change)
