@@ -2029,6 +2029,70 @@ def colour(pixels):
     return torch.cat(found).double().numpy()
 
 
+def grain(pixels):
+    """How pictures were made, not what they show: uint8 (N, 3, H, W), H, W >= 16 -> float64 (N, 11), logs.
+
+    Sharpness (spread of the Laplacian), contrast, noise (Immerkaer 1996), signal to noise, noise over steps between
+    neighbours, steps at the borders of 8 x 8 blocks over all steps (down, across: JPEG), checkerboards, and the steps
+    at three scales over those at the next coarser one.
+    """
+    parts = []
+    for part in pixels.split(16):
+        parts.append(grey_grain(255 * to_grey(part)))
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def grey_grain(grey):
+    """The 11 measures of `grain` of float pictures (B, 1, H, W) in grey levels: (B, 11)."""
+
+    def log_mean(maps):  # + a tenth of a grey level: flat pictures have finite measures too
+        return (maps.mean((1, 2, 3)) + 0.1).log()
+
+    def log_spread(maps):
+        deviations = maps - maps.mean((1, 2, 3), keepdim=True)
+        return (deviations.square().mean((1, 2, 3)).sqrt() + 0.1).log()
+
+    down = grey.diff(dim=2)
+    across = grey.diff(dim=3)
+    bend_down = down.diff(dim=2)
+    bend_across = across.diff(dim=3)
+    laplacian = bend_down[..., 1:-1] + bend_across[:, :, 1:-1]
+    corners = down.diff(dim=3).abs_()
+    immerkaer = bend_down.diff(n=2, dim=3).abs_().mul_((torch.pi / 2) ** 0.5 / 6)
+    down.abs_()
+    across.abs_()
+
+    steps = (log_mean(down) + log_mean(across)) / 2
+    noise = log_mean(immerkaer)
+    found = [
+        log_spread(laplacian),
+        log_spread(grey),
+        noise,
+        log_mean(grey) - noise,
+        noise - steps,
+        log_mean(down[:, :, 7::8]) - log_mean(down),
+        log_mean(across[..., 7::8]) - log_mean(across),
+        log_mean(corners) - steps,
+    ]
+    for _ in range(3):
+        grey = F.avg_pool2d(grey, 2)
+        coarser = (log_mean(grey.diff(dim=2).abs_()) + log_mean(grey.diff(dim=3).abs_())) / 2
+        found.append(steps - coarser)
+        steps = coarser
+    return torch.stack(found, 1)
+
+
+def stored_grain(image):
+    """`grain` of the middle 512 pixels of a PIL image as stored: (11,). A resize hides JPEG's blocks, faint noise and blur."""
+    left, top = (max(0, side - 512) // 16 * 8 for side in image.size)  # on JPEG's grid of 8 pixels
+    right = min(left + 512, image.width)
+    bottom = min(top + 512, image.height)
+    values = np.asarray(image.crop((left, top, right, bottom)).convert("RGB"))
+    missing = [(0, max(0, 16 - side)) for side in values.shape[:2]]
+    values = np.pad(values, [*missing, (0, 0)], "edge")
+    return grain(torch.from_numpy(values).permute(2, 0, 1)[None])[0]
+
+
 def artefacts(image):
     """PIL image -> (4,): logs of the steps between pixels at the borders of 8 x 8 blocks over all steps, down and across;
     of the grain over the steps; of the grain. Of the middle 512 pixels as stored: JPEG's blocks, faint noise and faint
