@@ -11,7 +11,7 @@
 --calibrate 0.05 takes its threshold from the real images themselves, so that 95 % of unseen real ones would pass all
 scores together (a label with enough real images has its own); a fixed threshold prints the share of real images that
 it would refuse. Leaves in --out: the kept images, metadata.csv (ready for train.py), decisions.csv and filter.html.
-Nothing is deleted, and what --move took away --undo runs/kept/decisions.csv puts back.
+Nothing is deleted: the kept images are copies.
 --rating-page leaves a page for any browser, no server: keys 1 (bad), 2 (usable) and 3 (good); it saves ratings.csv.
 --fit turns ratings into a selector: ridge regression on what `hand` and `texture` of metrics.py see, cross-validated
 with whole patients or prompts left out, calibrated to a probability. Ratings that it cannot predict better than chance,
@@ -19,7 +19,6 @@ or that merely repeat who rated or what, give none. From metrics: reading, featu
 """
 
 import base64
-import errno
 import hashlib
 import html
 import itertools
@@ -678,47 +677,11 @@ def report(rows, pixels, real_pixels, reasons, index, counts, said, seed):
     )
 
 
-def place(source, target, how):
-    """Copy, link or move one file; where the file system cannot link or move, a copy does it."""
+def place(source, target):
+    """Copy one file, unless it is that file already."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if os.path.realpath(source) == os.path.realpath(target):
-        return
-    try:
-        if how == "move" and not os.path.islink(
-            source
-        ):  # a relative link leads nowhere from there: copied below
-            if target.exists() and os.path.samefile(
-                source, target
-            ):  # of two hard links os.replace moves none
-                target.unlink()
-            return os.replace(source, target)
-        if how == "link":
-            target.unlink(missing_ok=True)
-            return os.link(os.path.realpath(source), target)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-    copy_file(source, target)
-    if how == "move":
-        os.unlink(source)
-
-
-def put_back(decisions):
-    """Move back what the --move that left this decisions.csv took away; returns how many."""
-    moved = [
-        row for row in read_table(decisions) if row.get("kept") == "1" and row.get("moved_from")
-    ]
-    if any(
-        Path(row.get("file", "/")).is_absolute() or ".." in Path(row["file"]).parts for row in moved
-    ):
-        fail(f"{decisions}: names files outside its folder, or none")
-    count, out = 0, Path(decisions).resolve().parent
-    for row in moved:
-        source, target = out / row["file"], out / row["moved_from"] / row["file"]
-        if source.is_file() and not target.exists():
-            place(source, target, "move")
-            count += 1
-    return count
+    if os.path.realpath(source) != os.path.realpath(target):
+        copy_file(source, target)
 
 
 def clear(wanted, candidates, out):
@@ -752,12 +715,12 @@ def clear(wanted, candidates, out):
         path.unlink()
 
 
-def leave_images(entries, out, how):
+def leave_images(entries, out):
     """Put the images into `out` with their metadata.csv. entries: [(name below out, row, is it generated)]."""
     for name, path in {
         name: row["path"] for name, row, _ in entries
     }.items():  # a table may name a file twice
-        place(path, out / name, how)
+        place(path, out / name)
     roles = {"synthetic", *itertools.chain(*COLUMNS.values())}
     extra = list(
         dict.fromkeys(
@@ -879,7 +842,7 @@ def decide(selector, real_rows, real, rows, fake, wanted, args):
 
 def filter_images(args):
     """The main job: read both sets, decide, leave the kept images and say why the others went."""
-    out, root = Path(args.out).resolve(), home_of(args.generated)
+    out = Path(args.out).resolve()
     for data in filter(None, (args.generated, args.reference, args.mix)):
         if out in (home_of(data), *home_of(data).parents):
             fail(
@@ -889,16 +852,6 @@ def filter_images(args):
             fail(
                 f"--out {args.out} lies in {data}: its images would be read again; give another folder"
             )
-    if (out / "decisions.csv").is_file() and any(
-        row.get("moved_from") for row in read_table(out / "decisions.csv")
-    ):
-        if args.dry_run:
-            fail(
-                f"{args.out}: holds what a --move took: --undo {args.out}/decisions.csv, or give another --out"
-            )
-        print(
-            f"put back: {put_back(out / 'decisions.csv')} images that the filtering before had moved"
-        )
     selector, real_rows, real, all_rows, rows, fake = read_sets(args)
     mixed = list_real(args.mix, args) if args.mix else []
     most = round(args.share / (100 - args.share) * len(mixed)) if args.mix else len(rows)
@@ -922,16 +875,15 @@ def filter_images(args):
     candidates |= {below("real/", row): row["path"] for row in mixed}
     if not args.dry_run:
         clear({name for name, _, _ in entries}, candidates, out)
-    moved_from = [os.path.relpath(root, out)] if args.move else []
     readable = {row["file_name"] for row in rows}
     unreadable = [
-        [row["file_name"], 0, "unreadable", "", *[""] * (len(scores) + len(moved_from))]
+        [row["file_name"], 0, "unreadable", "", *[""] * len(scores)]
         for row in all_rows
         if row["file_name"] not in readable
     ]
     write_csv(
         out / "decisions.csv",
-        ["file", "kept", "reason", "nearest", *scores, *["moved_from"] * args.move],
+        ["file", "kept", "reason", "nearest", *scores],
         [
             [
                 row["file_name"],
@@ -939,14 +891,13 @@ def filter_images(args):
                 why,
                 real_rows[j]["file_name"],
                 *(f"{values[i]:.6g}" for values in scores.values()),
-                *moved_from,
             ]
             for i, (row, why, j) in enumerate(zip(rows, reasons, index))
         ]
         + unreadable,
     )
     if not args.dry_run:
-        leave_images(entries, out, "move" if args.move else "link" if args.link else "copy")
+        leave_images(entries, out)
     counts = Counter(
         re.sub(r" (of .*|\(.*|\d.*)", "", why) or "kept" for why in reasons
     ).most_common()
@@ -962,8 +913,6 @@ def filter_images(args):
         if not wanted
         else "nothing passes: is --reference of the same kind? filter.html shows why"
         if not kept
-        else "put them back: " + command("filter.py", "--undo", f"{args.out}/decisions.csv")
-        if args.move
         else "next: "
         + command("train.py", "--data", args.out)
         + (
@@ -1684,17 +1633,11 @@ def parse_args():
         "--keep", type=int, metavar="N", help="of what passes only the best and most diverse N"
     )
     left = parser.add_argument_group("how it is left")
-    how = left.add_mutually_exclusive_group()
-    how.add_argument("--link", action="store_true", help="hard links instead of copies")
-    how.add_argument(
-        "--move", action="store_true", help="move the kept images; --undo puts them back"
-    )
-    how.add_argument(
+    left.add_argument(
         "--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing"
     )
     left.add_argument("--mix", metavar="REAL", help="put these real images beside the kept ones")
     left.add_argument("--share", type=float, help="per cent of a --mix that is generated (25)")
-    left.add_argument("--undo", metavar="DECISIONS", help="put back what --move took away")
     rate = parser.add_argument_group("experts' ratings")
     rate.add_argument(
         "--rating-page", metavar="HTML", help="write a page on which an expert rates GENERATED"
@@ -1773,7 +1716,7 @@ def check_args(args):
         if value is not None and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least:g} to {most:g}")
     args.rating_page = args.rating_page or ("rate.html" if args.suggest else None)
-    modes = [flag for flag in ("rating_page", "agreement", "fit", "undo") if getattr(args, flag)]
+    modes = [flag for flag in ("rating_page", "agreement", "fit") if getattr(args, flag)]
     args.out = args.out or ("selector.safetensors" if args.fit else "runs/kept")
     if len(modes) > 1 or (modes and modes != ["rating_page"] and args.generated):
         fail(
@@ -1800,8 +1743,8 @@ def check_args(args):
         if alone and not getattr(args, needed):
             fail(f"--{alone[0].replace('_', '-')}: needs --{needed.replace('_', '-')}")
     args.share, args.good = args.share or 25, args.good or 3
-    if args.mix and (args.move or args.dry_run):
-        fail("--mix copies or links: it goes with neither --move nor --dry-run")
+    if args.mix and args.dry_run:
+        fail("--mix copies images: it does not go with --dry-run")
     if (
         not (
             modes
@@ -1821,18 +1764,14 @@ def check_args(args):
 
 
 def main(args):
-    if args.undo:
-        print(f"put back: {put_back(args.undo)} images")
+    if args.fit:
+        fit(args)
+    elif args.agreement:
+        agreement(args)
+    elif args.rating_page:
+        write_rating_page(args)
     else:
-        (
-            fit
-            if args.fit
-            else agreement
-            if args.agreement
-            else write_rating_page
-            if args.rating_page
-            else filter_images
-        )(args)
+        filter_images(args)
 
 
 if __name__ == "__main__":

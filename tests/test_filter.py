@@ -1,9 +1,7 @@
 """Filtering: what stays is like real images, what goes says why, and nothing is lost."""
 
 import base64
-import contextlib
 import csv
-import errno
 import io
 import json
 import os
@@ -21,7 +19,7 @@ from PIL import Image, ImageFilter, ImageOps
 import filter as filter_script
 import metrics
 import phantoms
-from metrics import list_images
+from metrics import list_images, write_csv
 
 
 def wound(seed):
@@ -199,7 +197,7 @@ def test_the_kept_folder_is_ready_for_training_and_nothing_is_deleted(sets, tmp_
     generated = tmp_path / "generated"
     shutil.copytree(sets[1], generated)
     rows = [[path.name, f"a caption, {path.stem}", "ulcer"] for path in sorted(generated.iterdir())]
-    filter_script.write_csv(generated / "manifest.csv", ["file", "prompt", "label"], rows)
+    write_csv(generated / "manifest.csv", ["file", "prompt", "label"], rows)
     before = {path.name: path.read_bytes() for path in generated.iterdir()}
     flags = [generated, "--reference", sets[0], "--calibrate", 0.05, "--out", tmp_path / "kept"]
     run(filter_script, *flags)
@@ -215,20 +213,22 @@ def test_the_kept_folder_is_ready_for_training_and_nothing_is_deleted(sets, tmp_
     assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == first
 
 
-def test_a_table_of_windows_that_names_a_file_twice_is_moved_and_put_back(sets, tmp_path, run):
+def test_a_table_of_windows_that_names_a_file_twice_is_kept(sets, tmp_path, run):
     shutil.copytree(sets[1], tmp_path / "generated" / "img")
     names = sorted(path.name for path in (tmp_path / "generated" / "img").iterdir())
-    filter_script.write_csv(
-        tmp_path / "generated" / "metadata.csv",
-        ["file_name", "text"],
-        [[f"img\\{name}", text] for name in names for text in ("one", "two")],
-    )
-    table, kept = tmp_path / "generated" / "metadata.csv", tmp_path / "kept"
-    run(filter_script, table, "--reference", sets[0], "--calibrate", 0.05, "--move", "--out", kept)
-    moved = {path.name for path in (kept / "img").iterdir()}
-    assert len(moved) > 20 and len(list_images(str(kept))) == 2 * len(moved)
-    run(filter_script, "--undo", kept / "decisions.csv")
-    assert sorted(path.name for path in (tmp_path / "generated" / "img").iterdir()) == names
+    rows = []
+    for name in names:
+        rows.append([f"img\\{name}", "one"])
+        rows.append([f"img\\{name}", "two"])
+    table = tmp_path / "generated" / "metadata.csv"
+    write_csv(table, ["file_name", "text"], rows)
+    kept = tmp_path / "kept"
+
+    run(filter_script, table, "--reference", sets[0], "--calibrate", 0.05, "--out", kept)
+
+    copied = {path.name for path in (kept / "img").iterdir()}
+    assert len(copied) > 20
+    assert len(list_images(str(kept))) == 2 * len(copied)
 
 
 def test_links_in_a_set_are_followed_and_never_taken_for_copies_of_what_they_lead_to(
@@ -238,34 +238,18 @@ def test_links_in_a_set_are_followed_and_never_taken_for_copies_of_what_they_lea
     shutil.copytree(sets[1], tmp_path / "store")
     for path in (tmp_path / "store").iterdir():
         (tmp_path / "set" / path.name).symlink_to(f"../store/{path.name}")
-    flags, there = (
-        [tmp_path / "set", "--reference", sets[0], "--keep", 4],
-        set(os.listdir(tmp_path / "store")),
-    )
-    assert "something else" in refused(filter_script, *flags, "--out", tmp_path / "store")
-    for how in ("--link", "--move"):
-        run(filter_script, *flags, how, "--out", tmp_path / "deep" / how)
-        kept = [
-            tmp_path / "deep" / how / row["file_name"]
-            for row in list_images(str(tmp_path / "deep" / how))
-        ]
-        assert len(kept) == 4 and all(path.is_file() and not path.is_symlink() for path in kept)
-    run(filter_script, "--undo", tmp_path / "deep" / "--move" / "decisions.csv")
-    assert (
-        set(os.listdir(tmp_path / "store"))
-        == there
-        == {path.name for path in (tmp_path / "set").iterdir() if path.is_file()}
-    )
+    before = contents(tmp_path / "store")
+    flags = [tmp_path / "set", "--reference", sets[0], "--keep", 4]
 
+    message = refused(filter_script, *flags, "--out", tmp_path / "store")
+    run(filter_script, *flags, "--out", tmp_path / "deep" / "kept")
 
-def test_a_move_after_a_link_into_the_same_folder_moves(sets, tmp_path, run):
-    shutil.copytree(sets[1], tmp_path / "new")
-    flags = [tmp_path / "new", "--reference", sets[0], "--keep", 4, "--out", tmp_path / "kept"]
-    run(filter_script, *flags, "--link")
-    run(filter_script, *flags, "--move")
-    assert len(os.listdir(tmp_path / "new")) == len(os.listdir(sets[1])) - 4
-    run(filter_script, "--undo", tmp_path / "kept" / "decisions.csv")
-    assert sorted(os.listdir(tmp_path / "new")) == sorted(os.listdir(sets[1]))
+    assert "something else" in message
+    rows = list_images(str(tmp_path / "deep" / "kept"))
+    assert len(rows) == 4
+    for row in rows:
+        assert Path(row.path).is_file() and not Path(row.path).is_symlink()
+    assert contents(tmp_path / "store") == before
 
 
 def test_a_filtering_is_typed_again_however_its_tables_spell_paths(sets, tmp_path, run, capsys):
@@ -275,9 +259,7 @@ def test_a_filtering_is_typed_again_however_its_tables_spell_paths(sets, tmp_pat
         shutil.copytree(folder, tmp_path / Path(folder).name)
         tables.append(tmp_path / Path(folder).name / "metadata.csv")
         names = [how.format(path if how == "{}" else path.name) for path in paths]
-        filter_script.write_csv(
-            tables[-1], ["file_name", "label"], [[name, "ulcer"] for name in names]
-        )
+        write_csv(tables[-1], ["file_name", "label"], [[name, "ulcer"] for name in names])
     flags = [
         tables[1],
         "--reference",
@@ -301,7 +283,7 @@ def test_names_that_lead_out_of_the_folder_are_refused_also_behind_a_link(
     shutil.copytree(sets[1], tmp_path / "far" / "win" / "img")
     table = tmp_path / "far" / "win" / "metadata.csv"
     names = sorted(path.name for path in (tmp_path / "far" / "win" / "img").iterdir())
-    filter_script.write_csv(table, ["file_name"], [[f"img\\{name}"] for name in names])
+    write_csv(table, ["file_name"], [[f"img\\{name}"] for name in names])
     (tmp_path / "link").symlink_to(tmp_path / "far" / "win")
     run(
         filter_script,
@@ -310,13 +292,12 @@ def test_names_that_lead_out_of_the_folder_are_refused_also_behind_a_link(
         sets[0],
         "--keep",
         5,
-        "--link",
         "--out",
         tmp_path / "kept",
     )
     assert len(list((tmp_path / "kept" / "img").iterdir())) == 5
     assert sorted(path.name for path in (tmp_path / "far" / "win" / "img").iterdir()) == names
-    filter_script.write_csv(table, ["file_name"], [[f"img\\..\\img\\{name}"] for name in names])
+    write_csv(table, ["file_name"], [[f"img\\..\\img\\{name}"] for name in names])
     assert "some with .." in refused(
         filter_script,
         tmp_path / "link",
@@ -439,9 +420,7 @@ def test_folders_that_do_not_serve_are_refused(sets, tmp_path, refused):
     )
     shutil.copytree(sets[1], tmp_path / "all" / "generated")
     table = tmp_path / "all" / "generated" / "metadata.csv"
-    filter_script.write_csv(
-        table, ["file_name"], [[p.name] for p in sorted(table.parent.iterdir())]
-    )
+    write_csv(table, ["file_name"], [[p.name] for p in sorted(table.parent.iterdir())])
     for data, out in (
         (table, table.parent),
         (table, tmp_path),
@@ -575,12 +554,12 @@ def small_sets(folder, count=8):
             Image.fromarray(phantoms.draw("inflammatory ulcer", first + i, 64)[0]).save(
                 folder / name / f"{i}.png"
             )
-    filter_script.write_csv(
+    write_csv(
         folder / "new" / "manifest.csv",
         ["file", "prompt", "label", "seed"],
         [[f"{i}.png", f"wound {i}", "ulcer", 7 + i] for i in range(count)],
     )
-    filter_script.write_csv(
+    write_csv(
         folder / "real" / "metadata.csv",
         ["file_name", "text", "patient_id"],
         [[f"{i}.png", "a real one", f"p{i}"] for i in range(count)],
@@ -612,67 +591,9 @@ def test_without_a_selector_the_best_are_those_most_like_the_real_images(tmp_pat
     assert kept == {f"{i}.png" for i in range(5, 10)}
 
 
-def test_a_move_that_is_killed_anywhere_and_run_again_ends_the_same_and_is_undone(
-    tmp_path, run, monkeypatch
-):
+def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(tmp_path, run):
     new, real = small_sets(tmp_path)
-    before, place = contents(new), filter_script.place
-    flags = [new, "--reference", real, "--keep", 5, "--move", "--out", tmp_path / "kept"]
-    run(filter_script, *flags)
-    after = contents(tmp_path / "kept"), contents(new)
-    assert len(list_images(str(tmp_path / "kept"))) == 5 and len(after[1]) == len(before) - 5
-    run(filter_script, "--undo", tmp_path / "kept" / "decisions.csv")
-    assert contents(new) == before
-    for killed_at in range(6):
-        calls = iter(range(100))
-
-        def dies(*given, killed_at=killed_at, calls=calls):
-            if next(calls) == killed_at:
-                raise KeyboardInterrupt
-            place(*given)
-
-        monkeypatch.setattr(filter_script, "place", dies)
-        with contextlib.suppress(KeyboardInterrupt):
-            run(filter_script, *flags)
-        monkeypatch.setattr(filter_script, "place", place)
-        run(filter_script, *flags)
-        assert (contents(tmp_path / "kept"), contents(new)) == after
-
-
-def test_moving_to_another_file_system_copies_and_a_full_disk_loses_nothing(
-    tmp_path, run, monkeypatch, capsys
-):
-    new, real = small_sets(tmp_path)
-    before, replace = contents(new), os.replace
-
-    def other_device(source, target):
-        if Path(source).parent == new:
-            raise OSError(errno.EXDEV, "Invalid cross-device link")
-        return replace(source, target)
-
-    def full(source, target):
-        target.write(source.read()[:50])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", other_device)
-    flags = [new, "--reference", real, "--keep", 5, "--move", "--out", tmp_path / "kept"]
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfileobj", full)
-        with pytest.raises(OSError, match="No space left"):
-            run(filter_script, *flags)
-    assert contents(new) == before and not list((tmp_path / "kept").glob("*.png"))
-    run(filter_script, *flags)
-    kept = {
-        name: data for name, data in contents(tmp_path / "kept").items() if name.endswith(".png")
-    }
-    assert len(kept) == 5 and contents(new) | kept == before
-
-
-def test_links_share_the_file_and_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
-    tmp_path, run
-):
-    new, real = small_sets(tmp_path)
-    filter_script.write_csv(
+    write_csv(
         tmp_path / "split.csv",
         ["file_name", "group", "split"],
         [[f"{i}.png", f"p{i}", "test" if i < 2 else "train"] for i in range(8)],
@@ -688,7 +609,6 @@ def test_links_share_the_file_and_a_mix_has_the_share_asked_for_with_captions_pa
         tmp_path / "split.csv",
         "--share",
         25,
-        "--link",
         "--out",
         tmp_path / "mixed",
     )
@@ -704,7 +624,7 @@ def test_links_share_the_file_and_a_mix_has_the_share_asked_for_with_captions_pa
     assert {row["group"] for row in rows if row not in made} == {f"p{i}" for i in range(2, 8)}
     for row in rows:
         source = (new if row in made else real) / Path(row["file_name"]).name
-        assert os.path.samefile(row["path"], source)
+        assert Path(row.path).read_bytes() == source.read_bytes()
 
 
 # ------------------------------------------------------------------------------------- ratings
@@ -744,14 +664,14 @@ def rated(tmp_path_factory):
             [f"{i:03d}.png", said, phantoms.KINDS[kind], 1 + i % 3, kind, f"g{i // 4}", truth]
         )
     header = ["image_path", "rating", "modality", "expert_level", "prompt", "group"]
-    filter_script.write_csv(folder / "ratings.csv", header, [row[:6] for row in rows[:200]])
+    write_csv(folder / "ratings.csv", header, [row[:6] for row in rows[:200]])
     shuffled = draw.permutation([row[1] for row in rows[:200]])
-    filter_script.write_csv(
+    write_csv(
         folder / "shuffled.csv",
         header,
         [[row[0], r, *row[2:6]] for row, r in zip(rows[:200], shuffled)],
     )
-    filter_script.write_csv(
+    write_csv(
         folder / "truth.csv",
         ["file_name", "label", "modality", "truth"],
         [[row[0], row[4], row[2], row[6]] for row in rows],
@@ -764,7 +684,7 @@ def selector(rated):
     """A selector fitted on those ratings, with the unspoilt images as the real ones."""
     with open(rated / "truth.csv", newline="") as file:
         real = [row for row in csv.DictReader(file) if row["truth"] == "3"]
-    filter_script.write_csv(rated / "real.csv", list(real[0]), [list(row.values()) for row in real])
+    write_csv(rated / "real.csv", list(real[0]), [list(row.values()) for row in real])
     filter_script.fit(
         SimpleNamespace(
             fit=[str(rated / "ratings.csv")],
@@ -834,11 +754,11 @@ def test_ratings_that_repeat_the_experts_level_are_refused_by_that_name(tmp_path
         wound(0).save(tmp_path / name)
     flags = ["--fit", tmp_path / "r.csv", "--out", tmp_path / "s.safetensors"]
     header = ["image_path", "rating", "modality", "expert_level", "prompt"]
-    filter_script.write_csv(tmp_path / "r.csv", header, rows)
+    write_csv(tmp_path / "r.csv", header, rows)
     said = refused(filter_script, *flags)
     assert "encode expert_level" in said and "fewer than 30" in said and "encode prompt" not in said
     assert not (tmp_path / "s.safetensors").exists()
-    filter_script.write_csv(tmp_path / "r.csv", header, [rows[0], [*rows[1][:1], 4, *rows[1][2:]]])
+    write_csv(tmp_path / "r.csv", header, [rows[0], [*rows[1][:1], 4, *rows[1][2:]]])
     assert "row 3: rating must be 1, 2 or 3" in refused(filter_script, *flags)
 
 
@@ -1035,7 +955,7 @@ def test_the_rating_page_saves_what_was_pressed_across_a_reload(sets, tmp_path, 
 def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, capsys):
     header = filter_script.RATING_COLUMNS.split(",")
     for name, shift in (("anna", 0), ("ben", 1)):
-        filter_script.write_csv(
+        write_csv(
             tmp_path / f"{name}.csv",
             header,
             [
@@ -1062,7 +982,7 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
         in said
     )
     for name in ("carl", "dora"):
-        filter_script.write_csv(
+        write_csv(
             tmp_path / f"{name}.csv",
             ["image_path", "rating"],
             [[f"sub\\{i}.png", 2] for i in range(5)],
@@ -1082,15 +1002,13 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
 
 def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused, run):
     Image.new("RGB", (64, 64), (90, 30, 20)).save(tmp_path / "a.png")
-    filter_script.write_csv(tmp_path / "r.csv", ["image_path", "rating"], [["a.png", "3"]])
+    write_csv(tmp_path / "r.csv", ["image_path", "rating"], [["a.png", "3"]])
     assert "one image or group alone" in refused(
         filter_script, "--fit", tmp_path / "r.csv", "--force", "--out", tmp_path / "s"
     )
     for i in range(12):
         wound(i).save(tmp_path / f"{i}.png")
-    filter_script.write_csv(
-        tmp_path / "r.csv", ["image_path", "rating"], [[f"{i}.png", "3"] for i in range(12)]
-    )
+    write_csv(tmp_path / "r.csv", ["image_path", "rating"], [[f"{i}.png", "3"] for i in range(12)])
     run(filter_script, "--fit", tmp_path / "r.csv", "--force", "--out", tmp_path / "s")
     assert (
         filter_script.load_selector(tmp_path / "s")["spec"]["cv"]["spearman"] is None
