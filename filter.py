@@ -353,11 +353,6 @@ QUALITY_TENSORS = {
     "head.modality_bias",
     "head.cut",
     "cal.platt",
-    "shell.mean",
-    "shell.whiten",
-    "shell.q",
-    "boot.weight",
-    "boot.bias",
     "align.proto",
     "align.bias",
     "align.logit",
@@ -446,8 +441,7 @@ def save_selector(path, spec, tensors):
 
     For D = 410 `standardised` features: feat.mean, feat.scale, head.weight (D), head.bias (1), head.modality_bias (one
     for each of spec["modalities"], none for one), head.cut (2) and cal.platt (slope, cut) of the logistic calibration,
-    shell.mean (D), shell.whiten (D, P), shell.q (1) beyond which an image is unlike all rated ones, boot.weight (20, D),
-    boot.bias (20) of ten bootstraps of each half of the groups, align.proto (C, D), align.bias (C), align.logit (1) of
+    , align.proto (C, D), align.bias (C), align.logit (1) of
     the softmax over spec["classes"].
     """
     from safetensors.torch import save
@@ -500,7 +494,7 @@ def load_selector(path):
         fail(f"{path}: is not a readable selector; filter.py --fit writes one")
     if (metadata.get("format"), metadata.get("version")) != ("medlora-selector", "1"):
         fail(f"{path}: is not a selector of version 1; filter.py --fit writes one")
-    wide = ("feat.mean", "feat.scale", "head.weight", "boot.weight", "align.proto")
+    wide = ("feat.mean", "feat.scale", "head.weight", "align.proto")
     if not (
         known
         and set(found) == QUALITY_TENSORS
@@ -556,9 +550,7 @@ def read_ratings(paths):
 def apply_selector(selector, features, rows):
     """Judge images by quality_features at the selector's size, features (N, 389): a dict of values (N,).
 
-    quality: probability that an expert gives the rating spec["good"] or better, 0 where the image is unlike all that
-    were rated; reward: the same of the heads of one half of the rated groups, less their standard deviation, for a
-    network to learn from; judge: of the heads of the other half, to see what was learnt; alignment: probability that it
+    quality: probability that an expert gives the rating spec["good"] or better; alignment: probability that it
     shows its row's label (else caption), NaN where the selector does not know that. rows: as list_images gives; of
     "fields" only "modality" is read, and fail() says which one no expert rated.
     """
@@ -579,11 +571,6 @@ def apply_selector(selector, features, rows):
     ]
     slope, cut = selector["cal.platt"]
     scores = np.add(offset, z @ selector["head.weight"] + selector["head.bias"])
-    heads = np.add(offset, (z @ selector["boot.weight"].T + selector["boot.bias"]).T)  # (20, N)
-    inside = (
-        np.linalg.norm((z - selector["shell.mean"]) @ selector["shell.whiten"], axis=1)
-        <= selector["shell.q"]
-    )
     logits = selector["align.logit"] * (
         z @ selector["align.proto"].T + selector["align.bias"]
     )  # (N, classes)
@@ -600,11 +587,8 @@ def apply_selector(selector, features, rows):
         for row in rows
     ]
     alignment = np.array([np.nan if c is None else share[c] for share, c in zip(shares, known)])
-    learnt, unseen = np.split(special.expit(slope * heads + cut), 2)
     return {
-        "quality": np.where(inside, special.expit(slope * scores + cut), 0),
-        "reward": np.where(inside, learnt.mean(0) - learnt.std(0), 0),
-        "judge": np.where(inside, unseen.mean(0), 0),
+        "quality": special.expit(slope * scores + cut),
         "alignment": alignment,
     }
 
@@ -1306,17 +1290,6 @@ def reliability(chance, good):
     ) / len(good)
 
 
-def shell(z):
-    """Mean, whitening (D, P) and radius of 99.5 % of the rated images z (n, D), each as if it were not among them."""
-    mean, n = z.mean(0), len(z)
-    _, sizes, directions = np.linalg.svd(z - mean, full_matrices=False)
-    kept = max(1, min(16, n // 8))
-    whiten = directions[:kept].T / np.maximum(sizes[:kept], 1e-9) * np.sqrt(n - 1)
-    squares = np.square((z - mean) @ whiten).sum(1)
-    radius = np.sqrt(np.quantile(squares / np.maximum(1 - 1 / n - squares / (n - 1), 0.05), 0.995))
-    return {"shell.mean": mean, "shell.whiten": whiten, "shell.q": [radius]}
-
-
 def fit_alignment(rows, z, seed):
     """The part that tells labels apart, from real images z (n, D): (tensors, class names, {"hard", "easy"} AUROC).
 
@@ -1422,7 +1395,7 @@ def fit(args):
     )
     if len(set(groups)) < 2:
         fail(
-            f"{args.fit[0]}: rates one image or group alone; a selector is fitted to one half and judged by the other"
+            f"{args.fit[0]}: rates one image or group alone; a selector is fitted to some and tested on others"
         )
     resolution = args.resolution or pick_resolution(images)
     features = quality_features(load_pixels(images, resolution, strict=True)[1], device)
@@ -1449,14 +1422,16 @@ def fit(args):
     measured["brier"], measured["ece"] = reliability(
         special.expit(slope * own + cuts[args.good - 2]), good
     )
-    fitted, judging = heads(x, y, weights, groups, penalty, z.shape[1], args.seed)
+    inner, share = ridge(x, weights, penalty)
+    slopes = inner @ y
     tensors = {
         "feat.mean": mean,
         "feat.scale": scale,
         "head.cut": cuts,
         "cal.platt": [slope, cuts[args.good - 2]],
-        **fitted,
-        **shell(z),
+        "head.weight": slopes[: z.shape[1]],
+        "head.modality_bias": slopes[z.shape[1] :],
+        "head.bias": [share @ (y - x @ slopes)],
     }
     real, pixels = (
         load_pixels(list_real(args.reference, args), resolution) if args.reference else ([], None)
@@ -1484,7 +1459,6 @@ def fit(args):
         thresholds={"quality": 0.5},
         warnings=worries,
         ratings_sha256=[content_hash(path) for path in args.fit],
-        judging=[content_hash(images[i]["path"])[:16] for i in np.flatnonzero(judging)],
     )
     spec["lambda"] = float(penalty)
     known = [
@@ -1538,40 +1512,6 @@ def units(features):
     squares = standardised(features, mean, scale)[:, -few:]
     mean[-few:], scale[-few:] = squares.mean(0), np.maximum(squares.std(0), 1e-6) * np.sqrt(4 * few)
     return mean, scale
-
-
-def heads(x, y, weights, groups, penalty, dim, seed):
-    """The fitted head and twenty more, as a selector's tensors, and the images of the half that judges, bool (n,).
-
-    Ten are of one half of the groups, ten of the other, each with the groups of its half drawn anew: what a network
-    learns from one half of the ratings is to be judged by the other.
-    """
-    names, numbers = np.unique(groups, return_inverse=True)
-    halves = np.array_split(draw_order(len(names), seed, "halves"), 2)
-    draws = [
-        half[
-            torch.randint(
-                len(half), (10, len(half)), generator=generator(seed, "heads", which)
-            ).numpy()
-        ]
-        for which, half in enumerate(halves)
-    ]
-    counts = [
-        np.ones(len(y)),
-        *(np.bincount(draw, minlength=len(names))[numbers] for part in draws for draw in part),
-    ]
-    fitted = [
-        (inner @ y, share @ (y - x @ (inner @ y)))
-        for inner, share in (ridge(x, weights * count, penalty) for count in counts)
-    ]
-    slopes, offsets = (np.array(part) for part in zip(*fitted))
-    return {
-        "head.weight": slopes[0, :dim],
-        "head.modality_bias": slopes[0, dim:],
-        "head.bias": offsets[:1],
-        "boot.weight": slopes[1:, :dim],
-        "boot.bias": offsets[1:],
-    }, np.isin(numbers, halves[1])
 
 
 # ---------------------------------------------------------------- flags

@@ -135,7 +135,6 @@ def write_selector(path, **spec):
             classes=[],
             thresholds={"quality": 0.5},
             warnings=[],
-            judging=[],
             ratings_sha256=[],
         )
         | spec
@@ -151,11 +150,6 @@ def write_selector(path, **spec):
             "head.modality_bias": [],
             "head.cut": [0, 0],
             "cal.platt": [1, 0],
-            "shell.mean": np.zeros(410),
-            "shell.whiten": np.zeros((410, 1)),
-            "shell.q": [1],
-            "boot.weight": weight + np.linspace(-0.01, 0.01, 20)[:, None],
-            "boot.bias": np.zeros(20),
             "align.proto": np.zeros((0, 410)),
             "align.bias": [],
             "align.logit": [1],
