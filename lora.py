@@ -3,7 +3,6 @@
     python lora.py info runs/dfu/lora.safetensors
     python lora.py convert runs/dfu/lora.safetensors --to kohya --out dfu.safetensors
     python lora.py merge a.safetensors:0.7 b.safetensors:0.3 --out both.safetensors
-    python lora.py extract runs/full/model bases/sd15 --rank 32 --out full.safetensors
 
 An adapter file is safetensors in the dialect diffusers' `load_lora_weights` reads: `unet.<module>.lora_A.weight`
 (rank, in[, k, k]) and `….lora_B.weight` (out, rank[, 1, 1]). alpha/rank is folded into B, because that dialect has no
@@ -26,7 +25,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
-from tqdm import tqdm
 
 from metrics import Flags, fail, run_script
 
@@ -304,9 +302,7 @@ def save(path, weights, metadata):
 def open_file(path):
     """A safetensors file, its header read. Nothing is unpickled."""
     if not os.path.isfile(path):
-        fail(
-            f"{path}: no such file; give an adapter (.safetensors) or, to extract, two diffusers folders"
-        )
+        fail(f"{path}: no such file; give an adapter (.safetensors)")
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as why:
@@ -573,37 +569,9 @@ def split_weight(text):
     return text, 1.0
 
 
-def low_rank(a, b, rank):
-    """The pair of `rank` nearest to B·A (Eckart & Young 1936), and the squared norms of what is lost and of all.
-
-    By QR of both factors, so that the SVD is of their inner size and the full matrix is never made.
-    """
-    q_b, r_b = torch.linalg.qr(b.double().flatten(1))
-    q_a, r_a = torch.linalg.qr(a.double().flatten(1).T)
-    u, s, v = torch.linalg.svd(r_b @ r_a.T)
-    root = s[:rank].sqrt()
-    near_a, near_b = (q_a @ v[:rank].T * root).T.float(), (q_b @ u[:, :rank] * root).float()
-    lost, total = s[rank:].square().sum().item(), s.square().sum().item()
-    return near_a.reshape(-1, *a.shape[1:]), near_b.reshape(len(b), -1, *b.shape[2:]), lost, total
-
-
-def nearest(change, rank):
-    """The same for a weight's whole change, fp64: what lies along the first eigenvectors of its smaller Gram matrix."""
-    flat, tall = change.flatten(1), len(change) > change[0].numel()
-    flat = flat.T if tall else flat
-    axes = torch.linalg.eigh(flat @ flat.T)[1][:, -rank:]
-    along, total = axes.T @ flat, flat.square().sum().item()
-    a, b = (axes.T, along.T) if tall else (along, axes)
-    pair = (
-        a.float().reshape(-1, *change.shape[1:]),
-        b.float().reshape(*b.shape, *[1] * (change.ndim - 2)),
-    )
-    return *pair, max(total - along.square().sum().item(), 0.0), total
-
-
 def merge(args):
     """Write one adapter that adds what several would: A's one below the other, weighted B's side by side."""
-    pairs, headers, lost, total = {}, [], 0.0, 0.0
+    pairs, headers = {}, []
     for path, weight in map(split_weight, args.files):
         found, metadata, extra = load(path)
         headers.append(metadata)
@@ -623,74 +591,17 @@ def merge(args):
             )
             if not pairs[name][1].isfinite().all():
                 fail(f"{path}:{weight:g}: the weight is too large")
-    for name, (a, b) in pairs.items() if args.rank else ():
-        *pairs[name], missed, whole = low_rank(a, b, args.rank)
-        lost, total = lost + missed, total + whole
     about = dict(set.intersection(*({*header.items()} for header in headers)))  # what they agree on
     about["merged"] = " ".join(map(os.path.basename, args.files))
-    finish(args, pairs, about, math.sqrt(lost / total) if total else 0)
+    finish(args, pairs, about)
 
 
-def extract(args):
-    """Write the adapter of --rank nearest to TUNED minus BASE, for the UNet and the text encoders that differ."""
-    pairs, lost, total, beside = {}, 0.0, 0.0, 0.0
-    for root, file in (
-        ("unet", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-        ("text_encoder_2", "model"),
-    ):
-        paths = [
-            os.path.join(folder, root, file + ".safetensors") for folder in (args.tuned, args.base)
-        ]
-        if root != "unet" and not any(map(os.path.isfile, paths)):
-            continue
-        tuned, base = (
-            {
-                on_disk(f"{root}.{key}"): part.get_slice(key)
-                for key in part.keys()
-                if not key.endswith("position_ids")
-            }
-            for part in map(open_file, paths)
-        )
-        if {name: w.get_shape() for name, w in tuned.items()} != {
-            name: w.get_shape() for name, w in base.items()
-        }:
-            fail(
-                f"{args.tuned} and {args.base}: the layers of their {root} differ; give the base it was tuned from"
-            )
-        for name in tqdm(sorted(tuned), root, disable=None):
-            change = tuned[name][:].double() - base[name][:].double()
-            if not change.isfinite().all():
-                fail(
-                    f"{name} of {args.tuned} or {args.base} holds NaN or infinity: the model is broken"
-                )
-            if change.ndim < 2 or "_embedding." in name and root != "unet":
-                beside += change.square().sum().item()
-            elif change.any():
-                *pairs[name.removesuffix(".weight")], missed, whole = nearest(change, args.rank)
-                lost, total = lost + missed, total + whole
-    if not pairs:
-        fail(
-            f"{args.tuned} and {args.base}: no linear or convolution layer differs: there is nothing to extract"
-        )
-    lost, total = lost + beside, total + beside
-    print(
-        f"biases, norms and embeddings, which no adapter holds: {math.sqrt(beside / total):.3g} of the change"
-    )
-    finish(
-        args,
-        pairs,
-        {"base": args.base, "extracted": os.path.basename(args.tuned)},
-        math.sqrt(lost / total),
-    )
-
-
-def finish(args, pairs, about, error):
-    """Write a new adapter with alpha 1/1 and say what it is: relative error in the Frobenius norm over all layers."""
+def finish(args, pairs, about):
+    """Write a new adapter with alpha 1/1 and print what it is."""
     rank = max(len(a) for a, _ in pairs.values())
     about = {key: value for key, value in about.items() if not key.startswith("ss_")}
     write(args.out, pairs, {**about, "rank": rank, "alpha": rank}, {})
-    print(f"pairs: {len(pairs)}\nrank: {rank}\nrelative error: {error:.3g}")
+    print(f"pairs: {len(pairs)}\nrank: {rank}")
 
 
 def convert(args):
@@ -741,12 +652,11 @@ def parse_args():
     parser = Flags(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {
-        name: commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        name: commands.add_parser(name, help=text, description=text)
         for name, text in (
             ("info", "dialect, base, rank, alpha, pairs, parameters and norms of an adapter"),
             ("convert", "write an adapter in another dialect"),
-            ("merge", "one adapter that acts as several at once: exact, unless --rank is given"),
-            ("extract", "the adapter nearest to what sets a tuned model apart from its base"),
+            ("merge", "one adapter that acts as several at once, exactly"),
         )
     }
     for name in ("info", "convert"):
@@ -755,24 +665,13 @@ def parse_args():
         "--to", required=True, choices=["diffusers", "kohya"], help="kohya: A1111 and ComfyUI"
     )
     made["merge"].add_argument("files", nargs="+", metavar="FILE[:WEIGHT]")
-    made["merge"].add_argument(
-        "--rank", type=int, help="recompress to this rank, and say the error"
-    )
-    made["extract"].add_argument(
-        "tuned", help="a diffusers folder, such as runs/NAME/model of train.py --method full"
-    )
-    made["extract"].add_argument("base", help="the diffusers folder it was tuned from")
-    made["extract"].add_argument("--rank", type=int, required=True)
     for name, command in made.items():
         command.error = fail
         if name != "info":
             command.add_argument(
                 "--out", required=True, metavar="FILE", help="the adapter to write, .safetensors"
             )
-    args = parser.parse_args()
-    if getattr(args, "rank", None) is not None and args.rank < 1:
-        fail(f"--rank {args.rank}: give a number from 1")
-    return args
+    return parser.parse_args()
 
 
 def main(args):
@@ -781,7 +680,7 @@ def main(args):
     try:
         if args.command == "info":
             return info(args.file)
-        {"convert": convert, "merge": merge, "extract": extract}[args.command](args)
+        {"convert": convert, "merge": merge}[args.command](args)
     except OSError as why:
         fail(f"{getattr(args, 'out', args.command)}: {why.strerror or why}")
     except KeyboardInterrupt:

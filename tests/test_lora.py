@@ -5,8 +5,6 @@ import json
 import math
 import pickle
 import re
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -536,7 +534,7 @@ def test_where_alpha_does_not_fold_to_the_bit_the_error_is_said(tmp_path, run, c
     )
 
 
-# ------------------------------------------------------------------------------------------ merge and extract
+# ------------------------------------------------------------------------------------------ merge
 
 
 def three_layers(path, seed, rank, alpha, names=("to_q", "to_k", "conv")):
@@ -568,7 +566,6 @@ def test_merging_is_the_weighted_sum_whatever_the_ranks_alphas_and_layers(tmp_pa
         "--out",
         tmp_path / "c.safetensors",
     )
-    assert "relative error: 0\n" in capsys.readouterr().out
     pairs, metadata, _ = lora.load(tmp_path / "c.safetensors")
     assert (
         {len(a) for a, _ in pairs.values()} == {5}
@@ -583,23 +580,6 @@ def test_merging_is_the_weighted_sum_whatever_the_ranks_alphas_and_layers(tmp_pa
     for name in one | two:
         wanted = sum(w * d[name] for w, d in ((0.7, one), (-0.3, two)) if name in d)
         torch.testing.assert_close(lora.delta(*pairs[name]), wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("rank", [1, 3, 5, 50])
-def test_recompressing_is_the_best_of_its_rank_and_says_its_error(rank, tmp_path, run, capsys):
-    one, two = three_layers(tmp_path / "a", 1, 2, 2), three_layers(tmp_path / "b", 2, 3, 3)
-    run(lora, "merge", tmp_path / "a", tmp_path / "b", "--rank", rank, "--out", tmp_path / "c")
-    said = float(re.search(r"relative error: (\S+)", capsys.readouterr().out)[1])
-    pairs, _, _ = lora.load(tmp_path / "c")
-    lost = kept = best = 0
-    for name, first in one.items():
-        whole = (first + two[name]).flatten(1)
-        lost += (lora.delta(*pairs[name]).flatten(1) - whole).square().sum().item()
-        best += torch.linalg.svdvals(whole)[rank:].square().sum().item()
-        kept += whole.square().sum().item()
-    assert math.sqrt(lost / kept) == pytest.approx(math.sqrt(best / kept), abs=1e-6)
-    assert math.sqrt(lost / kept) == pytest.approx(said, rel=1e-2, abs=1e-6)
-    assert (said < 1e-6) == (rank >= 5)
 
 
 def test_a_merged_adapter_of_mixed_ranks_opens_in_diffusers(base, tmp_path, run):
@@ -628,64 +608,7 @@ def test_a_merged_adapter_of_mixed_ranks_opens_in_diffusers(base, tmp_path, run)
     assert difference(picture, theirs(pipe, "a foot")) <= 2
 
 
-def tuned_from(base, folder, by, biases=0.0):
-    """A copy of a base with an adapter of rank 3 added for good, and with other biases."""
-    shutil.copytree(base, folder)
-    for root, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model"))[:by]:
-        path, draw = folder / root / f"{file}.safetensors", torch.Generator().manual_seed(3)
-        tensors = load_file(path)
-        for key, w in tensors.items():
-            if w.ndim > 1 and "_embedding." not in key:
-                a, b = (
-                    torch.randn(3, w[0].numel(), generator=draw),
-                    torch.randn(len(w), 3, generator=draw),
-                )
-                tensors[key] = w + 0.05 * (b @ a).reshape(w.shape)
-            elif key.endswith("bias"):
-                tensors[key] = w + biases
-        save_file(tensors, path, {"format": "pt"})
-    return folder
-
-
-def test_extracting_finds_the_adapter_that_was_merged_in(base, tmp_path, run, capsys):
-    tuned = tuned_from(base, tmp_path / "tuned", by=2)
-    run(lora, "extract", tuned, base, "--rank", 3, "--out", tmp_path / "a.safetensors")
-    assert float(re.search(r"relative error: ([\d.e-]+)", capsys.readouterr().out)[1]) < 1e-5
-    pairs, _, _ = lora.load(tmp_path / "a.safetensors")
-    models, wanted = sample.load_base(base, CPU).parts(), sample.load_base(str(tuned), CPU).parts()
-    with lora.merged(models, [(pairs, 1.0)]):
-        for root in ("unet", "text_encoder"):
-            assert any(name.startswith(root + ".") for name in pairs)
-            for (_, one), (_, other) in zip(
-                models[root].named_parameters(), wanted[root].named_parameters()
-            ):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_the_error_of_extracting_counts_what_no_adapter_holds(base, tmp_path, run, capsys):
-    tuned = tuned_from(base, tmp_path / "tuned", by=1, biases=0.5)
-    run(lora, "extract", tuned, base, "--rank", 1, "--out", tmp_path / "a.safetensors")
-    beside, said = map(
-        float, re.findall(r"(?:no adapter holds|error): (\S+)", capsys.readouterr().out)
-    )
-    pairs, _, _ = lora.load(tmp_path / "a.safetensors")
-    one, other = (
-        load_file(Path(folder, "unet/diffusion_pytorch_model.safetensors"))
-        for folder in (tuned, base)
-    )
-    change = {key: one[key] - other[key] for key in one}
-    whole = sum(d.square().sum() for d in change.values())
-    held = {
-        name.removeprefix("unet.") + ".weight": lora.delta(*pair) for name, pair in pairs.items()
-    }
-    left = sum((d - held.get(key, 0)).square().sum() for key, d in change.items())
-    biases = sum(d.square().sum() for d in change.values() if d.ndim == 1)
-    assert said == pytest.approx((left / whole).sqrt().item(), rel=1e-2)
-    assert beside == pytest.approx((biases / whole).sqrt().item(), rel=1e-2)
-    assert not any(name.startswith("text_encoder") for name in pairs)
-
-
-def test_what_cannot_be_done_is_refused(base, sd21, tmp_path, refused):
+def test_what_cannot_be_done_is_refused(base, tmp_path, refused):
     out = ("--out", tmp_path / "x.safetensors")
     three_layers(tmp_path / "a", 1, 2, 2)
     random_adapter(base, tmp_path / "b")
@@ -696,10 +619,7 @@ def test_what_cannot_be_done_is_refused(base, sd21, tmp_path, refused):
     assert "another shape" in refused(lora, "merge", tmp_path / "a", tmp_path / "w", *out)
     assert "<word>" in refused(lora, "merge", tmp_path / "a", tmp_path / "t", *out)
     assert "<word>" in refused(lora, "convert", tmp_path / "t", "--to", "kohya", *out)
-    assert "nothing to extract" in refused(lora, "extract", base, base, "--rank", 2, *out)
-    assert "differ" in refused(lora, "extract", base, sd21, "--rank", 2, *out)
-    assert "--rank 0" in refused(lora, "merge", tmp_path / "a", "--rank", 0, *out)
-    assert "no such file" in refused(lora, "extract", tmp_path, base, "--rank", 2, *out)
+    assert "no such file" in refused(lora, "convert", tmp_path, "--to", "kohya", *out)
     (tmp_path / "file").write_text("")
     assert "file" in refused(
         lora, "convert", tmp_path / "a", "--to", "kohya", "--out", tmp_path / "file" / "x"
