@@ -26,33 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
-from metrics import Flags, fail, run_script
+from metrics import Flags, fail, replacing, run_script
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Open a binary file that takes the place of `path` only once it is whole and on the disk."""
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        wrapped = isinstance(error, RuntimeError) and isinstance(
-            error.__context__, OSError
-        )  # torch.save: a full disk
-        cause = error.__context__ if wrapped else error
-        if isinstance(cause, OSError) and cause.filename is None:
-            cause.filename = str(path)
-        raise cause
 
 
 # ---------------------------------------------------------------------------------------------- adapters in layers
