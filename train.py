@@ -37,7 +37,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from scipy import ndimage
 from torchvision.transforms.v2 import functional as vision
 from tqdm import tqdm
 
@@ -609,7 +608,7 @@ def preview(args):
 
 
 def examine(row, args):
-    """What a file is, for the doctor: {"size", "ends", "kind", "inverted", "burned", "text"}, or {"bad": why}. Of a DICOM's
+    """What a file is, for the doctor: {"size", "ends", "kind", "inverted", "burned"}, or {"bad": why}. Of a DICOM's
     header nothing is kept that could name a patient."""
     try:
         image = read_image(
@@ -624,7 +623,6 @@ def examine(row, args):
         "kind": "volume",
         "inverted": None,
         "burned": False,
-        "text": has_lettering(image),
     }
     if not row["path"].lower().endswith(VOLUME_SUFFIXES) and looks_like_dicom(row["path"]):
         header = open_dicom(row["path"], stop_before_pixels=True)
@@ -639,38 +637,6 @@ def examine(row, args):
     with suppress(UnidentifiedImageError), Image.open(row["path"], formats=FORMATS) as file:
         facts["kind"] = f"{file.format} of {'16 bits or floats' if is_deep(file) else '8 bits'}"
     return facts
-
-
-def has_lettering(image, margin=0.15, letters=4):
-    """True where the outer `margin` shows something like burnt-in text: four or more specks, brighter or darker than all
-    round them, of one height on one line. Found in 36 of 230 chest films, in none of 589 photographs and slices."""
-    image = image.convert("L")
-    image.thumbnail((1024, 1024))
-    grey = np.asarray(image, dtype=np.float32)
-    size = np.array(grey.shape)
-    for values in (grey, 255 - grey):
-        specks = (values - ndimage.uniform_filter(values, max(15, min(size) // 16)) > 50) & (
-            values > 200
-        )
-        found = ndimage.find_objects(ndimage.label(specks, np.ones((3, 3)))[0])
-        boxes = np.array([[(y.start, y.stop), (x.start, x.stop)] for y, x in found]).reshape(
-            -1, 2, 2
-        )
-        high, wide = (boxes[..., 1] - boxes[..., 0]).T
-        outer = (abs(boxes.mean(2) / size - 0.5) > 0.5 - margin).any(1)
-        shaped = (
-            (6 <= high) & (high <= 0.08 * size[0]) & (0.1 * high <= wide) & (wide <= 1.5 * high)
-        )
-        foot, left, high = (
-            boxes[:, 0, 1][outer & shaped],
-            boxes[:, 1, 0][outer & shaped],
-            high[outer & shaped],
-        )
-        for y, x, tall in zip(foot, left, high):
-            near = (x <= left) & (left < x + 5 * tall) & (abs(foot - y) <= 0.1 * tall + 1)
-            if (near & (abs(high - tall) <= 0.15 * tall + 1)).sum() >= letters:
-                return True
-    return False
 
 
 def describe_data(rows, args):
@@ -734,11 +700,6 @@ def diagnose(rows, pixels, bad, args):
         [row["file_name"] for row in deep],
         "16-bit files with 12-bit values",
         "with --range 0,4095 their scale stays when images are added",
-    )
-    warn(
-        named("text"),
-        "pictures that seem to have text burnt in near the border, maybe a name",
-        "a model learns to write it: crop or blacken it",
     )
     warn(
         named("burned"),
@@ -2053,7 +2014,7 @@ def add_data_and_model(parser):
     data.add_argument(
         "--slices",
         default="middle",
-        help="of volumes: middle, every:N or all, coronal:… or sagittal:…",
+        help="of volumes: middle, every:N or all",
     )
     data.add_argument(
         "--window",
