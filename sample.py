@@ -970,10 +970,6 @@ def plan(args, base_name, prompts):
     for p in prompts:
         for number in range(p["count"]):
             parameters = f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\n{settings}, Image: {number}{options}"
-            if args.format == "jpg" and len(parameters.encode("utf-16-be")) > 65000:
-                fail(
-                    f'--format jpg: the prompt "{p["prompt"][:40]}…" is too long for it; give --format png'
-                )
             name = f"{stems[p['prompt']]}-{number:04d}.{args.format}"
             planned.append(
                 {
@@ -999,7 +995,6 @@ def plan(args, base_name, prompts):
     return planned
 
 
-USER_COMMENT = (0x8769, 0x9286)  # EXIF: where A1111 keeps the settings of a JPEG
 PRIVATE = (0x0099, "medlora")  # DICOM: the block of private elements that holds them
 
 
@@ -1010,14 +1005,6 @@ def save_png(image, path, parameters):
     text.add_text("synthetic", "true")
     with replacing(path) as file:
         image.save(file, "PNG", pnginfo=text)
-
-
-def save_jpg(image, path, parameters):
-    """Write a JPEG of quality 95, colour at full resolution, with its settings in EXIF as A1111 reads them."""
-    exif = Image.Exif()
-    exif[USER_COMMENT[0]] = {USER_COMMENT[1]: b"UNICODE\0" + parameters.encode("utf-16-be")}
-    with replacing(path) as file:
-        image.save(file, "JPEG", quality=95, subsampling=0, exif=exif, comment="synthetic: true")
 
 
 def save_dicom(image, path, parameters):
@@ -1067,7 +1054,7 @@ def save_dicom(image, path, parameters):
         dcmwrite(file, data, enforce_file_format=True)
 
 
-WRITERS = {"png": save_png, "jpg": save_jpg, "dcm": save_dicom}
+WRITERS = {"png": save_png, "dcm": save_dicom}
 
 
 def parameters_of(path):
@@ -1079,8 +1066,7 @@ def parameters_of(path):
 
             return dcmread(path, stop_before_pixels=True).private_block(*PRIVATE)[1].value
         with Image.open(path) as image:
-            comment = image.getexif().get_ifd(USER_COMMENT[0]).get(USER_COMMENT[1], b"")
-            return image.info.get("parameters") or comment[8:].decode("utf-16-be")
+            return image.info.get("parameters", "")
     except BadImage:
         return None
     except Exception:  # whatever a foreign file's own settings are
@@ -1434,9 +1420,9 @@ def add_flags(parser):
     keep.add_argument("--out", default="runs/samples", help="a folder")
     keep.add_argument(
         "--format",
-        choices=["png", "jpg", "dcm"],
+        choices=["png", "dcm"],
         default="png",
-        help="jpg: 95; dcm: Secondary Capture",
+        help="dcm: Secondary Capture",
     )
     keep.add_argument("--grey", action="store_true", help="write grey pictures: their luma")
     keep.add_argument("--grid", action="store_true", help="also a labelled contact sheet, grid.png")

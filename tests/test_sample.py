@@ -378,19 +378,19 @@ def test_another_format_replaces_and_a_killed_overwrite_leaves_no_false_row(
         tmp_path,
     ]
     run(sample, *flags)
-    assert "other settings" in refused(sample, *flags, "--format", "jpg")
+    assert "other settings" in refused(sample, *flags, "--format", "dcm")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sample, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(sample, *flags, "--format", "jpg", "--overwrite")
+        run(sample, *flags, "--format", "dcm", "--overwrite")
     assert not read_table(tmp_path / "manifest.csv")
-    run(sample, *flags, "--format", "jpg", "--overwrite")
+    run(sample, *flags, "--format", "dcm", "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(f"a-wound-000{n}.jpg" for n in range(3)),
+        *(f"a-wound-000{n}.dcm" for n in range(3)),
         "manifest.csv",
     ]
     (tmp_path / "a-wound-0000.txt").write_text("a caption of somebody's")
     Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0001.png")
-    run(sample, *flags, "--format", "jpg")
+    run(sample, *flags, "--format", "dcm")
     assert (
         "0 images drawn, 3 were there" in capsys.readouterr().out
         and (tmp_path / "a-wound-0000.txt").exists()
@@ -1020,26 +1020,13 @@ def test_prompts_that_no_file_can_hold_are_refused(prompt, base, tmp_path, refus
     assert "give text" in refused(
         sample, "--base", base, "--prompt", "x", "--label", prompt, "--out", tmp_path / "out"
     )
-    assert "too long" in refused(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        "🦶" * 10000,
-        "--negative-prompt",
-        "🦶" * 10000,
-        "--format",
-        "jpg",
-        "--out",
-        tmp_path / "out",
-    )
     assert not (tmp_path / "out").exists()
 
 
 # ---- files
 
 
-@pytest.mark.parametrize("kind", ["jpg", "dcm"])
+@pytest.mark.parametrize("kind", ["dcm"])
 @pytest.mark.parametrize("grey", [[], ["--grey"]])
 def test_other_formats_hold_the_same_picture_and_their_settings(
     kind, grey, base, tmp_path, run, refused, capsys
@@ -1064,7 +1051,7 @@ def test_other_formats_hold_the_same_picture_and_their_settings(
             pixels([read_image(path)])
             - pixels([read_image(tmp_path / kind / f"{path.stem}.{kind}")])
         )
-        assert difference.max() == 0 if kind == "dcm" else difference.mean() < 5
+        assert difference.max() == 0
         assert (
             sample.parameters_of(tmp_path / kind / f"{path.stem}.{kind}")
             == sample.parameters_of(path)
