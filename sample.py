@@ -695,19 +695,16 @@ def generate(
     batch_size=8,
     seed=0,
     guidance_rescale=0.0,
-    guidance_interval=None,
     low_memory=False,
 ):
     """Yield a PIL image for each job (prompt, number) or (prompt, number, attempt), in order.
 
     The noise of a job is keyed by the seed and the job alone, that of an ancestral scheduler's steps likewise.
-    height, width: pixels, the base's own by default. guidance_interval: (low, high), the noise levels
-    σ = √((1 - ᾱ)/ᾱ) between which guidance is used (Kynkäänniemi et al. 2024); outside, the prompt's half alone is run.
+    height, width: pixels, the base's own by default.
     """
     height, width = height or base.resolution, width or base.resolution
     scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
     shape = (base.unet.config.in_channels, height // scale, width // scale)
-    low, high = guidance_interval or (-1, float("inf"))
     if scheduler == "pndm" and base.schedule.get("rescale_betas_zero_snr"):
         fail(
             f"--scheduler pndm: the base {base.name} wants zero terminal SNR, which pndm has not; give ddim or dpm"
@@ -732,17 +729,14 @@ def generate(
             steps
         )  # on the CPU, where the solver looks its numbers up: no step waits for the GPU
         ahead = solver.timesteps.to(base.device)
-        signal = base.alphas_cumprod.cpu()[solver.timesteps.round().long()]
         noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
         latents = noise.to(base.device) * solver.init_noise_sigma
         extra = {"generator": draws} if scheduler == "euler_a" else {}
         given = gather(prompts)
         conds = [gather(unprompted), given] if low_memory else [gather(unprompted + prompts)]
-        for t, t_ahead, sigma in zip(
-            solver.timesteps, ahead, ((1 - signal) / signal).sqrt().tolist()
-        ):
+        for t, t_ahead in zip(solver.timesteps, ahead):
             x = solver.scale_model_input(latents, t)
-            if guidance_scale != 1 and low < sigma <= high:
+            if guidance_scale != 1:
                 prediction = guided(base, x, t_ahead, conds, guidance_scale, guidance_rescale)
             else:
                 prediction = denoise(base, x, t_ahead, given)
@@ -964,8 +958,6 @@ def plan(args, base_name, prompts):
     options = ", Grey" * args.grey + args.kept_by
     if args.guidance_rescale:
         options += f", Guidance rescale: {args.guidance_rescale:g}"
-    if args.guidance_interval:
-        options += ", Guidance interval: {:g} to {:g}".format(*args.guidance_interval)
     planned, stems = [], slugs([p["prompt"] for p in prompts])
     for p in prompts:
         for number in range(p["count"]):
@@ -1276,7 +1268,6 @@ def draw_once(base, todo, size, attempt, control, pool, args):
         size,
         args.seed,
         args.guidance_rescale,
-        args.guidance_interval,
         args.low_memory,
     )
     drawn, again, writing = zip(todo, images), [], deque()
@@ -1356,12 +1347,6 @@ def add_flags(parser):
         default=0.0,
         help="against glare from strong guidance: 0 to 1, "
         "0.7 for v-prediction at zero terminal SNR",
-    )
-    how.add_argument(
-        "--guidance-interval",
-        metavar="LO,HI",
-        help="guide only at noise levels from LO to HI (of 0.03 "
-        "to 15), faster and more varied: 0.28,5.42",
     )
     how.add_argument(
         "--height", type=int, help="pixels, a multiple of 8 (default: the adapter's or the base's)"
@@ -1459,15 +1444,6 @@ def parse_args(argv=None):
     for flag in ("height", "width"):
         if getattr(args, flag) is not None and getattr(args, flag) % 8:
             fail(f"--{flag} {getattr(args, flag)}: give a multiple of 8")
-    if args.guidance_interval:
-        try:
-            low, high = map(float, args.guidance_interval.split(","))
-            assert 0 <= low < high
-        except (ValueError, AssertionError):
-            fail(
-                f"--guidance-interval {args.guidance_interval}: give two noise levels, such as 0.28,5.42"
-            )
-        args.guidance_interval = low, high
     for needed, flags in (
         ("selector", ("min_quality", "min_alignment")),
         ("reference", ("calibrate", "max_lpips", "min_ssim", "drop_copies")),

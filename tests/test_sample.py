@@ -111,32 +111,6 @@ def test_a_scheduler_that_knows_no_zero_terminal_snr_is_refused(base, capsys):
     assert "pndm" in capsys.readouterr().err
 
 
-def test_guidance_outside_its_interval_is_left_out_and_costs_nothing(loaded, monkeypatch):
-    rows, denoise = [], sample.denoise
-
-    def counted(base, x, t, cond):
-        rows.append(len(x))
-        return denoise(base, x, t, cond)
-
-    monkeypatch.setattr(sample, "denoise", counted)
-
-    def drawn(scale, interval):
-        rows.clear()
-        return pixels(sample.generate(loaded, JOBS[:2], 10, scale, guidance_interval=interval))
-
-    always, never = drawn(9, None), drawn(1, None)
-    assert rows == [2] * 10
-    assert np.array_equal(drawn(9, (0.0, 99.0)), always) and rows == [4] * 10
-    assert np.array_equal(drawn(9, (50.0, 99.0)), never) and rows == [2] * 10
-    between = drawn(9, (0.28, 5.42))
-    levels = [
-        ((1 - a) / a) ** 0.5
-        for a in loaded.alphas_cumprod[[901 - 100 * i for i in range(10)]].tolist()
-    ]
-    assert rows == [4 if 0.28 < level <= 5.42 else 2 for level in levels] and 20 < sum(rows) < 40
-    assert not np.array_equal(between, always) and not np.array_equal(between, never)
-
-
 def test_low_memory_draws_the_same_with_half_the_rows(base, loaded, tmp_path, run, monkeypatch):
     rows, tiles, denoise, decode = [], [], sample.denoise, sample.decode
     monkeypatch.setattr(
@@ -525,8 +499,6 @@ def test_a_prompt_cannot_leave_the_folder(base, tmp_path, run):
         (["--prompt", "x", "--steps", "1000"], "--steps 1000"),
         (["--prompt", "x", "--steps", "999", "--scheduler", "dpm"], "at most 998"),
         (["--prompt", "x", "--guidance-rescale", "1.5"], "--guidance-rescale 1.5"),
-        (["--prompt", "x", "--guidance-interval", "5,0.3"], "--guidance-interval 5,0.3"),
-        (["--prompt", "x", "--guidance-interval", "5"], "--guidance-interval 5"),
         (["--prompt", "x", "--guidance-scale", "nan"], "--guidance-scale nan"),
         (["--prompt", "x", "--scheduler", "magic"], "magic"),
         (["--num-images", "2"], "nothing to draw"),
@@ -609,12 +581,10 @@ def test_every_flag_of_drawing_reaches_the_sampler(base, tmp_path, run, monkeypa
         9,
         "--guidance-rescale",
         0.5,
-        "--guidance-interval",
-        "0.3,5",
         "--out",
         tmp_path,
     )
-    assert seen == [(3, 4.0, "euler", 64, 72, "blur", 2, 9, 0.5, (0.3, 5.0), False)]
+    assert seen == [(3, 4.0, "euler", 64, 72, "blur", 2, 9, 0.5, False)]
 
 
 # ---- what a run of train.py left
