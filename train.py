@@ -879,25 +879,17 @@ def pictures_of(base, jobs, args, **how):
 
 
 def class_images(base, count, args):
-    """Fill --class-data up to `count` images of --class-prompt, drawn by the base as it is; what is there stays.
-    Returns them, encoded."""
-    there = list_images(args.class_data) if any(Path(args.class_data).glob("[!.]*")) else []
-    free = [i for i in range(count) if not Path(args.class_data, f"class-{i:05d}.png").exists()]
-    missing = [(args.class_prompt, i) for i in free[: max(0, count - len(there))]]
-    if missing and there and there[0]["fields"]:
+    """The images of --class-data, encoded. Where they are fewer than `count`, the error says how to draw them."""
+    folder = Path(args.class_data)
+    rows = list_images(args.class_data) if any(folder.glob("[!.]*")) else []
+    if len(rows) < count:
+        size = ("--height", args.resolution, "--width", args.resolution)
+        draw = ("--base", args.base, "--prompt", args.class_prompt, "--num-images", count)
         fail(
-            f"--class-data {args.class_data}: its table names {len(there)} images, {count} are needed: add some, or give a "
-            "folder without a table, which the base fills up"
+            f"--class-data {folder}: {len(rows)} images, {count} are needed; to draw them: "
+            + command("sample.py", *draw, *size, "--out", folder)
         )
-    if RANK == 0:
-        for job, image in zip(
-            missing,
-            tqdm(pictures_of(base, missing, args), "drawing the class", len(missing), unit="image"),
-        ):
-            save_png(image, Path(args.class_data, f"class-{job[1]:05d}.png"), args.class_prompt)
-    if WORLD > 1:
-        dist.barrier()
-    rows = [row | {"caption": args.class_prompt} for row in list_images(args.class_data)]
+    rows = [row | {"caption": args.class_prompt} for row in rows]
     return cache(base, *load_uncached(add_facts(rows, args), args), args, "class images")
 
 
