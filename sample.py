@@ -2,7 +2,7 @@
 
     python sample.py --lora runs/dfu/lora.safetensors --prompt "an inflammatory diabetic foot ulcer" --num-images 50
     python sample.py --checkpoint runs/dfu/checkpoints/best.pt --num-images 50 --grid --out runs/try
-    torchrun --nproc_per_node=2 sample.py --lora runs/xray/lora.safetensors --labels-from xray/ --counts balanced
+    torchrun --nproc_per_node=2 sample.py --lora runs/xray/lora.safetensors --labels-from xray/
 
 Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture, but for rounding, whatever the batch
 size, the number of processes or restarts. What is there already with the same settings is skipped, so a run that was
@@ -779,47 +779,14 @@ def classes_of(rows):
     return tuple(min(each, key=lambda label: (counts[label], label)) for each in labels)
 
 
-def deal(rows, total, balanced):
-    """How many of `total` images each caption of a data set gets: {caption: count}, summing to total.
-
-    In proportion to its rows; balanced: every label alike, a row with several labels counted with its rarest.
-    """
-    kinds = classes_of(rows)
-    sizes, share, shared = (
-        Counter(kinds),
-        Counter(),
-        Counter({(row["caption"], kind) for row, kind in zip(rows, kinds)}),
-    )
-    twice = [
-        caption for caption, count in Counter(caption for caption, _ in shared).items() if count > 1
-    ]
-    if balanced and twice:
-        fail(
-            f'--counts balanced: the caption "{twice[0]}" is one of several labels: put {{label}} into --prompt'
-        )
-    for row, kind in zip(rows, kinds):
-        share[row["caption"]] += 1 / sizes[kind] if balanced else 1
-    whole = sum(share.values())
-    exact = {caption: total * each / whole for caption, each in share.items()}
-    counts = {caption: int(each + 1e-9) for caption, each in exact.items()}
-    fullest = sorted(
-        exact, key=lambda caption: counts[caption] - exact[caption]
-    )  # largest remainders first
-    counts |= {caption: counts[caption] + 1 for caption in fullest[: total - sum(counts.values())]}
-    return counts
-
-
 def read_prompts(args, adapters):
-    """The prompts to draw: [{"prompt", "label", "modality", "count"}], each distinct prompt once, in the order given;
+    """The prompts to draw: [{"prompt", "label", "modality"}], each distinct prompt once, in the order given;
     those of the adapters' runs where the flags name none."""
     table = (args.prompts or "").lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson"))
     field = (
         r"\{[^{}]+\}" if table else r"\{([lL]abels?|caption|[tT]ext)\}"
     )  # other braces may be a caption's own
-    formats, counts = (
-        [prompt for prompt in args.prompt if args.labels_from or re.search(field, prompt)],
-        {},
-    )
+    formats = [prompt for prompt in args.prompt if args.labels_from or re.search(field, prompt)]
     found = [(prompt, "", "") for prompt in args.prompt if prompt not in formats]
     if formats and not (args.labels_from or table):
         fail(
@@ -847,12 +814,6 @@ def read_prompts(args, adapters):
         for row in rows:
             row["caption"] = " ".join(row["caption"].split())
         found = [(row["caption"], row["label"], modality_of(row)) for row in rows]
-        if args.counts:
-            counts = deal(
-                rows,
-                args.num_images * len({row["caption"] for row in rows}),
-                args.counts == "balanced",
-            )
     if table:
         rows = [
             {"file_name": f"row {n}", "fields": fields}
@@ -903,7 +864,6 @@ def read_prompts(args, adapters):
             "prompt": prompt,
             "label": args.label or label,
             "modality": modality,
-            "count": counts.get(prompt, args.num_images),
         }
         for prompt, (label, modality) in said.items()
     ]
@@ -960,7 +920,7 @@ def plan(args, base_name, prompts):
         options += f", Guidance rescale: {args.guidance_rescale:g}"
     planned, stems = [], slugs([p["prompt"] for p in prompts])
     for p in prompts:
-        for number in range(p["count"]):
+        for number in range(args.num_images):
             parameters = f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\n{settings}, Image: {number}{options}"
             name = f"{stems[p['prompt']]}-{number:04d}.{args.format}"
             planned.append(
@@ -1326,12 +1286,6 @@ def add_flags(parser):
     what.add_argument("--labels-from", metavar="DATA", help="every distinct caption of a data set")
     what.add_argument("--negative-prompt", default="", help="what to steer away from")
     what.add_argument("--num-images", type=int, default=4, help="images a prompt")
-    what.add_argument(
-        "--counts",
-        choices=["proportional", "balanced"],
-        help="deal --labels-from's images to captions "
-        "as frequent as they are there, or to every label alike (default: to every caption alike)",
-    )
     what.add_argument("--label", default="", help="written into manifest.csv for every image")
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=50, help="denoising steps")
@@ -1463,8 +1417,6 @@ def parse_args(argv=None):
         args.calibrate = 0.05
     if args.labels_from and len(args.prompt) > 1:
         fail("--labels-from takes one --prompt, the format of its captions")
-    if args.counts and not args.labels_from:
-        fail("--counts deals out the captions of --labels-from DATA, which is missing")
     if not (args.prompt or args.prompts or args.labels_from or args.lora or args.checkpoint):
         fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
     return args

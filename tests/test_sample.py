@@ -384,7 +384,6 @@ def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(base, tmp_path, 
         prompt=[],
         prompts=None,
         labels_from=tmp_path / "t.csv",
-        counts=None,
         num_images=2,
         label="",
         negative_prompt="",
@@ -396,8 +395,6 @@ def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(base, tmp_path, 
         ("one", "calm"),
         ("none", ""),
     ]
-    flags = ["--base", base, "--labels-from", tmp_path / "t.csv", "--out", tmp_path / "out"]
-    assert "one of several labels" in refused(sample, *flags, "--counts", "balanced")
     (tmp_path / "p.csv").write_text("x,y\n1,2\n")
     assert "no column of captions" in refused(
         sample, "--base", base, "--prompts", tmp_path / "p.csv"
@@ -818,58 +815,6 @@ def test_a_weight_below_zero_takes_an_adapter_away(base, tmp_path, run):
 
 
 # ---- prompts
-
-ROWS = [
-    {"caption": caption, "label": label}
-    for caption, label, n in (
-        ("clear lungs", "none", 6),
-        ("fibrosis", "Fibrosis", 2),
-        ("fibrosis and mass", "Fibrosis|Mass", 1),
-    )
-    for _ in range(n)
-]
-
-
-@pytest.mark.parametrize(
-    "total, balanced, expected",
-    [
-        (9, False, [6, 2, 1]),
-        (10, False, [7, 2, 1]),
-        (3, False, [2, 1, 0]),
-        (9, True, [3, 3, 3]),
-        (90, True, [30, 30, 30]),
-    ],
-)
-def test_images_are_dealt_to_captions_as_frequent_or_to_labels_alike(total, balanced, expected):
-    assert list(sample.deal(ROWS, total, balanced).values()) == expected
-
-
-def test_counts_follow_the_data_set(base, images, tmp_path, run, refused):
-    for i in range(8):
-        place = tmp_path / "data" / ("calm" if i < 6 else "sore")
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.copy(f"{images}/calm/0.png", place / f"{i}.png")
-    flags = [
-        "--base",
-        base,
-        "--labels-from",
-        tmp_path / "data",
-        "--prompt",
-        "{label}",
-        "--num-images",
-        2,
-        "--steps",
-        1,
-    ]
-    run(sample, *flags, "--counts", "proportional", "--out", tmp_path / "a")
-    run(sample, *flags, "--counts", "balanced", "--out", tmp_path / "b")
-    for folder, counts in (("a", [3, 1]), ("b", [2, 2])):
-        assert [
-            len(list((tmp_path / folder).glob(f"{name}-*.png"))) for name in ("calm", "sore")
-        ] == counts
-    assert "--labels-from" in refused(
-        sample, "--base", base, "--prompt", "x", "--counts", "balanced"
-    )
 
 
 def test_a_prompt_with_fields_is_a_format_of_the_captions_of_a_table(
