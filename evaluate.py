@@ -4,7 +4,7 @@
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
     python evaluate.py REAL GENERATED --split runs/dfu/split.csv --utility --by sex
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
-    torchrun --nproc_per_node=2 evaluate.py REAL GENERATED --features pt_inception-2015-12-05-6726825d.pth --lpips alex
+    python evaluate.py REAL GENERATED --features pt_inception-2015-12-05-6726825d.pth --lpips alex
 
 REAL and GENERATED are folders of images, folders with metadata.csv or manifest.csv, or such tables. Prints a table,
 writes a report that opens in any browser without a network (--out) and the same figures for programs (--json). Each
@@ -86,8 +86,6 @@ from metrics import (
 )
 
 HALVES = 20  # random halves of the real set
-LARGE = 5000  # images in all above which no matrix holds them, and the null is that of DRAWN of each set
-DRAWN = 1000
 SHARES = (0, 10, 25, 50, 100, 200)  # per cent of generated images that are added for --utility
 SEEDS = 5
 BANDS = {
@@ -236,64 +234,6 @@ def sampled_pair_draws(matrix, draws):
 def nearest_draws(matrix, draws):
     """Mean over the second set of the smallest entry towards the first, for each draw."""
     return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
-
-
-def large_values(real, fake, standardise=False, width=200):
-    """The metrics of features that have too many rows for one matrix, (N, D), (M, D), N, M > 1: {name: value}, in blocks.
-
-    frechet, kid, cmmd, precision, recall, density, coverage and vendi, as in METRICS.
-    """
-    (n, d), m = real.shape, len(fake)
-    sets = (
-        np.split(pooled(real, fake, True), [n]) if standardise else [real, fake]
-    )  # float32 until it is their turn
-    squares, sums, radii = (
-        [np.einsum("nd,nd->n", x, x, dtype=np.float64) for x in sets],
-        {},
-        [[], []],
-    )
-
-    def blocks(a, b):  # squared distances, `width` rows at a time; the kernels' sums on the way
-        others = sets[b].T.astype(np.float64)
-        for start in tqdm(range(0, len(sets[a]), width), desc="blocks", leave=False, disable=None):
-            product, own = (
-                sets[a][start : start + width] @ others,
-                squares[a][start : start + width, None],
-            )
-            for name, kernel in (
-                ("kid", (product / d + 1) ** 3),
-                ("cmmd", np.exp((product / np.sqrt(own * squares[b] + 1e-24) - 1) / 100)),
-            ):
-                diagonal = np.trace(kernel, start) if a == b and name == "kid" else 0
-                sums[name, a, b] = sums.get((name, a, b), 0) + kernel.sum() - diagonal
-            yield start, np.maximum(own + squares[b] - 2 * product, 0)
-
-    for a in (0, 1):
-        ks = [min(k, len(sets[a]) - 1) for k in (3, 5)]
-        radii[a] = np.concatenate(
-            [np.partition(block, ks, axis=1)[:, ks] for _, block in blocks(a, a)]
-        )
-    reached, counted, recalled, covered = np.zeros(m, bool), 0, [], []
-    for start, block in blocks(0, 1):
-        near, wide = (block <= radii[0][start : start + width, k, None] for k in (0, 1))
-        reached, counted = reached | near.any(0), counted + wide.sum()
-        recalled.append((block <= radii[1][:, 0]).any(1))
-        covered.append(wide.any(1))
-    kid, cmmd = (
-        [sums[name, a, b] for a, b in ((0, 0), (1, 1), (0, 1))] for name in ("kid", "cmmd")
-    )
-    unit = sets[1] / np.sqrt(squares[1] + 1e-24)[:, None]
-    covariance = unit.T @ unit / m  # has the similarities' eigenvalues
-    return {
-        "frechet": frechet(*sets),
-        "kid": kid[0] / (n * (n - 1)) + kid[1] / (m * (m - 1)) - 2 * kid[2] / (n * m),
-        "cmmd": 1000 * (cmmd[0] / n**2 + cmmd[1] / m**2 - 2 * cmmd[2] / (n * m)),
-        "precision": reached.mean(),
-        "recall": np.concatenate(recalled).mean(),
-        "density": counted / (5 * m),
-        "coverage": np.concatenate(covered).mean(),
-        "vendi": vendi(covariance * d),
-    }
 
 
 # name: (function of the joint matrices and the draws, lower is better, what it needs: evaluate.py brings it)
@@ -532,7 +472,6 @@ def draw_checkpoints(args):
                 ]
             )
         )
-        meet()  # the first process writes manifest.csv last
         own = {
             " ".join(prompt.split()) for prompt in prompts
         }  # a run of the same name may have left others
@@ -545,50 +484,20 @@ def draw_checkpoints(args):
     return drawn
 
 
-def meet():
-    """Under torchrun, wait until every process is here."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo")
-        torch.distributed.barrier()
-
-
-def load_set(path, rows, resolution, networks, args, device, drawn=None):
-    """A set: {"path", "n", "rows", "pixels" uint8 (N, 3, S, S), "features" (N, D), "every": (all, D) or None}.
-
-    drawn: how many of a large set, by the seed, keep their pixels; "every" has the features of all, read in parts.
-    """
-
-    def read(rows):
-        good, pixels = load_pixels(rows, resolution, measure=artefacts)
-        return (
-            good,
-            pixels,
-            extract(pixels, networks["features"], device, args.batch_size, args.precision),
-        )
-
-    if drawn is not None:
-        rows = [
-            rows[n]
-            for n in torch.randperm(len(rows), generator=generator(args.seed, "drawn")).tolist()
-        ]
-    kept, pixels, features = read(rows[:drawn])
-    rest = [
-        read(rows[n : n + 500])[2].astype(np.float32)
-        for n in range(drawn or len(rows), len(rows), 500)
-    ]
+def load_set(path, rows, resolution, networks, args, device):
+    """A set: {"path", "n", "rows", "pixels" uint8 (N, 3, S, S), "features" (N, D)}."""
+    kept, pixels = load_pixels(rows, resolution, measure=artefacts)
     if len(kept) < 2:
         fail(
             f"{path}: {len(kept)} readable image; a comparison of sets needs at least 2, and says little under 50"
         )
-    every = drawn and np.concatenate([features, *rest], dtype=np.float32)
+    features = extract(pixels, networks["features"], device, args.batch_size, args.precision)
     return {
         "path": path,
-        "n": len(every if drawn else kept),
+        "n": len(kept),
         "rows": kept,
         "pixels": pixels,
         "features": features,
-        "every": every,
     }
 
 
@@ -616,10 +525,7 @@ def joint_of(real, fake, names, networks, args, device):
                 for pixels in sets
                 for part in pixels.split(64)
             ]
-        memory = 2**29 if real["every"] is None else 2**28  # beside large sets there is less room
-        joint["lpips"] = lpips_matrix(
-            torch.cat(small), networks["lpips"], device, args.batch_size, memory
-        )
+        joint["lpips"] = lpips_matrix(torch.cat(small), networks["lpips"], device, args.batch_size)
     joint |= joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
     if "ssim" in needs:
         own, cross, other = (
@@ -684,9 +590,6 @@ def evaluate_set(real, fake, known, args, names, networks, device):
         "halves": None,
         "memorisation": found,
     }
-    large = {}
-    if real["every"] is not None:
-        large = large_values(real["every"], fake.pop("every"), networks["features"]["standardise"])
     n, m, joint = (
         len(real["rows"]),
         len(fake["rows"]),
@@ -698,7 +601,6 @@ def evaluate_set(real, fake, known, args, names, networks, device):
     for name in names:
         function, lower_is_better, need = METRICS[name]
         f = yardstick(function(joint, draws), lower_is_better)
-        f["value"] = float(large.get(name, f["value"]))
         at_half = [function(joint, half) for half in halves if need != "captions"]
         entry["halves"] = at_half if name == names[0] else entry["halves"]
         middle = [float(np.median(values)) for values in at_half] or [None, None]
@@ -718,7 +620,7 @@ def evaluate_set(real, fake, known, args, names, networks, device):
         entry["metrics"][label] = f
         error = (
             f" ± {number(kid(joint['features'][:n], joint['features'][n:])[1], 2)}"
-            if name == "kid" and not large
+            if name == "kid"
             else ""
         )
         chances = [
@@ -1244,11 +1146,6 @@ def methods(args, settings, real, entries):
         if patients
         else ""
     )
-    large = (
-        f" Values are those of all images; null, excess, p, SSIM, LPIPS and copies those of {DRAWN} drawn from each set."
-        if real["every"] is not None
-        else ""
-    )
     used = (
         ""
         if not args.utility
@@ -1271,7 +1168,7 @@ def methods(args, settings, real, entries):
         f"{args.permutations} permutations of the pooled images{whole}, seed {args.seed}; excess is the value less the "
         f"null's median. “Real halves” is the median over {HALVES} random halves of the real set against each other, "
         "“same size” that of as many generated images against a half: these two may be compared; the ranking's "
-        f"intervals come from the spread over these halves.{large}{used} Python {settings['versions']['python']}, torch "
+        f"intervals come from the spread over these halves.{used} Python {settings['versions']['python']}, torch "
         f"{settings['versions']['torch']}, numpy {settings['versions']['numpy']}, on {settings['device']}. "
         "Not for diagnosis."
     )
@@ -1559,24 +1456,6 @@ def check_sets(args, names, real_rows, sets):
             )
 
 
-def share_out(rows, resolution, networks, args, device):
-    """Under torchrun every process computes the features of its part into the cache; True for the one that goes on."""
-    rank, world = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
-    if world > 1:
-        extract(
-            load_pixels(rows[rank::world], resolution)[1],
-            networks["features"],
-            device,
-            args.batch_size,
-            args.precision,
-        )
-        meet()
-        torch.distributed.destroy_process_group()
-    return rank == 0
-
-
 def rank_key(entry):
     """For sorting: copies last, then the excess of the first metric, turned so that small is good."""
     name, figures = next(iter(entry["metrics"].items()))
@@ -1719,7 +1598,7 @@ def parse_args():
     output.add_argument("--json", help="the figures for programs")
     args = parser.parse_args()
     for flag, least, most in (
-        ("max_images", 2, 10**6),
+        ("max_images", 2, 5000),
         ("resolution", 64, 4096),
         ("permutations", 99, 10**6),
         ("steps", 1, 999),
@@ -1757,14 +1636,11 @@ def main(args):
     check_sets(args, names, real_rows, sets)
     everything = sum((rows for _, rows in sets), real_rows)
     resolution = args.resolution or pick_resolution(real_rows, *(rows for _, rows in sets))
-    if not share_out(everything, resolution, networks, args, device):
-        return
     native = all(has_side(row, resolution) for row in everything)
     settings = describe(args, names, networks, resolution, native, device) | {
         "real_hash": set_hash(real_rows)
     }
-    drawn = DRAWN if max(len(rows) for _, rows in sets) + len(real_rows) > LARGE else None
-    real = load_set(args.real, real_rows, resolution, networks, args, device, drawn)
+    real = load_set(args.real, real_rows, resolution, networks, args, device)
     known = real
     if known_rows is not None:  # searched for copies, read small
         known = dict(
@@ -1774,15 +1650,11 @@ def main(args):
             )
         )
     print(f"{len(real_rows)} real images at {resolution} px; " + "; ".join(caveats(settings)))
-    if drawn:
-        print(
-            f"values of all images; null, excess, p, SSIM, LPIPS and copies of {DRAWN} drawn from each set"
-        )
     entries = []
     for path, rows in sets:
         if os.path.realpath(path) == os.path.realpath(args.real):
             print(f"{path} is the REAL set itself: these are the figures of perfect copies")
-        fake = load_set(path, rows, resolution, networks, args, device, drawn)
+        fake = load_set(path, rows, resolution, networks, args, device)
         entries.append(
             evaluate_set(real, fake, known, args, names, networks, device)
             | {"hash": set_hash(rows)}

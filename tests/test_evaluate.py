@@ -176,27 +176,6 @@ def test_bands_stand_beside_the_values_and_a_table_replaces_them(tmp_path, monke
     assert (found["kid"]["band"], found["vendi"]["band"]) == ("good", None)
 
 
-def test_large_sets_are_read_in_parts_and_their_values_are_those_of_all_images(
-    tmp_path, monkeypatch, capsys
-):
-    real, fake = draw(tmp_path / "real", 24, 1), draw(tmp_path / "fake", 22, 2)
-    names = ("--metrics", "frechet,kid,coverage,vendi")
-    whole = run(monkeypatch, real, fake, *names)["generated"][0]
-    monkeypatch.setattr(evaluate, "LARGE", 30)
-    monkeypatch.setattr(evaluate, "DRAWN", 12)
-    parts = run(monkeypatch, real, fake, *names)
-    assert (
-        parts["real"]["n"] == 24
-        and parts["generated"][0]["n"] == 22
-        and "12 drawn from each set" in capsys.readouterr().out
-    )
-    for name, figures in parts["generated"][0]["metrics"].items():
-        assert figures["value"] == pytest.approx(
-            whole["metrics"][name]["value"], rel=1e-4, abs=1e-4
-        )
-        assert figures["null"] != whole["metrics"][name]["null"] or name == "coverage"
-
-
 def test_copies_of_training_images_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     real, train, fake = (
         draw(tmp_path / "real", 30, 1),
