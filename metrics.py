@@ -1711,23 +1711,6 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
     return features
 
 
-def caption_scores(pixels, captions, name, device, batch_size=32):
-    """CLIP score (Hessel et al. 2021) of every image with every caption: uint8 (N, 3, H, W), N texts -> (N, N), 100 x the
-    cosine of CLIP's embeddings, at least 0. name: a CLIP folder or Hub id; texts end at 77 tokens."""
-    images = extract(pixels, transformer_features(name, device, clean=True), device, batch_size)
-    model = transformer(name, "CLIPTextModelWithProjection", use_safetensors=True).to(device).eval()
-    distinct = list(dict.fromkeys(captions))
-    tokens = transformer(name, "AutoTokenizer")(
-        distinct, padding=True, truncation=True, max_length=77, return_tensors="pt"
-    )
-    with torch.inference_mode():
-        texts = model(**tokens.to(device)).text_embeds.double().cpu().numpy()
-    cosines = (images / np.linalg.norm(images, axis=1)[:, None]) @ (
-        texts / np.linalg.norm(texts, axis=1)[:, None]
-    ).T
-    return np.maximum(0, 100 * cosines)[:, [distinct.index(caption) for caption in captions]]
-
-
 def cached_vector(path):
     """The float32 vector of a cache file, or None where there is none or its checksum is wrong."""
     try:
@@ -1882,16 +1865,6 @@ def ssim_maps(a, b):
 def ssim(a, b):
     """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11 -> (B,): the channels' mean."""
     return ssim_maps(a, b)[0].mean(1)
-
-
-def ms_ssim(a, b):
-    """MS-SSIM (Wang et al. 2003) of images in [0, 1], (B, C, H, W), H, W >= 161 -> (B,); as pytorch-msssim has it."""
-    product = 1.0
-    for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
-        whole, structure = ssim_maps(a, b)
-        product = product * (whole if scale == 4 else structure).relu() ** weight
-        a, b = (F.avg_pool2d(x, 2, padding=[side % 2 for side in x.shape[2:]]) for x in (a, b))
-    return product.mean(1)
 
 
 def ssim_matrix(first, second, device="cpu", size=64):
