@@ -15,7 +15,7 @@ The JSON: {"format": 1, "settings": {...}, "real": {"path", "n"}, "generated": [
 "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real", "band"}}, "memorisation": {"likely_copies",
 "pairs": [{"generated", "train", "distance", "p"}]}, "utility": [{"share", "auroc", "low", "high"}]}]}; with --utility also
 "classifiers", with --by or labels "subgroups". share is in percent, low and high hold 95 %. A figure that does not apply
-is null. kid and lpips are plain, cmmd x 1000; ssim, lpips: _nearest is the mean over generated images of the most similar
+is null. ssim, lpips: _nearest is the mean over generated images of the most similar
 real one, _pairs the mean over pairs of generated images; colour is the Frechet distance of chroma statistics, artefacts
 that of blocks and grain as stored.
 """
@@ -44,7 +44,6 @@ from metrics import (
     FID_WEIGHTS,
     Flags,
     artefacts,
-    caption_scores,
     colour,
     command,
     copy_chances,
@@ -62,7 +61,6 @@ from metrics import (
     load_pixels,
     lpips_files,
     lpips_matrix,
-    ms_ssim,
     near_duplicates,
     nearest,
     page,
@@ -81,7 +79,6 @@ from metrics import (
     ssim_matrix,
     table,
     thumbnail,
-    to_grey,
     write_file,
 )
 
@@ -114,13 +111,11 @@ def joint_matrices(real, fake, standardise):
     """What every number below is read from: both sets' features as `pooled`, their KID kernel and distances."""
     features = pooled(real, fake, standardise)
     centred = features - features.mean(0)  # a large common mean costs digits
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return {
         "features": features,
         "gram": centred @ centred.T,
         "distance": squared_distances(centred, centred),
         "kernel": (features @ features.T / features.shape[1] + 1) ** 3,
-        "cosine": 1 - squared_distances(unit, unit) / 2,
     }
 
 
@@ -179,56 +174,12 @@ def neighbour_draws(joint, draws, number):
     return joint[key][:, number]
 
 
-def cmmd_draws(joint, draws):
-    """CMMD (Jayasumana et al. 2024) of each draw: Gaussian kernel of sigma 10, unit vectors, diagonals included, x 1000."""
-    first, second, between = pair_means(np.exp((joint["cosine"] - 1) / 100), draws)
-    n, m = (draws == 1).sum(1), (draws == -1).sum(1)
-    return 1000 * (first + (1 - first) / n + second + (1 - second) / m - 2 * between)
-
-
-def vendi(similarity):
-    """Vendi score (Friedman & Dieng 2023) of (n, n) similarities, 1 with itself: how many different images n amount to."""
-    return float(
-        np.exp(special.entr(np.linalg.eigvalsh(similarity / len(similarity)).clip(0)).sum())
-    )
-
-
-def vendi_draws(joint, draws):
-    """Vendi score of the second set of each draw."""
-    second = (
-        np.flatnonzero(draw == -1) for draw in tqdm(draws, desc="Vendi", leave=False, disable=None)
-    )
-    return np.array([vendi(joint["cosine"][np.ix_(j, j)]) for j in second])
-
-
 def inception_draws(joint, draws):
     """Inception Score (Salimans et al. 2016) of the second set of each draw, in one split; joint["logits"]: (n + m, 1008),
     without bias, all columns, as torch-fidelity has them."""
     shares = special.softmax(joint["logits"], 1)
     second = (draws == -1) / (draws == -1).sum(1, keepdims=True)
     return np.exp(special.entr(second @ shares).sum(1) - second @ special.entr(shares).sum(1))
-
-
-def caption_draws(joint, draws):
-    """CLIP score of images with their captions (row 0) and with shuffled ones; joint["captions"]: (m, m) image, caption."""
-    m = len(joint["captions"])
-    orders = [
-        torch.randperm(m, generator=generator(0, "captions", row)).numpy()
-        for row in range(1, len(draws))
-    ]
-    return np.array(
-        [joint["captions"][np.arange(m), order].mean() for order in [np.arange(m), *orders]]
-    )
-
-
-def sampled_pair_draws(matrix, draws):
-    """Mean over the pairs within the second set of each draw whose entry of `matrix` is known, not NaN."""
-    second = (draws == -1).astype(float)
-    sums = [
-        (second @ part * second).sum(1)
-        for part in (np.nan_to_num(matrix), np.isfinite(matrix).astype(float))
-    ]
-    return sums[0] / np.maximum(sums[1], 1)
 
 
 def nearest_draws(matrix, draws):
@@ -240,31 +191,18 @@ def nearest_draws(matrix, draws):
 METRICS = {
     "frechet": (frechet_draws, True, "features"),
     "kid": (kid_draws, True, "features"),
-    "cmmd": (cmmd_draws, True, "features"),
     **{
         name: (functools.partial(neighbour_draws, number=number), False, "features")
         for number, name in enumerate(("precision", "recall", "density", "coverage"))
     },
-    "vendi": (vendi_draws, False, "features"),
     "colour": (lambda joint, draws: frechet_draws(joint["colour"], draws), True, "colour"),
     "artefacts": (lambda joint, draws: frechet_draws(joint["artefacts"], draws), True, "artefacts"),
     "ssim_nearest": (lambda joint, draws: -nearest_draws(-joint["ssim"], draws), False, "ssim"),
     "ssim_pairs": (lambda joint, draws: pair_means(joint["ssim"], draws)[1], True, "ssim"),
     "lpips_nearest": (lambda joint, draws: nearest_draws(joint["lpips"], draws), True, "lpips"),
     "lpips_pairs": (lambda joint, draws: pair_means(joint["lpips"], draws)[1], False, "lpips"),
-    "ms_ssim_pairs": (
-        lambda joint, draws: sampled_pair_draws(joint["ms_ssim"], draws),
-        True,
-        "ms_ssim",
-    ),
     "inception_score": (inception_draws, False, "logits"),
-    "clip_score": (caption_draws, False, "captions"),
 }
-OPT_IN = (
-    "ms_ssim",
-    "logits",
-    "captions",
-)  # what is brought only for metrics that are asked for by name
 
 
 # ---------------------------------------------------------------- the yardstick: what chance alone would give
@@ -346,7 +284,7 @@ def yardstick(values, lower_is_better):
 
 def chosen_metrics(text):
     """The names to compute, from --metrics."""
-    usual = [name for name, row in METRICS.items() if row[2] not in OPT_IN]
+    usual = [name for name, row in METRICS.items() if row[2] != "logits"]
     words = [name.strip().replace("-", "_") for name in text.split(",")] if text else usual
     names = ["frechet" if name == "fid" else name for name in words]
     for name in names:
@@ -516,50 +454,16 @@ def joint_of(real, fake, names, networks, args, device):
         if name in needs
     }
     if "lpips" in needs:  # first: it takes the most memory
-        small = sets
-        if (
-            networks["lpips"]["name"] == "random"
-        ):  # its filters know no scale: the smallest size serves
-            small = [
-                F.interpolate(part.float(), (64, 64), mode="area").round().byte()
-                for pixels in sets
-                for part in pixels.split(64)
-            ]
-        joint["lpips"] = lpips_matrix(torch.cat(small), networks["lpips"], device, args.batch_size)
+        joint["lpips"] = lpips_matrix(torch.cat(sets), networks["lpips"], device, args.batch_size)
     joint |= joint_matrices(real["features"], fake["features"], networks["features"]["standardise"])
     if "ssim" in needs:
         own, cross, other = (
             ssim_matrix(sets[a], sets[b], device) for a, b in ((0, 0), (0, 1), (1, 1))
         )
         joint["ssim"] = np.block([[own, cross], [cross.T, other]])
-    if "ms_ssim" in needs:
-        joint["ms_ssim"] = sampled_ms_ssim(torch.cat(sets), args, device)
     if "logits" in needs:
         joint["logits"] = joint["features"] @ networks["features"]["head"].T
-    if "captions" in needs:
-        captions = [row["caption"] for row in fake["rows"]]
-        joint["captions"] = caption_scores(
-            fake["pixels"], captions, args.clip, device, args.batch_size
-        )
     return joint
-
-
-def sampled_ms_ssim(pixels, args, device, count=4000):
-    """(N, N): MS-SSIM of `count` random pairs, in grey, NaN elsewhere; the diversity measure of Odena et al. 2017."""
-    if pixels.shape[2] < 161:
-        fail(
-            f"--metrics ms_ssim_pairs: images of {pixels.shape[2]} pixels are too small for it: --resolution 161 or more"
-        )
-    found = torch.full((len(pixels), len(pixels)), float("nan"))
-    pairs = torch.randint(len(pixels), (2, count), generator=generator(args.seed, "pairs"))
-    pairs = pairs[:, pairs[0] != pairs[1]]
-    for i, j in tqdm(
-        list(zip(pairs[0].split(50), pairs[1].split(50))), desc="MS-SSIM", leave=False, disable=None
-    ):
-        found[i, j] = found[j, i] = ms_ssim(
-            *(to_grey(pixels[which].to(device)) for which in (i, j))
-        ).cpu()
-    return found.double().numpy()
 
 
 HEADER = (
@@ -601,7 +505,7 @@ def evaluate_set(real, fake, known, args, names, networks, device):
     for name in names:
         function, lower_is_better, need = METRICS[name]
         f = yardstick(function(joint, draws), lower_is_better)
-        at_half = [function(joint, half) for half in halves if need != "captions"]
+        at_half = [function(joint, half) for half in halves]
         entry["halves"] = at_half if name == names[0] else entry["halves"]
         middle = [float(np.median(values)) for values in at_half] or [None, None]
         label = (
@@ -611,11 +515,7 @@ def evaluate_set(real, fake, known, args, names, networks, device):
             and networks["features"]["published"]
             else name
         )
-        limits = (
-            None
-            if label == "lpips_nearest" and args.lpips == "random" and not args.bands
-            else args.limits.get(label)
-        )
+        limits = args.limits.get(label)
         f |= {"real_vs_real": middle[0], "band": band(limits, f["value"], lower_is_better)}
         entry["metrics"][label] = f
         error = (
@@ -1027,16 +927,12 @@ def copies_sentence(found):
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
     figures, said = entry["metrics"], []
-    main = next(
-        (name for name in figures if name != "clip_score"), None
-    )  # beside shuffled captions: of words, not sets
+    main = next(iter(figures))
     f, worse = figures.get(main), {name for name in figures if figures[name]["p_high"] <= 0.05}
     beside = (
         f and f"{main} is {number(f['excess'] + f['null'])}, chance alone gives {number(f['null'])}"
     )
-    if not f:
-        said.append("Whether these images can be told from the real ones was not measured.")
-    elif entry["copies"]:
+    if entry["copies"]:
         said.append(
             (
                 f"These images lie closer to the real ones than fresh ones would ({beside})"
@@ -1356,12 +1252,11 @@ GUIDE = """<h2>How to read the table</h2><p>Two samples of the same patients' im
 images chance alone moves every figure. So each value stands beside what chance gives when both sets are pooled and
 shared out anew. <b>excess</b> is what is left. <b>p_high</b> is how often chance is as bad or worse: under 0.05, the
 sets differ. <b>p_low</b> is how often chance is as good or better: under 0.01, the images are closer than fresh ones
-would be, as copies are. <b>frechet, kid, cmmd</b>: distance of the two sets; <b>colour</b>: the same of their colours, which
+would be, as copies are. <b>frechet, kid</b>: distance of the two sets; <b>colour</b>: the same of their colours, which
 the texture descriptor does not see; <b>artefacts</b>: the same of the files as stored: JPEG's blocks, grain, blur (images
 saved in another format or size differ here by that alone). <b>precision, density</b>: generated images that look real.
-<b>recall, coverage</b>: real variety that is reached; <b>vendi</b>: how many different images the generated ones amount to. <b>ssim, lpips</b>:
-likeness to the nearest real image, and of generated images to one another. <b>clip_score</b>: images and their captions,
-beside shuffled captions (there a small p_low is good). <b>band</b>: excellent, good, fair or poor by a fixed table; read it
+<b>recall, coverage</b>: real variety that is reached. <b>ssim, lpips</b>:
+likeness to the nearest real image, and of generated images to one another. <b>band</b>: excellent, good, fair or poor by a fixed table; read it
 beside what the real images score against one another (real halves).</p>"""
 
 
@@ -1396,11 +1291,16 @@ def print_rows(header, rows, left=2):
 
 def load_networks(args, names, device):
     """The feature network and, where a metric needs it, LPIPS; fills in the defaults of --features and --lpips."""
-    args.features = args.features or ("inception" if find_weights(FID_WEIGHTS) else "texture")
-    args.lpips = args.lpips or ("alex" if all(lpips_files("alex")) else "random")
-    wanted = any(METRICS[name][2] == "lpips" for name in names)
-    lpips = load_lpips(args.lpips, device) if wanted else None
-    features = load_features(args.features, device, args.resize)
+    lpips, features = None, args.features
+    if args.lpips == "auto" and not all(lpips_files("alex")):
+        print("LPIPS is left out: its weights are not in the cache")
+    elif args.lpips != "none" and any(METRICS[name][2] == "lpips" for name in names):
+        lpips = load_lpips("alex" if args.lpips == "auto" else args.lpips, device)
+    if lpips is None:
+        names[:] = [name for name in names if METRICS[name][2] != "lpips"]
+    if features == "auto":
+        features = "inception" if find_weights(FID_WEIGHTS) else "texture"
+    features = load_features(features, device, args.resize)
     if "inception_score" in names and features.get("head") is None:
         fail(
             "--metrics inception_score: needs the Inception's classes: --features inception or its weight file"
@@ -1428,7 +1328,7 @@ def describe(args, names, networks, resolution, native, device):
             "features": native
             and networks["features"]["published"]
             and args.precision in ("auto", "fp32"),
-            "lpips": lpips not in (None, "random"),
+            "lpips": lpips is not None,
         },
         "permutations": args.permutations,
         "seed": args.seed,
@@ -1448,11 +1348,6 @@ def check_sets(args, names, real_rows, sets):
         if args.utility and not any(row["label"] for row in rows):
             fail(
                 f"--utility: no labels in {path}: it needs a column label, or a folder for each class"
-            )
-    for path, rows in sets:
-        if "clip_score" in names and not any(row["caption"] for row in rows):
-            fail(
-                f"--metrics clip_score: {path} has no captions: it needs sample.py's manifest.csv, or metadata.csv"
             )
 
 
@@ -1542,14 +1437,13 @@ def parse_args():
     numbers = parser.add_argument_group("numbers")
     numbers.add_argument(
         "--metrics",
-        help="comma list (default: all but ms_ssim_pairs, inception_score, clip_score); fid is "
-        "another word for frechet",
+        help="comma list (default: all but inception_score); fid is another word for frechet",
     )
     numbers.add_argument(
         "--features",
-        metavar="texture|inception|dinov2|clip|vgg-random|PATH",
-        help="PATH: FID's Inception "
-        "weights or a transformers folder (default: inception if the cache has it, else texture)",
+        default="auto",
+        metavar="auto|texture|inception|HUB-ID|FOLDER|PATH",
+        help="PATH: FID's Inception weights (auto: inception if the cache has it, else texture)",
     )
     numbers.add_argument(
         "--resize",
@@ -1559,14 +1453,9 @@ def parse_args():
     )
     numbers.add_argument(
         "--lpips",
-        choices=("random", "alex", "vgg", "squeeze"),
-        help="distance of two images (default: alex if its weights are there, else random)",
-    )
-    numbers.add_argument(
-        "--clip",
-        default="openai/clip-vit-base-patch32",
-        metavar="HUB-ID|FOLDER",
-        help="for clip_score",
+        choices=("auto", "none", "alex", "vgg", "squeeze"),
+        default="auto",
+        help="distance of two images (auto: alex where its weights are, else none)",
     )
     numbers.add_argument(
         "--bands", metavar="CSV", help="metric,excellent,good,fair: replaces the table of bands"
