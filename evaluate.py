@@ -16,7 +16,7 @@ The JSON: {"format": 1, "settings": {...}, "real": {"path", "n"}, "generated": [
 "pairs": [{"generated", "train", "distance", "p"}]}, "utility": [{"share", "auroc", "low", "high"}]}]}; with --utility also
 "classifiers", with --by or labels "subgroups". share is in percent, low and high hold 95 %. A figure that does not apply
 is null. ssim, lpips: _nearest is the mean over generated images of the most similar
-real one, _pairs the mean over pairs of generated images; colour is the Frechet distance of chroma statistics, artefacts
+real one, _pairs the mean over pairs of generated images; colour is the Frechet distance of chroma statistics, grain
 that of blocks and grain as stored.
 """
 
@@ -43,7 +43,6 @@ from tqdm import tqdm
 from metrics import (
     FID_WEIGHTS,
     Flags,
-    artefacts,
     colour,
     command,
     copy_chances,
@@ -77,6 +76,7 @@ from metrics import (
     squared_distances,
     ssim,
     ssim_matrix,
+    stored_grain,
     table,
     thumbnail,
     write_file,
@@ -196,7 +196,7 @@ METRICS = {
         for number, name in enumerate(("precision", "recall", "density", "coverage"))
     },
     "colour": (lambda joint, draws: frechet_draws(joint["colour"], draws), True, "colour"),
-    "artefacts": (lambda joint, draws: frechet_draws(joint["artefacts"], draws), True, "artefacts"),
+    "grain": (lambda joint, draws: frechet_draws(joint["grain"], draws), True, "grain"),
     "ssim_nearest": (lambda joint, draws: -nearest_draws(-joint["ssim"], draws), False, "ssim"),
     "ssim_pairs": (lambda joint, draws: pair_means(joint["ssim"], draws)[1], True, "ssim"),
     "lpips_nearest": (lambda joint, draws: nearest_draws(joint["lpips"], draws), True, "lpips"),
@@ -424,7 +424,7 @@ def draw_checkpoints(args):
 
 def load_set(path, rows, resolution, networks, args, device):
     """A set: {"path", "n", "rows", "pixels" uint8 (N, 3, S, S), "features" (N, D)}."""
-    kept, pixels = load_pixels(rows, resolution, measure=artefacts)
+    kept, pixels = load_pixels(rows, resolution, measure=stored_grain)
     if len(kept) < 2:
         fail(
             f"{path}: {len(kept)} readable image; a comparison of sets needs at least 2, and says little under 50"
@@ -449,7 +449,7 @@ def joint_of(real, fake, names, networks, args, device):
         name: {"features": pooled(seen(real), seen(fake), True)}
         for name, seen in (
             ("colour", lambda part: colour(part["pixels"])),
-            ("artefacts", lambda part: np.array([row["measured"] for row in part["rows"]])),
+            ("grain", lambda part: np.array([row["measured"] for row in part["rows"]])),
         )
         if name in needs
     }
@@ -960,7 +960,7 @@ def verdict(entry):
         )
     for name, what in (
         ("colour", "colours"),
-        ("artefacts", "grain, sharpness or JPEG blocks as stored"),
+        ("grain", "grain, sharpness or JPEG blocks as stored"),
     ):
         if name in figures and figures[name]["p_high"] <= 0.01:
             said.append(f"Their {what} differ from the real ones'.")
@@ -1058,7 +1058,7 @@ def methods(args, settings, real, entries):
         f"Real images: {args.real}, {entries[0]['real_n']} of {patients or 'unknown'} patients (SHA-256 "
         f"{settings['real_hash'][:12]}). Generated images: {sets}. All were cropped to their central square and resized to "
         f"{settings['resolution']} pixels (Lanczos); {args.resize} resizing before the network. "
-        f"{'; '.join(caveats(settings))}. SSIM at 64 pixels, grey; artefacts on the files as stored. Precision and recall "
+        f"{'; '.join(caveats(settings))}. SSIM at 64 pixels, grey; grain of the files as stored. Precision and recall "
         "with 3 neighbours, density and coverage with 5; Inception Score in one split. Copies: correlation of 16-pixel "
         "thumbnails over mirror images and 90 % crops, conformal p-values of the distance and of its ratio to the second nearest. Null: "
         f"{args.permutations} permutations of the pooled images{whole}, seed {args.seed}; excess is the value less the "
@@ -1253,7 +1253,7 @@ images chance alone moves every figure. So each value stands beside what chance 
 shared out anew. <b>excess</b> is what is left. <b>p_high</b> is how often chance is as bad or worse: under 0.05, the
 sets differ. <b>p_low</b> is how often chance is as good or better: under 0.01, the images are closer than fresh ones
 would be, as copies are. <b>frechet, kid</b>: distance of the two sets; <b>colour</b>: the same of their colours, which
-the texture descriptor does not see; <b>artefacts</b>: the same of the files as stored: JPEG's blocks, grain, blur (images
+the texture descriptor does not see; <b>grain</b>: the same of the files as stored: JPEG's blocks, grain, blur (images
 saved in another format or size differ here by that alone). <b>precision, density</b>: generated images that look real.
 <b>recall, coverage</b>: real variety that is reached. <b>ssim, lpips</b>:
 likeness to the nearest real image, and of generated images to one another. <b>band</b>: excellent, good, fair or poor by a fixed table; read it

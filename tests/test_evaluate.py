@@ -487,10 +487,10 @@ def test_jpeg_is_seen_in_the_files_as_stored_though_resizing_hides_it(
     )
     for path in (tmp_path / "fake").iterdir():  # their content tells, not the suffix
         Image.open(path).save(path, "JPEG", quality=85)
-    found = run(monkeypatch, real, fake, "--metrics", "artefacts", "--resolution", "64")[
-        "generated"
-    ][0]["metrics"]
-    assert found["artefacts"]["p_high"] == 0.01
+    found = run(monkeypatch, real, fake, "--metrics", "grain", "--resolution", "64")["generated"][
+        0
+    ]["metrics"]
+    assert found["grain"]["p_high"] == 0.01
     seen, _ = metrics.load_pixels(metrics.list_images(fake), 64, measure=lambda image: image.size)
     assert {row["measured"] for row in seen} == {(200, 200)}
     assert "JPEG blocks as stored differ" in capsys.readouterr().out
