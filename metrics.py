@@ -36,6 +36,7 @@ import signal
 import string
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1398,616 +1399,83 @@ def near_duplicates(pixels, alike=0.95):
     return [(*pair, kind) for pair, kind in sorted(found.items())]
 
 
-# ---------------------------------------------------------------- features, one vector an image
+# ---------------------------------------------------------------- descriptors without weights
 
-CACHE = Path(os.environ.get("MEDLORA_CACHE") or Path.home() / ".cache" / "medlora")
-FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-HUB = {"dinov2": "facebook/dinov2-large", "clip": "openai/clip-vit-large-patch14-336"}
-CLIP_SCALE = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean, sd
-IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.299, 0.587, 0.114)
 
 
 def to_grey(pixels):
-    """uint8 (B, 3, H, W) -> luma in [0, 1], (B, 1, H, W)."""
-    return (
-        torch.einsum("bchw,c->bhw", pixels.float(), torch.tensor(LUMA, device=pixels.device))[
-            :, None
-        ]
-        / 255
-    )
+    """Luma in [0, 1] of uint8 pixels (B, 3, H, W): (B, 1, H, W)."""
+    weights = torch.tensor(LUMA, device=pixels.device)
+    return torch.einsum("bchw,c->bhw", pixels.float(), weights)[:, None] / 255
+
+
+def gabor_pairs(device):
+    """Waves of 8 orientations, even ones, then odd ones: (16, 1, 9, 9), each of mean 0 and norm 1."""
+    span = torch.arange(-4.0, 5.0, device=device)
+    y, x = torch.meshgrid(span, span, indexing="ij")
+    angle = torch.arange(8, device=device)[:, None, None] * torch.pi / 8
+    phase = 1.6 * (x * angle.cos() + y * angle.sin())
+    waves = torch.cat([phase.cos(), phase.sin()]) * torch.exp(-(x**2 + y**2) / 8)
+    waves = waves - waves.mean((1, 2), keepdim=True)
+    norms = waves.flatten(1).norm(dim=1)
+    return (waves / norms[:, None, None])[:, None]
 
 
 def texture(pixels):
-    """The offline descriptor: uint8 (B, 3, H, W), H, W >= 40 -> (B, 368) log energies of oriented textures.
+    """Log energies of oriented textures: uint8 (B, 3, H, W), H, W >= 40 -> (B, 368).
 
-    A two-layer scattering transform (Bruna & Mallat 2013) with 8 orientations, 4 and 3 scales, and a 4x4 thumbnail.
-    No weights, no randomness; blind to small changes in the size of blobs.
+    A two-layer scattering transform (Bruna & Mallat 2013) with 8 orientations, 4 and 3 scales, and
+    a 4 x 4 thumbnail. No weights, no randomness; blind to small changes in the size of blobs.
     """
-    span = torch.arange(-4.0, 5.0, device=pixels.device)
-    y, x = torch.meshgrid(span, span, indexing="ij")
-    turn = torch.arange(8, device=pixels.device)[:, None, None] * torch.pi / 8
-    phase = 1.6 * (x * turn.cos() + y * turn.sin())  # (8, 9, 9)
-    waves = torch.cat([phase.cos(), phase.sin()]) * torch.exp(-(x**2 + y**2) / 8)
-    waves = waves - waves.mean((1, 2), keepdim=True)
-    waves = (waves / waves.flatten(1).norm(dim=1)[:, None, None])[:, None]  # (16, 1, 9, 9)
+    waves = gabor_pairs(pixels.device)
     blur = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]], device=pixels.device)[None, None] / 16
 
     def modulus(maps):  # (B, 1, H, W) -> (B, 8, H, W)
         even, odd = F.conv2d(F.pad(maps, (4, 4, 4, 4), "reflect"), waves).chunk(2, 1)
         return (even**2 + odd**2 + 1e-8).sqrt()
 
+    def log(energy):
+        return (energy + 1e-3).log().flatten(1)
+
     grey = to_grey(pixels)
-    found = [F.adaptive_avg_pool2d(grey, 4).flatten(1)]
+    parts = [F.adaptive_avg_pool2d(grey, 4).flatten(1)]
     for scale in range(4):
         energy = modulus(grey)
-        found += [
-            (F.adaptive_avg_pool2d(energy, 2) + 1e-3).log().flatten(1),
-            (energy.std((2, 3)) + 1e-3).log(),
-        ]
+        parts.append(log(F.adaptive_avg_pool2d(energy, 2)))
+        parts.append(log(energy.std((2, 3))))
         if scale < 3:
-            second = modulus(F.avg_pool2d(energy, 2).flatten(0, 1)[:, None]).mean((2, 3))
-            found.append((second.reshape(len(pixels), 64) + 1e-3).log())
+            channels = F.avg_pool2d(energy, 2).flatten(0, 1)[:, None]
+            parts.append(log(modulus(channels).mean((2, 3)).reshape(len(pixels), 64)))
             grey = F.avg_pool2d(F.conv2d(F.pad(grey, (1, 1, 1, 1), "reflect"), blur), 2)
-    return torch.cat(found, 1)
-
-
-def find_weights(name):
-    """The path of a downloaded weight file in our cache or torch's own, or None."""
-    places = [CACHE / name, Path(torch.hub.get_dir()) / "checkpoints" / name]
-    return next((str(path) for path in places if path.is_file()), None)
-
-
-def load_weights(path, sha256=""):
-    """The state dict in a .pth file; fail() where it is damaged or not the file of that hash."""
-    if sha256 and not content_hash(path).startswith(sha256):
-        fail(
-            f"{path}: is damaged or another file: its SHA-256 does not begin with {sha256[:8]}; download it again"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"{path}: is not a readable weight file")
-
-
-def fid_inception(state):
-    """The Inception of FID (Heusel et al. 2017; pytorch-fid's port) on torchvision's blocks: state dict -> module.
-
-    It differs from torchvision's in its pools: averages leave out the border, and the last block takes the maximum.
-    The module maps (B, 3, 299, 299) in [-1, 1] to pool3 features (B, 2048); `head` is its last layer (1008, 2048).
-    """
-    from torchvision.models import Inception3
-
-    net, seen = Inception3(num_classes=1008, aux_logits=False, init_weights=False), {}
-    net.load_state_dict(state)
-
-    def without_border(
-        _, pooled
-    ):  # an average over 9 cells, padding included -> over the cells inside
-        return pooled[0] / F.avg_pool2d(torch.ones_like(pooled[0][:1, :1]), 3, 1, 1)
-
-    for name in (
-        "Mixed_5b",
-        "Mixed_5c",
-        "Mixed_5d",
-        "Mixed_6b",
-        "Mixed_6c",
-        "Mixed_6d",
-        "Mixed_6e",
-        "Mixed_7b",
-    ):
-        getattr(net, name).branch_pool.register_forward_pre_hook(without_border)
-    net.Mixed_7c.register_forward_pre_hook(lambda _, inputs: seen.update(x=inputs[0]))
-    net.Mixed_7c.branch_pool.register_forward_pre_hook(
-        lambda *_: F.max_pool2d(seen.pop("x"), 3, 1, 1)
-    )
-    net.head, net.fc = net.fc.weight, torch.nn.Identity()
-    return net.eval().requires_grad_(False)
-
-
-def orthogonal_vgg(seed=0):
-    """A state dict for VGG16's convolutions: random orthogonal filters of gain sqrt(2), no bias."""
-    from torchvision.models.vgg import cfgs, make_layers
-
-    with torch.device("meta"):
-        state = make_layers(cfgs["D"], False).state_dict()
-    state = {name: torch.zeros(value.shape) for name, value in state.items()}
-    for name, value in state.items():
-        if value.ndim == 4:
-            torch.nn.init.orthogonal_(value, 2**0.5, generator(seed, name))
-    return state
-
-
-def trunk_of(kind, state):
-    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: their weights, or those of the whole net."""
-    import torchvision
-
-    with torch.device("meta"):
-        trunk = getattr(torchvision.models, kind)().features
-    trunk.load_state_dict(
-        {
-            key.removeprefix("features."): value
-            for key, value in state.items()
-            if not key.startswith("classifier.")
-        },
-        assign=True,
-    )
-    for module in trunk:
-        if hasattr(module, "inplace"):
-            module.inplace = False  # the maps are kept
-    return trunk.eval().requires_grad_(False)
-
-
-def taps(trunk, images, indices):
-    """The maps (B, C, h, w) after each layer named in `indices`."""
-    found = []
-    for index, layer in enumerate(trunk):
-        images = layer(images)
-        found += [images] if index in indices else []
-        if index == max(indices):
-            return found
-
-
-def resized(pixels, side, mode):
-    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 255]. mode: torch's bilinear or bicubic as they are, which
-    leave out pixels when they shrink, or clean: bicubic over all pixels, clamped (Parmar et al. 2022)."""
-    images, clean = pixels.float(), mode == "clean"
-    images = F.interpolate(
-        images,
-        (side, side),
-        mode="bicubic" if clean else mode,
-        align_corners=False,
-        antialias=clean,
-    )
-    return images.clamp(0, 255) if clean else images
-
-
-def transformer(name, kind, **parts):
-    """A model of transformers from a folder or the Hub, safetensors only; fail() where it cannot be had."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        return getattr(transformers, kind).from_pretrained(name, **parts)
-    except (OSError, ValueError, RuntimeError) as error:
-        fail(
-            f"{name}: cannot be loaded as a {kind} ({str(error).splitlines()[0][:120]}): name a folder, or a model of "
-            "the Hub while there is a network"
-        )
-
-
-def transformer_features(name, device, clean):
-    """CLIP's image embedding as CMMD takes it, else the CLS token of a vision transformer as dgm-eval takes DINOv2's."""
-    config = transformer(name, "AutoConfig")
-    clip, vision = config.model_type.startswith("clip"), getattr(config, "vision_config", config)
-    model = transformer(
-        name, "CLIPVisionModelWithProjection" if clip else "AutoModel", use_safetensors=True
-    )
-    model = model.to(device).eval().requires_grad_(False)
-    side = 224 if config.model_type.startswith("dinov2") else vision.image_size
-    mean, sd = (
-        torch.tensor(v, device=device)[:, None, None]
-        for v in (CLIP_SCALE if clip else IMAGENET_SCALE)
-    )
-
-    def function(pixels):
-        seen = model(
-            (resized(pixels, side, "bicubic" if clip and not clean else "clean") / 255 - mean) / sd
-        )
-        return seen.image_embeds if clip else seen.last_hidden_state[:, 0]
-
-    weights = hashlib.sha256(
-        b"".join(v.cpu().float().numpy().tobytes() for v in model.state_dict().values())
-    ).hexdigest()
-    return dict(
-        name=f"{config.model_type}-{weights[:16]}{'-clean' * clean}",
-        function=function,
-        standardise=False,
-        published=name in HUB.values(),
-    )
-
-
-def load_features(name, device, resize="legacy"):
-    """A feature network by name: {"name", "function": uint8 (B, 3, H, W) -> (B, D), "standardise", "published"}.
-
-    name: texture, vgg-random, inception (its weights in the cache), the path of an Inception weight file; dinov2, clip or
-    the folder of such a model. resize: "legacy" resizes as pytorch-fid and CMMD do, "clean" as clean-fid does.
-    """
-    if name in HUB or os.path.isdir(name):
-        return transformer_features(HUB.get(name, name), device, resize == "clean")
-    if name == "texture":
-
-        def by_few(pixels):  # so that its maps stay in the processor's cache: twice as fast
-            few = (
-                max(1, 2**15 // pixels[0, 0].numel())
-                if pixels.device.type == "cpu"
-                else len(pixels)
-            )
-            return torch.cat([texture(part) for part in pixels.split(few)])
-
-        return dict(name="texture-1", function=by_few, standardise=True, published=False)
-    if name == "vgg-random":
-        trunk = trunk_of("vgg16", orthogonal_vgg()).to(device)
-        mean, sd = (torch.tensor(v, device=device)[:, None, None] for v in (LPIPS_MEAN, LPIPS_SD))
-
-        def spread(pixels):  # mean and sd of each map of five layers: 2944 numbers
-            maps = taps(trunk, (pixels / 127.5 - 1 - mean) / sd, LPIPS["vgg"][1])
-            return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.std((2, 3)))], 1)
-
-        return dict(name="vgg-random-2", function=spread, standardise=True, published=False)
-    path = find_weights(FID_WEIGHTS) if name == "inception" else name
-    if path is None or not os.path.isfile(path):
-        fail(
-            f"--features {name}: no such weight file: put {FID_WEIGHTS} (github.com/mseitzer/pytorch-fid, release "
-            f"fid_weights) into {CACHE}, name its path or a model's folder, or use texture or vgg-random, which need none"
-        )
-    try:
-        net = fid_inception(load_weights(path, FID_SHA256 if name == "inception" else "")).to(
-            device
-        )
-    except RuntimeError:
-        fail(f"{path}: is not the weights of FID's Inception")
-    digest = content_hash(path)
-
-    def pool3(pixels):
-        if resize == "clean":
-            return net((resized(pixels, 299, "clean") - 128) / 128)
-        return net(resized(pixels, 299, "bilinear") / 127.5 - 1)
-
-    return dict(
-        name=f"inception-{digest[:16]}{'-clean' * (resize == 'clean')}",
-        function=pool3,
-        standardise=False,
-        published=digest == FID_SHA256,
-        head=net.head.cpu().double().numpy(),
-    )
-
-
-def extract(pixels, network, device, batch_size=32, precision="auto"):
-    """Features of uint8 pixels (N, 3, H, W) as float64 (N, D); known images come from the disk cache.
-
-    The cache's key is the network and the pixels it sees, so that neither an edited file nor another resize can
-    bring up a stale vector; a damaged entry is computed again. precision: auto is fp32, as published figures are.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    name = network["name"] + (f"-{precision}" if dtype != torch.float32 else "")
-    keys = [
-        hashlib.sha256(
-            f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
-        ).hexdigest()
-        for image in pixels
-    ]
-    paths = [CACHE / "features" / name / key[:2] / key for key in keys]
-    vectors = [cached_vector(path) for path in paths]
-    todo = [n for n, vector in enumerate(vectors) if vector is None]
-    lower = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
-    with (
-        torch.inference_mode(),
-        lower,
-        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-    ):  # TF32 moves FID's third digit
-        for start in tqdm(
-            range(0, len(todo), batch_size),
-            desc=name,
-            leave=False,
-            disable=None if len(todo) > 100 else True,
-        ):
-            numbers = todo[start : start + batch_size]
-            found = network["function"](pixels[numbers].to(device)).float().cpu().numpy()
-            for n, vector in zip(numbers, found):
-                vectors[n] = vector
-                with contextlib.suppress(
-                    OSError
-                ):  # a full disk costs only time, and a torn file shows by its checksum
-                    paths[n].parent.mkdir(parents=True, exist_ok=True)
-                    paths[n].write_bytes(
-                        hashlib.sha256(vector.tobytes()).digest() + vector.tobytes()
-                    )
-    features = np.stack(vectors).astype(np.float64)
-    if not np.isfinite(features).all():
-        fail(f"the features of {network['name']} are not finite: are its weights sound?")
-    return features
-
-
-def cached_vector(path):
-    """The float32 vector of a cache file, or None where there is none or its checksum is wrong."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    return (
-        np.frombuffer(data[32:], np.float32)
-        if hashlib.sha256(data[32:]).digest() == data[:32]
-        else None
-    )
-
-
-# ---------------------------------------------------------------- LPIPS and SSIM, image against image
-
-LPIPS_MEAN, LPIPS_SD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-LPIPS = {
-    "alex": ("alexnet", (1, 4, 7, 9, 11), "alexnet-owt-7be5be79.pth", "df73285e"),
-    "vgg": ("vgg16", (3, 8, 15, 22, 29), "vgg16-397923af.pth", "a78928a0"),
-    "squeeze": (
-        "squeezenet1_1",
-        (1, 4, 7, 9, 10, 11, 12),
-        "squeezenet1_1-b8a52dc0.pth",
-        "4a5350f2",
-    ),
-}
-
-
-def lpips_files(net):
-    """Where LPIPS's trunk and its linear weights lie: (path or None, path or None)."""
-    package = importlib.util.find_spec("lpips")
-    packed = (
-        Path(package.submodule_search_locations[0]) / "weights" / "v0.1" / f"{net}.pth"
-        if package
-        else None
-    )
-    own = find_weights(f"lpips-{net}.pth")
-    return find_weights(LPIPS[net][2]), own or (
-        str(packed) if packed and packed.is_file() else None
-    )
-
-
-def load_lpips(net, device):
-    """The perceptual distance: {"name", "trunk", "indices", "weights"}; net: alex, vgg, squeeze or random.
-
-    `random` is a VGG of random orthogonal filters with equal weights: no file needed, no published scale.
-    """
-    if net == "random":
-        trunk, indices = trunk_of("vgg16", orthogonal_vgg()), LPIPS["vgg"][1]
-        weights = [
-            torch.full((channels, 1, 1), 1 / len(indices)) for channels in (64, 128, 256, 512, 512)
-        ]
-    else:
-        kind, indices, file, digest = LPIPS[net]
-        trunk_path, linear_path = lpips_files(net)
-        if not trunk_path or not linear_path:
-            fail(
-                f"--lpips {net}: needs torchvision's {file} in {CACHE} and the linear layers of the package lpips "
-                "(pip install lpips); evaluate.py and filter.py can do without: --lpips random"
-            )
-        trunk, linear = (
-            trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])),
-            load_weights(linear_path, digest),
-        )
-        weights = [linear[f"lin{n}.model.1.weight"][0] for n in range(len(indices))]
-    return dict(
-        name=net, trunk=trunk.to(device), indices=indices, weights=[w.to(device) for w in weights]
-    )
-
-
-def lpips_vectors(network, images):
-    """Images in [-1, 1] (B, 3, H, W) -> (B, F): LPIPS v0.1 of two images is their squared distance here.
-
-    Zhang et al. 2018; the eps stands outside the root as in the lpips package.
-    """
-    mean, sd = (torch.tensor(v).to(images)[:, None, None] for v in (LPIPS_MEAN, LPIPS_SD))
-    parts = []
-    for maps, weight in zip(
-        taps(network["trunk"], (images - mean) / sd, network["indices"]), network["weights"]
-    ):
-        maps /= torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10
-        maps *= (weight / maps[0, 0].numel()).sqrt()
-        parts.append(maps.flatten(1))
     return torch.cat(parts, 1)
 
 
-def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=None):
-    """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N); under 1e-5 reads 0.
-
-    One forward pass an image and one product; where the features of all are more than `memory` bytes, blocks of them
-    meet the others, passed anew. others: uint8 pixels (M, 3, H, W) with which the pairs are made instead: (N, M).
-    """
-
-    def vectors(part):
-        return lpips_vectors(network, part.to(device) / 127.5 - 1)
-
-    alone, others = others is None, pixels if others is None else others
-    result = np.zeros((len(pixels), len(others)))
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        size = vectors(pixels[:1]).shape[1]
-        width = max(1, memory // (4 * size) // batch_size) * batch_size
-        block = torch.empty(min(width, len(pixels)), size, device=device)
-        for i in tqdm(
-            range(0, len(pixels), width), desc=f"LPIPS {network['name']}", leave=False, disable=None
-        ):
-            first = block[: len(pixels) - i]
-            for rows, part in zip(first.split(batch_size), pixels[i:].split(batch_size)):
-                rows.copy_(vectors(part))
-            for j in range(i if alone else 0, len(others), batch_size):
-                known = alone and j < i + len(first)
-                second = (
-                    first[j - i : j - i + batch_size]
-                    if known
-                    else vectors(others[j : j + batch_size])
-                )
-                norms = [torch.linalg.vector_norm(x, dim=1).square() for x in (first, second)]
-                found = (
-                    (norms[0][:, None] + norms[1] - 2 * (first @ second.T)).double().cpu().numpy()
-                )
-                result[i : i + len(first), j : j + len(second)] = found
-                if alone:
-                    result[j : j + len(second), i : i + len(first)] = found.T
-    return np.where(result < 3e-5, 0, result)  # float32 leaves up to 2e-5 between equal flat images
-
-
-def gauss_window(like):
-    """The 11-point Gaussian of sigma 1.5 of Wang et al. 2004."""
-    window = torch.exp(-torch.arange(-5.0, 6.0, dtype=torch.float64).square() / 4.5)
-    return (window / window.sum()).to(like)
-
-
-def ssim_maps(a, b):
-    """SSIM and its contrast-structure term (Wang et al. 2004) of images in [0, 1], (B, C, H, W) -> two (B, C), over the
-    valid region."""
-    window = gauss_window(a.double()).tolist()
-
-    def smooth(x):  # sums of shifted pictures: several times faster than conv2d of one channel
-        for axis in (2, 3):
-            size, whole = x.shape[axis] - 10, x
-            x = window[0] * whole.narrow(axis, 0, size)
-            for k in range(1, 11):
-                x.add_(whole.narrow(axis, k, size), alpha=window[k])
-        return x
-
-    mean_a, mean_b = smooth(a), smooth(b)
-    variances = smooth(a * a) + smooth(b * b) - mean_a**2 - mean_b**2
-    structure = (2 * (smooth(a * b) - mean_a * mean_b) + 9e-4) / (variances + 9e-4)
-    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
-    return (luminance * structure).mean((2, 3)), structure.mean((2, 3))
-
-
-def ssim(a, b):
-    """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11 -> (B,): the channels' mean."""
-    return ssim_maps(a, b)[0].mean(1)
-
-
-def ssim_matrix(first, second, device="cpu", size=64):
-    """SSIM of all pairs at `size` pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
-
-    Means and variances are taken once an image; what a pair shares, the smoothed product, is one matrix product of
-    all images for each place of the window.
-    """
-    window = gauss_window(torch.empty(0, device=device))
-    weights = (window[:, None] * window).flatten()  # (121,)
-
-    def shrink(pixels):  # -> (N, size, size)
-        return torch.cat(
-            [
-                F.interpolate(to_grey(part.to(device)), (size, size), mode="area")[:, 0]
-                for part in pixels.split(64)
-            ]
-        )
-
-    def places(
-        grey, y
-    ):  # one row of windows: centred patches (size - 10, N, 121), means, both terms of the divisor
-        patches = grey[:, y : y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
-        mean = patches @ weights
-        patches = patches - mean[:, :, None]
-        return zip(patches, mean, mean**2 + 0.5e-4, patches.square() @ weights + 4.5e-4)
-
-    with torch.inference_mode():
-        a, b, total = (
-            shrink(first),
-            shrink(second),
-            torch.zeros(len(first), len(second), device=device),
-        )
-        for y in tqdm(range(size - 10), desc="SSIM", leave=False, disable=None):
-            for (x, mean_x, light_x, spread_x), (z, mean_z, light_z, spread_z) in zip(
-                places(a, y), places(b, y)
-            ):
-                score = (
-                    torch.outer(2 * mean_x, mean_z)
-                    .add_(1e-4)
-                    .mul_((x * (2 * weights) @ z.T).add_(9e-4))
-                )
-                total += score.div_(light_x[:, None] + light_z).div_(spread_x[:, None] + spread_z)
-    return (total / (size - 10) ** 2).double().cpu().numpy()
-
-
-# ---------------------------------------------------------------- set against set, from one Gram matrix
-
-
-def frechet(first, second):
-    """Frechet distance of two feature sets (N, D), (M, D), N, M >= 2: FID when these are Inception's pool3.
-
-    The trace of the root of S1 S2 is the nuclear norm of X1 X2' / sqrt((n-1)(m-1)) for centred X1, X2: no root of a
-    matrix, exact where N < D. Where N > D the triangle of a QR decomposition stands for X.
-    """
-    means, roots, traces = [x.mean(0, dtype=np.float64) for x in (first, second)], [], 0.0
-    for x, mean in zip((first, second), means):
-        root = np.empty((0, x.shape[1]))
-        for part in np.array_split(
-            x, 1 + len(x) // (1000 + x.shape[1])
-        ):  # QR copies what it is given
-            centred = (part - mean) / np.sqrt(len(x) - 1)
-            traces += np.vdot(centred, centred)
-            root = np.concatenate([root, centred])
-            root = root if len(root) <= x.shape[1] else np.linalg.qr(root, mode="r")
-        roots.append(root)
-    nuclear = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return max(0.0, np.square(means[0] - means[1]).sum() + traces - 2 * nuclear)
-
-
-def kid(first, second):
-    """KID (Binkowski et al. 2018): unbiased MMD^2 of two feature sets with the kernel (x·y/D + 1)^3, and its error.
-
-    All images at once, no subsets; the standard error is the delete-one jackknife from row sums.
-    """
-    n, m, d = len(first), len(second), first.shape[1]
-    kernels = [
-        (x @ y.T / d + 1) ** 3 for x, y in ((first, first), (second, second), (first, second))
-    ]
-    a, b = (k.sum(1) - k.diagonal() for k in kernels[:2])  # row sums without the diagonal
-    value = a.sum() / (n * (n - 1)) + b.sum() / (m * (m - 1)) - 2 * kernels[2].mean()
-    if min(n, m) < 3:
-        return value, float("nan")
-    left = [
-        (kernels[2].mean(1 - k) - own / (len(own) - 2)).var() / (len(own) - 1)
-        for k, own in enumerate((a, b))
-    ]
-    return value, 2 * np.sqrt(
-        sum(left)
-    )  # what is the same whichever image is left out has no variance
-
-
-def squared_distances(first, second):
-    """|x - y|^2 of all pairs, (N, D), (M, D) -> (N, M); what rounding leaves between equal rows reads 0."""
-    (a, b), distances = (np.square(x).sum(1) for x in (first, second)), -2 * first @ second.T
-    for start in range(0, len(a), 1000):  # in place: the matrices of ten thousand images are large
-        rows, norms = distances[start : start + 1000], a[start : start + 1000, None] + b
-        rows += norms
-        rows[rows < 1e-12 * norms] = 0
-    return distances
-
-
-def precision_recall(real, fake, cross, k):
-    """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020) from squared distances.
-
-    real (N, N), fake (M, M), cross (N, M). A ball reaches to the k-th neighbour within its own set and includes its
-    surface, so that coinciding points count as covered.
-    """
-
-    def radii(own):  # the 0-th neighbour is the point itself
-        return np.partition(own, min(k, len(own) - 1), axis=1)[:, min(k, len(own) - 1)]
-
-    inside = cross <= radii(real)[:, None]
-    return (
-        inside.any(0).mean(),
-        (cross <= radii(fake)).any(1).mean(),
-        inside.sum(0).mean() / k,
-        inside.any(1).mean(),
-    )
-
-
 def colour(pixels):
-    """uint8 (N, 3, H, W) -> (N, 8): mean, spread, covariance, size and fine detail of the two chroma channels; what the
-    texture descriptor, which is grey, cannot see: other colours, and the coarse chroma of JPEG."""
-    found = []
+    """What `texture`, which is grey, cannot see: uint8 (N, 3, H, W) -> float64 (N, 8).
+
+    Mean, spread, covariance, size and fine detail (JPEG's is coarse) of the two chroma channels.
+    """
+    parts = []
     for part in pixels.split(16):
         red, green, blue = part.float().div(255).unbind(1)
         chroma = torch.stack([red - green, (red + green) / 2 - blue], 1)
         mean = chroma.mean((2, 3), keepdim=True)
         spread = (chroma - mean).square().mean((2, 3)).sqrt()
-        both = (chroma - mean).prod(1).mean((1, 2))
+        covariance = (chroma - mean).prod(1).mean((1, 2))
         size = torch.hypot(*chroma.unbind(1)).mean((1, 2))  # norm(dim=1) takes sixty times as long
         detail = (chroma.diff(dim=2).diff(dim=3).abs().mean((2, 3)) + 1e-3).log()
-        found.append(torch.cat([mean[..., 0, 0], spread, both[:, None], size[:, None], detail], 1))
-    return torch.cat(found).double().numpy()
+        columns = [mean[..., 0, 0], spread, covariance[:, None], size[:, None], detail]
+        parts.append(torch.cat(columns, 1))
+    return torch.cat(parts).double().cpu().numpy()
 
 
 def grain(pixels):
-    """How pictures were made, not what they show: uint8 (N, 3, H, W), H, W >= 16 -> float64 (N, 11), logs.
+    """How pictures were made: uint8 (N, 3, H, W), H, W >= 16 -> float64 (N, 11).
 
-    Sharpness (spread of the Laplacian), contrast, noise (Immerkaer 1996), signal to noise, noise over steps between
-    neighbours, steps at the borders of 8 x 8 blocks over all steps (down, across: JPEG), checkerboards, and the steps
-    at three scales over those at the next coarser one.
+    Logs of: sharpness (spread of the Laplacian), contrast, noise (Immerkaer 1996), signal to noise,
+    noise over steps between neighbours, steps at the borders of 8 x 8 blocks over all steps (down,
+    across: JPEG), checkerboards, and the steps at three scales over those at the next coarser one.
     """
     parts = []
     for part in pixels.split(16):
@@ -2016,7 +1484,7 @@ def grain(pixels):
 
 
 def grey_grain(grey):
-    """The 11 measures of `grain` of float pictures (B, 1, H, W) in grey levels: (B, 11)."""
+    """The measures of `grain` of float pictures (B, 1, H, W) in grey levels: (B, 11)."""
 
     def log_mean(maps):  # + a tenth of a grey level: flat pictures have finite measures too
         return (maps.mean((1, 2, 3)) + 0.1).log()
@@ -2025,19 +1493,19 @@ def grey_grain(grey):
         deviations = maps - maps.mean((1, 2, 3), keepdim=True)
         return (deviations.square().mean((1, 2, 3)).sqrt() + 0.1).log()
 
+    def log_steps(maps):
+        return (log_mean(maps.diff(dim=2).abs_()) + log_mean(maps.diff(dim=3).abs_())) / 2
+
     down = grey.diff(dim=2)
     across = grey.diff(dim=3)
-    bend_down = down.diff(dim=2)
-    bend_across = across.diff(dim=3)
-    laplacian = bend_down[..., 1:-1] + bend_across[:, :, 1:-1]
+    laplacian = down.diff(dim=2)[..., 1:-1] + across.diff(dim=3)[:, :, 1:-1]
     corners = down.diff(dim=3).abs_()
-    immerkaer = bend_down.diff(n=2, dim=3).abs_().mul_((torch.pi / 2) ** 0.5 / 6)
+    mask = grey.diff(n=2, dim=2).diff(n=2, dim=3).abs_()
+    noise = log_mean(mask.mul_((torch.pi / 2) ** 0.5 / 6))
+    steps = log_steps(grey)
     down.abs_()
     across.abs_()
-
-    steps = (log_mean(down) + log_mean(across)) / 2
-    noise = log_mean(immerkaer)
-    found = [
+    measures = [
         log_spread(laplacian),
         log_spread(grey),
         noise,
@@ -2049,14 +1517,17 @@ def grey_grain(grey):
     ]
     for _ in range(3):
         grey = F.avg_pool2d(grey, 2)
-        coarser = (log_mean(grey.diff(dim=2).abs_()) + log_mean(grey.diff(dim=3).abs_())) / 2
-        found.append(steps - coarser)
-        steps = coarser
-    return torch.stack(found, 1)
+        coarser_steps = log_steps(grey)
+        measures.append(steps - coarser_steps)
+        steps = coarser_steps
+    return torch.stack(measures, 1)
 
 
 def stored_grain(image):
-    """`grain` of the middle 512 pixels of a PIL image as stored: (11,). A resize hides JPEG's blocks, faint noise and blur."""
+    """`grain` of the middle 512 pixels of a PIL image as stored: (11,).
+
+    A resize hides JPEG's blocks, faint noise and faint blur.
+    """
     left, top = (max(0, side - 512) // 16 * 8 for side in image.size)  # on JPEG's grid of 8 pixels
     right = min(left + 512, image.width)
     bottom = min(top + 512, image.height)
@@ -2091,11 +1562,509 @@ def artefacts(image):
     return np.append(over - under, over[2])
 
 
-# ---------------------------------------------------------------- calibration: what a real image scores
+# ---------------------------------------------------------------- networks
 
-COPY_CHANCE = (
-    0.01  # a generated image is a copy when a fresh one would be as close in 1 of 100 cases
-)
+CACHE = Path(os.environ.get("MEDLORA_CACHE") or Path.home() / ".cache" / "medlora")
+FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
+FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, sd
+
+
+@dataclass
+class Network:
+    """What turns uint8 pixels (B, 3, H, W) on its device into vectors (B, D)."""
+
+    name: str  # with a hash of the weights: the cache's key
+    function: Callable
+    standardise: bool = False  # its numbers have no common unit: divide each by its spread
+    published: bool = False  # its figures compare with published ones
+    head: np.ndarray | None = None  # Inception's last layer (1008, 2048)
+
+    def __getitem__(self, key):
+        return getattr(self, key)
+
+    def get(self, key):
+        return getattr(self, key)
+
+
+def find_weights(name):
+    """The path of a weight file in our cache or torch's own, or None."""
+    for folder in (CACHE, Path(torch.hub.get_dir()) / "checkpoints"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    return None
+
+
+def load_weights(path, sha256=""):
+    """The state dict of a .pth file; fail() if it is damaged or its SHA-256 begins otherwise."""
+    if sha256 and not content_hash(path).startswith(sha256):
+        fail(f"{path}: is damaged or another file (its SHA-256 is not {sha256[:8]}…): get it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises a dozen kinds for a damaged file
+        fail(f"{path}: is not a readable weight file")
+
+
+def load_features(name, device, resize="legacy"):
+    """The Network of that name: texture, inception (its weights in the cache), the path of such
+    weights, or the Hub id or folder of a transformers vision model.
+
+    resize: how Inception's input is made, "legacy" as pytorch-fid does, "clean" as clean-fid does.
+    """
+    if name == "texture":
+        return Network("texture-1", texture_in_parts, standardise=True)
+    if name != "inception" and not os.path.isfile(name):
+        return load_vision_model(name, device)
+    path = name
+    digest = ""
+    if name == "inception":
+        path = find_weights(FID_WEIGHTS)
+        digest = FID_SHA256
+    if path is None:
+        source = "github.com/mseitzer/pytorch-fid, release fid_weights"
+        fail(f"--features inception: no such file: put {FID_WEIGHTS} ({source}) into {CACHE}")
+    try:
+        net = fid_inception(load_weights(path, digest)).to(device)
+    except RuntimeError:
+        fail(f"{path}: is not the weights of FID's Inception")
+
+    def pool3(pixels):
+        if resize == "clean":
+            return net((clean_resize(pixels, 299) - 128) / 128)
+        images = F.interpolate(pixels.float(), (299, 299), mode="bilinear")
+        return net(images / 127.5 - 1)
+
+    digest = content_hash(path)
+    name = f"inception-{digest[:16]}"
+    if resize == "clean":
+        name += "-clean"
+    head = net.head.cpu().double().numpy()
+    return Network(name, pool3, published=digest == FID_SHA256, head=head)
+
+
+def texture_in_parts(pixels):
+    """`texture` of few images at a time: the maps stay in the processor's cache, twice as fast."""
+    count = len(pixels)
+    if pixels.device.type == "cpu":
+        count = max(1, 2**15 // pixels[0, 0].numel())
+    return torch.cat([texture(part) for part in pixels.split(count)])
+
+
+def clean_resize(pixels, side):
+    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 255]: clean-fid's (Parmar et al. 2022).
+
+    Torch's plain bilinear, as in pytorch-fid, leaves out pixels when it shrinks.
+    """
+    images = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
+    return images.clamp(0, 255)
+
+
+def fid_inception(state):
+    """FID's Inception (Heusel et al. 2017, pytorch-fid's port) on torchvision's blocks.
+
+    Its averages leave out the border and its last block takes the maximum. The module maps
+    (B, 3, 299, 299) in [-1, 1] to pool3 features (B, 2048); `head` is its last layer (1008, 2048).
+    """
+    import torchvision
+
+    net = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    net.load_state_dict(state)
+    last_input = {}
+
+    def average_inside(_, pooled):  # from an average over 9 cells with zeros around the picture
+        ones = torch.ones_like(pooled[0][:1, :1])
+        return pooled[0] / F.avg_pool2d(ones, 3, 1, 1)
+
+    def keep_input(_, inputs):
+        last_input["maps"] = inputs[0]
+
+    def maximum(_, pooled):
+        return F.max_pool2d(last_input.pop("maps"), 3, 1, 1)
+
+    for block in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+        getattr(net, f"Mixed_{block}").branch_pool.register_forward_pre_hook(average_inside)
+    net.Mixed_7c.register_forward_pre_hook(keep_input)
+    net.Mixed_7c.branch_pool.register_forward_pre_hook(maximum)
+    net.head = net.fc.weight
+    net.fc = torch.nn.Identity()
+    return net.eval().requires_grad_(False)
+
+
+def load_vision_model(name, device):
+    """A vision model of transformers (DINOv2, RAD-DINO, CLIP, …), by folder or Hub id, safetensors
+    only: CLIP's image embedding, else the CLS token. Its own image processor prepares the images."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
+        kind = transformers.AutoModel
+        if config.model_type.startswith("clip"):
+            kind = transformers.CLIPVisionModelWithProjection
+        model = kind.from_pretrained(name, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:120]
+        fail(f"--features {name}: is no file and no vision model of transformers ({reason})")
+    model = model.to(device).eval().requires_grad_(False)
+    digest = hashlib.sha256(processor.to_json_string().encode())
+    for weight in model.state_dict().values():
+        digest.update(weight.cpu().float().numpy().tobytes())
+
+    def function(pixels):
+        images = processor(images=list(pixels.cpu()), return_tensors="pt")["pixel_values"]
+        output = model(images.to(device))
+        if "image_embeds" in output:
+            return output.image_embeds
+        return output.last_hidden_state[:, 0]
+
+    return Network(f"{config.model_type}-{digest.hexdigest()[:16]}", function)
+
+
+def extract(pixels, network, device, batch_size=32, precision="auto"):
+    """Features of uint8 pixels (N, 3, H, W) as float64 (N, D), from the cache where it has them.
+
+    The cache's key is the network and the pixels, so that neither an edited file nor another resize
+    brings up a stale vector. precision: auto is fp32, as published figures are.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    name = network.name
+    if dtype != torch.float32:
+        name += f"-{precision}"
+    paths = [cache_path(name, image) for image in pixels]
+    vectors = [read_vector(path) for path in paths]
+    missing = [n for n, vector in enumerate(vectors) if vector is None]
+    starts = range(0, len(missing), batch_size)
+    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode(), autocast, without_tf32():
+        for start in tqdm(starts, desc=name, leave=False, disable=None, delay=2):
+            numbers = missing[start : start + batch_size]
+            batch = network.function(pixels[numbers].to(device)).float().cpu().numpy()
+            for n, vector in zip(numbers, batch, strict=True):
+                vectors[n] = vector
+                write_vector(paths[n], vector)
+    features = np.stack(vectors).astype(np.float64)
+    if not np.isfinite(features).all():
+        fail(f"the features of {network.name} are not finite: are its weights sound?")
+    return features
+
+
+def without_tf32():
+    """Convolutions in full fp32 on a GPU: TF32 moves FID's third digit."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+def cache_path(name, image):
+    """Where the cache holds the vector that a network of that name makes of a uint8 image."""
+    key = hashlib.sha256(f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes())
+    return CACHE / "features" / name / key.hexdigest()[:2] / f"{key.hexdigest()}.npy"
+
+
+def read_vector(path):
+    """The vector in a cache file, or None where there is no readable one."""
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def write_vector(path, vector):
+    """Write a cache file, atomically but without waiting for the disk; a full disk does no harm."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.save(file, vector)
+        os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------- image against image: LPIPS, SSIM
+
+LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # mean, sd of images in [-1, 1]
+LPIPS = {  # trunk of torchvision, its layers, its file, SHA-256 of the linear layers v0.1
+    "alex": ("alexnet", (1, 4, 7, 9, 11), "alexnet-owt-7be5be79.pth", "df73285e"),
+    "vgg": ("vgg16", (3, 8, 15, 22, 29), "vgg16-397923af.pth", "a78928a0"),
+    "squeeze": (
+        "squeezenet1_1",
+        (1, 4, 7, 9, 10, 11, 12),
+        "squeezenet1_1-b8a52dc0.pth",
+        "4a5350f2",
+    ),
+}
+
+
+def trunk_of(kind, state):
+    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: theirs or the whole net's."""
+    import torchvision
+
+    with torch.device("meta"):
+        trunk = getattr(torchvision.models, kind)().features
+    weights = {}
+    for key, value in state.items():
+        if not key.startswith("classifier."):
+            weights[key.removeprefix("features.")] = value
+    trunk.load_state_dict(weights, assign=True)
+    for module in trunk:
+        if hasattr(module, "inplace"):
+            module.inplace = False  # the maps are kept
+    return trunk.eval().requires_grad_(False)
+
+
+def taps(trunk, images, indices):
+    """The maps (B, C, h, w) after each layer named in `indices`."""
+    maps = []
+    for index, layer in enumerate(trunk[: max(indices) + 1]):
+        images = layer(images)
+        if index in indices:
+            maps.append(images)
+    return maps
+
+
+def lpips_files(net):
+    """The paths of LPIPS's trunk and of its linear layers, which the package lpips holds; or None."""
+    linear = find_weights(f"lpips-{net}.pth")
+    package = importlib.util.find_spec("lpips")
+    if linear is None and package:
+        packed = Path(package.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth")
+        if packed.is_file():
+            linear = str(packed)
+    return find_weights(LPIPS[net][2]), linear
+
+
+def has_lpips(net):
+    """Whether the weight files of that LPIPS are there."""
+    return None not in lpips_files(net)
+
+
+def load_lpips(net, device):
+    """The Network of LPIPS v0.1; net: alex, vgg or squeeze. See lpips_vectors."""
+    _, _, file, digest = LPIPS[net]
+    trunk_path, linear_path = lpips_files(net)
+    if not has_lpips(net):
+        fail(
+            f"--lpips {net}: needs torchvision's {file} in {CACHE} and the linear layers of the "
+            "package lpips (pip install lpips); or name --lpips none"
+        )
+    trunk = load_weights(trunk_path, file.split("-")[-1][:8])
+    return lpips_network(net, trunk, load_weights(linear_path, digest), device)
+
+
+def lpips_network(net, trunk, linear, device):
+    """The Network of LPIPS with these state dicts of its trunk and its linear layers."""
+    kind, layers = LPIPS[net][:2]
+    trunk = trunk_of(kind, trunk).to(device)
+    weights = [linear[f"lin{n}.model.1.weight"][0].to(device) for n in range(len(layers))]
+
+    def function(pixels):
+        return lpips_vectors(pixels / 127.5 - 1, trunk, layers, weights)
+
+    return Network(net, function, published=True)
+
+
+def lpips_vectors(images, trunk, layers, weights):
+    """Images in [-1, 1] (B, 3, H, W) -> (B, F): LPIPS of two images is their squared distance.
+
+    Zhang et al. 2018; the epsilon stands outside the root, as in the package lpips.
+    """
+    mean, sd = (torch.tensor(values).to(images)[:, None, None] for values in LPIPS_SCALE)
+    parts = []
+    maps_of_layers = taps(trunk, (images - mean) / sd, layers)
+    for maps, weight in zip(maps_of_layers, weights, strict=True):
+        maps /= torch.linalg.vector_norm(maps, dim=1, keepdim=True) + 1e-10
+        maps *= (weight / maps[0, 0].numel()).sqrt()
+        parts.append(maps.flatten(1))
+    return torch.cat(parts, 1)
+
+
+def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=None):
+    """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N), symmetric.
+
+    others: uint8 pixels (M, 3, H, W) to pair them with instead: (N, M). One forward pass an image
+    and one product; blocks of `memory` bytes of vectors are held, the others are made again for each.
+    """
+    symmetric = others is None
+    if symmetric:
+        others = pixels
+    result = np.zeros((len(pixels), len(others)))
+
+    def vectors(part):
+        return network.function(part.to(device))
+
+    def square(part):
+        return torch.linalg.vector_norm(part, dim=1).square()
+
+    with torch.inference_mode(), without_tf32():
+        size = vectors(pixels[:1]).shape[1]
+        width = max(1, memory // (4 * size) // batch_size) * batch_size
+        block = torch.empty(min(width, len(pixels)), size, device=device)
+        starts = range(0, len(pixels), width)
+        for i in tqdm(starts, desc=f"LPIPS {network.name}", leave=False, disable=None):
+            first = block[: len(pixels) - i]
+            for j in range(0, len(first), batch_size):
+                rows = first[j : j + batch_size]
+                rows.copy_(vectors(pixels[i + j : i + j + len(rows)]))
+            square_first = square(first)[:, None]
+            start = i if symmetric else 0
+            for j in range(start, len(others), batch_size):
+                if symmetric and j < i + len(first):
+                    second = first[j - i : j - i + batch_size]
+                else:
+                    second = vectors(others[j : j + batch_size])
+                distances = square_first + square(second) - 2 * (first @ second.T)
+                result[i : i + len(first), j : j + len(second)] = distances.cpu()
+    if symmetric:  # by construction: a product a @ a.T is not so to the last bit on every machine
+        result = np.triu(result, 1)
+        result += result.T
+    result[result < 3e-5] = 0  # float32 leaves up to 2e-5 between equal flat images
+    return result
+
+
+def gauss_window():
+    """The 11-point Gaussian of sigma 1.5 (Wang et al. 2004), float64."""
+    window = torch.exp(-torch.arange(-5.0, 6.0, dtype=torch.float64).square() / 4.5)
+    return window / window.sum()
+
+
+def ssim(a, b):
+    """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11, without borders: (B,)."""
+    window = gauss_window().tolist()
+
+    def smooth(maps):  # sums of shifted pictures: several times faster than conv2d of one channel
+        for axis in (2, 3):
+            size = maps.shape[axis] - 10
+            total = window[0] * maps.narrow(axis, 0, size)
+            for k in range(1, 11):
+                total.add_(maps.narrow(axis, k, size), alpha=window[k])
+            maps = total
+        return maps
+
+    mean_a = smooth(a)
+    mean_b = smooth(b)
+    variances = smooth(a * a) + smooth(b * b) - mean_a**2 - mean_b**2
+    structure = (2 * (smooth(a * b) - mean_a * mean_b) + 9e-4) / (variances + 9e-4)
+    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def ssim_matrix(first, second, device="cpu", size=64):
+    """SSIM of all pairs at `size` pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
+
+    Means and variances are taken once an image; what a pair shares, the smoothed product, is one
+    matrix product of all images for each place of the window.
+    """
+    window = gauss_window().float().to(device)
+    weights = torch.outer(window, window).flatten()  # (121,)
+
+    def shrink(pixels):  # -> (N, size, size)
+        parts = []
+        for part in pixels.split(64):
+            parts.append(F.interpolate(to_grey(part.to(device)), (size, size), mode="area")[:, 0])
+        return torch.cat(parts)
+
+    def windows(grey, y):  # a row of places: centred patches (N, 121), means, both divisors' terms
+        patches = grey[:, y : y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
+        mean = patches @ weights
+        patches = patches - mean[:, :, None]
+        spread = patches.square() @ weights
+        return zip(patches, mean, mean**2 + 0.5e-4, spread + 4.5e-4, strict=True)
+
+    with torch.inference_mode():
+        first = shrink(first)
+        second = shrink(second)
+        total = torch.zeros(len(first), len(second), device=device)
+        for y in tqdm(range(size - 10), desc="SSIM", leave=False, disable=None):
+            for a, b in zip(windows(first, y), windows(second, y), strict=True):
+                patches_a, mean_a, light_a, spread_a = a
+                patches_b, mean_b, light_b, spread_b = b
+                covariance = (patches_a * (2 * weights)) @ patches_b.T
+                score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
+                total += score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
+    return (total / (size - 10) ** 2).double().cpu().numpy()
+
+
+# ---------------------------------------------------------------- set against set
+
+
+def frechet(first, second):
+    """Fréchet distance of features (N, D), (M, D), N, M >= 2: FID if they are Inception's pool3.
+
+    The trace of the root of S1 S2 is the nuclear norm of R1 R2' where Ri' Ri = Si: no root of a
+    matrix, exact where N < D.
+    """
+    gap = np.square(first.mean(0) - second.mean(0)).sum()
+    root_1 = covariance_root(first)
+    root_2 = covariance_root(second)
+    nuclear = np.linalg.svd(root_1 @ root_2.T, compute_uv=False).sum()
+    return max(0.0, gap + np.square(root_1).sum() + np.square(root_2).sum() - 2 * nuclear)
+
+
+def covariance_root(features):
+    """R (at most D, D) with R' R the covariance of features (N, D)."""
+    root = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    if len(root) > root.shape[1]:
+        return np.linalg.qr(root, mode="r")
+    return root
+
+
+def kid(first, second):
+    """KID (Binkowski et al. 2018) of features (N, D), (M, D), and its standard error.
+
+    Unbiased MMD^2 with the kernel (x·y/D + 1)^3 of all images at once, no subsets; the error is the
+    delete-one jackknife, from row sums.
+    """
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def mean_to_others(x):  # of each row, without the diagonal
+        within = kernel(x, x)
+        return (within.sum(1) - within.diagonal()) / (len(x) - 1)
+
+    cross = kernel(first, second)
+    within_first = mean_to_others(first)
+    within_second = mean_to_others(second)
+    value = within_first.mean() + within_second.mean() - 2 * cross.mean()
+    n, m = cross.shape
+    if min(n, m) < 3:
+        return value, float("nan")
+    # what is the same whichever image is left out has no variance
+    left_first = (cross.mean(1) - within_first * (n - 1) / (n - 2)).var() / (n - 1)
+    left_second = (cross.mean(0) - within_second * (m - 1) / (m - 2)).var() / (m - 1)
+    return value, 2 * np.sqrt(left_first + left_second)
+
+
+def squared_distances(first, second):
+    """|x - y|^2 of all pairs, (N, D), (M, D) -> (N, M); what rounding leaves of equal rows is 0."""
+    norms = np.square(first).sum(1)[:, None] + np.square(second).sum(1)
+    distances = norms - 2 * first @ second.T
+    distances[distances < 1e-12 * norms] = 0
+    return distances
+
+
+def precision_recall(real, fake, cross, k):
+    """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+    Squared distances: real (N, N), fake (M, M), cross (N, M). A ball reaches to the k-th neighbour
+    in its own set and includes its surface, so that coinciding points count as covered.
+    """
+
+    def radii(distances):  # the 0-th neighbour is the point itself
+        nth = min(k, len(distances) - 1)
+        return np.partition(distances, nth, axis=1)[:, nth]
+
+    in_real_ball = cross <= radii(real)[:, None]
+    in_fake_ball = cross <= radii(fake)
+    precision = in_real_ball.any(0).mean()
+    recall = in_fake_ball.any(1).mean()
+    density = in_real_ball.sum(0).mean() / k
+    coverage = in_real_ball.any(1).mean()
+    return precision, recall, density, coverage
+
+
+# ---------------------------------------------------------------- nearest images, copies
+
+COPY_CHANCE = 0.01  # an image is a copy if a fresh one would be as close in 1 of 100 cases
 
 
 def same_unit(groups):
@@ -2105,169 +2074,166 @@ def same_unit(groups):
 
 
 def nearest(distances, forbidden=False):
-    """(index, distance) of each row's smallest entry; entries that are True in `forbidden` do not count."""
-    forbidden = np.broadcast_to(
-        forbidden, distances.shape
-    )  # by parts: the matrices of ten thousand images are large
-    parts = (
-        np.where(forbidden[n : n + 1000], np.inf, distances[n : n + 1000])
-        for n in range(0, max(1, len(distances)), 1000)
-    )
-    return tuple(map(np.concatenate, zip(*((part.argmin(1), part.min(1)) for part in parts))))
+    """Index and distance of each row's smallest entry; entries True in `forbidden` do not count."""
+    allowed = np.where(forbidden, np.inf, distances)
+    return allowed.argmin(1), allowed.min(1)
 
 
 def copy_distances(first, real):
-    """How far apart pictures are whatever was done to a copy: uint8 pixels (N, 3, S, S), (M, 3, S, S) -> (N, M), 0 to 2.
+    """Distances that see through changed copies: uint8 (N, 3, S, S), (M, 3, S, S) -> (N, M), 0 to 2.
 
-    sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, 25 crops of 90 % and all
-    their mirror images. Real pictures are to be measured against one another in the same way.
+    sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, 25 crops
+    of 90 % and all their mirror images.
     """
 
-    def shrunk(grey, side):
+    def shrink(grey, side):
         return F.interpolate(grey, (side, side), mode="bilinear", antialias=True)
 
-    def thumbnails(grey, y=0, x=0, side=80):
-        small = shrunk(grey[:, :, y : y + side, x : x + side], 16)
-        return F.normalize((small - small.mean((2, 3), keepdim=True)).flatten(1)).reshape(
-            small.shape
-        )
+    def thumbnails(grey):  # (B, 16, 16) of mean 0 and norm 1
+        small = shrink(grey, 16)[:, 0]
+        small = small - small.mean((1, 2), keepdim=True)
+        return F.normalize(small.flatten(1)).reshape(small.shape)
 
-    places = [
-        (0, 0),
-        *itertools.product(range(0, 9, 2), range(0, 9, 2), [72]),
-    ]  # steps of 2.5 %: coarser ones miss some
-    asked = torch.cat(
-        [thumbnails(shrunk(to_grey(part), 80)).flatten(1) for part in first.split(256)]
-    )
+    offsets = range(0, 9, 2)  # of 80 pixels: steps of 2.5 %, coarser ones miss some
+    places = [(0, 0, 80)] + [(y, x, 72) for y in offsets for x in offsets]
+    parts = [thumbnails(shrink(to_grey(part), 80)).flatten(1) for part in first.split(256)]
+    queries = torch.cat(parts)
     best = torch.full((len(first), len(real)), -1.0)
-    for part, found in zip(real.split(256), best.split(256, 1)):  # found is a view: filled in place
-        grey = shrunk(to_grey(part), 80)
-        for known in (thumbnails(grey, *place) for place in places):
-            for view in (known, known.flip(3)):
-                torch.maximum(found, asked @ view.flatten(1).T, out=found)
+    for part, best_part in zip(real.split(256), best.split(256, 1), strict=True):  # views of best
+        grey = shrink(to_grey(part), 80)
+        for y, x, side in places:
+            crops = thumbnails(grey[:, :, y : y + side, x : x + side])
+            for view in (crops, crops.flip(2)):
+                torch.maximum(best_part, queries @ view.flatten(1).T, out=best_part)
     return best.mul_(-2).add_(2).clamp_(min=0).sqrt_().numpy()
 
 
 def copy_limit(count):
-    """The chance up to which an image is a copy, beside `count` real ones: few real images can show no smaller one."""
+    """The chance up to which an image is a copy; `count` real ones show none below 1/(count + 1)."""
     return max(COPY_CHANCE, 1 / (count + 1))
 
 
 def copy_chances(real, fake, same):
-    """How likely a fresh image is as near to a real one as each generated image is: (m,), small for copies.
+    """How likely a fresh image is as near to a real one as each generated one: (m,), small for copies.
 
-    real: (n, n) and fake: (m, n) distances to the real images; same: bool (n, n), images of one patient. Conformal
-    p-values, against the real images' own, of the distance and of its ratio to the second nearest of another
-    patient (near copies show in the one, faint copies in the other), combined as Simes (1986) does. Real images that
-    are three times nearer than usual are one picture cut twice: a few of them would excuse every copy.
+    real (n, n), fake (m, n): distances to the real images; same: bool (n, n), images of one patient.
+    Conformal p-values, against the real images' own, of the distance and of its ratio to the second
+    nearest of another patient (near copies show in the one, faint copies in the other), combined as
+    Simes (1986) does. Real images three times nearer than usual are one picture cut twice: a few of
+    them would excuse every copy.
     """
-    same = same | (real < np.median(nearest(real, same)[1]) / 3)
-    same |= same.T
+    _, usual = nearest(real, same)
+    same = same | (real < np.median(usual) / 3)
+    same = same | same.T
 
     def nearness(distances, forbidden):
-        first, d1 = nearest(distances, forbidden)
-        return d1, d1 / np.maximum(nearest(distances, same[first] | forbidden)[1], 1e-12)
+        index, distance = nearest(distances, forbidden)
+        _, second = nearest(distances, same[index] | forbidden)
+        return distance, distance / np.maximum(second, 1e-12)
 
-    known, asked = nearness(real, same), nearness(fake, False)
-    chances = [
-        (1 + np.searchsorted(np.sort(a), b, "right")) / (len(real) + 1)
-        for a, b in zip(known, asked)
-    ]
-    return np.minimum(2 * np.minimum(*chances), np.maximum(*chances))
+    def p_values(real_values, values):
+        return (1 + np.searchsorted(np.sort(real_values), values, "right")) / (len(real) + 1)
+
+    real_distance, real_ratio = nearness(real, same)
+    distance, ratio = nearness(fake, False)
+    by_distance = p_values(real_distance, distance)
+    by_ratio = p_values(real_ratio, ratio)
+    return np.minimum(2 * np.minimum(by_distance, by_ratio), np.maximum(by_distance, by_ratio))
 
 
-# ---------------------------------------------------------------- the page that train, evaluate and filter share
+# ---------------------------------------------------------------- the page
 
-STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--mark:#0b62c4;
---two:#c2410c;--three:#15803d;--four:#7e22ce}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#343b43;--paper:#0e1116;--mark:#6cb0ff;
---two:#fb923c;--three:#4ade80;--four:#c084fc}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,sans-serif;
-overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
+STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;
+--mark:#0b62c4;--two:#c2410c;--three:#15803d;--four:#7e22ce}
+@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#343b43;--paper:#0e1116;
+--mark:#6cb0ff;--two:#fb923c;--three:#4ade80;--four:#c084fc}}
+*{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,
+sans-serif;overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}
+h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}
-th{color:var(--soft);font-weight:600}
-.verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}.soft{color:var(--soft)}
-.grid{display:flex;flex-wrap:wrap;gap:.3rem}.grid img{width:6rem;height:6rem;object-fit:cover;border-radius:.2rem}
-figure{display:inline-block;margin:0 .6rem .8rem 0}figure .grid{flex-wrap:nowrap}figcaption{font-size:.8rem;
-color:var(--soft);max-width:12.3rem;overflow-wrap:anywhere}svg{max-width:100%;height:auto}
-@media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}h2,figure,tr{break-inside:avoid}}"""
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}.soft{color:var(--soft)}
+.verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}
+.grid{display:flex;flex-wrap:wrap;gap:.3rem}figure .grid{flex-wrap:nowrap}
+.grid img{width:6rem;height:6rem;object-fit:cover;border-radius:.2rem}
+figure{display:inline-block;margin:0 .6rem .8rem 0}svg{max-width:100%;height:auto}
+figcaption{font-size:.8rem;color:var(--soft);max-width:12.3rem;overflow-wrap:anywhere}
+@media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}
+h2,figure,tr{break-inside:avoid}}"""
 
 
 def page(title, body):
-    """One self-contained HTML file as text: `body` is HTML whose texts went through html.escape."""
+    """One self-contained HTML file as text; `body` is HTML whose texts went through html.escape."""
+    title = html.escape(title)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n{body}\n</body></html>\n"
     )
 
 
 def table(header, rows):
     """An HTML table; every cell is escaped."""
-    lines = [
-        "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-        for tag, cells in [("th", header)] + [("td", row) for row in rows]
-    ]
-    return (
-        '<div class="wide"><table>'
-        + "".join(f"<tr>{line}</tr>\n" for line in lines)
-        + "</table></div>\n"
-    )
+
+    def line(tag, cells):
+        texts = [f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells]
+        return f"<tr>{''.join(texts)}</tr>\n"
+
+    lines = [line("th", header)] + [line("td", row) for row in rows]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
 
 
-def thumbnail(image, size=96, **how):
-    """A PIL image, or uint8 pixels (3, H, W), as a JPEG of at most `size` pixels a side in an <img> element."""
-    image, buffer = (
-        (image if isinstance(image, Image.Image) else picture(image)).convert("RGB"),
-        io.BytesIO(),
-    )
+def thumbnail(image, size=96, **options):
+    """An <img> of a PIL image or uint8 pixels (3, H, W): a JPEG of at most `size` pixels a side."""
+    if not isinstance(image, Image.Image):
+        image = picture(image)
+    image = image.convert("RGB")
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    image.save(buffer, "JPEG", **{"quality": 85, **how})
-    return (
-        f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-    )
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 85, **options})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
 def curve(series, x_label="", y_label="", width=640, height=260):
-    """An inline SVG line chart; series: name -> list of (x, y). Points that are not finite are left out."""
-    series = {name: [p for p in points if np.isfinite(p).all()] for name, points in series.items()}
-    every = np.array([point for points in series.values() for point in points], float).reshape(
-        -1, 2
-    )
+    """An inline SVG line chart; series: name -> list of (x, y). Only finite points are drawn."""
+    finite = {}
+    for name, points in series.items():
+        finite[name] = [point for point in points if np.isfinite(point).all()]
+    every = np.array(sum(finite.values(), []), float)
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
-    low, high = every.min(0), every.max(0)
+    low = every.min(0)
+    high = every.max(0)
     span = np.where(high > low, high - low, np.maximum(np.abs(low), 1e-12))
+    left, bottom = 70, height - 40
     box = np.array([width - 100, height - 68])
 
-    def place(point):
+    def position(point):
         x, y = (np.asarray(point, float) - low) / span * box
-        return f"{70 + x:.1f},{height - 40 - y:.1f}"
+        return f"{left + x:.1f},{bottom - y:.1f}"
 
-    parts = [f'<path d="M70 20V{height - 40}H{width - 15}" fill="none" stroke="var(--line)"/>']
+    def text(x, y, content, more=""):
+        return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(content)}</text>'
+
+    parts = [f'<path d="M{left} 20V{bottom}H{width - 15}" fill="none" stroke="var(--line)"/>']
     for share in (0, 0.5, 1):
         x, y = low + share * span
-        parts.append(
-            f'<text x="{70 + share * box[0]:.0f}" y="{height - 22}" text-anchor="middle">{x:.4g}</text>'
-            f'<text x="64" y="{height - 36 - share * box[1]:.0f}" text-anchor="end">{y:.4g}</text>'
-        )
-    for n, (name, points) in enumerate(series.items()):
+        parts.append(text(left + share * box[0], bottom + 18, f"{x:.4g}", 'text-anchor="middle"'))
+        parts.append(text(left - 6, bottom + 4 - share * box[1], f"{y:.4g}", 'text-anchor="end"'))
+    for n, (name, points) in enumerate(finite.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
-        line = " ".join(
-            map(place, points[:1] + points)
-        )  # twice the first: one point alone is a dot
+        line = " ".join(map(position, points[:1] + points))  # the first twice: one alone is a dot
+        stroke = 2 if len(points) > 1 else 7
         parts.append(
-            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{2 if len(points) > 1 else 7}" '
+            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{stroke}" '
             'stroke-linecap="round"/>'
-            f'<text x="{80 + 140 * n}" y="12" fill="{colour}">{html.escape(name)}</text>'
         )
-    parts.append(
-        f'<text x="{70 + box[0] / 2}" y="{height - 4}" text-anchor="middle">{html.escape(x_label)}</text>'
-        f'<text x="0" y="12">{html.escape(y_label)}</text>'
-    )
+        parts.append(text(80 + 140 * n, 12, name, f'fill="{colour}"'))
+    parts.append(text(left + box[0] / 2, height - 4, x_label, 'text-anchor="middle"'))
+    parts.append(text(0, 12, y_label))
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" font-size="12" '
-        f'fill="var(--soft)">{"".join(parts)}</svg>\n'
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'font-size="12" fill="var(--soft)">{"".join(parts)}</svg>\n'
     )
