@@ -1,13 +1,14 @@
-"""Medical-looking pictures drawn from a seed alone: what the tiny base is trained on and what the tests look at.
+"""Draw medical-looking pictures from a seed alone. The tiny base is trained on them.
 
     python tests/phantoms.py OUT --count 128 --seed 0 --size 128 --kinds "normal chest,lung nodule"
 
-OUT receives PNG files and metadata.csv with file_name, text, label, modality and patient_id. The same (kind, seed) is
-always the same picture, and at another size the same scene: every shape and every noise lattice is laid out in unit
-coordinates. Seeds 2k and 2k+1 of a kind are one patient, who keeps skin tone, build or fundus hue.
+Writes PNG files and metadata.csv (file_name, text, label, modality, patient_id) into OUT. The same
+(kind, seed) is always the same picture, and at another size the same scene: every shape and every
+noise lattice is laid out in unit coordinates. Seeds 2k and 2k+1 of a kind are one patient, who
+keeps skin tone, build or fundus hue.
 
-By convention the tests draw from seeds below 1,000,000, the committed tests/phantoms from 1,000,000 on, and training
-pools from 2,000,000 on, so that nothing is ever measured on a picture that was learned.
+By convention the tests draw from seeds below 1,000,000, the committed tests/phantoms from 1,000,000
+on, and training pools from 2,000,000 on, so that no picture is both learned and measured on.
 
 These are drawings. They show no disease and are of no use for any clinical purpose.
 """
@@ -163,7 +164,7 @@ def ramp(low, high, value):
 
 
 def fractal(random, size, cells, octaves=3, wide=1):
-    """Smooth noise (size, size) of mean 0 and deviation about 0.6; `cells` lumps down, cells/wide across."""
+    """Smooth noise (size, size), mean 0, deviation about 0.6: cells lumps down, cells/wide across."""
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
         count = cells * 2**octave
@@ -191,7 +192,8 @@ def outline(random, size, centre, radius, irregularity, warp=0.05):
     x = x - centre[0] + warp * fractal(random, size, 5, 2)
     y = y - centre[1] + warp * fractal(random, size, 5, 2)
     turn, squeeze = random.uniform(0, np.pi), random.uniform(0.62, 1.0)
-    u, v = x * np.cos(turn) + y * np.sin(turn), (y * np.cos(turn) - x * np.sin(turn)) / squeeze
+    u = x * np.cos(turn) + y * np.sin(turn)
+    v = (y * np.cos(turn) - x * np.sin(turn)) / squeeze
     angle, edge = np.arctan2(v, u), np.ones_like(u)
     for wave in range(2, 7):
         edge += (
@@ -204,7 +206,12 @@ def outline(random, size, centre, radius, irregularity, warp=0.05):
 
 
 def named(value, low, high, names):
-    return names[0] if value < low else names[1] if value < high else names[2]
+    """The first name below `low`, the second below `high`, else the third."""
+    if value < low:
+        return names[0]
+    if value < high:
+        return names[1]
+    return names[2]
 
 
 # ---- skin and wounds
@@ -219,17 +226,14 @@ def skin(body, random, size):
     ) + [ruddy, 0, 0]
     mottle = fractal(random, size, 4, 4)
     image = (colour * (1 + 0.05 * mottle[..., None] * np.array([0.7, 1.0, 1.1]))).astype(np.float32)
-    light, turn = (
-        random.uniform(0, 2 * np.pi),
-        random.uniform(-0.5, 0.5) + np.pi / 2 * random.integers(0, 2),
-    )
+    light = random.uniform(0, 2 * np.pi)
+    turn = random.uniform(-0.5, 0.5) + np.pi / 2 * random.integers(0, 2)
     limb = random.random() < 0.5
-    offset, half, cloth = (
-        random.uniform(-0.12, 0.12),
-        random.uniform(0.66, 0.92),
-        CLOTHS[random.integers(len(CLOTHS))],
-    )
-    folds, across = fractal(random, size, 3, 2), x * np.cos(turn) + y * np.sin(turn) - offset
+    offset = random.uniform(-0.12, 0.12)
+    half = random.uniform(0.66, 0.92)
+    cloth = CLOTHS[random.integers(len(CLOTHS))]
+    folds = fractal(random, size, 3, 2)
+    across = x * np.cos(turn) + y * np.sin(turn) - offset
     if limb:
         bulge = np.abs(across + 0.05 * np.sin(2.5 * (y * np.cos(turn) - x * np.sin(turn)))) / half
         image *= (0.62 + 0.4 * np.sqrt(np.clip(1 - bulge**2, 0, 1)))[..., None]
@@ -245,16 +249,14 @@ def skin(body, random, size):
 
 
 def photograph(image, random, light, ruler):
-    """Lay a ruler, if any, then the room's light and the camera's white balance over `image` (in place)."""
+    """Add a ruler, if any, the room's light and the white balance to `image` (in place)."""
     size = image.shape[0]
     x, y = plane(size)
     edge, pitch = random.uniform(0.70, 0.84), random.uniform(0.09, 0.14)
     along, across = ((x, y), (y, x), (x, -y), (y, -x))[random.integers(4)]
-    warmth, falloff, exposure = (
-        random.uniform(-0.07, 0.09),
-        random.uniform(0.05, 0.22),
-        random.uniform(0.88, 1.1),
-    )
+    warmth = random.uniform(-0.07, 0.09)
+    falloff = random.uniform(0.05, 0.22)
+    exposure = random.uniform(0.88, 1.1)
     if ruler:
         phase = np.abs(((along / pitch) % 1) - 0.5) * pitch
         long = ((along / pitch // 1) % 5) == 0
@@ -288,16 +290,12 @@ def inflammatory(body, random, size):
     irregularity, light = random.uniform(0.08, 0.34), attributes["light"]
     distance = outline(random, size, centre, radius, irregularity)
     halo, reach = random.uniform(0.45, 0.95), random.uniform(0.10, 0.26)
-    bed, slough, necrosis = (
-        random.uniform(0, 1),
-        random.uniform(0, 0.62),
-        max(0.0, random.uniform(-0.9, 0.45)),
-    )
-    grain, patches, dead = (
-        fractal(random, size, 9, 3),
-        fractal(random, size, 4, 3),
-        fractal(random, size, 3, 2),
-    )
+    bed = random.uniform(0, 1)
+    slough = random.uniform(0, 0.62)
+    necrosis = max(0.0, random.uniform(-0.9, 0.45))
+    grain = fractal(random, size, 9, 3)
+    patches = fractal(random, size, 4, 3)
+    dead = fractal(random, size, 3, 2)
     bright = 0.45 + 0.55 * image.mean(-1, keepdims=True) / 0.6
     inside = ramp(0.022, -0.022, distance)
     limb = 1.0 if not attributes["limb"] else ramp(0.5, 1.4, bright[..., 0] + 0.6)
@@ -337,7 +335,7 @@ def inflammatory(body, random, size):
         bed=bed,
         slough_value=slough,
         necrosis_value=necrosis,
-        slough="" if slough < 0.16 else "some" if slough < 0.38 else "much",
+        slough=named(slough, 0.16, 0.38, ("", "some", "much")),
         necrosis="black" if necrosis > 0.18 else "",
         ruler=random.random() < 0.3,
     )
@@ -346,17 +344,17 @@ def inflammatory(body, random, size):
 
 
 def remodelling(body, random, size):
-    """A closed wound: smooth pink to pale scar, pearly rim, folds drawn in towards it, at most a small open centre."""
+    """A closed wound: pink to pale scar, pearly rim, folds, at most a small open centre."""
     x, y = plane(size)
     image, attributes = skin(body, random, size)
     centre, radius = wound_place(random, attributes)
-    irregularity, light, pink = (
-        random.uniform(0.05, 0.26),
-        attributes["light"],
-        random.uniform(0, 1),
-    )
+    irregularity = random.uniform(0.05, 0.26)
+    light = attributes["light"]
+    pink = random.uniform(0, 1)
     distance = outline(random, size, centre, radius * 0.92, irregularity)
-    folds, depth, sheen = random.integers(9, 20), random.uniform(0.3, 1.0), random.uniform(0.2, 0.9)
+    folds = random.integers(9, 20)
+    depth = random.uniform(0.3, 1.0)
+    sheen = random.uniform(0.2, 0.9)
     smooth, wander = fractal(random, size, 3, 2), fractal(random, size, 4, 2)
     bright = 0.30 + 0.70 * image.mean(-1, keepdims=True) / 0.65
     inside, tight = ramp(0.05, -0.06, distance), np.exp(-np.maximum(distance, 0) / 0.16)
@@ -410,21 +408,26 @@ def remodelling(body, random, size):
     return image, attributes
 
 
+def first_free(spots, radius, placed):
+    """The first spot where a circle keeps its distance from all `placed` (spot, radius), or None."""
+    for spot in spots:
+        gaps = [np.hypot(*(spot - other)) - 1.25 * (radius + r) for other, r in placed]
+        if not gaps or min(gaps) > 0:
+            return spot
+    return None
+
+
 def mpox(body, random, size):
-    """Umbilicated papules or pustules, some crusted, each on its own red base; a close-up, so softly focused."""
+    """Umbilicated papules or pustules, some crusted, on red bases; a soft-focus close-up."""
     x, y = plane(size)
     image, attributes = skin(body, random, size)
     count, light = int(random.integers(1, 12)), attributes["light"]
-    stage, redness = (
-        ("papular", "pustular", "crusted")[random.integers(3)],
-        random.uniform(0.35, 0.9),
-    )
+    stage = ("papular", "pustular", "crusted")[random.integers(3)]
+    redness = random.uniform(0.35, 0.9)
     bright = 0.40 + 0.60 * image.mean(-1, keepdims=True) / 0.6
-    largest, placed, height = (
-        random.uniform(0.13, 0.30) / count**0.22,
-        [],
-        np.zeros((size, size), np.float32),
-    )
+    largest = random.uniform(0.13, 0.30) / count**0.22
+    placed = []
+    height = np.zeros((size, size), np.float32)
     dome_colour = {
         "papular": [0.78, 0.36, 0.33],
         "pustular": [0.90, 0.74, 0.60],
@@ -432,21 +435,15 @@ def mpox(body, random, size):
     }[stage]
     for _ in range(count):
         spots = random.uniform(-0.68, 0.68, (12, 2))
-        radius, pit, warp = (
-            largest * random.uniform(0.6, 1.0),
-            random.uniform(0.16, 0.30),
-            random.uniform(0, 6.3),
-        )
+        radius = largest * random.uniform(0.6, 1.0)
+        pit = random.uniform(0.16, 0.30)
+        warp = random.uniform(0, 6.3)
         waves = random.integers(2, 6)
-        free = [
-            spot
-            for spot in spots
-            if all(np.hypot(*(spot - other)) > 1.25 * (radius + r) for other, r in placed)
-        ]
-        if not free:
+        spot = first_free(spots, radius, placed)
+        if spot is None:
             continue
-        placed.append((free[0], radius))
-        u, v = x - free[0][0], y - free[0][1]
+        placed.append((spot, radius))
+        u, v = x - spot[0], y - spot[1]
         r = np.hypot(u, v) / (radius * (1 + 0.05 * np.cos(waves * np.arctan2(v, u) + warp)))
         dome, pitted = ramp(1.15, 0.72, r), np.exp(-((r / pit) ** 2))
         blend(
@@ -477,15 +474,20 @@ def mpox(body, random, size):
 
 
 def chest(body, random, size, finding):
-    """A frontal film (the patient's right is on the left of the picture) with `finding`: "", "effusion" or "nodule"."""
+    """A frontal film; `finding` is "", "effusion" or "nodule".
+
+    The patient's right is on the left of the picture.
+    """
     x, y = plane(size)
-    width, lung, heart = body.uniform(0.82, 1.0), body.uniform(0.80, 0.88), body.uniform(0.80, 1.15)
-    ribs, slope, top = body.uniform(3.9, 5.2), body.uniform(0.20, 0.5), body.uniform(-0.86, -0.74)
-    base, dome, clavicle = (
-        random.uniform(0.46, 0.66),
-        random.uniform(0.14, 0.24),
-        random.uniform(-0.10, 0.10),
-    )
+    width = body.uniform(0.82, 1.0)
+    lung = body.uniform(0.80, 0.88)
+    heart = body.uniform(0.80, 1.15)
+    ribs = body.uniform(3.9, 5.2)
+    slope = body.uniform(0.20, 0.5)
+    top = body.uniform(-0.86, -0.74)
+    base = random.uniform(0.46, 0.66)
+    dome = random.uniform(0.14, 0.24)
+    clavicle = random.uniform(-0.10, 0.10)
     x = x - random.uniform(-0.06, 0.06)
     shoulder = ramp(-1.08, -0.66, y)
     tissue = ramp(
@@ -494,11 +496,9 @@ def chest(body, random, size, finding):
     film = (0.52 + 0.03 * fractal(random, size, 3, 2)) * tissue
     lungs, zones, fluid = np.zeros_like(film), {}, np.zeros_like(film)
     side = ("right", "left")[random.integers(2)]
-    level, fog, markings = (
-        random.uniform(-0.12, 0.34),
-        random.uniform(0.7, 1.0),
-        fractal(random, size, 10, 3),
-    )
+    level = random.uniform(-0.12, 0.34)
+    fog = random.uniform(0.7, 1.0)
+    markings = fractal(random, size, 10, 3)
     for name, sign in (("right", -1), ("left", 1)):
         u = sign * x
         floor = base + (0.05 if name == "left" else 0.0) - dome * (1 - ((u - 0.36) / 0.36) ** 2)
@@ -556,11 +556,9 @@ def chest(body, random, size, finding):
         )
     if finding == "nodule":
         attributes.update(nodule(film, random, size, side, lung * width))
-    bright, contrast, gamma = (
-        random.uniform(-0.04, 0.06),
-        random.uniform(0.95, 1.2),
-        random.uniform(0.8, 1.25),
-    )
+    bright = random.uniform(-0.04, 0.06)
+    contrast = random.uniform(0.95, 1.2)
+    gamma = random.uniform(0.8, 1.25)
     film = np.clip(film * contrast + bright + 0.012 * fractal(random, size, 48, 1), 0, 1) ** gamma
     attributes.update(gamma=gamma, exposure=named(gamma, 0.93, 1.1, ("soft", "normal", "dark")))
     return np.repeat(film[..., None], 3, 2).astype(np.float32), attributes
@@ -568,11 +566,9 @@ def chest(body, random, size, finding):
 
 def nodule(film, random, size, side, reach):
     """Add a round density to the lung on `side` of `film` (in place) and say what it is."""
-    sign, radius, density = (
-        -1 if side == "right" else 1,
-        random.uniform(0.085, 0.16),
-        random.uniform(0.30, 0.48),
-    )
+    sign = -1 if side == "right" else 1
+    radius = random.uniform(0.085, 0.16)
+    density = random.uniform(0.30, 0.48)
     height = random.uniform(-0.46, 0.16)
     centre = np.array(
         [sign * random.uniform(0.36, (0.60 + 0.35 * (height + 0.46)) * reach), height]
@@ -594,7 +590,10 @@ def nodule(film, random, size, side, reach):
 
 
 def vessel_tree(random, size, disc, sign):
-    """Coverage (size, size) of arteries and of veins: branching walks that leave the disc and arch round the macula."""
+    """Coverage (size, size) of arteries and of veins.
+
+    Both are branching walks that leave the disc and arch around the macula.
+    """
     scale = 4 * size
     canvases = [Image.new("L", (scale, scale)) for _ in range(2)]
     pens = [ImageDraw.Draw(canvas) for canvas in canvases]
@@ -607,16 +606,8 @@ def vessel_tree(random, size, disc, sign):
                     disc[0] + random.uniform(-0.05, 0.05),
                     disc[1] + random.uniform(-0.05, 0.05),
                 )
-                walks.append(
-                    (
-                        kind,
-                        root,
-                        heading,
-                        vertical * sign * -bend,
-                        width * (0.8 + 0.4 * kind),
-                        length,
-                    )
-                )
+                turn = vertical * sign * -bend
+                walks.append((kind, root, heading, turn, width * (0.8 + 0.4 * kind), length))
     while walks:
         kind, point, heading, bend, width, length = walks.pop()
         for step in range(length):
@@ -634,16 +625,14 @@ def vessel_tree(random, size, disc, sign):
 
 
 def fundus(body, random, size, bleeding):
-    """The back of the eye in its round field; with `bleeding`, blot- or flame-shaped haemorrhages."""
+    """The back of the eye in its round field; with `bleeding`, with haemorrhages."""
     x, y = plane(size)
     pigment, eye = body.uniform(0, 1), ("left", "right")[random.integers(2)]
     sign = 1 if eye == "right" else -1
     disc = (sign * random.uniform(0.40, 0.58), random.uniform(-0.10, 0.10))
-    radius, cup, oval = (
-        random.uniform(0.135, 0.18),
-        random.uniform(0.25, 0.6),
-        random.uniform(0.84, 1.0),
-    )
+    radius = random.uniform(0.135, 0.18)
+    cup = random.uniform(0.25, 0.6)
+    oval = random.uniform(0.84, 1.0)
     colour = np.array([0.86, 0.42, 0.20]) + pigment * np.array([-0.22, -0.19, -0.09])
     choroid, streak = fractal(random, size, 4, 3), fractal(random, size, 7, 2)
     image = (colour * (1 + 0.055 * choroid + 0.03 * streak)[..., None]).astype(np.float32)
@@ -671,11 +660,9 @@ def fundus(body, random, size, bleeding):
     }
     if bleeding:
         attributes.update(haemorrhages(image, random, disc, colour))
-    field, vignette, glow = (
-        random.uniform(0.90, 0.98),
-        random.uniform(0.15, 0.5),
-        random.uniform(0, 2 * np.pi),
-    )
+    field = random.uniform(0.90, 0.98)
+    vignette = random.uniform(0.15, 0.5)
+    glow = random.uniform(0, 2 * np.pi)
     centre = np.hypot(x, y)
     image *= (1 - vignette * (centre / field) ** 3 + 0.10 * (x * np.cos(glow) + y * np.sin(glow)))[
         ..., None
@@ -689,37 +676,33 @@ def fundus(body, random, size, bleeding):
 
 
 def haemorrhages(image, random, disc, colour):
-    """Paint dark red bleedings (in place): round blots, or flames that follow the nerve fibres away from the disc."""
-    size, count, form = (
-        image.shape[0],
-        int(random.integers(4, 28)),
-        ("blot", "flame-shaped")[random.integers(2)],
-    )
+    """Paint dark red bleedings (in place) and say what they are.
+
+    They are round blots, or flames that follow the nerve fibres away from the disc.
+    """
+    size = image.shape[0]
+    count = int(random.integers(4, 28))
+    form = ("blot", "flame-shaped")[random.integers(2)]
     scale, largest = 4 * size, random.uniform(0.05, 0.088)
     canvas = Image.new("L", (scale, scale))
     pen = ImageDraw.Draw(canvas)
     for _ in range(count):
-        away, turn = 0.88 * np.sqrt(random.uniform(0.02, 1)), random.uniform(0, 2 * np.pi)
-        spot, radius = (
-            away * np.array([np.cos(turn), np.sin(turn)]),
-            largest * random.uniform(0.45, 1.0),
-        )
+        away = 0.88 * np.sqrt(random.uniform(0.02, 1))
+        turn = random.uniform(0, 2 * np.pi)
+        spot = away * np.array([np.cos(turn), np.sin(turn)])
+        radius = largest * random.uniform(0.45, 1.0)
         along = np.arctan2(spot[1] - disc[1], spot[0] - disc[0])
         long, short = (2.0, 0.55) if form == "flame-shaped" else (1.1, 0.9)
         angles = np.arange(24) / 24 * 2 * np.pi
-        edge = radius * (
-            1
-            + sum(
-                random.normal(0, 0.16) * np.cos(wave * angles + random.uniform(0, 6.3))
-                for wave in (2, 3, 4)
-            )
-        )
+        waves = np.zeros_like(angles)
+        for wave in (2, 3, 4):
+            waves += random.normal(0, 0.16) * np.cos(wave * angles + random.uniform(0, 6.3))
+        edge = radius * (1 + waves)
         u, v = edge * long * np.cos(angles), edge * short * np.sin(angles)
-        px, py = (
-            spot[0] + u * np.cos(along) - v * np.sin(along),
-            spot[1] + u * np.sin(along) + v * np.cos(along),
-        )
-        pen.polygon([((a + 1) / 2 * scale, (b + 1) / 2 * scale) for a, b in zip(px, py)], fill=255)
+        px = spot[0] + u * np.cos(along) - v * np.sin(along)
+        py = spot[1] + u * np.sin(along) + v * np.cos(along)
+        corners = (np.stack([px, py], axis=1) + 1) / 2 * scale
+        pen.polygon([tuple(corner) for corner in corners.tolist()], fill=255)
     stain = np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255
     blend(image, colour * np.array([0.42, 0.13, 0.16]), 0.9 * stain)
     return {
@@ -733,12 +716,20 @@ def haemorrhages(image, random, disc, colour):
 # ---- pictures, folders
 
 
+def is_true(wording, attributes):
+    """Whether every field that a wording names is true of the picture."""
+    for _, field, _, _ in string.Formatter().parse(wording):
+        if field and not attributes.get(field):
+            return False
+    return True
+
+
 def draw(kind, seed, size=128):
     """Draw one phantom.
 
-    Args: kind, a key of KINDS; seed, any integer (2k and 2k+1 are one patient); size, pixels a side.
-    Returns (uint8 array (size, size, 3), caption in lower case of at most 75 bytes, dict of the factors drawn).
-    Raises KeyError for an unknown kind.
+    kind: a key of KINDS. seed: any integer; 2k and 2k+1 are one patient. size: pixels a side.
+    Returns a uint8 array (size, size, 3), a caption in lower case of at most 75 bytes, and a dict
+    of the factors drawn.
     """
     body, random = keyed("patient", kind, seed // 2), keyed("picture", kind, seed)
     painter = {
@@ -752,14 +743,8 @@ def draw(kind, seed, size=128):
         "retinal haemorrhages": functools.partial(fundus, bleeding=True),
     }[kind]
     image, attributes = painter(body, random, size)
-    true_of_it = [
-        wording
-        for wording in CAPTIONS[kind]
-        if all(
-            attributes.get(field) for _, field, _, _ in string.Formatter().parse(wording) if field
-        )
-    ]
-    caption = true_of_it[random.integers(len(true_of_it))].format(**attributes)
+    wordings = [wording for wording in CAPTIONS[kind] if is_true(wording, attributes)]
+    caption = wordings[random.integers(len(wordings))].format(**attributes)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), caption, attributes
 
 
@@ -780,9 +765,9 @@ def write_one(job):
 
 
 def write(folder, count, seed=0, kinds=None, size=128, processes=1):
-    """Draw `count` pictures, the kinds in turn (default: all of them), into `folder` with metadata.csv.
+    """Draw `count` pictures, the kinds (default: all) in turn, into `folder` with metadata.csv.
 
-    Picture i is of kind i % len(kinds) with seed `seed + i // len(kinds)`, so that two pictures share a patient.
+    Picture i is of kind i % len(kinds) with seed `seed + i // len(kinds)`: two share a patient.
     """
     kinds = list(KINDS) if kinds is None else list(kinds)
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -813,8 +798,10 @@ def main():
     )
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
-    kinds = None if args.kinds is None else [kind.strip() for kind in args.kinds.split(",")]
-    unknown = sorted(set(kinds or []) - set(KINDS))
+    kinds = list(KINDS)
+    if args.kinds:
+        kinds = [kind.strip() for kind in args.kinds.split(",")]
+    unknown = sorted(set(kinds) - set(KINDS))
     if unknown:
         parser.error(f"--kinds: no such kind: {', '.join(unknown)}; there are {', '.join(KINDS)}")
     write(args.out, args.count, args.seed, kinds, args.size, args.processes)
