@@ -1411,15 +1411,14 @@ def to_grey(pixels):
 
 
 def gabor_pairs(device):
-    """Waves of 8 orientations, even ones, then odd ones: (16, 1, 9, 9), each of mean 0 and norm 1."""
+    """Waves of 8 orientations, first the even, then the odd: (16, 1, 9, 9), of mean 0, norm 1."""
     span = torch.arange(-4.0, 5.0, device=device)
     y, x = torch.meshgrid(span, span, indexing="ij")
     angle = torch.arange(8, device=device)[:, None, None] * torch.pi / 8
     phase = 1.6 * (x * angle.cos() + y * angle.sin())
     waves = torch.cat([phase.cos(), phase.sin()]) * torch.exp(-(x**2 + y**2) / 8)
     waves = waves - waves.mean((1, 2), keepdim=True)
-    norms = waves.flatten(1).norm(dim=1)
-    return (waves / norms[:, None, None])[:, None]
+    return F.normalize(waves.flatten(1)).reshape(16, 1, 9, 9)
 
 
 def texture(pixels):
@@ -1477,9 +1476,7 @@ def grain(pixels):
     noise over steps between neighbours, steps at the borders of 8 x 8 blocks over all steps (down,
     across: JPEG), checkerboards, and the steps at three scales over those at the next coarser one.
     """
-    parts = []
-    for part in pixels.split(16):
-        parts.append(grey_grain(255 * to_grey(part)))
+    parts = [grey_grain(255 * to_grey(part)) for part in pixels.split(16)]
     return torch.cat(parts).double().cpu().numpy()
 
 
@@ -1487,34 +1484,27 @@ def grey_grain(grey):
     """The measures of `grain` of float pictures (B, 1, H, W) in grey levels: (B, 11)."""
 
     def log_mean(maps):  # + a tenth of a grey level: flat pictures have finite measures too
-        return (maps.mean((1, 2, 3)) + 0.1).log()
+        return (maps.abs().mean((1, 2, 3)) + 0.1).log()
 
     def log_spread(maps):
         deviations = maps - maps.mean((1, 2, 3), keepdim=True)
         return (deviations.square().mean((1, 2, 3)).sqrt() + 0.1).log()
 
     def log_steps(maps):
-        return (log_mean(maps.diff(dim=2).abs_()) + log_mean(maps.diff(dim=3).abs_())) / 2
+        return (log_mean(maps.diff(dim=2)) + log_mean(maps.diff(dim=3))) / 2
 
     down = grey.diff(dim=2)
     across = grey.diff(dim=3)
     laplacian = down.diff(dim=2)[..., 1:-1] + across.diff(dim=3)[:, :, 1:-1]
-    corners = down.diff(dim=3).abs_()
-    mask = grey.diff(n=2, dim=2).diff(n=2, dim=3).abs_()
-    noise = log_mean(mask.mul_((torch.pi / 2) ** 0.5 / 6))
+    mask = down.diff(dim=2).diff(n=2, dim=3)
+    noise = log_mean(mask * ((torch.pi / 2) ** 0.5 / 6))
     steps = log_steps(grey)
-    down.abs_()
-    across.abs_()
-    measures = [
-        log_spread(laplacian),
-        log_spread(grey),
-        noise,
-        log_mean(grey) - noise,
-        noise - steps,
-        log_mean(down[:, :, 7::8]) - log_mean(down),
-        log_mean(across[..., 7::8]) - log_mean(across),
-        log_mean(corners) - steps,
-    ]
+    measures = [log_spread(laplacian), log_spread(grey), noise]
+    measures.append(log_mean(grey) - noise)
+    measures.append(noise - steps)
+    measures.append(log_mean(down[:, :, 7::8]) - log_mean(down))
+    measures.append(log_mean(across[..., 7::8]) - log_mean(across))
+    measures.append(log_mean(down.diff(dim=3)) - steps)
     for _ in range(3):
         grey = F.avg_pool2d(grey, 2)
         coarser_steps = log_steps(grey)
@@ -1524,42 +1514,13 @@ def grey_grain(grey):
 
 
 def stored_grain(image):
-    """`grain` of the middle 512 pixels of a PIL image as stored: (11,).
-
-    A resize hides JPEG's blocks, faint noise and faint blur.
-    """
+    """`grain` of a PIL image's middle 512 pixels, (11,): a resize would hide JPEG and noise."""
     left, top = (max(0, side - 512) // 16 * 8 for side in image.size)  # on JPEG's grid of 8 pixels
-    right = min(left + 512, image.width)
-    bottom = min(top + 512, image.height)
-    values = np.asarray(image.crop((left, top, right, bottom)).convert("RGB"))
+    box = left, top, min(left + 512, image.width), min(top + 512, image.height)
+    values = np.asarray(image.crop(box).convert("RGB"))
     missing = [(0, max(0, 16 - side)) for side in values.shape[:2]]
     values = np.pad(values, [*missing, (0, 0)], "edge")
     return grain(torch.from_numpy(values).permute(2, 0, 1)[None])[0]
-
-
-def artefacts(image):
-    """PIL image -> (4,): logs of the steps between pixels at the borders of 8 x 8 blocks over all steps, down and across;
-    of the grain over the steps; of the grain. Of the middle 512 pixels as stored: JPEG's blocks, faint noise and faint
-    blur do not outlive a resize."""
-    left, top = (max(0, side - 512) // 16 * 8 for side in image.size)  # on the blocks' grid
-    grey = np.asarray(
-        image.convert("L").crop(
-            (left, top, min(left + 512, image.width), min(top + 512, image.height))
-        )
-    )
-    grey = np.pad(grey.astype(np.float32), [(0, max(0, 16 - side)) for side in grey.shape], "edge")
-    down, across = (np.abs(np.diff(grey, axis=axis)) for axis in (0, 1))
-    grain, steps = np.abs(np.diff(np.diff(grey, 2, 0), 2, 1)).mean(), down.mean() + across.mean()
-    over, under = np.log(
-        0.1
-        + np.array(
-            [
-                [down[7::8].mean(), across[:, 7::8].mean(), grain],
-                [down.mean(), across.mean(), steps],
-            ]
-        )
-    )  # a tenth of a grey level
-    return np.append(over - under, over[2])
 
 
 # ---------------------------------------------------------------- networks
@@ -1606,25 +1567,33 @@ def load_weights(path, sha256=""):
 
 
 def load_features(name, device, resize="legacy"):
-    """The Network of that name: texture, inception (its weights in the cache), the path of such
-    weights, or the Hub id or folder of a transformers vision model.
-
-    resize: how Inception's input is made, "legacy" as pytorch-fid does, "clean" as clean-fid does.
-    """
+    """The Network of a name: texture, inception or the path of its weights, or the Hub id or folder
+    of a vision model. resize: Inception's input, as pytorch-fid (legacy) or clean-fid makes it."""
     if name == "texture":
         return Network("texture-1", texture_in_parts, standardise=True)
-    if name != "inception" and not os.path.isfile(name):
-        return load_vision_model(name, device)
-    path = name
-    digest = ""
     if name == "inception":
         path = find_weights(FID_WEIGHTS)
-        digest = FID_SHA256
-    if path is None:
-        source = "github.com/mseitzer/pytorch-fid, release fid_weights"
-        fail(f"--features inception: no such file: put {FID_WEIGHTS} ({source}) into {CACHE}")
+        if path is None:
+            source = "github.com/mseitzer/pytorch-fid, release fid_weights"
+            fail(f"--features inception: no such file: put {FID_WEIGHTS} ({source}) into {CACHE}")
+        return load_inception(path, load_weights(path, FID_SHA256), device, resize)
+    if os.path.isfile(name):
+        return load_inception(name, load_weights(name), device, resize)
+    return load_vision_model(name, device)
+
+
+def texture_in_parts(pixels):
+    """`texture` of few images at a time: the maps stay in the processor's cache, twice as fast."""
+    count = len(pixels)
+    if pixels.device.type == "cpu":
+        count = max(1, 2**15 // pixels[0, 0].numel())
+    return torch.cat([texture(part) for part in pixels.split(count)])
+
+
+def load_inception(path, state, device, resize):
+    """The Network of FID's Inception with the state dict that a file holds."""
     try:
-        net = fid_inception(load_weights(path, digest)).to(device)
+        net = fid_inception(state).to(device)
     except RuntimeError:
         fail(f"{path}: is not the weights of FID's Inception")
 
@@ -1642,19 +1611,9 @@ def load_features(name, device, resize="legacy"):
     return Network(name, pool3, published=digest == FID_SHA256, head=head)
 
 
-def texture_in_parts(pixels):
-    """`texture` of few images at a time: the maps stay in the processor's cache, twice as fast."""
-    count = len(pixels)
-    if pixels.device.type == "cpu":
-        count = max(1, 2**15 // pixels[0, 0].numel())
-    return torch.cat([texture(part) for part in pixels.split(count)])
-
-
 def clean_resize(pixels, side):
-    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 255]: clean-fid's (Parmar et al. 2022).
-
-    Torch's plain bilinear, as in pytorch-fid, leaves out pixels when it shrinks.
-    """
+    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 255], as clean-fid (Parmar et al. 2022)
+    does; plain bilinear, as in pytorch-fid, leaves out pixels when it shrinks."""
     images = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
     return images.clamp(0, 255)
 
@@ -1691,8 +1650,9 @@ def fid_inception(state):
 
 
 def load_vision_model(name, device):
-    """A vision model of transformers (DINOv2, RAD-DINO, CLIP, …), by folder or Hub id, safetensors
-    only: CLIP's image embedding, else the CLS token. Its own image processor prepares the images."""
+    """The Network of a vision model of transformers: CLIP's image embedding, else the CLS token.
+
+    Safetensors only; its own image processor prepares the images."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -1706,7 +1666,7 @@ def load_vision_model(name, device):
         model = kind.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0][:120]
-        fail(f"--features {name}: is no file and no vision model of transformers ({reason})")
+        fail(f"--features {name}: no such weight file or vision model ({reason})")
     model = model.to(device).eval().requires_grad_(False)
     digest = hashlib.sha256(processor.to_json_string().encode())
     for weight in model.state_dict().values():
@@ -1717,16 +1677,18 @@ def load_vision_model(name, device):
         output = model(images.to(device))
         if "image_embeds" in output:
             return output.image_embeds
-        return output.last_hidden_state[:, 0]
+        states = output.last_hidden_state
+        if states.ndim == 4:  # of a convolutional network
+            return states.mean((2, 3))
+        return states[:, 0]
 
     return Network(f"{config.model_type}-{digest.hexdigest()[:16]}", function)
 
 
 def extract(pixels, network, device, batch_size=32, precision="auto"):
-    """Features of uint8 pixels (N, 3, H, W) as float64 (N, D), from the cache where it has them.
+    """Features of uint8 pixels (N, 3, H, W): float64 (N, D). precision: auto is fp32, as published.
 
-    The cache's key is the network and the pixels, so that neither an edited file nor another resize
-    brings up a stale vector. precision: auto is fp32, as published figures are.
+    They are cached by network and pixels: neither an edited file nor another resize is stale.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     name = network.name
@@ -1795,7 +1757,7 @@ LPIPS = {  # trunk of torchvision, its layers, its file, SHA-256 of the linear l
 
 
 def trunk_of(kind, state):
-    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: theirs or the whole net's."""
+    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: of all or of these."""
     import torchvision
 
     with torch.device("meta"):
@@ -1822,7 +1784,7 @@ def taps(trunk, images, indices):
 
 
 def lpips_files(net):
-    """The paths of LPIPS's trunk and of its linear layers, which the package lpips holds; or None."""
+    """The paths of LPIPS's trunk and of its linear layers (in the package lpips), each or None."""
     linear = find_weights(f"lpips-{net}.pth")
     package = importlib.util.find_spec("lpips")
     if linear is None and package:
@@ -1839,21 +1801,13 @@ def has_lpips(net):
 
 def load_lpips(net, device):
     """The Network of LPIPS v0.1; net: alex, vgg or squeeze. See lpips_vectors."""
-    _, _, file, digest = LPIPS[net]
+    kind, layers, file, digest = LPIPS[net]
     trunk_path, linear_path = lpips_files(net)
-    if not has_lpips(net):
-        fail(
-            f"--lpips {net}: needs torchvision's {file} in {CACHE} and the linear layers of the "
-            "package lpips (pip install lpips); or name --lpips none"
-        )
-    trunk = load_weights(trunk_path, file.split("-")[-1][:8])
-    return lpips_network(net, trunk, load_weights(linear_path, digest), device)
-
-
-def lpips_network(net, trunk, linear, device):
-    """The Network of LPIPS with these state dicts of its trunk and its linear layers."""
-    kind, layers = LPIPS[net][:2]
-    trunk = trunk_of(kind, trunk).to(device)
+    if trunk_path is None or linear_path is None:
+        source = "the linear layers of the package lpips (pip install lpips)"
+        fail(f"--lpips {net}: needs {file} of torchvision in {CACHE} and {source}, or --lpips none")
+    trunk = trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])).to(device)
+    linear = load_weights(linear_path, digest)
     weights = [linear[f"lin{n}.model.1.weight"][0].to(device) for n in range(len(layers))]
 
     def function(pixels):
@@ -1881,7 +1835,7 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N), symmetric.
 
     others: uint8 pixels (M, 3, H, W) to pair them with instead: (N, M). One forward pass an image
-    and one product; blocks of `memory` bytes of vectors are held, the others are made again for each.
+    and one product; a block of `memory` bytes of vectors is held, the others are made again for it.
     """
     symmetric = others is None
     if symmetric:
@@ -1927,7 +1881,7 @@ def gauss_window():
 
 
 def ssim(a, b):
-    """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11, without borders: (B,)."""
+    """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11: (B,)."""
     window = gauss_window().tolist()
 
     def smooth(maps):  # sums of shifted pictures: several times faster than conv2d of one channel
@@ -2080,7 +2034,7 @@ def nearest(distances, forbidden=False):
 
 
 def copy_distances(first, real):
-    """Distances that see through changed copies: uint8 (N, 3, S, S), (M, 3, S, S) -> (N, M), 0 to 2.
+    """Distances small for altered copies: uint8 (N, 3, S, S), (M, 3, S, S) -> (N, M), 0 to 2.
 
     sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, 25 crops
     of 90 % and all their mirror images.
@@ -2109,18 +2063,17 @@ def copy_distances(first, real):
 
 
 def copy_limit(count):
-    """The chance up to which an image is a copy; `count` real ones show none below 1/(count + 1)."""
+    """The chance up to which an image is a copy; few real ones cannot show a smaller one."""
     return max(COPY_CHANCE, 1 / (count + 1))
 
 
 def copy_chances(real, fake, same):
-    """How likely a fresh image is as near to a real one as each generated one: (m,), small for copies.
+    """How likely a fresh image is as near to a real one as each generated one: (m,).
 
-    real (n, n), fake (m, n): distances to the real images; same: bool (n, n), images of one patient.
-    Conformal p-values, against the real images' own, of the distance and of its ratio to the second
-    nearest of another patient (near copies show in the one, faint copies in the other), combined as
-    Simes (1986) does. Real images three times nearer than usual are one picture cut twice: a few of
-    them would excuse every copy.
+    real (n, n), fake (m, n): distances to real images; same: bool (n, n), images of one patient.
+    Conformal p-values of the distance and of its ratio to the second nearest of another patient
+    (near copies show in the one, faint ones in the other), combined as Simes (1986) does. Real
+    images three times nearer than usual are one picture cut twice, which would excuse every copy.
     """
     _, usual = nearest(real, same)
     same = same | (real < np.median(usual) / 3)
