@@ -18,7 +18,9 @@ import base64
 import collections
 import contextlib
 import csv
+import dataclasses
 import functools
+import glob
 import hashlib
 import html
 import importlib
@@ -48,17 +50,35 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- errors, flags, files, seeds, devices
+# ---------------------------------------------------------------- foundation: errors, flags, files
 
 
 def fail(message):
-    """Print what is wrong in one line on stderr and end with exit status 2."""
+    """Print one line on stderr and end with exit status 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
+def note(message):
+    """Print a line on stderr, once under torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+class BadImage(Exception):
+    """An image that cannot be read: `path` says which one, `why` says why."""
+
+    def __init__(self, path, why):
+        super().__init__(path, why)
+        self.path = str(path)
+        self.why = str(why)
+
+    def __str__(self):
+        return f"{self.path}: {self.why}"
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the description as it is written, and every default that says something."""
+    """Shows the description as written, and every default that is informative."""
 
     def _get_help_string(self, action):
         if action.default in (None, False, "", []) or "default" in (action.help or ""):
@@ -67,19 +87,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Flags(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and which reads flags from @file.
-
-    In an @file each line is a flag with its value; blank lines and lines that start with # are skipped.
-    """
+    """A parser with one-line errors, which also reads flags from @file: one a line, # comments."""
 
     def __init__(self, description, **settings):
-        super().__init__(
-            description=description,
-            formatter_class=HelpFormatter,
-            fromfile_prefix_chars="@",
-            allow_abbrev=False,
-            **settings,
-        )
+        settings |= {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@"}
+        super().__init__(description=description, allow_abbrev=False, **settings)
 
     def convert_arg_line_to_args(self, line):
         line = line.strip("\ufeff \t")
@@ -90,28 +102,28 @@ class Flags(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         try:
             return super().parse_args(args, namespace)
-        except (UnicodeDecodeError, RecursionError):
-            fail("an @file of flags is not a text file, or names itself")
+        except UnicodeDecodeError:
+            fail("an @file of flags is not a text file")
 
     def error(self, message):
         fail(message)
 
 
 def number(low, high):
-    """An argument type: a number from `low` to `high`, a whole one where both bounds are whole numbers."""
-    whole = isinstance(low, int) and isinstance(high, int)
+    """An argument type: a number from low to high, a whole one where both bounds are ints."""
+    is_whole = isinstance(low, int) and isinstance(high, int)
+    convert, kind = (int, "whole number") if is_whole else (float, "number")
 
-    def convert(text):
+    def parse(text):
         try:
-            value = int(text) if whole else float(text)
+            value = convert(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:  # NaN fails this as well
-            kind = "whole number" if whole else "number"
+        if not low <= value <= high:  # false for NaN, too
             raise argparse.ArgumentTypeError(f"{text}: give a {kind} from {low:g} to {high:g}")
         return value
 
-    return convert
+    return parse
 
 
 def data_set(text):
@@ -138,7 +150,7 @@ def add_common_flags(group):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a binary file that takes the place of `path` only once it is whole and on the disk."""
+    """Open a binary file that replaces `path` only once it is complete and on the disk."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}.tmp")
@@ -151,19 +163,27 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        wrapped = isinstance(error, RuntimeError) and isinstance(
-            error.__context__, OSError
-        )  # torch.save: a full disk
-        cause = error.__context__ if wrapped else error
-        if isinstance(cause, OSError) and cause.filename is None:
-            cause.filename = str(path)
-        raise cause
+        # torch.save hides the OSError of a full disk in a RuntimeError
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, OSError) and cause.errno:
+            name = cause.filename or str(path)
+            raise OSError(cause.errno, cause.strerror, name) from None
+        raise
 
 
 def write_file(path, content):
     """Write bytes or text, atomically."""
     with replacing(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
+
+
+def write_csv(path, header, rows):
+    """Write a CSV file, atomically."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_file(path, text.getvalue())
 
 
 def copy_file(source, target):
@@ -173,7 +193,7 @@ def copy_file(source, target):
 
 
 def need(package, purpose):
-    """Import and return an optional package, or say how to get it."""
+    """Import and return an optional package, or fail with the command that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -181,26 +201,26 @@ def need(package, purpose):
 
 
 def generator(seed, *key):
-    """A torch.Generator on the CPU for one purpose: the same (seed, key) gives the same numbers everywhere."""
+    """A CPU torch.Generator for one purpose: the same seed and key, the same numbers everywhere."""
     digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def command(script, *words):
-    """A command to type next: `script` of ours, called from the folder that this one was called from."""
-    return shlex.join(
-        ["python", os.path.join(os.path.dirname(sys.argv[0]), script), *map(str, words)]
-    )
+    """A command to type next, for a script in the same folder as the running one."""
+    path = os.path.join(os.path.dirname(sys.argv[0]), script)
+    return shlex.join(["python", path, *map(str, words)])
+
+
+LESS_MEMORY = "a smaller --batch-size or --resolution, --gradient-checkpointing, --precision bf16"
 
 
 def run_script(main, parse_args):
-    """Run main(parse_args()); what a user, a disk or a signal did ends in one line, what a bug did in a traceback."""
-    getattr(sys.stdout, "reconfigure", lambda **_: None)(
-        errors="replace"
-    )  # never fail on an unprintable character
+    """Run main(parse_args()): faults of input, disk or memory end in one line, bugs in a traceback."""
+    sys.stdout.reconfigure(errors="replace")  # never fail on an unprintable character
     args = parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(args)
     except KeyboardInterrupt:
@@ -209,67 +229,38 @@ def run_script(main, parse_args):
     except BadImage as error:
         fail(error)
     except torch.cuda.OutOfMemoryError:
-        others = [name for name in ("gradient_checkpointing", "precision") if name in vars(args)]
-        flags = " or --".join(["a smaller --batch-size", *others]).replace("_", "-")
-        fail(f"the GPU's memory is full: try {flags}")
+        fail(f"the GPU's memory is full: try {LESS_MEMORY}")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
         fail("the memory is full: try a smaller --resolution or --batch-size")
     except OSError as error:
-        fail(f"{error.strerror}: {error.filename}" if error.strerror and error.filename else error)
+        if error.strerror and error.filename:
+            fail(f"{error.strerror}: {error.filename}")
+        fail(error)
 
 
 def pick_device(name):
-    """The torch.device for auto|cpu|cuda|cuda:N; auto is the GPU with the most free memory, else the CPU."""
-    count = torch.cuda.device_count() if name != "cpu" else 0
-    known = ["cpu"] + ["cuda"] * (count > 0) + [f"cuda:{n}" for n in range(count)]
+    """The torch.device of auto|cpu|cuda|cuda:N; auto: the GPU with most free memory, or the CPU."""
+    if name == "cpu":
+        return torch.device("cpu")
+    gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     if name == "auto":
-        free = {f"cuda:{n}": torch.cuda.mem_get_info(n)[0] for n in range(count)}
+        free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
         return torch.device(max(free, key=free.get, default="cpu"))
-    if name not in known:
-        fail(f"--device {name}: this machine has {', '.join(known)}")
-    return torch.device(name)
+    if name in gpus or (name == "cuda" and gpus):
+        return torch.device(name)
+    fail(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
 
 
 # ---------------------------------------------------------------- reading one image
 
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
 TOO_LARGE = "has more than 178 megapixels"
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "JPEG2000",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "PPM",
-)  # never EPS: it runs ghostscript
+# never EPS: Pillow starts ghostscript to read it
+FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".jp2",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".ppm",
-    ".pgm",
-    ".dcm",
-    ".dicom",
-    *VOLUME_SUFFIXES,
-)
-NEEDS = {
-    "pydicom": "DICOM files need pydicom: pip install pydicom",
-    "nibabel": "NIfTI and .mgz files need nibabel: pip install nibabel",
-}
-CODECS = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-WINDOWS = {
+WINDOWS = {  # (centre, width) in Hounsfield units
     "lung": (-600, 1500),
     "soft": (40, 400),
     "mediastinum": (50, 350),
@@ -279,98 +270,67 @@ WINDOWS = {
     "bone": (400, 1800),
     "liver": (60, 160),
     "angio": (300, 600),
-}  # Hounsfield units
-JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
-AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
-for quiet in (
-    "PIL",
-    "pydicom",
-    "nibabel",
-):  # they tell of every oddity; pydicom quotes the header, names included
-    warnings.filterwarnings("ignore", module=quiet)
-
-
-class BadImage(Exception):
-    """An image that cannot be read: `.path` says which, `.why` says why."""
-
-    def __init__(self, path, why):
-        super().__init__(path, why)
-        self.path, self.why = str(path), str(why)
-
-    def __str__(self):
-        return f"{self.path}: {self.why}"
+}
+PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# how a DICOM file without the 128-byte preamble starts: its first tag
+BARE_DICOM = (b"\2\0\0\0", b"\b\0\0\0", b"\b\0\5\0", b"\b\0\b\0", b"\b\0\x16\0", b"\b\0\x18\0")
+for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
+    warnings.filterwarnings("ignore", module=package)
+    logging.getLogger(package).setLevel(logging.CRITICAL)
 
 
 def read_image(path, slice=None, window=None, value_range=None, allow_burned_in=False):
-    """Read one image of any kind as an upright 8-bit PIL image of mode "RGB".
+    """Read an image of any kind as an upright 8-bit PIL image of mode "RGB", or raise BadImage.
 
-    The content decides the kind, not the suffix. slice: frame of a multi-frame DICOM or slice of a volume, a number or
-    "coronal", "sagittal:12" (default: the middle one, axial); of a 4-D volume the first is taken. window: what becomes
-    black to white, (centre, width) in the file's units, "40,400", or a name of WINDOWS, which only CTs and volumes obey
-    (default: the DICOM's own, else percentiles). value_range: (low, high) that become black and white where no window
-    is asked for, in all but 8-bit rasters and colours (default of 16-bit and float rasters: their own range). A DICOM
-    with BurnedInAnnotation YES may show a name: refused unless allow_burned_in. Raises BadImage.
+    slice: frame of a multi-frame DICOM or axial slice of a volume; the middle one by default.
+    window: (centre, width) in the file's units, as a pair, a text or a name of WINDOWS, which only
+    CTs and volumes obey. value_range: (black, white) where no window is given, beyond 8 bits. The
+    default is a DICOM file's own window, else percentiles.
     """
     return read_upright(path, slice, window, value_range, allow_burned_in).convert("RGB")
 
 
-@np.errstate(all="ignore")  # damaged numbers overflow
+@np.errstate(all="ignore")  # damaged files hold numbers that overflow
 def read_upright(path, slice=None, window=None, value_range=None, allow_burned_in=False):
-    """What read_image does, but grey images stay of mode "L": a third of the work for what comes after."""
-    raster = False
+    """As read_image, but grey images keep mode "L": a third of the work for what follows."""
     try:
-        if os.path.isdir(path):
-            raise BadImage(path, "is a folder, not an image")
-        if not os.path.getsize(path):
+        if os.path.getsize(path) == 0:
             raise BadImage(path, "is empty")
         if str(path).lower().endswith(VOLUME_SUFFIXES):
             return read_volume(path, slice, window, value_range)
         if looks_like_dicom(path):
             return read_dicom(path, slice, window, value_range, allow_burned_in)
-        raster = True
         return read_raster(path, value_range)
     except BadImage:
         raise
+    except ImportError as error:
+        why = f"needs the package {error.name}: pip install {error.name}"
     except UnidentifiedImageError:
-        raise BadImage(path, "is not an image") from None
+        why = "is not an image"
     except Image.DecompressionBombError:
-        raise BadImage(path, TOO_LARGE) from None
-    except (
-        Exception
-    ) as error:  # decoders raise nearly anything on damaged files, pydicom's quoting the header
-        why = (
-            getattr(error, "strerror", None)
-            or f"is damaged ({raster and str(error) or type(error).__name__})"
-        )
-        raise BadImage(path, " ".join(why.split())) from None
+        why = TOO_LARGE
+    except Exception as error:  # not its text: pydicom quotes the header
+        why = getattr(error, "strerror", None) or f"is damaged ({type(error).__name__})"
+    raise BadImage(path, why)
 
 
 def read_raster(path, value_range):
-    """PNG, JPEG, TIFF and the like; the first frame of several; transparency on black."""
-    with (
-        open(path, "rb") as file,
-        Image.open(file, formats=FORMATS) as image,
-    ):  # by name Pillow maps some TIFFs askew
-        if (
-            image.format == "PNG"
-        ):  # Pillow decodes pixels whose checksum is wrong; verify() is where it looks
-            with Image.open(path, formats=("PNG",)) as twin:
-                twin.verify()
+    """PNG, JPEG, TIFF and the like: the first frame, upright, transparency on black."""
+    # opened as a file: given a name, Pillow maps some TIFFs wrongly
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        if image.format == "PNG":
+            Image.open(path).verify()  # decoding alone ignores wrong checksums
         ImageOps.exif_transpose(image, in_place=True)
-        if is_deep(image):  # convert would clip these at 255
-            values, inverted = (
-                np.asarray(image).astype(np.float64),
-                image.format == "TIFF" and image.tag_v2.get(262) == 0,
-            )
-            grey = grey_image(values, *(value_range or percentile_range(values, 0, 100)))
-            return (
-                ImageOps.invert(grey) if inverted else grey
-            )  # Pillow inverts those of 8 bits itself
+        if is_deep(image):  # convert() would clip these at 255
+            values = np.asarray(image).astype(np.float64)
+            low, high = value_range or percentile_range(values, 0, 100)
+            grey = grey_image(values, low, high)
+            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
+                return ImageOps.invert(grey)  # Pillow does this for 8 bits itself
+            return grey
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert(
-                "RGB"
-            )
+            black = Image.new("RGBA", image.size, "black")
+            return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
         return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
@@ -380,39 +340,55 @@ def is_deep(image):
 
 
 def grey_image(values, low, high):
-    """(H, W) numbers -> image of mode "L": `low` and below is black, `high` and above white."""
-    unit = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, 1e-12)
+    """(H, W) numbers to mode "L": low and below is black, high and above white."""
+    finite = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
+    unit = (finite - low) / max(high - low, 1e-12)
     return Image.fromarray((unit.clip(0, 1) * 255 + 0.5).astype(np.uint8))
 
 
 def percentile_range(values, low, high):
-    """(low, high) percentiles of the finite values, or their whole range where those two coincide."""
+    """(low, high) percentiles of the finite values, or their whole range if the two coincide."""
     finite = values[np.isfinite(values)]
-    ends = np.percentile(finite, (low, high)) if finite.size else (0, 1)
-    return ends if ends[1] > ends[0] else (finite.min(initial=0), finite.max(initial=1))
+    if finite.size:
+        bottom, top = np.percentile(finite, (low, high))
+        if bottom < top:
+            return bottom, top
+    return finite.min(initial=0), finite.max(initial=1)
 
 
 def pick_window(window):
-    """(centre, width) of a window: a name of WINDOWS, "centre,width" or such a pair; None stays None."""
-    if window is None or not isinstance(window, str):
+    """(centre, width) of a window: a name, "centre,width" or such a pair; None stays None."""
+    if window in WINDOWS:
+        return WINDOWS[window]
+    if not isinstance(window, str):
         return window
     try:
-        centre, width = WINDOWS.get(window) or map(float, window.split(","))
+        centre, width = [float(part) for part in window.split(",")]
     except ValueError:
         width = 0
     if not width > 0:
-        fail(
-            f"--window {window}: give centre,width in the files' units, such as 40,400, or {', '.join(WINDOWS)}"
-        )
+        fail(f"--window {window}: give centre,width, such as 40,400, or {', '.join(WINDOWS)}")
     return centre, width
 
 
+def pick_slice(path, wanted, count):
+    """The number of the wanted slice, or of the middle one."""
+    if wanted is None:
+        return count // 2
+    if not 0 <= wanted < count:
+        raise BadImage(path, f"has slices 0 to {count - 1}, not {wanted}")
+    return wanted
+
+
 def square_pixels(image, row_spacing, column_spacing):
-    """Stretch the coarser axis of an image whose pixels are `row_spacing` high and `column_spacing` wide."""
-    ratio = float(row_spacing) / float(column_spacing) if row_spacing and column_spacing else 1.0
+    """Stretch the coarser axis of an image whose pixels have these heights and widths."""
+    if not row_spacing or not column_spacing:
+        return image
+    ratio = float(row_spacing) / float(column_spacing)
     if abs(ratio - 1) < 0.01 or not 0.02 < ratio < 50:
         return image
-    width, height = round(image.width * max(1, 1 / ratio)), round(image.height * max(1, ratio))
+    width = round(image.width * max(1, 1 / ratio))
+    height = round(image.height * max(1, ratio))
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -420,258 +396,203 @@ def looks_like_dicom(path):
     """True for a DICOM file by its content, with or without the 128-byte preamble."""
     with open(path, "rb") as file:
         head = file.read(132)
-    return head[128:] == b"DICM" or head[:4] in (
-        b"\2\0\0\0",
-        *(bytes((8, 0, tag, 0)) for tag in (0, 5, 8, 0x16, 0x18)),
-    )
-
-
-def pick_slice(path, wanted, count):
-    """The index of the slice named, or of the middle one; BadImage when there is none of that number."""
-    if wanted is not None and not 0 <= wanted < count:
-        raise BadImage(path, f"has slices 0 to {count - 1}, not {wanted}")
-    return count // 2 if wanted is None else wanted
+    return head[128:] == b"DICM" or head[:4] in BARE_DICOM
 
 
 def open_dicom(path, **how):
-    """A DICOM file as a pydicom Dataset, read leniently and without a word of its header said."""
-    if importlib.util.find_spec("pydicom") is None:
-        raise BadImage(path, NEEDS["pydicom"])
+    """A file as a pydicom Dataset, read leniently."""
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     data = pydicom.dcmread(path, force=True, **how)
-    if (
-        "TransferSyntaxUID" not in data.file_meta
-    ):  # no preamble: implicit or explicit, little endian
-        data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (
-            ".1" if not data.original_encoding[0] else ""
-        )
+    if "TransferSyntaxUID" not in data.file_meta:  # no preamble
+        implicit, explicit = pydicom.uid.ImplicitVRLittleEndian, pydicom.uid.ExplicitVRLittleEndian
+        data.file_meta.TransferSyntaxUID = implicit if data.original_encoding[0] else explicit
     return data
 
 
 def read_dicom(path, slice, window, value_range, allow_burned_in):
-    """One frame of a DICOM file: rescale, then window, then MONOCHROME1, then square pixels (DICOM PS3.3 C.11)."""
+    """One frame, grey or in colour, with square pixels (DICOM PS3.3 C.7.6.3 and C.11)."""
     data = open_dicom(path)
-    if not any(name in data for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+    if not any(name in data for name in PIXEL_ELEMENTS):
         raise BadImage(path, "is a DICOM file without pixels")
     if data.Rows * data.Columns > MAX_PIXELS:
         raise BadImage(path, TOO_LARGE)
     if str(data.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
-        raise BadImage(
-            path, "says that text is burnt in, maybe a name: refused without --allow-burned-in"
-        )
+        raise BadImage(path, "has text burnt in, maybe a name: refused without --allow-burned-in")
     count = int(data.get("NumberOfFrames") or 1)
-    values, padding = dicom_frame(path, data, pick_slice(path, split_slice(slice)[1], count))
+    values, padding = dicom_frame(path, data, pick_slice(path, slice, count))
     if values.ndim == 3:
-        bits = (
-            8 * values.itemsize if "PALETTE" in data.PhotometricInterpretation else data.BitsStored
-        )
-        image = Image.fromarray((values >> max(bits - 8, 0)).astype(np.uint8))
+        image = Image.fromarray(values)
     else:
         if window in WINDOWS and data.get("Modality", "CT") != "CT":
             window = None
-        elif (
-            window
-            and data.get("Modality") == "CT"
-            and not (
-                "ModalityLUTSequence" in data
-                or "RescaleSlope" in data
-                and "RescaleIntercept" in data
-            )
-        ):
-            raise BadImage(
-                path,
-                "is a CT without RescaleSlope: its values are no Hounsfield units for a --window",
-            )
-        own = window or value_range or own_window(data) or data.get("VOILUTSequence")
-        if count > 1 and not own:
-            value_range = frames_range(path, os.path.getmtime(path))
+        if window and data.get("Modality") == "CT" and "RescaleSlope" not in data:
+            raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units")
+        has_own = own_window(data) or data.get("VOILUTSequence")
+        if count > 1 and not (window or value_range or has_own):
+            value_range = range_of_frames(path, os.path.getmtime(path))
         image = dicom_grey(data, values, padding, pick_window(window), value_range)
-    spacing = (
-        data.get("PixelSpacing") or data.get("ImagerPixelSpacing") or data.get("PixelAspectRatio")
-    )
+    spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing")
+    spacing = spacing or data.get("PixelAspectRatio")
     return square_pixels(image, *spacing) if np.size(spacing) == 2 else image
 
 
-def own_window(data):
-    """(centre, width) of a DICOM file's first window, None where it has none, or one that is too narrow for its function."""
-    found = [data.get(name) for name in ("WindowCenter", "WindowWidth")]
-    centre, width = (
-        np.ravel([] if value is None else value)[:1].astype(float).tolist() for value in found
-    )
-    steps = "PixelData" in data and data.get("VOILUTFunction") not in ("LINEAR_EXACT", "SIGMOID")
-    return (*centre, *width) if centre and width and width[0] >= (1 if steps else 1e-9) else None
-
-
 def dicom_frame(path, data, frame):
-    """One frame: (rescaled (H, W) values, True where the scanner wrote nothing), or (colours (H, W, 3), None)."""
+    """A frame's rescaled (H, W) values and mask of padding, or uint8 colours (H, W, 3) and None."""
     from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
 
-    for groups, index in (
-        ("SharedFunctionalGroupsSequence", 0),
-        ("PerFrameFunctionalGroupsSequence", frame),
-    ):
-        for name in (
-            "PixelValueTransformationSequence",
-            "FrameVOILUTSequence",
-            "PixelMeasuresSequence",
-        ):
-            if len(data.get(groups) or ()) > index and data[groups][index].get(name):
-                data.update(
-                    data[groups][index][name][0]
-                )  # enhanced objects keep these tags per frame
-    for name in ("RescaleSlope", "RescaleIntercept"):
-        if name in data and data[name].is_empty:
-            del data[name]  # blanked by who took the names out
+    copy_frame_tags(data, frame)
     syntax = data.file_meta.TransferSyntaxUID
-    if syntax == JPEG_EXTENDED:  # some 12-bit encoders end the scan at coefficient 0; it has all 64
+    if syntax == "1.2.840.10008.1.2.4.51":  # 12-bit JPEG
+        # some encoders write that the scan ends at coefficient 0; it has all 64
         data.PixelData = re.sub(rb"(?s)(\xff\xda\0\x08\x01..\0)\0\0", b"\\1?\0", data.PixelData)
     try:
         values = pixel_array(data, index=frame)
-    except RuntimeError:  # every decoder there is gave up, or there is none
-        known = syntax.name if syntax.is_transfer_syntax else "transfer syntax"
-        raise BadImage(path, f"no decoder here reads its {known}: {CODECS}") from None
-    if data.PhotometricInterpretation == "PALETTE COLOR":
+    except RuntimeError:  # there is no decoder, or each of them gave up
+        codecs = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
+        raise BadImage(path, f"no decoder here reads its compression: {codecs}") from None
+    is_palette = data.PhotometricInterpretation == "PALETTE COLOR"
+    if is_palette:
         values = apply_color_lut(values, data)
     if values.ndim == 3:
-        return values, None
-    first, ends = data.get("PixelPaddingValue"), (1, 0)
-    if first is not None:  # as unsigned numbers, often, of signed pixels
-        ends = sorted(
-            np.array([first, data.get("PixelPaddingRangeLimit", first)]).astype(values.dtype)
-        )
-    return apply_rescale(values, data), (values >= ends[0]) & (values <= ends[1])
+        bits = 8 * values.itemsize if is_palette else data.BitsStored
+        return (values >> max(bits - 8, 0)).astype(np.uint8), None
+    padding = np.zeros(values.shape, bool)
+    if data.get("PixelPaddingValue") is not None:
+        ends = [data.PixelPaddingValue, data.get("PixelPaddingRangeLimit", data.PixelPaddingValue)]
+        low, high = sorted(np.array(ends).astype(values.dtype))  # may be written as unsigned
+        padding = (values >= low) & (values <= high)
+    return apply_rescale(values, data), padding
+
+
+def copy_frame_tags(data, frame):
+    """Copy an enhanced file's tags of one frame to where a simple file has them."""
+    groups = (data.get("SharedFunctionalGroupsSequence") or [])[:1]
+    groups += (data.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
+    for group in groups:
+        for kind in ("PixelValueTransformation", "FrameVOILUT", "PixelMeasures"):
+            for tags in group.get(f"{kind}Sequence") or []:
+                data.update(tags)
+    if data.get("RescaleSlope") is None or data.get("RescaleIntercept") is None:
+        data.pop("RescaleSlope", None)  # blanked by anonymisation
+
+
+def own_window(data):
+    """(centre, width) of a file's first window, or None."""
+    with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError):  # absent or empty
+        centre = float(np.ravel(data.WindowCenter)[0])
+        width = float(np.ravel(data.WindowWidth)[0])
+        is_continuous = data.get("VOILUTFunction") in ("LINEAR_EXACT", "SIGMOID")
+        if width >= 1 or (width > 0 and (is_continuous or "PixelData" not in data)):
+            return centre, width
+    return None
 
 
 @functools.lru_cache(maxsize=64)
-def frames_range(path, modified):
-    """Percentiles over at most 16 frames of a DICOM file without a window; `modified` is its time, for the cache."""
+def range_of_frames(path, modified):
+    """Percentiles over up to 16 frames of a file without a window; modified: for the cache."""
     data = open_dicom(path)
-    count, step = int(data.NumberOfFrames), 1 + 16 * data.Rows * data.Columns // 2**23
-    frames = [
-        dicom_frame(path, data, n)
-        for n in np.linspace(0, count - 1, min(count, 16)).astype(int).tolist()
-    ]
-    return percentile_range(
-        np.concatenate([values[~padding][::step] for values, padding in frames]), 0.5, 99.5
-    )
+    count = int(data.NumberOfFrames)
+    step = 1 + 16 * data.Rows * data.Columns // 2**23
+    samples = []
+    for frame in np.linspace(0, count - 1, min(count, 16)).astype(int).tolist():
+        values, padding = dicom_frame(path, data, frame)
+        samples.append(values[~padding][::step])
+    return percentile_range(np.concatenate(samples), 0.5, 99.5)
 
 
 def dicom_grey(data, values, padding, window, value_range):
-    """Rescaled (H, W) values -> image of mode "L": as asked for, else by the file's own window, else by percentiles."""
-    function, own = data.get("VOILUTFunction") or "LINEAR", own_window(data)
-    if window is None and value_range is not None:
-        low, high = value_range
-    elif window is None and data.get("VOILUTSequence"):
-        count, first, bits = data.VOILUTSequence[0].LUTDescriptor
-        table = data.VOILUTSequence[0].LUTData  # pydicom's apply_voi wraps those of 8 bits
-        if isinstance(table, bytes):
-            table = np.frombuffer(table, "u1" if len(table) == (count or 2**16) else "<u2")
-        values = np.ravel(table)[np.clip(values - float(first), 0, np.size(table) - 1).astype(int)]
-        low, high = 0, 2**bits - 1
-    elif window is not None or own:
-        centre, width = map(float, window or own)
-        low, high = centre - width / 2, centre - 1 + width / 2
-        if function == "LINEAR_EXACT" or "PixelData" not in data:  # float pixels: no step to count
-            high = centre + width / 2
-        if window is None and function == "SIGMOID":
-            values, low, high = 1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1
-    else:
-        low, high = percentile_range(values[~padding].astype(np.float64), 0.5, 99.5)
+    """Rescaled (H, W) values to mode "L": as asked for, else as the file says, else percentiles."""
+    function = data.get("VOILUTFunction")
+    if not window and value_range is None:
+        window = own_window(data)
+        if data.get("VOILUTSequence"):
+            values, value_range = look_up(values, data.VOILUTSequence[0])
+            window = None
+        elif window and function == "SIGMOID":
+            values = 1 / (1 + np.exp(-4 * (values - window[0]) / window[1]))
+            value_range = 0, 1
+            window = None
+    if window:
+        centre, width = window
+        # LINEAR counts whole grey levels (PS3.3 C.11.2.1.2.1)
+        step = 0 if function == "LINEAR_EXACT" or "PixelData" not in data else 1
+        value_range = centre - width / 2, centre + width / 2 - step
+    low, high = value_range or percentile_range(values[~padding].astype(np.float64), 0.5, 99.5)
     image = grey_image(values.astype(np.float64), low, high)
-    image = ImageOps.invert(image) if data.PhotometricInterpretation == "MONOCHROME1" else image
+    if data.PhotometricInterpretation == "MONOCHROME1":
+        image = ImageOps.invert(image)
     image.paste(0, mask=Image.fromarray(padding))
     return image
 
 
+def look_up(values, lut):
+    """Values through a VOI LUT, and its range; pydicom's own function wraps tables of 8 bits."""
+    count, first, bits = lut.LUTDescriptor
+    table = lut.LUTData
+    if isinstance(table, bytes):
+        table = np.frombuffer(table, "u1" if len(table) == (count or 2**16) else "<u2")
+    indices = np.clip(values - float(first), 0, np.size(table) - 1).astype(int)
+    return np.ravel(table)[indices], (0, 2**bits - 1)
+
+
 def read_volume(path, slice, window, value_range):
-    """One slice of a NIfTI or FreeSurfer volume: anterior or superior up, the patient's left on the image's left."""
-    axis, number = split_slice(slice)
-    values, zooms, ends = load_volume(path, os.path.getmtime(path))
-    chosen = values.take(pick_slice(path, number, values.shape[axis]), axis).astype(np.float64)
+    """One axial slice of a volume, anterior up, the patient's left on the image's left."""
+    values, spacing, ends = load_volume(path, os.path.getmtime(path))
+    number = pick_slice(path, slice, values.shape[2])
     if window:
         centre, width = pick_window(window)
         value_range = centre - width / 2, centre + width / 2
-    column_spacing, row_spacing = (zooms[n] for n in range(3) if n != axis)
-    return square_pixels(
-        grey_image(np.rot90(chosen), *(value_range or ends)), row_spacing, column_spacing
-    )
-
-
-def split_slice(wanted):
-    """(axis, number) of a slice: 12, "coronal:12" or "coronal"; the number may be None, for the middle one."""
-    words = "" if wanted is None else str(wanted)
-    name = next((name for name in AXES if words.startswith(name)), "")
-    number = words[len(name) :].lstrip(":")
-    return AXES[name or "axial"], int(number) if number else None
-
-
-def open_volume(path):
-    """The header of a NIfTI or FreeSurfer file; its values are read when asked for."""
-    if importlib.util.find_spec("nibabel") is None:
-        raise BadImage(path, NEEDS["nibabel"])
-    import nibabel
-
-    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-    volume = nibabel.load(path)
-    size = np.prod(volume.shape[:3], dtype=float)
-    if volume.ndim < 2 or not size:
-        raise BadImage(path, f"has shape {volume.shape}")
-    if size > 2 * MAX_PIXELS:
-        raise BadImage(
-            path,
-            f"has {size / 1e6:.0f} million voxels, more than {2 * MAX_PIXELS / 1e6:.0f} million: cut it, or "
-            "save its slices as images",
-        )
-    return volume.slicer[(*np.s_[:, :, :], *[0] * (volume.ndim - 3))] if volume.ndim > 3 else volume
+    low, high = value_range or ends
+    image = grey_image(np.rot90(values[:, :, number].astype(np.float64)), low, high)
+    return square_pixels(image, spacing[1], spacing[0])
 
 
 @functools.lru_cache(maxsize=2)
 def load_volume(path, modified):
-    """(values (right, anterior, superior), their three spacings, (black, white)): one range for all of its slices.
+    """(values (right, anterior, superior), spacings, (black, white) of all slices).
 
-    Black is the 1st percentile, white the 99th of what is brighter than the mean, which leaves the air out.
+    Black is the 1st percentile, white the 99th of what is brighter than the mean: without the air.
     """
     import nibabel
 
-    volume = nibabel.as_closest_canonical(open_volume(path))
-    values, zooms = (
-        np.atleast_3d(np.asanyarray(volume.dataobj)),
-        (*volume.header.get_zooms(), 1.0)[:3],
-    )
+    volume = nibabel.load(path)
+    if volume.ndim > 3:
+        volume = volume.slicer[(..., *[0] * (volume.ndim - 3))]  # the first of several
+    volume = nibabel.as_closest_canonical(volume)
+    values = np.atleast_3d(np.asanyarray(volume.dataobj))
     if values.dtype.kind not in "biuf":
         raise BadImage(path, "holds colours or complex numbers, not grey values")
-    sample = values[tuple([np.s_[:: 1 + int((values.size / 2**23) ** (1 / 3))]] * 3)].astype(
-        np.float32
-    )
-    bright = sample[sample > sample[np.isfinite(sample)].mean()]
+    step = 1 + int((values.size / 2**23) ** (1 / 3))
+    sample = values[::step, ::step, ::step].astype(np.float32)
     low, high = percentile_range(sample, 1, 99)
-    return (
-        values,
-        zooms,
-        (low, max(high, percentile_range(bright, 1, 99)[1]) if bright.size else high),
-    )
+    bright = sample[sample > sample[np.isfinite(sample)].mean()]
+    if bright.size:
+        high = max(high, percentile_range(bright, 1, 99)[1])
+    return values, volume.header.get_zooms(), (low, high)
 
 
 # ---------------------------------------------------------------- listing a data set
 
+RASTERS = ".png .jpg .jpeg .jfif .jp2 .gif .bmp .tif .tiff .webp .ppm .pgm".split()
+IMAGE_SUFFIXES = (*RASTERS, ".dcm", ".dicom", *VOLUME_SUFFIXES)
 COLUMNS = {
     "image": ("file_name", "path", "image", "image_path", "file"),
     "caption": ("text", "caption", "prompt"),
     "label": ("label", "labels", "class"),
     "group": ("patient_id", "patient", "subject", "group"),
 }
+TABLES = ("metadata.csv", "metadata.jsonl", "manifest.csv")
+BAD_SHARE = 0.05  # of a data set may be missing or unreadable; more is a mistake to correct first
 
 
 @dataclass
 class Row:
-    """One image of a data set, as a folder or a line of a table names it.
+    """One image of a data set. Texts are "" where unknown.
 
-    path is absolute; file_name is as the table has it, or relative to the folder. Texts are "" where unknown. fields
-    holds the table's columns; slice is that of a volume or multi-frame DICOM, for read_image. split is "train", "val"
-    or "test" once split_rows was here.
+    path: absolute; file_name: as in the table, or relative to the folder; fields: the table's
+    columns; value_range: what becomes black and white in an image of more than 8 bits.
     """
 
     path: str
@@ -682,8 +603,17 @@ class Row:
     fields: dict = field(default_factory=dict)
     slice: int = None
     split: str = ""
+    value_range: tuple = None
 
-    # until no reader takes rows for dicts
+    # SHIM: until no reader takes rows for dicts
+    @property
+    def range(self):
+        return self.value_range
+
+    @range.setter
+    def range(self, value):
+        self.value_range = value
+
     def __getitem__(self, name):
         try:
             return getattr(self, name)
@@ -703,7 +633,8 @@ class Row:
         return vars(self).keys()
 
     def __ior__(self, values):
-        vars(self).update(values)
+        for name, value in values.items():
+            setattr(self, name, value)
         return self
 
     def __or__(self, values):
@@ -712,13 +643,10 @@ class Row:
     @classmethod
     def of(cls, values):
         row = cls(values["path"], values["file_name"])
-        vars(row).update(values)
+        row |= values
         return row
 
-
-BAD_SHARE = (
-    0.05  # of a data set's images may be missing or unreadable; more is a mistake to mend first
-)
+    # END SHIM
 
 
 def list_images(
@@ -731,554 +659,431 @@ def list_images(
     slices="middle",
     strict=False,
 ):
-    """List a data set: a folder, class subfolders, a folder with metadata.csv/.jsonl/manifest.csv, or such a table.
+    """The rows of a data set: a folder, class folders, a folder with a table, or a table.
 
-    Returns a list of rows, sorted by file name for folders and in the table's order for tables: {"path": absolute,
-    "file_name": as in the table or relative to the folder, "caption", "label", "group": str, "" when unknown,
-    "fields": the row's columns, {} in folders, "slice": for read_image}. The caption is `prompt` with its {fields}
-    filled in, else the caption column, else "". slices: middle, every:N or all of a volume or multi-frame DICOM, each a
-    row; behind "coronal:" or "sagittal:" those of that plane. Where no group is known, slices get their file as one and
-    DICOM files one that keeps a patient's together. Files that are not there, and those for which a package is missing,
-    are told of and left out up to 5 %; more (but where `strict` is None), or any where it is True, end in fail(), as do a
-    wrong path, column, field. Where files were left out, a row's "lost" says (how many, of how many).
+    prompt: a format string over the columns, instead of the caption column. slices: middle, every:N
+    or all, a row each, of volumes and multi-frame DICOM. Missing files are reported and skipped;
+    more than 5 % of them, or any with strict, is an error.
     """
     if not os.path.exists(data):
         fail(f"{data}: no such file or folder")
-    flags = {
-        "image": image_column,
-        "caption": caption_column,
-        "label": label_column,
-        "group": group_column,
-    }
-    tables = [
-        os.path.join(data, name) for name in ("metadata.csv", "metadata.jsonl", "manifest.csv")
-    ]
-    table = (
-        next((name for name in tables if os.path.isfile(name)), None)
-        if os.path.isdir(data)
-        else data
-    )
-    if table:
-        rows, columns, lost = list_table(table, flags, strict)
-    else:
-        rows, columns, lost = list_folder(data), {}, 0
-        for role, name in flags.items():
-            if name is not None:
-                fail(
-                    f"--{role}-column {name}: {data} has no metadata.csv that could have this column"
-                )
+    tables = [data, *(os.path.join(data, name) for name in TABLES)]
+    table = next(filter(os.path.isfile, tables), None)
+    records = read_table(table, caption_column) if table else []
+    names = list(records[0]) if records else []
+    wanted = {"image": image_column, "caption": caption_column}
+    wanted |= {"label": label_column, "group": group_column}
+    columns = {role: pick_column(data, names, role, wanted[role]) for role in COLUMNS}
+    rows = list_table(table, records, columns, strict) if table else list_folder(data)
     if not rows:
         fail(f"{data}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     fill_captions(data, rows, columns, prompt)
-    return spread_slices(*check_medical(data, rows, lost, strict), slices)
+    return spread_slices(check_dicoms(data, rows), slices)
 
 
-def note(message):
-    """Say something on stderr, once under torchrun."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, file=sys.stderr)
-
-
-def leave_out(bad, count, strict, message):
-    """Say that `bad` of `count` images are left out; fail() where that is more than 5 %, or any and `strict`; never where
-    that is None."""
-    if bad:
-        (fail if strict or strict is not None and bad > BAD_SHARE * count else note)(message)
+def skip(count, total, strict, message):
+    """Report skipped files; more than 5 % of all, or any with --strict, is an error."""
+    if strict or count > BAD_SHARE * total:
+        fail(message)
+    note(message)
 
 
 def list_folder(folder):
     """Rows of the images below a folder; the label is the name of the first subfolder."""
-    rows, odd = [], []
-    for place, folders, names in os.walk(folder, followlinks=True):
-        links = {
-            name for name in folders if os.path.islink(os.path.join(place, name))
-        }  # one that leads up goes round for ever
-        above = (
-            set(map(os.path.realpath, (place, *Path(os.path.abspath(place)).parents)))
-            if links
-            else ()
-        )
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".")
-            and not (name in links and os.path.realpath(os.path.join(place, name)) in above)
-        )
-        for name in names:
-            path = os.path.join(os.path.abspath(place), name)
-            if name.startswith(".") or not os.path.isfile(
-                path
-            ):  # hidden files and AppleDouble's ._x
-                continue
-            bare = os.path.splitext(name)[1].strip(".0123456789").lower() in (
-                "",
-                "ima",
-            )  # scanners name by numbers
-            if not name.lower().endswith(IMAGE_SUFFIXES) and not (bare and looks_like_dicom(path)):
-                continue
-            file_name = Path(os.path.relpath(path, os.path.abspath(folder))).as_posix()
+    rows = []
+    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # skips hidden files
+        path = os.path.abspath(os.path.join(folder, name))
+        if looks_like_image(path):
+            file_name = Path(name).as_posix()
             label = file_name.split("/")[0] if "/" in file_name else ""
-            rows.append(Row(path=path, file_name=file_name, label=label))
-            odd += [ascii(file_name)] * (file_name.encode(errors="replace").decode() != file_name)
-    if odd:  # no table could name them
-        fail(
-            f"{folder}: {len(odd)} files have names that are not UTF-8, such as {odd[0]}: rename them"
-        )
-    return sorted(rows, key=lambda row: row["file_name"])
+            rows.append(Row(path, file_name, label=label))
+    return rows
+
+
+def looks_like_image(path):
+    """True by a file's suffix, or by the content where it is named by numbers, as scanners do."""
+    if not os.path.isfile(path):
+        return False
+    if re.search(r"[\ud800-\udfff]", path):
+        fail(f"{path!a}: the name is not UTF-8: rename the file")
+    if path.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    suffix = os.path.splitext(path)[1].strip(".0123456789").lower()
+    return suffix in ("", "ima") and looks_like_dicom(path)
 
 
 def read_table(path, caption_column=None):
-    """The rows of a CSV or JSONL file as dicts of strings, all with the same keys. Commas that should have been quoted are
-    the caption's."""
+    """The rows of a CSV or JSONL file as dicts of strings, all with the same keys."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        fail(
-            f"{path}: is not a UTF-8 text file: save the table as CSV UTF-8, or give a folder of images"
-        )
+        fail(f"{path}: not a UTF-8 text file: save the table as CSV UTF-8, or give a folder")
     if str(path).lower().endswith((".jsonl", ".json", ".ndjson")):
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except (ValueError, RecursionError):
-                fail(f"{path}: line {number} is not JSON")
-        if not all(isinstance(row, dict) for row in rows):
-            fail(f"{path}: every line must be one JSON object")
+        records = read_jsonl(path, text)
     else:
-        rows = read_csv(path, text, caption_column)
-    rows = [{str(key).strip(): cell_text(cell) for key, cell in row.items()} for row in rows]
-    names = dict.fromkeys((name for row in rows for name in row), "")  # JSON's rows may lack some
-    return [names | row for row in rows]
+        records = read_csv(path, text, caption_column)
+    names = {}  # JSON's rows may lack some
+    for record in records:
+        names |= dict.fromkeys(record, "")
+    return [names | record for record in records]
+
+
+def read_jsonl(path, text):
+    """The JSON object of each line that is not blank, its values as texts."""
+    records = []
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            cells = json.loads(line).items()
+        except (ValueError, AttributeError):
+            fail(f"{path}: not a JSON object: {line[:80]}")
+        records.append({name: cell_text(cell) for name, cell in cells})
+    return records
 
 
 def cell_text(cell):
-    """A cell of a table as text; of JSON's several values A|B, 12.0 as 12, null as nothing."""
+    """A value of JSON as text: a list as A|B, null as nothing."""
     if isinstance(cell, list):
-        return "|".join(map(cell_text, cell))
-    cell = int(cell) if isinstance(cell, float) and cell.is_integer() else cell
+        return "|".join(cell_text(part) for part in cell)
     return "" if cell is None else str(cell).strip()
 
 
 def read_csv(path, text, caption_column):
-    """The rows of a CSV text as dicts; surplus cells are joined to the caption's where that reading is safe.
+    """The rows of a CSV text with any of the delimiters comma, semicolon and tab.
 
-    It is safe where the caption is the last column, or where a space follows each of these commas, as in prose.
+    Surplus cells belong to the caption, where it is the last column, or a space follows each comma.
     """
-    whole, text = (
-        text,
-        re.sub(r"\A(?:sep=.\r?\n|\s*\n)+", "", text),
-    )  # without Excel's first line, and blank ones
-    above = whole.count("\n") - text.count("\n")
-    first = text.split("\n", 1)[0]
-    mark = max(",;\t", key=first.count)
-
-    def cells_of(spaced):
-        return csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=spaced)
-
-    rows, joined = [], {}
-    try:  # a, "b, c" is read so only where all rows then are of one length
-        reader = cells_of(
-            f'{mark} "' in text and len({len(cells) for cells in cells_of(True) if any(cells)}) == 1
-        )
-        header = [name.strip() for name in next(reader, [])]
-        twice = [
-            name for name, count in collections.Counter(filter(None, header)).items() if count > 1
-        ]
-        if twice:
-            fail(f"{path}: two columns are called {twice[0]}: rename one")
-        name = caption_column or find_column(header, "caption")
-        place = header.index(name) if name in header else None
-        for cells in filter(any, reader):
-            surplus = len(cells) - len(header)
-            if surplus > 0 and not any(cells[len(header) :]):  # a spreadsheet's empty columns
-                cells = cells[: len(header)]
-            elif surplus > 0:
-                parts = [] if place is None else cells[place : place + surplus + 1]
-                if (
-                    not parts
-                    or place < len(header) - 1
-                    and not all(part.startswith(" ") for part in parts[1:])
-                ):
-                    fail(
-                        f"{path}: line {above + reader.line_num} has more cells than the header: quote texts with {mark!r}"
-                    )
-                joined[above + reader.line_num] = mark.join(parts)
-                cells[place : place + surplus + 1] = [mark.join(parts)]
-            rows.append(dict(itertools.zip_longest(header, cells, fillvalue="")))
+    text = re.sub(r"\A(sep=.|\s)*\n", "", text)  # blank lines, and the one that Excel writes first
+    mark = max(",;\t", key=text.partition("\n")[0].count)
+    quotes_after_space = f'{mark} "' in text
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=mark, skipinitialspace=quotes_after_space)
+    try:
+        header, *rows = [cells for cells in reader if any(cells)] or [[]]
     except csv.Error as error:
         fail(f"{path}: {error}")
+    header = [name.strip() for name in header]
+    caption = caption_column or find_column(header, "caption")
+    start = header.index(caption) if caption in header else len(header)
+    records = []
+    joined = []
+    for cells in rows:
+        if any(cells[len(header) :]):  # others are a spreadsheet's empty columns
+            end = start + 1 + len(cells) - len(header)
+            is_prose = all(cell.startswith(" ") for cell in cells[start + 1 : end])
+            if caption not in header or not (is_prose or caption == header[-1]):
+                fail(
+                    f"{path}: the row of {cells[0]} has more cells than the header: quote its texts"
+                )
+            cells[start:end] = [mark.join(cells[start:end])]
+            joined.append(cells[start])
+        pairs = itertools.zip_longest(header, cells[: len(header)], fillvalue="")
+        records.append({name: cell.strip() for name, cell in pairs})
     if joined:
-        lines, example = ", ".join(map(str, joined)), next(iter(joined.values()))
-        note(
-            f'{path}: more cells than the header in line {lines[:99]}: read as {mark!r} in {name}: "{example[:99]}"'
-        )
-    return rows
+        rows_have = f"{len(joined)} rows have more cells than the header"
+        note(f'{path}: {rows_have}: read as {caption}, such as "{joined[0]}"')
+    return records
 
 
 def find_column(names, role):
     """The first of a table's columns that usually plays a role, or None."""
-    return next((name for usual in COLUMNS[role] for name in names if name.lower() == usual), None)
+    for usual in COLUMNS[role]:
+        for name in names:
+            if name.lower() == usual:
+                return name
+    return None
+
+
+def pick_column(data, names, role, wanted):
+    """The column of a role: the one that a flag names, else a usual one, else None."""
+    if wanted is not None and wanted not in names:
+        fail(
+            f"--{role}-column {wanted}: {data} has the columns {', '.join(names) or 'of no table'}"
+        )
+    return wanted or find_column(names, role)
+
+
+def list_table(table, records, columns, strict):
+    """Rows of the files that a table names, relative to its own folder; columns: role -> name."""
+    if columns["image"] is None:
+        fail(f"{table}: no column of file names: name one with --image-column")
+    folder = os.path.dirname(os.path.abspath(table))
+    rows = []
+    missing = []
+    for fields in records:
+        file_name = fields[columns["image"]]
+        path = os.path.join(folder, file_name)
+        if not os.path.exists(path):  # maybe written on Windows
+            path = os.path.join(folder, file_name.replace("\\", "/"))
+        if ".." in path.split("/"):
+            fail(f"{table}: {file_name}: write absolute paths, or put the table above its images")
+        if os.path.isfile(path):
+            texts = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
+            rows.append(Row(os.path.normpath(path), file_name, fields=fields, **texts))
+        else:
+            missing.append(file_name or "(no name)")
+    if missing:
+        count = f"{len(missing)} of {len(records)}"
+        message = f"{table}: {count} files are missing: {', '.join(missing[:5])}"
+        skip(len(missing), len(records), strict, message)
+    return rows
+
+
+def text_key(text):
+    """A label or caption as it is compared: case and spaces folded."""
+    return " ".join(text.lower().split())
+
+
+def label_list(text):
+    """The labels of a cell: ["A", "B"] of A|B."""
+    return [part.strip() for part in text.split("|") if part.strip()]
+
+
+def split_labels(row):
+    """The set of a row's labels, {""} where it has none."""
+    return set(label_list(row.label)) or {""}
 
 
 def modality_of(row):
-    """What a row's column of modalities says, however its name is written; "" where there is none."""
-    return next((value for name, value in row["fields"].items() if name.lower() == "modality"), "")
+    """What a row's column of modalities says, in any case of its name; "" where it has none."""
+    fields = {name.lower(): value for name, value in row.fields.items()}
+    return fields.get("modality", "")
 
 
-def list_table(table, flags, strict):
-    """Rows of the images that a table names, the dict of its columns, role -> name, and how many files are not there."""
-    cells = read_table(table, flags["caption"])
-    if not cells:
-        fail(f"{table}: has no rows")
-    names = list(cells[0])
-    for role, wanted in flags.items():
-        if wanted is not None and wanted not in names:
-            fail(f"--{role}-column {wanted}: {table} has the columns {', '.join(names)}")
-    columns = {role: wanted or find_column(names, role) for role, wanted in flags.items()}
-    if columns["image"] is None:
-        fail(
-            f"{table}: no column of file names among {', '.join(names)}: name it with --image-column"
-        )
-    folder, rows, missing, seen = os.path.dirname(os.path.abspath(table)), [], [], set()
-    for fields in cells:
-        file_name = fields.get(columns["image"], "")
-        path = os.path.normpath(os.path.join(folder, file_name))
-        if "\\" in file_name and not os.path.exists(path):  # written on Windows
-            path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))
-        if (
-            file_name
-            and not os.path.isabs(file_name)
-            and not path.startswith(folder.rstrip(os.sep) + os.sep)
-        ):
-            fail(
-                f"{table}: {file_name} is not inside {folder}: write absolute paths, or put the table above its images"
-            )
-        roles = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
-        if not os.path.isfile(path):
-            missing.append(file_name or "(no name)")
-        elif (path, *fields.values()) not in seen:
-            rows.append(Row(path=path, file_name=file_name, fields=fields, **roles))
-        seen.add((path, *fields.values()))
-    some = ", ".join(missing[:5]) + "…" * (len(missing) > 5)
-    leave_out(
-        len(missing),
-        len(cells),
-        strict,
-        f"{table}: {len(missing)} of {len(cells)} files are not there: {some}",
-    )
-    if len(rows) + len(missing) < len(cells):
-        note(
-            f"{table}: {len(cells) - len(rows) - len(missing)} of {len(cells)} rows repeat another: left out"
-        )
-    return rows, columns, len(missing)
-
-
-def in_english(labels):
-    """Several labels of one cell as English: "A|B|C" -> "A, B and C"."""
-    parts = [part.strip() for part in labels.split("|") if part.strip()]
-    return " and ".join([", ".join(parts[:-1])] * (len(parts) > 1) + parts[-1:])
+def in_english(text):
+    """Several labels of one cell as English: "A|B|C" becomes "A, B and C"."""
+    *first, last = label_list(text) or [""]
+    return ", ".join(first) + " and " + last if first else last
 
 
 def fill_captions(data, rows, columns, prompt):
-    """Set each row's caption from the format string `prompt`, if any; say how many lack what it or the column wants."""
+    """Set the captions by the format string `prompt`, if any; report rows that lack its fields."""
+    if prompt is None and not columns.get("caption"):
+        return
     try:
         pieces = list(string.Formatter().parse("{caption}" if prompt is None else prompt))
     except ValueError as error:
-        fail(
-            f"--prompt {prompt!r}: {error} (fields look like {{label}}, braces themselves like {{{{ }}}})"
-        )
-    roles = {"label": ("label", "labels"), "caption": ("caption", "text", "Text")}
-    known = {
-        role
-        for role in roles
-        if columns.get(role) or (role == "label" and any(row["label"] for row in rows))
-    }
+        fail(f"--prompt {prompt!r}: {error} (write {{label}} for a field, {{{{ }}}} for braces)")
     lacking = []
-    for row in rows if prompt is not None or "caption" in known else ():
-        values = {alias: row[role] for role in sorted(known) for alias in roles[role]} | row[
-            "fields"
-        ]
-        for _, name, *how in pieces:
-            if any(how):
-                fail(
-                    f"--prompt {prompt!r}: a field has no format of its own here: write {{{name}}}"
-                )
-            if name is not None and name not in values:
-                fail(
-                    f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(values) or 'none'}"
-                )
-        lacking += [row] * any(
-            name is not None and not in_english(values[name]) for _, name, _, _ in pieces
-        )
+    for row in rows:
+        known = {
+            "caption": row.caption,
+            "text": row.caption,
+            "label": row.label,
+            "labels": row.label,
+        }
+        known |= {name.lower(): value for name, value in row.fields.items()}
+        texts = {}
+        for _, name, _, _ in pieces:
+            if name is not None and name.lower() not in known:
+                fail(f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(known)}")
+            texts[name] = in_english(known[name.lower()]) if name else ""
+        if not all(texts[name] for name in texts if name):
+            lacking.append(row.file_name)
         if prompt is not None:
-            row["caption"] = "".join(
-                literal + ("" if name is None else in_english(values[name]))
-                for literal, name, _, _ in pieces
-            ).strip()
+            row.caption = "".join(literal + texts[name] for literal, name, _, _ in pieces).strip()
     if lacking:
-        names = " or ".join(sorted({name for _, name, _, _ in pieces if name is not None}))
-        note(
-            f"{data}: {len(lacking)} of {len(rows)} rows have no {names}, such as {lacking[0]['file_name']}"
+        wanted = " or ".join(sorted(name for name in texts if name))
+        message = (
+            f"{data}: {len(lacking)} of {len(rows)} rows have no {wanted}, such as {lacking[0]}"
         )
+        if prompt is not None and len(lacking) == len(rows):
+            fail(message)
+        note(message)
 
 
-def medical_header(path):
-    """(why not to read it or "", slices along each axis, patient's id) of a DICOM or volume; of other files nothing."""
-    is_volume = path.lower().endswith(VOLUME_SUFFIXES)
-    package = "nibabel" if is_volume else "pydicom" if looks_like_dicom(path) else None
-    if package is None or importlib.util.find_spec(package) is None:
-        return NEEDS.get(package, ""), (1, 1, 1), ""
-    if is_volume:
-        volume = open_volume(path)
-        from nibabel import io_orientation
+def check_dicoms(data, rows):
+    """The rows without DICOM files that show no patient; the files of each patient get one group.
 
-        order = np.argsort(io_orientation(volume.affine)[:, 0])
-        return "", [(*volume.shape, 1)[n] for n in order], ""
-    data = open_dicom(
-        path,
-        stop_before_pixels=True,
-        specific_tags=["Rows", "NumberOfFrames", "ImageType", "PatientID", "BitsAllocated"],
-    )
-    from pydicom.pixels import get_decoder
-
-    syntax, why = data.file_meta.TransferSyntaxUID, ""
-    decoders = set(get_decoder(syntax).available_plugins) if syntax.is_encapsulated else {"pydicom"}
-    if syntax == JPEG_EXTENDED and data.get("BitsAllocated") == 16:
-        decoders -= {"pillow"}  # it reads 8 bits of them
-    if "Rows" not in data:
-        why = "DICOM files without a picture: reports, plans and the like"
-    elif "LOCALIZER" in (data.get("ImageType") or ()):
-        why = "localizers, which only show where the slices of a study lie"
-    elif not decoders:
-        why = f"no decoder here reads {syntax.name}: {CODECS}"
-    return (
-        why,
-        (1, 1, int(data.get("NumberOfFrames") or 1)),
-        str(data.get("PatientID") or "").strip(),
-    )
-
-
-def check_medical(data, rows, lost, strict):
-    """Look at the headers of DICOM files and volumes: (the rows that can be read, {path: slices along each axis}).
-    lost: how many files of the set were left out before.
-
-    Left out, counted in a line for each reason: files for which a package or codec is missing, and those without a
-    picture of the patient. DICOMs get a group: 16 bits of a hash of the patient's id, enough to keep one's images
-    together, too few to tell who it is.
+    The group is 16 bits of a hash of the id, too few to tell who it is.
     """
-    headers, reasons, count_of_all = {}, collections.Counter(), len(rows) + lost
+    kept = []
+    patients = {}
     for row in rows:
-        headers[row["path"]] = "", (1, 1, 1), ""
-        with contextlib.suppress(Exception):  # damaged: load_pixels will name it
-            headers[row["path"]] = medical_header(row["path"])
-        reasons[headers[row["path"]][0]] += 1
-    for why, count in reasons.items():
-        message = f"{data}: {count} of {len(rows)} files left out: {why}"
-        if "pip install" in why:
-            lost += count
-            leave_out(lost, count_of_all, strict, message)
-        elif why:
-            note(message)
-    patients = {patient for _, _, patient in headers.values()} - {""}
-    if (
-        len(patients) == 1
-        and sum(bool(patient) for _, _, patient in headers.values()) > 1
-        and not any(row["group"] for row in rows)
-    ):
-        note(
-            f"{data}: all DICOM files have one patient's id, as anonymised ones do: taken for none; a table with a column "
-            "patient_id says whose they are"
-        )
-    for row in rows:
-        row |= {"lost": (lost, count_of_all)} if lost else {}
-        patient = headers[row["path"]][2]
-        if patient and len(patients) > 1 and not row["group"]:
-            row["group"] = "patient-" + hashlib.blake2b(patient.encode(), digest_size=2).hexdigest()
-    kept = [row for row in rows if not headers[row["path"]][0]]
+        header = dicom_header(row.path)
+        if header is None:
+            kept.append(row)
+        elif "Rows" in header and "LOCALIZER" not in (header.get("ImageType") or ()):
+            kept.append(row)
+            if header.get("PatientID") and not row.group:
+                patients[row.path] = str(header.PatientID).strip()
+    if len(kept) < len(rows):
+        skipped = len(rows) - len(kept)
+        note(f"{data}: {skipped} of {len(rows)} files skipped: DICOM reports, plans and localizers")
     if not kept:
         fail(f"{data}: no images left")
-    return kept, {path: shape for path, (_, shape, _) in headers.items()}
+    if len(patients) > 1 and len(set(patients.values())) == 1:
+        note(f"{data}: all DICOM files have one patient's id, as after anonymisation: ignored")
+        patients = {}
+    for row in kept:
+        if row.path in patients:
+            digest = hashlib.blake2b(patients[row.path].encode(), digest_size=2)
+            row.group = f"patient-{digest.hexdigest()}"
+    return kept
 
 
-def spread_slices(rows, shapes, slices):
-    """A row for each slice wanted, with its "slice" for read_image; slices of one file share a group: where there is none,
-    the file is one ("of_file")."""
-    match = re.fullmatch(r"(?:(axial|coronal|sagittal):)?(?:middle|all|every:([1-9]\d*))", slices)
+def dicom_header(path):
+    """The header of a DICOM file; None for other and damaged files, which load_pixels reports."""
+    with contextlib.suppress(Exception):
+        if looks_like_dicom(path):
+            return open_dicom(path, stop_before_pixels=True)
+    return None
+
+
+def spread_slices(rows, slices):
+    """A row for each wanted slice; the slices of one file share a group, by default its content."""
+    match = re.fullmatch(r"middle|all|every:([1-9]\d*)", slices)
     if not match:
-        fail(
-            f"--slices {slices}: give middle, every:N or all; of another plane coronal:middle, sagittal:every:5, …"
-        )
-    plane, step = match[1], int(match[2] or 1)
+        fail(f"--slices {slices}: give middle, every:N or all")
+    if slices == "middle":
+        return rows
+    step = int(match[1] or 1)
     spread = []
     for row in rows:
-        count = shapes[row["path"]][AXES[plane or "axial"]]
-        numbers = (
-            [None]
-            if count == 1 or slices.endswith("middle")
-            else range(step // 2, count, step) or [count // 2]
-        )
-        own = (
-            {"group": row["file_name"], "of_file": True}
-            if len(numbers) > 1 and not row["group"]
-            else {}
-        )
-        for n in numbers:
-            named = n if plane is None else plane if n is None else f"{plane}:{n}"
-            spread.append(Row.of({**row, **own, "slice": named}))
+        count = count_slices(row.path)
+        if count == 1:
+            spread.append(row)
+            continue
+        group = row.group or content_hash(row.path)
+        for number in range(min(step, count) // 2, count, step):
+            spread.append(dataclasses.replace(row, slice=number, group=group))
     return spread
+
+
+def count_slices(path):
+    """Frames of a DICOM file, axial slices of a volume; 1 for other files and damaged ones."""
+    with contextlib.suppress(Exception):
+        if path.lower().endswith(VOLUME_SUFFIXES):
+            return load_volume(path, os.path.getmtime(path))[0].shape[2]
+        return int(dicom_header(path).get("NumberOfFrames") or 1)
+    return 1
 
 
 def content_hash(path):
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for part in iter(lambda: file.read(2**20), b""):
-            digest.update(part)
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def set_hash(rows):
     """One SHA-256 for the files of a set, whatever their names and order."""
-    return hashlib.sha256(
-        "".join(sorted(content_hash(row["path"]) for row in rows)).encode()
-    ).hexdigest()
-
-
-def write_csv(path, header, rows):
-    """Write a CSV file, atomically."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_file(path, text.getvalue())
+    hashes = sorted(content_hash(row.path) for row in rows)
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def split_rows(rows, val_share, test_share=0.0):
-    """Set row["split"] to "train", "val" or "test" by a hash of the group, else of the file's content.
+    """Set row.split to train, val or test by a hash of the group, else of the file's content.
 
-    The split is the same on every machine, does not depend on order, and adding files moves none; of a mix the generated
-    images (column synthetic) are all for training. Says so where no groups are known but file names look as if one patient
-    had several.
+    It is the same on every machine and in any order, and new files move no others. Of a mix, the
+    generated images (column synthetic) are all for training.
     """
-    series, content = collections.defaultdict(list), functools.lru_cache(None)(content_hash)
-    made = [
-        row.get("fields", {}).get("synthetic") == "1" for row in rows
-    ]  # column of filter.py's metadata.csv
-    mix = not all(made)
-    for row, generated in zip(rows, made):
-        key = content(row["path"]) if row.get("of_file") or not row["group"] else row["group"]
-        u = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
-        row["split"] = (
-            "test" if u < test_share else "val" if u < test_share + val_share else "train"
-        )
-        if generated and mix:
-            row["split"] = "train"
-        stem = re.fullmatch(
-            r"(.*\d.*?)[-_. ]+(?:\d{1,3}|[A-Za-z]{1,5})", Path(row.get("file_name", "")).stem
-        )
-        if stem and not row["group"]:
-            series[stem[1]].append(row["file_name"])
-    several = [names for names in series.values() if len(names) > 1]
-    if len(several) > 1 and val_share + test_share > 0:
-        note(
-            f"{sum(map(len, several))} files are named as if {len(several)} patients had several each, such as "
-            f"{' and '.join(several[0][:2])}: a column patient_id in a table keeps a patient on one side of the split"
-        )
+    synthetic = [row.fields.get("synthetic") == "1" for row in rows]
+    for row, is_synthetic in zip(rows, synthetic, strict=True):
+        key = row.group or content_hash(row.path)
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        place = int.from_bytes(digest, "big") / 2**64
+        if place >= test_share + val_share or (is_synthetic and not all(synthetic)):
+            row.split = "train"
+        elif place >= test_share:
+            row.split = "val"
+        else:
+            row.split = "test"
 
 
 def read_split(rows, path):
-    """Set row["split"] as a run's split.csv (file_name, group, split) has it; fail() where it names none of the images."""
-    known = {cells.get("file_name"): cells.get("split") for cells in read_table(path)}
+    """Set row.split as a run's split.csv (file_name, group, split) has it, "" where it does not."""
+    splits = {record["file_name"]: record["split"] for record in read_table(path)}
     for row in rows:
-        row["split"] = known.get(row["path"]) or known.get(row["file_name"]) or ""
-    if not any(row["split"] for row in rows):
-        fail(
-            f"--split {path}: names none of these {len(rows)} images, such as {rows[0]['file_name']}; "
-            "give the same data folder as train.py had"
-        )
+        row.split = splits.get(row.path) or splits.get(row.file_name) or ""
+    if not any(row.split for row in rows):
+        example = rows[0].file_name
+        fail(f"{path}: names none of these images, such as {example}: give the data of that run")
 
 
 # ---------------------------------------------------------------- from files to pixels
 
 
 def fit_square(image, resolution, crop="center", gen=None):
-    """An image resized to resolution x resolution, by one of four crops.
+    """An image resized to resolution x resolution by one of four crops.
 
-    center: its largest central square; random: such a square anywhere, drawn by the torch.Generator gen; pad: all of it
-    on black; fundus: the square round the lit disc, black where that reaches beyond the image, or "pad" without a disc.
+    center: the largest central square; random: such a square anywhere, drawn by gen; pad: all of it
+    on black; fundus: the square around the lit disc, black outside the image, or "pad" without one.
     """
-    size, method = (resolution, resolution), Image.Resampling.LANCZOS
+    size = (resolution, resolution)
     disc = find_disc(image) if crop == "fundus" else None
-    if crop == "pad" or crop == "fundus" and disc is None:
-        return ImageOps.pad(image, size, method, 0)
-    image = image.crop(disc) if disc else image
+    if disc:
+        image = image.crop(disc)
+    elif crop in ("pad", "fundus"):
+        return ImageOps.pad(image, size, Image.Resampling.LANCZOS, 0)
     place = torch.rand((), generator=gen).item() if crop == "random" else 0.5
-    return ImageOps.fit(image, size, method, centering=(place, place))
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=(place, place))
 
 
 def find_disc(image):
-    """The square (left, top, right, bottom) round the largest lit part of a fundus photograph, its top and bottom often
-    cut off; None where that is under 20 % of the image, or longer than 1.6 times its width."""
+    """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None.
+
+    Its top and bottom may be cut off. None where the largest lit part is under 20 % of the image,
+    or longer than 1.6 times its width.
+    """
     small = image.convert("L")
     small.thumbnail((256, 256))
     parts, count = ndimage.label(np.asarray(small) > 10)
-    part = parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]) if count else parts > 0
-    if part.mean() < 0.2:
+    if count == 0:
         return None
-    rows, columns = (np.flatnonzero(part.any(axis)) for axis in (1, 0))
-    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-    if max(height, width) > 1.6 * min(height, width):
+    largest = np.argmax(np.bincount(parts.ravel())[1:])
+    rows, columns = ndimage.find_objects(parts)[largest]
+    height = rows.stop - rows.start
+    width = columns.stop - columns.start
+    is_disc = max(height, width) <= 1.6 * min(height, width)
+    if not is_disc or (parts == largest + 1).mean() < 0.2:
         return None
-    scale, half = image.width / small.width, max(height, width) / 2
-    middle = (columns[0] + width / 2, rows[0] + height / 2)
-    return tuple(round((at + by) * scale) for by in (-half, half) for at in middle)
+    scale = image.width / small.width
+    half = max(height, width) / 2
+    x = columns.start + width / 2
+    y = rows.start + height / 2
+    return tuple(round(edge * scale) for edge in (x - half, y - half, x + half, y + half))
 
 
-def pick_resolution(*sets):
-    """The pixels at which sets of rows are compared: the smallest stored side of their images, from 64 to 256, but for
-    one image in twenty of each set: a stray thumbnail does not decide."""
-    picked = [256]
-    for rows in sets:
+def pick_resolution(*row_lists):
+    """Pixels at which sets are compared: the smallest stored side of their images, 64 to 256.
+
+    One image in twenty of each set does not count: a stray thumbnail decides nothing.
+    """
+    resolution = 256
+    for rows in row_lists:
         sides = [256]
         for row in rows:
-            with (
-                contextlib.suppress(Exception),
-                Image.open(row["path"], formats=FORMATS) as image,
-            ):  # load_pixels names it
+            with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
                 sides.append(min(image.size))
-        picked.append(sorted(sides)[(len(sides) - 1) // 20])
-    return max(64, min(picked))
-
-
-def find_range(rows):
-    """{path: (low, high)} for the 16-bit and float rasters of a set: one range for all, so that a dim film stays dim.
-
-    Floats have a range of their own: they are rarely in the same units.
-    """
-    kinds, ranges = collections.defaultdict(dict), {}
-    for row in rows:
-        with (
-            contextlib.suppress(Exception),
-            Image.open(row["path"], formats=FORMATS) as image,
-        ):  # load_pixels names it
-            if is_deep(image):
-                kind = "floats" if image.mode == "F" else "16 bits"
-                kinds[kind][row["path"]] = percentile_range(np.asarray(image), 0, 100)
-    for kind, ends in kinds.items():
-        low, high = (
-            float(pick(end[n] for end in ends.values())) for n, pick in enumerate((min, max))
-        )
-        note(f"{len(ends)} images of {kind}: {low:g} is black and {high:g} white in all of them")
-        ranges |= dict.fromkeys(ends, (low, high))
-    return ranges
+        sides.sort()
+        resolution = min(resolution, sides[(len(sides) - 1) // 20])
+    return max(64, resolution)
 
 
 def share_range(rows, given=None):
-    """Set row["range"], what becomes black and white in images of more than 8 bits: `given`, or one range for all rows."""
-    ranges = find_range(rows) if given is None else {}
+    """Set row.value_range: `given`, or one range for all images of more than 8 bits.
+
+    So a dim film stays dim. Float images have a range apart: they are rarely in the same units.
+    """
+    ends = {"16 bits": {}, "floats": {}}
     for row in rows:
-        row["range"] = ranges.get(row["path"], given)
+        row.value_range = given
+        with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
+            if given is None and is_deep(image):
+                kind = "floats" if image.mode == "F" else "16 bits"
+                ends[kind][row.path] = percentile_range(np.asarray(image), 0, 100)
+    for kind, ends_of_path in ends.items():
+        if ends_of_path:
+            lows, highs = zip(*ends_of_path.values(), strict=True)
+            low, high = float(min(lows)), float(max(highs))
+            note(
+                f"{len(lows)} images of {kind}: {low:g} is black and {high:g} white in all of them"
+            )
+            for row in rows:
+                if row.path in ends_of_path:
+                    row.value_range = low, high
     return rows
 
 
@@ -1293,110 +1098,84 @@ def load_pixels(
     seed=0,
     measure=None,
 ):
-    """Read the images of `rows`: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
+    """Read the images of rows: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
-    window, value_range, allow_burned_in: as read_image; a row's own "range" comes before value_range, and without
-    either 16-bit and float images are scaled by the range of them all. seed: of crop "random", with the file's name.
-    measure: a function of the PIL image before it is cut and resized; the row's "measured" is what it gives.
-    Unreadable images are named on stderr and left out; more than 5 % of the set, with those that `list_images` left out, or
-    any where `strict`, end in fail().
+    window, value_range, allow_burned_in: as read_image; row.value_range, which share_range sets
+    where nothing else does, goes first. seed: of crop "random". measure: a function of the PIL
+    image before it is cropped, for row.measured. Unreadable files are reported and skipped; more
+    than 5 % of them, or any with strict, is an error.
     """
-    pick_window(window)  # a wrong one ends here
-    ranges, discless = (
-        {} if value_range else find_range([row for row in rows if "range" not in row]),
-        [],
-    )
+    pick_window(window)  # a wrong one is an error of the flags
+    if value_range is None and not any(row.value_range for row in rows):
+        share_range(rows)
     pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
 
-    def load(n):
-        row = rows[n]
-        path, slice = row["path"], row.get("slice")
+    def load(i):
+        row = rows[i]
+        ends = row.value_range or value_range
         try:
-            own = row.get("range") or ranges.get(path, value_range)
-            image = read_upright(path, slice, window, own, allow_burned_in)
-            discless.extend([path] * (crop == "fundus" and find_disc(image) is None))
-            row |= {"measured": measure(image)} if measure else {}
-            gen = generator(seed, "crop", row["file_name"], slice) if crop == "random" else None
-            square = np.array(fit_square(image, resolution, crop, gen))
-            pixels[n] = torch.from_numpy(square if square.ndim == 2 else square.transpose(2, 0, 1))
+            image = read_upright(row.path, row.slice, window, ends, allow_burned_in)
         except BadImage as error:
             return error
+        if measure:
+            row.measured = measure(image)
+        gen = generator(seed, "crop", row.file_name, row.slice) if crop == "random" else None
+        square = np.array(fit_square(image, resolution, crop, gen))
+        pixels[i] = torch.from_numpy(square if square.ndim == 2 else square.transpose(2, 0, 1))
+        return None
 
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        contextlib.closing(pool.map(load, range(len(rows)))) as loading,
-    ):  # closing cancels the rest on Ctrl-C
-        errors = list(
-            tqdm(
-                loading,
-                total=len(rows),
-                desc="reading",
-                unit="image",
-                leave=False,
-                disable=None if len(rows) > 200 else True,
-            )
-        )
-    good, bad = (
-        [n for n, error in enumerate(errors) if error is None],
-        [error for error in errors if error is not None],
-    )
+    errors = map_threads(load, range(len(rows)))
+    bad = [error for error in errors if error]
     for error in bad:
         note(f"skipped: {error}")
-    lost, whole = max(
-        (row.get("lost", (0, 0)) for row in rows), default=(0, 0)
-    )  # rows may be a part of the set
-    if bad and (
-        strict
-        or max(len(bad) / len(rows), (lost + len(bad)) / max(whole, lost + len(rows))) > BAD_SHARE
+    if bad:
+        message = f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}"
+        skip(len(bad), len(rows), strict, message)
+    readable = [i for i, error in enumerate(errors) if not error]
+    return [rows[i] for i in readable], pixels[readable] if bad else pixels
+
+
+def map_threads(function, items):
+    """[function(item), ...] by a few threads, with a progress bar for long lists."""
+    hidden = None if len(items) > 200 else True  # None: shown on a terminal only
+    with (
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+        contextlib.closing(pool.map(function, items)) as results,  # cancels the rest on Ctrl-C
     ):
-        fail(
-            f"{len(bad)} of {len(rows)} images cannot be read"
-            + f", besides {lost} left out before" * (lost > 0)
-            + f", the first: {bad[0]}"
-        )
-    if len(bad) > 1:
-        note(f"{len(bad)} of {len(rows)} images cannot be read: left out")
-    if discless:
-        note(
-            f"{len(discless)} of {len(rows)} images show no disc of a fundus: padded whole, such as {min(discless)}"
-        )
-    return [rows[n] for n in good], pixels[good] if bad else pixels
+        return list(tqdm(results, "reading", len(items), False, unit="image", disable=hidden))
 
 
 def picture(pixels):
-    """uint8 (3, H, W) -> PIL image."""
+    """uint8 (3, H, W) to a PIL image."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def near_duplicates(pixels, alike=0.95):
-    """Pairs of pictures that are the same: [(i, j, kind)], i < j, for uint8 pixels (N, 3, S, S).
+    """Pairs of pictures that are the same: [(i, j, kind)], i < j, of uint8 pixels (N, 3, S, S).
 
-    "exact" has equal pixels; "near" survives re-saving, resizing, gamma; "flipped" is near its left-right mirror image.
-    Two are near where the differences between neighbours in their 16 x 16 thumbnails (dHash, but not cut down to signs)
-    correlate above `alike`. Of 230 chest films, copies saved anew did above .98, films of other patients below .91.
+    exact: equal pixels; near: correlated above `alike`, as after re-saving, resizing or gamma;
+    flipped: near the mirror image. Of 230 chest films, re-saved copies correlated above .98, films
+    of other patients below .91. Blank pictures have no duplicates.
     """
-    small = torch.cat(
-        [F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)]
-    )
-    hashes = [
-        F.normalize(torch.cat([grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)], 1))
-        for grey in (small, small.flip(2))
-    ]
-    same = collections.defaultdict(list)
-    for n, image in enumerate(pixels):
-        same[hashlib.sha256(image.numpy().tobytes()).digest()].append(n)
-    found = {}
-    for group in same.values():  # blank slices are many: each with the next one only
-        blank = pixels[group[0]].min() == pixels[group[0]].max()
-        found |= dict.fromkeys(
-            itertools.pairwise(group) if blank else itertools.combinations(group, 2), "exact"
-        )
-    for kind, other in zip(("near", "flipped"), hashes):
+    parts = [F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)]
+    thumbnails = torch.cat(parts)
+    hashes = difference_hash(thumbnails)
+    pairs = {}
+    for kind, others in (("near", hashes), ("flipped", difference_hash(thumbnails.flip(2)))):
         for start in range(0, len(pixels), 1024):
-            for i, j in (hashes[0][start : start + 1024] @ other.T > alike).nonzero().tolist():
-                if start + i < j:
-                    found.setdefault((start + i, j), kind)
-    return [(*pair, kind) for pair, kind in sorted(found.items())]
+            close = hashes[start : start + 1024] @ others.T > alike
+            for i, j in (close.nonzero() + torch.tensor([start, 0])).tolist():
+                if i < j and kind == "near" and torch.equal(pixels[i], pixels[j]):
+                    pairs[i, j] = "exact"
+                elif i < j:
+                    pairs.setdefault((i, j), kind)
+    return [(i, j, kind) for (i, j), kind in sorted(pairs.items())]
+
+
+def difference_hash(grey):
+    """Differences between neighbours (dHash, but not cut down to signs), unit length: (N, 480)."""
+    differences = [grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)]
+    return F.normalize(torch.cat(differences, 1))
 
 
 # ---------------------------------------------------------------- descriptors without weights
@@ -1757,7 +1536,7 @@ LPIPS = {  # trunk of torchvision, its layers, its file, SHA-256 of the linear l
 
 
 def trunk_of(kind, state):
-    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: of all or of these."""
+    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: of the net."""
     import torchvision
 
     with torch.device("meta"):
@@ -1835,7 +1614,7 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N), symmetric.
 
     others: uint8 pixels (M, 3, H, W) to pair them with instead: (N, M). One forward pass an image
-    and one product; a block of `memory` bytes of vectors is held, the others are made again for it.
+    and one product; `memory` bytes of vectors are held at a time, the others are made again for them.
     """
     symmetric = others is None
     if symmetric:
@@ -1849,19 +1628,14 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
         return torch.linalg.vector_norm(part, dim=1).square()
 
     with torch.inference_mode(), without_tf32():
-        size = vectors(pixels[:1]).shape[1]
-        width = max(1, memory // (4 * size) // batch_size) * batch_size
-        block = torch.empty(min(width, len(pixels)), size, device=device)
+        bytes_a_batch = 4 * batch_size * vectors(pixels[:1]).shape[1]
+        width = max(1, memory // bytes_a_batch) * batch_size
         starts = range(0, len(pixels), width)
         for i in tqdm(starts, desc=f"LPIPS {network.name}", leave=False, disable=None):
-            first = block[: len(pixels) - i]
-            for j in range(0, len(first), batch_size):
-                rows = first[j : j + batch_size]
-                rows.copy_(vectors(pixels[i + j : i + j + len(rows)]))
+            first = torch.cat([vectors(part) for part in pixels[i : i + width].split(batch_size)])
             square_first = square(first)[:, None]
-            start = i if symmetric else 0
-            for j in range(start, len(others), batch_size):
-                if symmetric and j < i + len(first):
+            for j in range(i if symmetric else 0, len(others), batch_size):
+                if symmetric and j < i + width:
                     second = first[j - i : j - i + batch_size]
                 else:
                     second = vectors(others[j : j + batch_size])
