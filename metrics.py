@@ -1,16 +1,13 @@
-"""From image files to numbers: reading, listing, features, distances, calibration, and the page that shows them.
+"""From image files to numbers: reading, descriptors, distances, and the page that shows them.
 
-Everything above imports from here; this file imports none of ours. Files, pixels or features go in; pixels, features,
-numbers or HTML come out: no prompts, schedulers or optimizers. In this order:
-    errors, files, seeds   fail, replacing, write_file, copy_file, need, generator, guarded, pick_device
-    reading and listing    read_image, list_images, split_rows, fit_square, load_pixels, near_duplicates
-    features               texture, fid_inception, load_features, extract
-    image against image    lpips_matrix, ssim, ms_ssim, ssim_matrix
-    set against set        frechet, kid, precision_recall, joint_matrices, large_values and the table METRICS
-    yardstick              permutation_draws, half_draws, yardstick
-    calibration            nearest, copy_distances, copy_chances, calibrate, judge, measure_reference, score, refusals
-    the quality head       quality_features, apply_selector, load_selector
-    the page               page, table, thumbnail, curve
+All other scripts import from this file; it imports none of them. Its sections:
+    foundation    fail, Flags, number, replacing, generator, run_script, pick_device
+    reading       read_image: rasters, DICOM files, volumes
+    listing       list_images, read_table, fill_captions, split_rows
+    pixels        fit_square, share_range, load_pixels, near_duplicates
+    descriptors   texture, colour, grain; load_features, extract
+    distances     lpips_matrix, ssim; frechet, kid, precision_recall; copy_distances, copy_chances
+    the page      page, table, thumbnail, curve
 """
 
 import argparse
@@ -98,12 +95,6 @@ class Flags(argparse.ArgumentParser):
         if not line or line.startswith("#"):
             return []
         return [re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
-
-    def parse_args(self, args=None, namespace=None):
-        try:
-            return super().parse_args(args, namespace)
-        except UnicodeDecodeError:
-            fail("an @file of flags is not a text file")
 
     def error(self, message):
         fail(message)
@@ -216,18 +207,19 @@ LESS_MEMORY = "a smaller --batch-size or --resolution, --gradient-checkpointing,
 
 
 def run_script(main, parse_args):
-    """Run main(parse_args()): faults of input, disk or memory end in one line, bugs in a traceback."""
+    """Run main(parse_args()): errors of input, disk or memory are one line, bugs a traceback."""
     sys.stdout.reconfigure(errors="replace")  # never fail on an unprintable character
-    args = parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(args)
+        main(parse_args())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BadImage as error:
         fail(error)
+    except UnicodeDecodeError:
+        fail("a text file, such as an @file of flags, is not UTF-8: save it as such")
     except torch.cuda.OutOfMemoryError:
         fail(f"the GPU's memory is full: try {LESS_MEMORY}")
     except (RuntimeError, MemoryError) as error:
@@ -771,16 +763,14 @@ def read_csv(path, text, caption_column):
             end = start + 1 + len(cells) - len(header)
             is_prose = all(cell.startswith(" ") for cell in cells[start + 1 : end])
             if caption not in header or not (is_prose or caption == header[-1]):
-                fail(
-                    f"{path}: the row of {cells[0]} has more cells than the header: quote its texts"
-                )
+                fail(f"{path}: row {cells[0]} has more cells than the header: quote its texts")
             cells[start:end] = [mark.join(cells[start:end])]
             joined.append(cells[start])
         pairs = itertools.zip_longest(header, cells[: len(header)], fillvalue="")
         records.append({name: cell.strip() for name, cell in pairs})
     if joined:
-        rows_have = f"{len(joined)} rows have more cells than the header"
-        note(f'{path}: {rows_have}: read as {caption}, such as "{joined[0]}"')
+        count = len(joined)
+        note(f'{path}: unquoted {mark!r} in {count} rows: read as {caption}, as "{joined[0]}"')
     return records
 
 
@@ -796,9 +786,7 @@ def find_column(names, role):
 def pick_column(data, names, role, wanted):
     """The column of a role: the one that a flag names, else a usual one, else None."""
     if wanted is not None and wanted not in names:
-        fail(
-            f"--{role}-column {wanted}: {data} has the columns {', '.join(names) or 'of no table'}"
-        )
+        fail(f"--{role}-column {wanted}: {data} has {', '.join(names) or 'no table of columns'}")
     return wanted or find_column(names, role)
 
 
@@ -840,7 +828,7 @@ def label_list(text):
 
 def split_labels(row):
     """The set of a row's labels, {""} where it has none."""
-    return set(label_list(row.label)) or {""}
+    return set(label_list(row.label) or [""])
 
 
 def modality_of(row):
@@ -865,12 +853,8 @@ def fill_captions(data, rows, columns, prompt):
         fail(f"--prompt {prompt!r}: {error} (write {{label}} for a field, {{{{ }}}} for braces)")
     lacking = []
     for row in rows:
-        known = {
-            "caption": row.caption,
-            "text": row.caption,
-            "label": row.label,
-            "labels": row.label,
-        }
+        known = dict.fromkeys(("caption", "text"), row.caption)
+        known |= dict.fromkeys(("label", "labels"), row.label)
         known |= {name.lower(): value for name, value in row.fields.items()}
         texts = {}
         for _, name, _, _ in pieces:
@@ -883,9 +867,8 @@ def fill_captions(data, rows, columns, prompt):
             row.caption = "".join(literal + texts[name] for literal, name, _, _ in pieces).strip()
     if lacking:
         wanted = " or ".join(sorted(name for name in texts if name))
-        message = (
-            f"{data}: {len(lacking)} of {len(rows)} rows have no {wanted}, such as {lacking[0]}"
-        )
+        count = f"{len(lacking)} of {len(rows)} rows"
+        message = f"{data}: {count} have no {wanted}, such as {lacking[0]}"
         if prompt is not None and len(lacking) == len(rows):
             fail(message)
         note(message)
@@ -990,6 +973,22 @@ def split_rows(rows, val_share, test_share=0.0):
             row.split = "val"
         else:
             row.split = "test"
+    if val_share + test_share > 0:
+        report_series(rows)
+
+
+def report_series(rows):
+    """Report file names that look as if patients had several images, where no group says so."""
+    series = collections.defaultdict(list)
+    for row in rows:
+        match = re.fullmatch(r"(.*\d.*?)[-_. ]+(\d{1,3}|[A-Za-z]{1,5})", Path(row.file_name).stem)
+        if match and not row.group:
+            series[match[1]].append(row.file_name)
+    several = [names for names in series.values() if len(names) > 1]
+    if len(several) > 1:
+        example = " and ".join(several[0][:2])
+        patients = f"{len(several)} patients with several images, such as {example}"
+        note(f"file names look like {patients}: a column patient_id keeps each in one split")
 
 
 def read_split(rows, path):
@@ -1078,9 +1077,7 @@ def share_range(rows, given=None):
         if ends_of_path:
             lows, highs = zip(*ends_of_path.values(), strict=True)
             low, high = float(min(lows)), float(max(highs))
-            note(
-                f"{len(lows)} images of {kind}: {low:g} is black and {high:g} white in all of them"
-            )
+            note(f"{len(lows)} images of {kind}: {low:g} is black, {high:g} white in all of them")
             for row in rows:
                 if row.path in ends_of_path:
                     row.value_range = low, high
@@ -1615,7 +1612,7 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
 
     others: uint8 pixels (M, 3, H, W) to pair them with instead: (N, M). One forward pass an image
     and one product; `memory` bytes of vectors are held at a time, the others are made again for them.
-    """
+    and one product; `memory` bytes of vectors are held at a time, the others are made again each time.
     symmetric = others is None
     if symmetric:
         others = pixels
