@@ -1611,8 +1611,8 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N), symmetric.
 
     others: uint8 pixels (M, 3, H, W) to pair them with instead: (N, M). One forward pass an image
-    and one product; `memory` bytes of vectors are held at a time, the others are made again for them.
-    and one product; `memory` bytes of vectors are held at a time, the others are made again each time.
+    and one product; of more than `memory` bytes of vectors, some are made again.
+    """
     symmetric = others is None
     if symmetric:
         others = pixels
