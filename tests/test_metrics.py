@@ -1,4 +1,4 @@
-"""Numbers against values from outside: published packages run once (named there) and closed forms."""
+"""Numbers against values from outside: published packages run once and closed forms."""
 
 import importlib.util
 import io
@@ -604,7 +604,7 @@ def test_an_inception_of_other_weights_serves_but_is_not_called_published(tmp_pa
     assert clean.name == legacy.name + "-clean"
     assert vectors.shape == (2, 2048)
     assert legacy.head.shape == (1008, 2048)
-    assert np.abs(metrics.extract(noise(2), clean, "cpu") - vectors).max() > 1e-6
+    assert not np.allclose(metrics.extract(noise(2), clean, "cpu"), vectors, rtol=1e-3, atol=0)
 
 
 @needs_lpips
