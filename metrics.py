@@ -1533,20 +1533,17 @@ LPIPS = {  # trunk of torchvision, its layers, its file, SHA-256 of the linear l
 
 
 def trunk_of(kind, state):
-    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: of the net."""
+    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: the net's weights."""
     import torchvision
 
     with torch.device("meta"):
-        trunk = getattr(torchvision.models, kind)().features
-    weights = {}
-    for key, value in state.items():
-        if not key.startswith("classifier."):
-            weights[key.removeprefix("features.")] = value
-    trunk.load_state_dict(weights, assign=True)
-    for module in trunk:
+        net = getattr(torchvision.models, kind)()
+    weights = {key: value for key, value in state.items() if key.startswith("features.")}
+    net.load_state_dict(weights, strict=False, assign=True)
+    for module in net.features:
         if hasattr(module, "inplace"):
             module.inplace = False  # the maps are kept
-    return trunk.eval().requires_grad_(False)
+    return net.features.eval().requires_grad_(False)
 
 
 def taps(trunk, images, indices):
@@ -1645,15 +1642,13 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     return result
 
 
-def gauss_window():
-    """The 11-point Gaussian of sigma 1.5 (Wang et al. 2004), float64."""
-    window = torch.exp(-torch.arange(-5.0, 6.0, dtype=torch.float64).square() / 4.5)
-    return window / window.sum()
+GAUSS = np.exp(-np.square(np.arange(-5.0, 6.0)) / 4.5)  # SSIM's window, sigma 1.5
+GAUSS /= GAUSS.sum()
 
 
 def ssim(a, b):
     """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11: (B,)."""
-    window = gauss_window().tolist()
+    window = GAUSS.tolist()
 
     def smooth(maps):  # sums of shifted pictures: several times faster than conv2d of one channel
         for axis in (2, 3):
@@ -1678,8 +1673,7 @@ def ssim_matrix(first, second, device="cpu", size=64):
     Means and variances are taken once an image; what a pair shares, the smoothed product, is one
     matrix product of all images for each place of the window.
     """
-    window = gauss_window().float().to(device)
-    weights = torch.outer(window, window).flatten()  # (121,)
+    weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
 
     def shrink(pixels):  # -> (N, size, size)
         parts = []

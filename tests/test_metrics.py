@@ -302,7 +302,9 @@ def test_lpips_agrees_with_the_lpips_package_on_the_same_random_trunk(net):
     lpips = pytest.importorskip("lpips")
     torch.manual_seed(0)
     theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    trunk = {name.split(".", 1)[1]: value for name, value in theirs.net.state_dict().items()}
+    trunk = {}
+    for name, value in theirs.net.state_dict().items():
+        trunk["features." + name.split(".", 1)[1]] = value
     state = theirs.state_dict()
     count = len(metrics.LPIPS[net][1])
     network = lpips_network(net, trunk, [state[f"lin{n}.model.1.weight"][0] for n in range(count)])
@@ -524,7 +526,7 @@ def test_lpips_is_the_squared_distance_of_two_vectors(net):
     kind, layers, _, digest = metrics.LPIPS[net]
     rs = np.random.RandomState(7)
     with torch.device("meta"):
-        shapes = getattr(torchvision.models, kind)().features.state_dict()
+        shapes = getattr(torchvision.models, kind)().features.state_dict(prefix="features.")
     state = {}
     for name, value in shapes.items():
         state[name] = torch.zeros(value.shape, dtype=torch.float64)
