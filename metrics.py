@@ -673,13 +673,6 @@ def list_images(
     return spread_slices(check_dicoms(data, rows), slices)
 
 
-def skip(count, total, strict, message):
-    """Report skipped files; more than 5 % of all, or any with --strict, is an error."""
-    if strict or count > BAD_SHARE * total:
-        fail(message)
-    note(message)
-
-
 def list_folder(folder):
     """Rows of the images below a folder; the label is the name of the first subfolder."""
     rows = []
@@ -754,6 +747,9 @@ def read_csv(path, text, caption_column):
     except csv.Error as error:
         fail(f"{path}: {error}")
     header = [name.strip() for name in header]
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            fail(f"{path}: two columns are called {name}: rename one")
     caption = caption_column or find_column(header, "caption")
     start = header.index(caption) if caption in header else len(header)
     records = []
@@ -792,6 +788,8 @@ def pick_column(data, names, role, wanted):
 
 def list_table(table, records, columns, strict):
     """Rows of the files that a table names, relative to its own folder; columns: role -> name."""
+    if not records:
+        fail(f"{table}: has no rows")
     if columns["image"] is None:
         fail(f"{table}: no column of file names: name one with --image-column")
     folder = os.path.dirname(os.path.abspath(table))
@@ -812,7 +810,9 @@ def list_table(table, records, columns, strict):
     if missing:
         count = f"{len(missing)} of {len(records)}"
         message = f"{table}: {count} files are missing: {', '.join(missing[:5])}"
-        skip(len(missing), len(records), strict, message)
+        if strict or len(missing) > BAD_SHARE * len(records):
+            fail(message)
+        note(message)
     return rows
 
 
@@ -1125,9 +1125,8 @@ def load_pixels(
     bad = [error for error in errors if error]
     for error in bad:
         note(f"skipped: {error}")
-    if bad:
-        message = f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}"
-        skip(len(bad), len(rows), strict, message)
+    if bad and (strict or len(bad) > BAD_SHARE * len(rows)):
+        fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
     readable = [i for i, error in enumerate(errors) if not error]
     return [rows[i] for i in readable], pixels[readable] if bad else pixels
 

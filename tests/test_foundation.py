@@ -131,10 +131,10 @@ def test_a_device_that_is_not_there_is_refused(capsys):
 @pytest.fixture
 def handlers():
     """Put the signal handlers back that run_script replaces."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
 def test_what_a_user_did_ends_in_one_line(handlers, capsys):

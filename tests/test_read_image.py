@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -141,12 +142,11 @@ def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadImage) as error:
             read_image(tmp_path / name)
-        assert (
-            why in error.value.why and str(error.value) == f"{tmp_path / name}: {error.value.why}"
-        )
+        assert why in error.value.why
+        assert str(error.value) == f"{tmp_path / name}: {error.value.why}"
         assert "\n" not in str(error.value)
     (tmp_path / "folder.jpg").mkdir()
-    for name, why in (("folder.jpg", "is a folder"), ("missing.png", "No such file")):
+    for name, why in (("folder.jpg", "Is a directory"), ("missing.png", "No such file")):
         with pytest.raises(BadImage, match=why):
             read_image(tmp_path / name)
 
@@ -243,7 +243,7 @@ def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn, monkeyp
 
 
 @dicom
-def test_what_files_of_little_care_leave_out_or_say_oddly_is_borne(tmp_path):
+def test_files_with_blank_or_odd_tags_are_read(tmp_path):
     from pydicom.dataset import Dataset
 
     plain = dict(WindowCenter=2048, WindowWidth=4096)
@@ -407,13 +407,12 @@ def test_dicoms_read_as_pydicom_itself_reads_them(name):
     assert np.abs(values(path) - expected).max() <= 1
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (tmp_path / "a").write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 99)
-    (tmp_path / "a.nii").write_bytes(b"\0" * 400)
-    for name, package in (("a", "pip install pydicom"), ("a.nii", "pip install nibabel")):
-        with pytest.raises(BadImage, match=package):
-            read_image(tmp_path / name)
+@pytest.mark.parametrize("name, package", [("a", "pydicom"), ("a.nii", "nibabel")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 300)
+    with pytest.raises(BadImage, match=f"needs the package {package}: pip install {package}"):
+        read_image(tmp_path / name)
 
 
 @nifti
@@ -433,26 +432,20 @@ def test_a_volume_gives_its_middle_slice_with_anterior_up(tmp_path):
 
 
 @nifti
-def test_volumes_are_cut_in_three_planes_and_scaled_as_a_whole(tmp_path):
+def test_volumes_of_both_kinds_are_scaled_as_a_whole(tmp_path):
     import nibabel
 
     volume = np.random.RandomState(0).rand(6, 8, 10).astype(np.float32)
-    volume[4:, 6:, 7:] = 3  # right, anterior, superior: the upper right corner of each plane
+    volume[4:, 6:, 7:] = 3  # right, anterior, superior: the upper right corner of a high slice
     for name, save in (("a.nii", nibabel.Nifti1Image), ("a.mgz", nibabel.MGHImage)):
         nibabel.save(save(volume, np.eye(4)), tmp_path / name)
-        for plane, number, shape in (
-            ("axial", 8, (8, 6)),
-            ("coronal", 7, (10, 6)),
-            ("sagittal", 5, (10, 8)),
-        ):
-            found = values(tmp_path / name, slice=f"{plane}:{number}")
-            assert found.shape == shape and (found[:2, -2:] == 255).all() and found[4:].max() < 100
-            assert (
-                values(tmp_path / name, slice=plane)[:2, -2:] < 255
-            ).all() or plane != "sagittal"
-        assert (values(tmp_path / name, slice="axial:8") == values(tmp_path / name, slice=8)).all()
-        with pytest.raises(BadImage, match="slices 0 to 7"):
-            read_image(tmp_path / name, slice="coronal:8")
+        high = values(tmp_path / name, slice=8)
+        assert high.shape == (8, 6)
+        assert (high[:2, -2:] == 255).all()
+        assert high[4:].max() < 100
+        assert values(tmp_path / name, slice=2).max() < 100
+        with pytest.raises(BadImage, match="slices 0 to 9"):
+            read_image(tmp_path / name, slice=10)
 
 
 @nifti
