@@ -361,9 +361,11 @@ def test_files_without_their_codec_are_reported_with_the_command_that_gets_it(
     assert "no decoder here reads its compression: pip install pylibjpeg" in message
 
 
-@pytest.mark.parametrize("name, package", [("a.dcm", "pydicom"), ("a.nii", "nibabel")])
-def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch, name, package):
-    (tmp_path / name).write_bytes(b"\2" + b"\0" * 400)
+@pytest.mark.parametrize(
+    "name, package, start", [("a.dcm", "pydicom", b"\2"), ("a.nii", "nibabel", b"\\\1")]
+)
+def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch, name, package, start):
+    (tmp_path / name).write_bytes(start + b"\0" * 400)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit):
         load_pixels(list_images(tmp_path), 16)
