@@ -1,6 +1,5 @@
-"""What the tests share: a tiny random base, tiny random images, and a way to run a script in this process."""
+"""What tests share: tiny random bases and images, and a way to run a script in this process."""
 
-import ast
 import atexit
 import os
 import shutil
@@ -15,23 +14,24 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["MEDLORA_CACHE"] = tempfile.mkdtemp(
-    prefix="medlora-tests-"
-)  # before metrics is imported
+os.environ["MEDLORA_CACHE"] = tempfile.mkdtemp(prefix="medlora-tests-")  # metrics reads it once
 atexit.register(shutil.rmtree, os.environ["MEDLORA_CACHE"], ignore_errors=True)
 
 
 def pytest_configure(config):
     config.addinivalue_line(
-        "markers", "slow: bases of real size, gigabytes and minutes each; run by -m slow alone"
+        "markers", "slow: bases of real size, gigabytes and minutes each; run by -m slow only"
     )
     config.option.markexpr = config.option.markexpr or "not slow"
-    for text in ("__array__ implementation", "Detected pickle"):  # other packages' pleas
+    for text in ("__array__ implementation", "Detected pickle"):  # of other packages
         config.addinivalue_line("filterwarnings", f"ignore:{text}")
 
 
 def tiny_parts(prediction_type="epsilon", **unet_flags):
-    """VAE, tokenizer, text encoder, UNet and scheduler of Stable Diffusion's shape with some thousand random weights."""
+    """VAE, text encoder, tokenizer, UNet, scheduler and text configuration of SD's shape.
+
+    They have some thousand random weights, the same each time.
+    """
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -39,10 +39,10 @@ def tiny_parts(prediction_type="epsilon", **unet_flags):
 
     torch.manual_seed(0)
     letters = list(bytes_to_unicode().values())
-    words = letters + [c + "</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77
-    )
+    endings = [letter + "</w>" for letter in letters]
+    words = [*letters, *endings, "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
     text_config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=32,
@@ -63,22 +63,18 @@ def tiny_parts(prediction_type="epsilon", **unet_flags):
         latent_channels=4,
         sample_size=64,
     )
-    unet = UNet2DConditionModel(
-        **{
-            **dict(
-                sample_size=8,
-                block_out_channels=(16, 32),
-                layers_per_block=1,
-                cross_attention_dim=32,
-                attention_head_dim=4,
-                norm_num_groups=8,
-                down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-                up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-            ),
-            **unet_flags,
-        }
-    )
-    schedule = DDIMScheduler(
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    }
+    unet = UNet2DConditionModel(**settings | unet_flags)
+    scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -87,35 +83,16 @@ def tiny_parts(prediction_type="epsilon", **unet_flags):
         steps_offset=1,
         prediction_type=prediction_type,
     )
-    return vae, CLIPTextModel(text_config), tokenizer, unet, schedule, text_config
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Lines that bear code, comments and docstrings not counted: printed, not judged."""
-    for path in sorted(ROOT.glob("*.py")):
-        source = path.read_text(encoding="utf-8")
-        texts = {
-            line
-            for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            for line in range(node.lineno, node.end_lineno + 1)
-        }
-        bearing = [
-            n
-            for n, line in enumerate(source.splitlines(), 1)
-            if line.split("#")[0].strip() and n not in texts
-        ]
-        terminalreporter.write_line(f"{path.name}: {len(bearing)} lines of code")
+    return vae, CLIPTextModel(text_config), tokenizer, unet, scheduler, text_config
 
 
 def save_base(folder, *prediction_type, **unet_flags):
     """Save these parts as a Stable Diffusion pipeline; returns the folder's name."""
     from diffusers import StableDiffusionPipeline
 
-    vae, text_encoder, tokenizer, unet, schedule, _ = tiny_parts(*prediction_type, **unet_flags)
-    StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, schedule, None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
+    *parts, _ = tiny_parts(*prediction_type, **unet_flags)
+    pipeline = StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
     return str(folder)
 
 
@@ -166,7 +143,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sd21(tmp_path_factory):
-    """The same of SD 2.1-768's kind: v-prediction, linear projections, heads by level, attention that is upcast."""
+    """The same of SD 2.1-768's kind: v-prediction, linear projections, upcast attention."""
     return save_base(
         tmp_path_factory.mktemp("sd21"),
         "v_prediction",
@@ -178,11 +155,11 @@ def sd21(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sdxl(tmp_path_factory):
-    """The same of SDXL's kind: two text encoders, pooled text and sizes as added embeddings, a deeper transformer."""
+    """The same of SDXL's kind: two text encoders, pooled text and sizes as added embeddings."""
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModelWithProjection
 
-    vae, text_encoder, tokenizer, unet, schedule, config = tiny_parts(
+    vae, text_encoder, tokenizer, unet, scheduler, config = tiny_parts(
         cross_attention_dim=64,
         use_linear_projection=True,
         transformer_layers_per_block=(1, 2),
@@ -198,7 +175,7 @@ def sdxl(tmp_path_factory):
         tokenizer,
         tokenizer,
         unet,
-        schedule,
+        scheduler,
         force_zeros_for_empty_prompt=True,
     ).save_pretrained(folder)
     return str(folder)
@@ -207,7 +184,8 @@ def sdxl(tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of 24 images in two class folders."""
-    folder, draw = tmp_path_factory.mktemp("images"), np.random.RandomState(0)
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.RandomState(0)
     for i in range(24):
         place = folder / ("calm", "sore")[i % 2]
         place.mkdir(exist_ok=True)
@@ -218,7 +196,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch):
-    """run(module, flag, flag, …): what the script of that module does with these flags, in this process."""
+    """run(module, flag, flag, …): run the script of that module with these flags, here."""
 
     def call(module, *flags):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
@@ -229,14 +207,17 @@ def run(monkeypatch):
 
 @pytest.fixture
 def refused(run, capsys):
-    """refused(module, flag, …): the one line with which the script refuses, after checking that it is one, status 2."""
+    """refused(module, flag, …): the one line with which the script refuses, with status 2."""
 
     def call(module, *flags):
         with pytest.raises(SystemExit) as stop:
             run(module, *flags)
         lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and not any("Traceback" in line for line in lines)
-        assert lines[-1].startswith("error: ") and sum("error: " in line for line in lines) == 1
+        assert stop.value.code == 2
+        assert lines[-1].startswith("error: ")
+        for line in lines[:-1]:
+            assert "error: " not in line
+            assert "Traceback" not in line
         return lines[-1]
 
     return call
