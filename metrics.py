@@ -30,7 +30,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import string
 import sys
@@ -179,8 +178,7 @@ def write_csv(path, header, rows):
 
 def copy_file(source, target):
     """Copy a file, atomically."""
-    with replacing(target) as file, open(source, "rb") as original:
-        shutil.copyfileobj(original, file)
+    write_file(target, Path(source).read_bytes())
 
 
 def need(package, purpose):
@@ -554,8 +552,6 @@ def load_volume(path, modified):
         volume = volume.slicer[(..., *[0] * (volume.ndim - 3))]  # the first of several
     volume = nibabel.as_closest_canonical(volume)
     values = np.atleast_3d(np.asanyarray(volume.dataobj))
-    if values.dtype.kind not in "biuf":
-        raise BadImage(path, "holds colours or complex numbers, not grey values")
     step = 1 + int((values.size / 2**23) ** (1 / 3))
     sample = values[::step, ::step, ::step].astype(np.float32)
     low, high = percentile_range(sample, 1, 99)
@@ -1005,10 +1001,10 @@ def read_split(rows, path):
 
 
 def fit_square(image, resolution, crop="center", gen=None):
-    """An image resized to resolution x resolution by one of four crops.
+    """An image resized to resolution x resolution.
 
-    center: the largest central square; random: such a square anywhere, drawn by gen; pad: all of it
-    on black; fundus: the square around the lit disc, black outside the image, or "pad" without one.
+    center: its largest central square; random: such a square anywhere, drawn by gen; pad: all of it
+    on black; fundus: the square around its lit disc, or "pad" without one.
     """
     size = (resolution, resolution)
     disc = find_disc(image) if crop == "fundus" else None
@@ -1023,8 +1019,7 @@ def fit_square(image, resolution, crop="center", gen=None):
 def find_disc(image):
     """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None.
 
-    Its top and bottom may be cut off. None where the largest lit part is under 20 % of the image,
-    or longer than 1.6 times its width.
+    Its top and bottom may be cut off, so the width counts as well as the height.
     """
     small = image.convert("L")
     small.thumbnail((256, 256))
@@ -1046,10 +1041,7 @@ def find_disc(image):
 
 
 def pick_resolution(*row_lists):
-    """Pixels at which sets are compared: the smallest stored side of their images, 64 to 256.
-
-    One image in twenty of each set does not count: a stray thumbnail decides nothing.
-    """
+    """Pixels at which sets are compared: the smallest stored side of 95 % of each, 64 to 256."""
     resolution = 256
     for rows in row_lists:
         sides = [256]
@@ -1062,25 +1054,21 @@ def pick_resolution(*row_lists):
 
 
 def share_range(rows, given=None):
-    """Set row.value_range: `given`, or one range for all images of more than 8 bits.
-
-    So a dim film stays dim. Float images have a range apart: they are rarely in the same units.
-    """
-    ends = {"16 bits": {}, "floats": {}}
+    """Set row.value_range: `given`, or one range for all images of 16 bits, one for all floats."""
+    found = {"16 bits": [], "floats": []}
     for row in rows:
         row.value_range = given
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
             if given is None and is_deep(image):
                 kind = "floats" if image.mode == "F" else "16 bits"
-                ends[kind][row.path] = percentile_range(np.asarray(image), 0, 100)
-    for kind, ends_of_path in ends.items():
-        if ends_of_path:
-            lows, highs = zip(*ends_of_path.values(), strict=True)
-            low, high = float(min(lows)), float(max(highs))
-            note(f"{len(lows)} images of {kind}: {low:g} is black, {high:g} white in all of them")
-            for row in rows:
-                if row.path in ends_of_path:
-                    row.value_range = low, high
+                found[kind].append((row, *percentile_range(np.asarray(image), 0, 100)))
+    for kind, images in found.items():
+        if images:
+            low = float(min(low for _, low, _ in images))
+            high = float(max(high for _, _, high in images))
+            for row, _, _ in images:
+                row.value_range = low, high
+            note(f"{len(images)} images of {kind}: {low:g} is black, {high:g} white in all of them")
     return rows
 
 
@@ -1342,8 +1330,10 @@ def load_weights(path, sha256=""):
 
 
 def load_features(name, device, resize="legacy"):
-    """The Network of a name: texture, inception or the path of its weights, or the Hub id or folder
-    of a vision model. resize: Inception's input, as pytorch-fid (legacy) or clean-fid makes it."""
+    """The Network of texture, inception or a file of its weights, or the Hub id or folder of another.
+
+    resize: how Inception's input is made, "legacy" as by pytorch-fid, "clean" as by clean-fid.
+    """
     if name == "texture":
         return Network("texture-1", texture_in_parts, standardise=True)
     if name == "inception":
@@ -1427,7 +1417,8 @@ def fid_inception(state):
 def load_vision_model(name, device):
     """The Network of a vision model of transformers: CLIP's image embedding, else the CLS token.
 
-    Safetensors only; its own image processor prepares the images."""
+    Safetensors only; the model's own image processor prepares the images.
+    """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -1461,9 +1452,10 @@ def load_vision_model(name, device):
 
 
 def extract(pixels, network, device, batch_size=32, precision="auto"):
-    """Features of uint8 pixels (N, 3, H, W): float64 (N, D). precision: auto is fp32, as published.
+    """Features of uint8 pixels (N, 3, H, W): float64 (N, D), each image's kept in the cache.
 
-    They are cached by network and pixels: neither an edited file nor another resize is stale.
+    The cache's key is the network and the pixels, so an edited file never meets an old vector.
+    precision: auto is fp32, as published figures are.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     name = network.name
@@ -1532,7 +1524,7 @@ LPIPS = {  # trunk of torchvision, its layers, its file, SHA-256 of the linear l
 
 
 def trunk_of(kind, state):
-    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1; state: the net's weights."""
+    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1, with the net's weights."""
     import torchvision
 
     with torch.device("meta"):
