@@ -218,12 +218,11 @@ def run_script(main, parse_args):
         fail(error)
     except UnicodeDecodeError:
         fail("a text file, such as an @file of flags, is not UTF-8: save it as such")
-    except torch.cuda.OutOfMemoryError:
-        fail(f"the GPU's memory is full: try {LESS_MEMORY}")
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        is_full = re.search("out of memory|can't allocate memory", str(error))
+        if not is_full and isinstance(error, RuntimeError):
             raise
-        fail("the memory is full: try a smaller --resolution or --batch-size")
+        fail(f"the memory is full: try {LESS_MEMORY}")
     except OSError as error:
         if error.strerror and error.filename:
             fail(f"{error.strerror}: {error.filename}")
@@ -1058,8 +1057,10 @@ def share_range(rows, given=None):
     found = {"16 bits": [], "floats": []}
     for row in rows:
         row.value_range = given
+        if given is not None:
+            continue
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
-            if given is None and is_deep(image):
+            if is_deep(image):
                 kind = "floats" if image.mode == "F" else "16 bits"
                 found[kind].append((row, *percentile_range(np.asarray(image), 0, 100)))
     for kind, images in found.items():
