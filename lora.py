@@ -34,12 +34,10 @@ class LoRALayer:
         return super().forward(x) + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.lora_scale
 
 
-class LoRALinear(LoRALayer, nn.Linear):
-    pass
+class LoRALinear(LoRALayer, nn.Linear): ...
 
 
-class LoRAConv2d(LoRALayer, nn.Conv2d):
-    pass
+class LoRAConv2d(LoRALayer, nn.Conv2d): ...
 
 
 def inject(
@@ -47,8 +45,7 @@ def inject(
 ):
     """Freeze `model` and give each target layer a trainable fp32 pair; its output does not change.
 
-    A is kaiming-uniform with a = √5, U(±1/√fan_in), and B zero: the first step does not depend on
-    the rank. alpha defaults to the rank. Returns {"unet.<layer>.lora_A.weight": parameter, …}.
+    alpha defaults to the rank. Returns the new weights, {"unet.<layer>.lora_A.weight": …, …}.
     """
     model.requires_grad_(False)
     for name in find_targets(model, targets):
@@ -63,7 +60,7 @@ def inject(
             geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
             layer.lora_A = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False, device=device)
             layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device=device)
-        # drawn on the CPU, so that the start is the same on every device
+        # A: U(±1/√fan_in), drawn on the CPU: the same on every device. B: zero
         start = torch.empty(layer.lora_A.weight.shape)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         layer.lora_A.weight.data.copy_(start)
@@ -83,7 +80,7 @@ def find_targets(model, targets):
     for ending in endings:
         matches = [name for name in layers if f".{name}".endswith(f".{ending}")]
         if not matches:
-            fail(f"--targets {targets}: no layer is called so; say attention, all or to_q,to_v")
+            fail(f"--targets: no layer is called {ending}; say attention, all or to_q,to_v")
         chosen.update(matches)
     return [name for name in layers if name in chosen]
 
@@ -158,10 +155,8 @@ def read_file(path):
             metadata = json.loads(metadata["medlora"])
     except (SafetensorError, OSError, ValueError) as error:
         fail(f"{path}: not a readable safetensors file ({error}); make it or copy it again")
-    for base, version in BASES.items():
-        if metadata.get("ss_base_model_version") == version:
-            metadata.setdefault("base", base)
-    return tensors, {"base": "", **metadata}, peft
+    base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
+    return tensors, {"base": base, **metadata}, peft
 
 
 def sort_keys(path, tensors):
@@ -237,7 +232,7 @@ OTHER_METHODS = {
     r"\.diff(_b)?$": "an adapter of whole differences",
 }
 # What kohya's files call a base; and which family reads text of which width.
-BASES = {"sd15": "sd_v1", "sd21-base": "sd_v2", "sd21": "sd_v2_v", "sdxl": "sdxl_base_v1-0"}
+VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd21-base", "sd_v2_v": "sd21", "sdxl_base_v1-0": "sdxl"}
 TEXT_WIDTHS = {768: "sd15", 1024: "sd21-base", 2048: "sdxl"}
 
 
@@ -417,10 +412,12 @@ def write(path, pairs, metadata, extra, dialect="diffusers"):
     header = {"medlora": json.dumps(metadata)}
     if dialect == "diffusers":
         return save_tensors(path, diffusers_tensors(pairs) | extra, header)
-    base = metadata["base"] if metadata["base"] in BASES else guess_base(pairs)
+    versions = {base: version for version, base in VERSIONS.items()}
+    base = metadata["base"] if metadata["base"] in versions else guess_base(pairs)
     rank = str(max(len(a) for a, _ in pairs.values()))
-    header |= {"ss_network_module": "networks.lora", "ss_base_model_version": BASES.get(base, "")}
-    header |= {"ss_network_dim": rank, "ss_network_alpha": rank, "ss_v2": str("sd21" in base)}
+    header |= {"ss_network_module": "networks.lora", "ss_v2": str("sd21" in base)}
+    header |= {"ss_network_dim": rank, "ss_network_alpha": rank}
+    header["ss_base_model_version"] = versions.get(base, "")
     save_tensors(path, kohya_tensors(pairs, base), header)
 
 
@@ -429,10 +426,9 @@ def diffusers_tensors(pairs):
     rank = max((len(a) for a, _ in pairs.values()), default=0)
     tensors = {}
     for name, (a, b) in pairs.items():
-        missing = rank - len(a)
-        zeros = b.new_zeros(len(b), missing, *b.shape[2:])
-        tensors[f"{name}.lora_A.weight"] = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
-        tensors[f"{name}.lora_B.weight"] = torch.cat([b, zeros], dim=1)
+        pad = rank - len(a)
+        tensors[f"{name}.lora_A.weight"] = torch.cat([a, a.new_zeros(pad, *a.shape[1:])])
+        tensors[f"{name}.lora_B.weight"] = torch.cat([b, b.new_zeros(len(b), pad, *b.shape[2:])], 1)
     return tensors
 
 
