@@ -1,63 +1,50 @@
 """Draw images from a Stable Diffusion base and its adapters.
 
-    python sample.py --lora runs/dfu/lora.safetensors --prompt "an inflammatory diabetic foot ulcer" --num-images 50
-    python sample.py --checkpoint runs/dfu/checkpoints/best.pt --num-images 50 --grid --out runs/try
-    torchrun --nproc_per_node=2 sample.py --lora runs/xray/lora.safetensors --labels-from xray/
+    python sample.py --lora runs/dfu/lora.safetensors --prompt "a foot ulcer" --num-images 50
+    python sample.py --checkpoint runs/dfu/checkpoints/best.pt --grid --out runs/try
+    python sample.py --lora runs/xray/lora.safetensors --labels-from xray/ --prompt "film, {labels}"
+    torchrun --nproc_per_node=2 sample.py --lora runs/dfu/lora.safetensors --prompts prompts.txt
 
-Image i of a prompt has its own noise, keyed by (seed, prompt, i): the same picture, but for rounding, whatever the batch
-size, the number of processes or restarts. What is there already with the same settings is skipped, so a run that was
-killed is continued by its own command. Leaves pictures with their settings inside, manifest.csv and, with --grid,
-grid.png; where a selector or a reference judges them, the last attempts at pictures that never passed lie in refused/.
-From metrics: reading data, keyed randomness, atomic writes; from lora: adapters.
+The noise of image i of a prompt is keyed by (seed, prompt, i): the same picture, up to rounding,
+for any batch size and number of processes. What manifest.csv lists with the same settings is not
+drawn again, so the command of a killed run continues it. Writes pictures with their settings
+inside, manifest.csv and, with --grid, grid.png; what quality control refused is in refused/.
 """
 
+import argparse
+import csv
 import hashlib
+import io
 import json
 import os
 import re
+import threading
 import time
 import unicodedata
 import warnings
-from bisect import bisect
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from filter import (
-    QUALITY_FEATURES,
-    apply_selector,
-    load_selector,
-    measure_reference,
-    quality_features,
-    refusals,
-    refuse_low,
-    score,
-)
-from metrics import Flags, fail, run_script
-
-RANK, LOCAL_RANK, WORLD = (
-    int(os.environ.get(key, default))
-    for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
-warnings.filterwarnings(
-    "ignore"
-)  # libraries' pleas (accelerate, deprecations) are not the user's business
-
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
-import lora
+from filter import load_selector, measure_reference
+from lora import load, merged, split_weight
 from metrics import (
-    BadImage,
+    Flags,
+    Row,
+    add_common_flags,
     command,
     content_hash,
+    data_set,
+    existing_file,
+    fail,
     fill_captions,
     find_column,
     fit_square,
@@ -66,33 +53,116 @@ from metrics import (
     load_pixels,
     modality_of,
     need,
+    number,
     pick_device,
     pick_resolution,
     picture,
     read_image,
     read_table,
-    replacing,
+    run_script,
     set_hash,
     write_csv,
+    write_file,
 )
 
-diffusers.utils.logging.set_verbosity_error()
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
-# ------------------------------------------------------------------------------------------------- a base model
-# Only this section knows what a base is: everything else calls encode, encode_text, noised_and_target, denoise, decode.
+# ---------------------------------------------------------------- the sampler
 
-PARTS = [
-    "model_index.json",
-    "scheduler/*",
-    "tokenizer*/*",
-    "*/config.json",
-    "text_encoder*/model.safetensors",
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-]
+
+@dataclass
+class Settings:
+    """How to sample. height, width: pixels, None for the base's own."""
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str = "ddim"
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str = ""
+    guidance_rescale: float = 0.0
+    low_memory: bool = False
+
+
+def guided_prediction(base, noisy, timestep, negative, positive, settings):
+    """The UNet's prediction (B, 4, h, w) by classifier-free guidance (Ho & Salimans 2022)."""
+    if settings.guidance_scale == 1:
+        return denoise(base, noisy, timestep, positive)
+    if settings.low_memory:
+        without_prompt = denoise(base, noisy, timestep, negative)
+        with_prompt = denoise(base, noisy, timestep, positive)
+    else:
+        both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
+        prediction = denoise(base, torch.cat([noisy, noisy]), timestep, both)
+        without_prompt, with_prompt = prediction.chunk(2)
+    prediction = without_prompt + settings.guidance_scale * (with_prompt - without_prompt)
+    share = settings.guidance_rescale
+    if share:  # against overexposure (Lin et al. 2024, equations 14 to 16)
+        wanted = with_prompt.std((1, 2, 3), keepdim=True)
+        deviation = prediction.std((1, 2, 3), keepdim=True)
+        prediction = prediction * (1 - share + share * wanted / deviation)
+    return prediction
+
+
+def generate_batch(base, noise, negative, positive, generators, settings):
+    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w) and the encoded prompts.
+
+    generators: one per image, for a scheduler that adds noise at each step.
+    """
+    scheduler = make_scheduler(base, settings)
+    options = {"generator": generators} if settings.scheduler == "euler_a" else {}
+    latents = noise.to(base.device) * scheduler.init_noise_sigma
+    # the scheduler looks its timesteps up on the CPU, so that no step waits for the GPU
+    timesteps = scheduler.timesteps.to(base.device)
+    for timestep, unet_timestep in zip(scheduler.timesteps, timesteps, strict=True):
+        noisy = scheduler.scale_model_input(latents, timestep)
+        prediction = guided_prediction(base, noisy, unet_timestep, negative, positive, settings)
+        latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+    return latents
+
+
+@torch.no_grad()
+def generate(base, jobs, settings, batch_size=8, seed=0):
+    """Yield a PIL image for each job (prompt, number) or (prompt, number, attempt), in order.
+
+    All random numbers of an image are keyed by the seed and its job.
+    """
+    scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    height = (settings.height or base.resolution) // scale
+    width = (settings.width or base.resolution) // scale
+    shape = (base.unet.config.in_channels, height, width)
+
+    @lru_cache(256)  # each text is encoded alone: its bits do not depend on its batch
+    def encode_one(text):
+        return encode_text(base, [text])
+
+    def encode_all(texts):
+        encoded = [encode_one(text) for text in texts]
+        return {key: torch.cat([cond[key] for cond in encoded]) for key in encoded[0]}
+
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        generators = [generator(seed, "sample", *job) for job in batch]
+        noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
+        positive = encode_all([prompt for prompt, *_ in batch])
+        negative = encode_all([settings.negative_prompt for _ in batch])
+        latents = generate_batch(base, noise, negative, positive, generators, settings)
+        if not latents.isfinite().all():
+            fail("the UNet returned NaN: give --precision bf16 or fp32, or another adapter")
+        for pixels in decode(base, latents):
+            yield picture(pixels)
+
+
+# ---------------------------------------------------------------- a base model
+# Only this section knows what a base is.
+
+PARTS = (
+    "model_index.json scheduler/* tokenizer*/* */config.json text_encoder*/model.safetensors "
+    "unet/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.safetensors"
+).split()
 BASES = {
     "tiny": str(Path(__file__).resolve().parent / "tests" / "tiny-base"),
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -101,1325 +171,1124 @@ BASES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 MOVED = {
-    **{f"CompVis/stable-diffusion-v1-{n}": "sd15" for n in range(1, 5)},
+    "CompVis/stable-diffusion-v1-4": "sd15",
     "runwayml/stable-diffusion-v1-5": "sd15",
     "stabilityai/stable-diffusion-2-1-base": "sd21-base",
     "stabilityai/stable-diffusion-2-1": "sd21",
 }
 SCHEDULERS = {
-    "ddim": diffusers.DDIMScheduler,
-    "dpm": diffusers.DPMSolverMultistepScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
-    "pndm": diffusers.PNDMScheduler,
+    "ddim": "DDIMScheduler",
+    "dpm": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "pndm": "PNDMScheduler",
 }
-
-
-def own_device(name):
-    """The device of this process: as pick_device says, but under torchrun each process has a GPU to itself."""
-    several = WORLD > 1 and name in ("auto", "cuda") and torch.cuda.is_available()
-    return pick_device(f"cuda:{LOCAL_RANK}" if several else name)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Base:
-    """A loaded base. dtype: what the UNet computes in; resolution: the pixels it was made for."""
+    """A loaded base.
+
+    text_encoders: one, two for SDXL, or another one with its text_projection. alphas_cumprod: (T,).
+    dtype: of the UNet. resolution: pixels. zero_empty: the empty caption gives zeros (SDXL).
+    text_length: in tokens. words: {"<word>": its tokens}, the added ones.
+    """
 
     name: str
     unet: torch.nn.Module
     vae: torch.nn.Module
-    text_encoders: list  # one, SDXL two; or a foreign one, with its projection in text_projection
+    text_encoders: list
     tokenizers: list
     schedule: dict
-    alphas_cumprod: torch.Tensor  # (T,), fp32
-    resolution: int
+    alphas_cumprod: torch.Tensor
     device: torch.device
     dtype: torch.dtype
-    zero_empty: bool = False  # SDXL: the empty caption is a zero, not what the encoders make of it
-    text_projection: torch.nn.Module = None
-    text_length: int = 77  # tokens
-    words: dict = field(default_factory=dict)  # new tokens: "<word>" → the tokens it stands for
+    resolution: int
+    zero_empty: bool
+    text_length: int
+    text_projection: torch.nn.Module | None = None
+    words: dict = field(default_factory=dict)
+
+    @property
+    def num_timesteps(self):
+        return len(self.alphas_cumprod)
+
+    @property
+    def predicts_v(self):
+        return self.schedule.get("prediction_type", "epsilon") == "v_prediction"
 
     def parts(self):
         """The modules that adapters name: {"unet": …, "text_encoder": …, "text_encoder_2": …}."""
-        names = ("text_encoder", "text_encoder_2")
-        return {"unet": self.unet, **dict(zip(names, self.text_encoders))}
+        names = ("unet", "text_encoder", "text_encoder_2")
+        return dict(zip(names, (self.unet, *self.text_encoders), strict=False))
 
 
-@lru_cache(4)  # asked for by several, said once
+def own_device(name):
+    """The device of this process: as pick_device says, under torchrun one GPU per process."""
+    if WORLD > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{LOCAL_RANK}"
+    return pick_device(name)
+
+
+@lru_cache(4)  # so that a redirection is printed once
 def find_base(name):
-    """The local folder of a base: a short name, a diffusers folder or a Hub id (downloaded once, safetensors only)."""
+    """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once."""
     if name in MOVED:
-        RANK or print(f"{name} is gone from the Hub; using {BASES[MOVED[name]]}")
+        if RANK == 0:
+            print(f"{name} is gone from the Hub; using {BASES[MOVED[name]]}")
         name = MOVED[name]
-    where = BASES.get(name, name)
-    if os.path.isdir(where):
-        for part in ("model_index.json", "unet/config.json", "tokenizer"):
-            if not os.path.exists(os.path.join(where, part)):
-                fail(f"{where}: not a diffusers folder: it has no {part}")
-        return where
-    if where.count("/") != 1 or where.startswith((".", "/", "~")):
-        fail(
-            f"--base {name}: no such folder; give {', '.join(BASES)}, a Hub id (owner/name) or a diffusers folder"
-        )
+    place = BASES.get(name, name)
+    if os.path.isdir(place):
+        if not os.path.exists(os.path.join(place, "model_index.json")):
+            fail(f"{place}: not a diffusers folder: it has no model_index.json")
+        return place
+    if place.count("/") != 1 or place.startswith((".", "/", "~")):
+        fail(f"--base {name}: no such folder; give {', '.join(BASES)}, a Hub id or a folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(where, allow_patterns=PARTS)
-    except Exception as why:  # the Hub's client raises a dozen kinds; to the user they are one
+        return snapshot_download(place, allow_patterns=PARTS)
+    except Exception as why:  # the Hub's client raises a dozen kinds
         fail(
-            f"--base {name}: cannot get {where} from the Hub ({type(why).__name__}); on a machine with internet type "
-            f"`hf download {where}`, copy the folder here and give its path"
+            f"--base {name}: cannot get {place} from the Hub ({type(why).__name__}); on a machine "
+            f"with internet type `hf download {place}`, copy the folder here and give its path"
         )
 
 
-def unet_config(folder):
-    """The configuration of a base's UNet."""
+def read_config(folder, name):
+    """A JSON file of a base: a dict."""
+    path = Path(folder, name)
     try:
-        with open(os.path.join(folder, "unet", "config.json"), encoding="utf-8") as file:
-            return dict(json.load(file))
-    except (OSError, ValueError, TypeError, RecursionError) as why:
-        fail(f"{folder}/unet/config.json cannot be read ({why})")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as why:
+        fail(f"{path}: cannot be read ({why})")
 
 
 def own_resolution(folder):
     """The pixels a base was made for."""
-    side = unet_config(folder).get("sample_size")
-    return (
-        side * 8
-        if type(side) is int and 8 <= side <= 512
-        else fail(f"{folder}/unet/config.json: no sample_size in it")
-    )
+    return read_config(folder, "unet/config.json").get("sample_size", 64) * 8
 
 
 def base_hash(folder, *parts):
-    """Ten letters that change with a base's weights and schedule, or with those of some parts: of each file's size and of
-    64 kB at each of 64 places."""
-    digest, parts = (
-        hashlib.sha256(),
-        parts or ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler"),
-    )
-    for path in sorted(
-        path
-        for part in parts
-        for path in Path(folder, part).glob("*.*")
-        if path.suffix == ".safetensors" or path.name == "scheduler_config.json"
-    ):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with open(path, "rb") as file:
-            for place in range(64):
-                file.seek(size * place // 64)
-                digest.update(file.read(2**16))
+    """Ten letters that change with a base's weights and schedule, or with those of some parts.
+
+    Covers the size of each file and 64 kB at each of 64 places.
+    """
+    digest = hashlib.sha256()
+    for part in sorted(parts or ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")):
+        for path in sorted(Path(folder, part).glob("*.*")):
+            if path.suffix == ".safetensors" or path.name == "scheduler_config.json":
+                size = path.stat().st_size
+                digest.update(str(size).encode())
+                with open(path, "rb") as file:
+                    for place in range(64):
+                        file.seek(size * place // 64)
+                        digest.update(file.read(2**16))
     return digest.hexdigest()[:10]
 
 
 def pick_dtype(precision, device, folder):
-    """What the UNet computes in. auto: bf16 where the hardware has it, fp16 on older GPUs, fp32 for small CPU bases.
+    """The UNet's dtype; auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32.
 
-    SD 2.1-768 overflows in fp16 (its q·k exceeds 65504): there auto is fp32 on an old GPU, and fp16 is refused.
+    SD 2.1-768 overflows in fp16 (its q·k exceeds 65504): there auto is fp32 on an older GPU.
     """
-    overflows = unet_config(folder).get("upcast_attention") is True
-    named = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    overflows = read_config(folder, "unet/config.json").get("upcast_attention") is True
     if precision == "fp16" and overflows:
-        fail(
-            "--precision fp16: this base overflows in fp16 (its attention needs more range); give bf16 or fp32"
-        )
+        fail("--precision fp16: this base overflows in fp16; give bf16 or fp32")
     if precision != "auto":
-        return named[precision]
+        return DTYPES[precision]
     if device.type == "cuda":
-        older = torch.float32 if overflows else torch.float16
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else older
-    capable = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not say
-    large = sum(f.stat().st_size for f in Path(folder, "unet").glob("*.safetensors")) > 2e8
-    return (
-        torch.bfloat16
-        if large and (capable.get("avx512_bf16") or capable.get("amx_bf16"))
-        else torch.float32
-    )
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16
+        return torch.float32 if overflows else torch.float16
+    capable = torch.cpu.get_capabilities()
+    size = sum(path.stat().st_size for path in Path(folder, "unet").glob("*.safetensors"))
+    if size > 2e8 and (capable.get("avx512_bf16") or capable.get("amx_bf16")):
+        return torch.bfloat16  # small bases are not faster in it
+    return torch.float32
 
 
 def load_base(name, device, precision="auto", method=None):
-    """Load a base for drawing or, where a training `method` is named, for that: its VAE and text encoders are then in
-    fp32, as numbers that are cached deserve, and so are the weights of the UNet if they are what is trained ("full").
+    """Load a base for drawing or, where a training `method` is given, for training.
+
+    VAE and text encoders are then in fp32, since their outputs are cached, and so is a UNet that is
+    trained itself (method "full"); a schedule that cannot be trained is refused.
     """
     folder = find_base(name)
     dtype = pick_dtype(precision, device, folder)
-    pairs = [
-        suffix
-        for suffix in ("", "_2")
-        if os.path.isdir(os.path.join(folder, "text_encoder" + suffix))
-    ]
-    rest = torch.float32 if method else dtype
-    vae_dtype = (
-        torch.float32 if "_2" in pairs and rest == torch.float16 else rest
-    )  # SDXL's VAE overflows in fp16
-    diffusers_kind = {"use_safetensors": True, "low_cpu_mem_usage": False}
-    kinds = {"": transformers.CLIPTextModel, "_2": transformers.CLIPTextModelWithProjection}
     try:
-        with open(os.path.join(folder, "model_index.json"), encoding="utf-8") as file:
-            zero_empty = bool(json.load(file).get("force_zeros_for_empty_prompt", False))
-        # what older configurations leave unsaid, as every Stable Diffusion has it
-        schedule = {
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-            "skip_prk_steps": True,
-            **diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler"),
-        }
-        unet = diffusers.UNet2DConditionModel.from_pretrained(
-            folder,
-            subfolder="unet",
-            torch_dtype=torch.float32 if method == "full" else dtype,
-            **diffusers_kind,
-        )
-        vae = diffusers.AutoencoderKL.from_pretrained(
-            folder, subfolder="vae", torch_dtype=vae_dtype, **diffusers_kind
-        )
-        text_encoders = [
-            kinds[s].from_pretrained(
-                folder, subfolder="text_encoder" + s, dtype=rest, use_safetensors=True
-            )
-            for s in pairs
-        ]
-        length = text_encoders[
-            0
-        ].config.max_position_embeddings  # whatever the tokenizers' own files say
-        tokenizers = [
-            transformers.CLIPTokenizer.from_pretrained(
-                folder, subfolder="tokenizer" + s, model_max_length=length
-            )
-            for s in pairs
-        ]
-        alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
-    except (
-        Exception
-    ) as why:  # three libraries read these files, each with its own errors for a damaged one
+        base = read_base(name, folder, device, dtype, method)
+    except Exception as why:  # three libraries read these files, each with errors of its own
         fail(f"--base {name}: cannot load {folder}: {why}")
-    for tokenizer, encoder in zip(tokenizers, text_encoders):
-        if max(tokenizer.get_vocab().values()) >= encoder.get_input_embeddings().num_embeddings:
-            fail(
-                f"--base {name}: its tokenizer has words that its text encoder does not know: one of the two is damaged"
-            )
-    if unet.config.in_channels != vae.config.latent_channels:
-        fail(
-            f"--base {name}: its UNet takes {unet.config.in_channels} channels: a base for inpainting or depth, which is "
-            "not supported"
+    check_base(base)
+    if method and base.schedule.get("rescale_betas_zero_snr") and not base.predicts_v:
+        fail(  # Lin et al. 2024
+            f"--base {name}: its schedule ends in pure noise (rescale_betas_zero_snr), where its "
+            "prediction_type epsilon is undefined; change one in its scheduler_config.json"
         )
-    if not (
-        len(alphas_cumprod) == 1000
-        and ((0 <= alphas_cumprod) & (alphas_cumprod <= 1)).all()
-        and schedule.get("prediction_type", "epsilon") in ("epsilon", "v_prediction")
-    ):
-        fail(
-            f"--base {name}: its scheduler_config.json: only 1000 timesteps and epsilon or v_prediction are supported"
-        )
-    for model in (unet, vae, *text_encoders):
+    for model in (base.unet, base.vae, *base.text_encoders):
         model.to(device).eval().requires_grad_(False)
-    if (
-        device.type == "cuda" or dtype != torch.float32
-    ):  # a CPU's fp32 convolutions are a sixth slower with it
-        unet.to(memory_format=torch.channels_last)
-    return Base(
-        name,
-        unet,
-        vae,
-        text_encoders,
-        tokenizers,
-        schedule,
-        alphas_cumprod,
-        own_resolution(folder),
-        device,
-        dtype,
-        zero_empty,
-        text_length=length,
-    )
+    if device.type == "cuda" or dtype != torch.float32:  # fp32 on a CPU is a sixth slower with it
+        base.unet.to(memory_format=torch.channels_last)
+    return base
+
+
+def read_base(name, folder, device, dtype, method):
+    """The Base in a diffusers folder, unchecked, its models on the CPU."""
+    import diffusers
+    import transformers
+
+    warnings.filterwarnings("ignore")  # deprecations inside these libraries
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    is_sdxl = os.path.isdir(os.path.join(folder, "text_encoder_2"))
+    unet_dtype = torch.float32 if method == "full" else dtype
+    text_dtype = torch.float32 if method else dtype
+    vae_dtype = text_dtype
+    if is_sdxl and vae_dtype == torch.float16:
+        vae_dtype = torch.float32  # SDXL's VAE overflows in fp16
+
+    def read_model(kind, part, **options):
+        return kind.from_pretrained(folder, subfolder=part, use_safetensors=True, **options)
+
+    quick = {"low_cpu_mem_usage": False}
+    unet_kind = diffusers.UNet2DConditionModel
+    unet = read_model(unet_kind, "unet", torch_dtype=unet_dtype, **quick)
+    vae = read_model(diffusers.AutoencoderKL, "vae", torch_dtype=vae_dtype, **quick)
+    encoder = read_model(transformers.CLIPTextModel, "text_encoder", dtype=text_dtype)
+    text_encoders = [encoder]
+    if is_sdxl:
+        second_kind = transformers.CLIPTextModelWithProjection
+        text_encoders.append(read_model(second_kind, "text_encoder_2", dtype=text_dtype))
+    tokenizers = []
+    for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]:
+        tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, subfolder=part))
+    # what older configurations leave out, as every Stable Diffusion has it
+    usual = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True)
+    schedule = usual | read_config(folder, "scheduler/scheduler_config.json")
+    alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
+    index = read_config(folder, "model_index.json")
+    zero_empty = index.get("force_zeros_for_empty_prompt", False)
+    text_length = encoder.config.max_position_embeddings  # whatever the tokenizers' files say
+    models = (unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod)
+    return Base(name, *models, device, dtype, own_resolution(folder), zero_empty, text_length)
+
+
+def check_base(base):
+    """Refuse bases of other kinds."""
+    kind = base.schedule.get("_class_name", "")
+    prediction_type = base.schedule.get("prediction_type", "epsilon")
+    channels = base.unet.config.in_channels
+    if "FlowMatch" in kind or "EDM" in kind:
+        fail(f"--base {base.name}: its schedule, {kind}, is not supported")
+    if base.num_timesteps != 1000 or prediction_type not in ("epsilon", "v_prediction"):
+        fail(f"--base {base.name}: needs 1000 timesteps, and epsilon or v_prediction")
+    if base.vae.config.get("latents_mean") is not None:
+        fail(f"--base {base.name}: its VAE has latents_mean, which is not supported")
+    if channels != base.vae.config.latent_channels:
+        fail(f"--base {base.name}: its UNet takes {channels} channels, for inpainting or depth")
+
+
+def make_scheduler(base, settings):
+    """A scheduler of diffusers with its timesteps set, on the CPU."""
+    import diffusers
+
+    if settings.scheduler == "pndm" and base.schedule.get("rescale_betas_zero_snr"):
+        fail(f"--scheduler pndm: cannot do the zero terminal SNR of {base.name}; give ddim")
+    scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(base.schedule)
+    scheduler.set_timesteps(settings.steps)
+    return scheduler
 
 
 def use_text_encoder(base, name, length=None, projection=None):
-    """Let another transformers encoder (BERT and its family) read the captions, behind a projection to the UNet's width.
+    """Let another transformers encoder (BERT's family) read the captions, behind a projection.
 
-    name: a Hub id or a folder; length: tokens, at most 512; projection: its weights, or None for fresh ones. The
-    UNet's attention is told which tokens are padding.
+    name: a Hub id or folder. length: tokens, at most 512. projection: its weights, else fresh ones.
     """
+    import transformers
+
     if len(base.text_encoders) > 1:
-        fail(
-            f"--text-encoder: the base {base.name} reads captions in a second way too, which no other encoder can give"
-        )
+        fail(f"--text-encoder: {base.name} needs both of its own text encoders")
     try:
-        encoder = transformers.AutoModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True
-        )
+        options = {"dtype": torch.float32, "use_safetensors": True}
+        encoder = transformers.AutoModel.from_pretrained(name, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        base.text_encoders, base.tokenizers = (
-            [encoder.to(base.device).eval().requires_grad_(False)],
-            [tokenizer],
-        )
+        base.text_encoders = [encoder.to(base.device).eval().requires_grad_(False)]
+        base.tokenizers = [tokenizer]
         longest = getattr(encoder.config, "max_position_embeddings", 512)
         base.text_length = min(length or 512, longest, tokenizer.model_max_length, 512)
-        base.text_projection = torch.nn.Linear(
-            encoder.config.hidden_size, base.unet.config.cross_attention_dim
-        )
-        with torch.no_grad():
-            text_states(
-                base, tokenize(base, ["a long caption " * 512])
-            )  # not every kind of encoder can read one
-    except Exception as why:  # whatever a folder of something else brings
+        width = base.unet.config.cross_attention_dim
+        base.text_projection = torch.nn.Linear(encoder.config.hidden_size, width)
+        with torch.no_grad():  # not every kind of encoder can read a caption
+            text_states(base, tokenize(base, ["a long caption " * 512]))
+    except Exception as why:  # whatever a folder of something else raises
         fail(
-            f"--text-encoder {name}: cannot be used ({type(why).__name__}); give a Hub id of BERT's family, or a folder that "
-            "holds config.json, model.safetensors and the tokenizer"
-        )
-    if projection and {k: v.shape for k, v in projection.items()} != {
-        k: v.shape for k, v in base.text_projection.state_dict().items()
-    }:
-        fail(
-            f"the adapter's text projection does not fit {name} and the base {base.name}; was it trained on another base?"
+            f"--text-encoder {name}: cannot be used ({type(why).__name__}); give a Hub id of "
+            "BERT's family, or a folder with config.json, model.safetensors and the tokenizer"
         )
     if projection:
-        base.text_projection.load_state_dict(projection)
+        load_state(base.text_projection, projection, base)
     base.text_projection.to(base.device)
 
 
-@torch.no_grad()
-def encode(base, pixels):
-    """uint8 pixels (B, 3, H, W) → posterior mean and std of the latents, each (B, 4, h, w), in the UNet's scale."""
-    x = pixels.to(base.device, base.vae.dtype) / 127.5 - 1
-    posterior = base.vae.encode(x).latent_dist
-    scale = base.vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+def load_state(module, weights, base):
+    """Load what an adapter brings into a module of the base."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError:
+        fail(f"the adapter does not fit the base {base.name}; give the --base it was trained on")
 
 
 class TokenEmbedding(torch.nn.Embedding):
-    """An embedding whose last rows, `learned`, are new tokens: set on the text encoder's by `add_tokens`."""
+    """An embedding with further rows, `learned`: the tokens that add_tokens added."""
 
     def forward(self, ids):
-        return torch.nn.functional.embedding(
-            ids, torch.cat([self.weight, self.learned.to(self.weight.dtype)])
-        )
+        weight = torch.cat([self.weight, self.learned.to(self.weight.dtype)])
+        return torch.nn.functional.embedding(ids, weight)
 
 
 def add_tokens(base, vectors):
-    """Teach the base new words (textual inversion, Gal et al. 2022): {"<word>": (n, D)}; returns the fp32 parameter.
+    """Add words to the base (textual inversion, Gal et al. 2022): {"<word>": (n, D)}.
 
-    A word of n vectors stands for n tokens, "<word> <word>_1 …", wherever a caption uses it.
+    A word of n vectors stands for n tokens, "<word> <word>_1 …". Returns the fp32 parameter that
+    holds the vectors of all added words.
     """
-    tokenizer, table = base.tokenizers[0], base.text_encoders[0].get_input_embeddings()
-    width = table.weight.shape[1]
-    known = getattr(table, "learned", table.weight[:0])
-    if len(base.text_encoders) > 1 or len(tokenizer) != len(table.weight) + len(known):
+    tokenizer = base.tokenizers[0]
+    embedding = base.text_encoders[0].get_input_embeddings()
+    count, width = embedding.weight.shape
+    learned = [getattr(embedding, "learned", embedding.weight[:0])]
+    if len(base.text_encoders) > 1 or len(tokenizer) != count + len(learned[0]):
         fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder")
     for word, rows in vectors.items():
         if rows.ndim != 2 or rows.shape[1] != width:
-            fail(
-                f"the token {word} has {rows.shape[-1]} numbers, the base's words have {width}; is it of another base?"
-            )
+            fail(f"the token {word} does not fit the base {base.name}, whose words have {width}")
         names = [word] + [f"{word}_{n}" for n in range(1, len(rows))]
         if tokenizer.add_tokens(names) != len(names):
-            fail(
-                f"--token {word}: the base knows this word already; give another, such as <lesion-1>"
-            )
+            fail(f"--token {word}: the base knows this word; give another, such as <lesion-1>")
         base.words[word] = " ".join(names)
-    table.__class__ = TokenEmbedding
-    table.learned = torch.nn.Parameter(
-        torch.cat([each.float().to(base.device) for each in (known, *vectors.values())])
-    )
-    return table.learned
+        learned.append(rows)
+    embedding.__class__ = TokenEmbedding
+    vectors = torch.cat([rows.float().to(base.device) for rows in learned])
+    embedding.learned = torch.nn.Parameter(vectors)
+    return embedding.learned
 
 
-def spelled_out(base, text):
-    """A caption with the new words written as the tokens they stand for."""
-    for word, expanded in base.words.items():
-        text = text.replace(word, expanded)
+def expand_words(base, text):
+    """A caption with each added word written as its tokens."""
+    for word, tokens in base.words.items():
+        text = text.replace(word, tokens)
     return text
 
 
 def tokenize(base, texts):
-    """Captions → what the text encoders read: {"ids": (B, L), "ids_2": …, "mask": …}, on the device."""
+    """Captions → what the text encoders read: {"ids": (B, L), "ids_2": …, "mask": …}."""
+    texts = [expand_words(base, text) for text in texts]
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = {}
-    texts = [spelled_out(base, text) for text in texts]
-    for suffix, tokenizer in zip(("", "_2"), base.tokenizers):
-        found = tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=base.text_length,
-            return_tensors="pt",
-        )
-        tokens["ids" + suffix] = found.input_ids.to(base.device)
+    for suffix, tokenizer in zip(("", "_2"), base.tokenizers, strict=False):
+        encoded = tokenizer(texts, max_length=base.text_length, **options)
+        tokens["ids" + suffix] = encoded.input_ids.to(base.device)
         if base.text_projection is not None:
-            tokens["mask"] = found.attention_mask.to(base.device)
+            tokens["mask"] = encoded.attention_mask.to(base.device)
     if base.zero_empty:
         tokens["empty"] = torch.tensor([not text for text in texts], device=base.device)
     return tokens
 
 
 def text_states(base, tokens):
-    """Tokens → what the encoders say: encoder_hidden_states (B, L, D) and what else the base wants."""
+    """Tokens → what the text encoders return: {"encoder_hidden_states": (B, L, D), …}."""
+    encoder = base.text_encoders[0]
     if base.text_projection is not None:
-        states = base.text_encoders[0](
-            input_ids=tokens["ids"], attention_mask=tokens["mask"]
-        ).last_hidden_state
+        states = encoder(input_ids=tokens["ids"], attention_mask=tokens["mask"]).last_hidden_state
         return {"encoder_hidden_states": states, "encoder_attention_mask": tokens["mask"].float()}
     if len(base.text_encoders) == 1:
-        return {"encoder_hidden_states": base.text_encoders[0](tokens["ids"])[0]}
-    found = [
-        encoder(tokens["ids" + suffix], output_hidden_states=True)
-        for suffix, encoder in zip(("", "_2"), base.text_encoders)
-    ]
-    states = {
-        "encoder_hidden_states": torch.cat([each.hidden_states[-2] for each in found], -1),
-        "text_embeds": found[1].text_embeds,
-    }
+        return {"encoder_hidden_states": encoder(tokens["ids"])[0]}
+    first = encoder(tokens["ids"], output_hidden_states=True)
+    second = base.text_encoders[1](tokens["ids_2"], output_hidden_states=True)
+    states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
+    pooled = second.text_embeds
     if base.zero_empty:
-        states = {
-            k: v.masked_fill(tokens["empty"].view(-1, *[1] * (v.ndim - 1)), 0)
-            for k, v in states.items()
-        }
-    return states
+        states = states.masked_fill(tokens["empty"][:, None, None], 0)
+        pooled = pooled.masked_fill(tokens["empty"][:, None], 0)
+    return {"encoder_hidden_states": states, "text_embeds": pooled}
 
 
 def project(base, states):
-    """What the encoders say → cond, the keyword arguments of `denoise`: through the projection, where there is one."""
+    """What text_states returns → cond, the text arguments of denoise."""
     if base.text_projection is None:
         return states
-    return {
-        **states,
-        "encoder_hidden_states": base.text_projection(states["encoder_hidden_states"]),
-    }
+    projected = base.text_projection(states["encoder_hidden_states"])
+    return {**states, "encoder_hidden_states": projected}
 
 
 @torch.no_grad()
 def encode_text(base, texts):
-    """Captions → cond, without gradients; "" is a caption too."""
+    """Captions → cond, without gradients."""
     return project(base, text_states(base, tokenize(base, texts)))
 
 
 def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
-    """Latents at `timesteps`, what the UNet should say there, and the loss weight of each image (B,).
+    """Latents at `timesteps`, what the UNet should predict there, and the loss weights (B,).
 
-    min-SNR (Hang et al. 2023): an epsilon error is 1/SNR, a v error 1/(SNR + 1) of the x0 error, hence the divisors;
-    the weights are divided by their mean over all timesteps, so that lr keeps its meaning.
+    min-SNR (Hang et al. 2023): an epsilon error is 1/SNR, a v error 1/(SNR + 1) of the x0 error,
+    hence the divisors; divided by the mean over all timesteps, so that lr keeps its meaning.
     """
-    a = base.alphas_cumprod
-    signal, sigma = (x[timesteps].sqrt()[:, None, None, None] for x in (a, 1 - a))
-    v_prediction = base.schedule.get("prediction_type", "epsilon") == "v_prediction"
-    target = signal * noise - sigma * latents if v_prediction else noise
-    weight = torch.ones_like(a)
+    alphas = base.alphas_cumprod
+    signal = alphas[timesteps].sqrt()[:, None, None, None]
+    sigma = (1 - alphas)[timesteps].sqrt()[:, None, None, None]
+    target = signal * noise - sigma * latents if base.predicts_v else noise
+    weight = torch.ones_like(alphas)
     if snr_gamma:
-        snr = a / (1 - a)
-        weight = snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
+        snr = alphas / (1 - alphas)
+        weight = snr.clamp(max=snr_gamma) / (snr + 1 if base.predicts_v else snr)
     return signal * latents + sigma * noise, target, (weight / weight.mean())[timesteps]
 
 
 def predicted_latents(base, noisy, prediction, timesteps):
     """The clean latents (B, 4, h, w) that a prediction at `timesteps` implies."""
-    a = base.alphas_cumprod[timesteps][:, None, None, None]
-    if base.schedule.get("prediction_type", "epsilon") == "v_prediction":
-        return a.sqrt() * noisy - (1 - a).sqrt() * prediction
-    return (noisy - (1 - a).sqrt() * prediction) / a.sqrt()
+    alphas = base.alphas_cumprod[timesteps][:, None, None, None]
+    if base.predicts_v:
+        return alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
+    return (noisy - (1 - alphas).sqrt() * prediction) / alphas.sqrt()
 
 
-def check_schedule(base):
-    """Refuse what cannot be trained: at zero terminal SNR an epsilon prediction says nothing (Lin et al. 2024)."""
-    if (
-        base.schedule.get("rescale_betas_zero_snr")
-        and base.schedule.get("prediction_type", "epsilon") == "epsilon"
-    ):
-        fail(
-            f"--base {base.name}: its schedule ends in pure noise (rescale_betas_zero_snr) but it predicts epsilon, which "
-            "is then undefined; set prediction_type to v_prediction or rescale_betas_zero_snr to false in its "
-            "scheduler_config.json"
-        )
+def blur_timestep(base):
+    """The first timestep at which noise outweighs the signal."""
+    return int((base.alphas_cumprod >= 0.5).sum())
 
 
 def denoise(base, noisy, timesteps, cond):
-    """What the UNet says of noisy latents (B, 4, h, w) at timesteps (B,): noise or v, fp32."""
+    """The UNet's prediction, noise or v, at noisy latents (B, 4, h, w) and timesteps (B,); fp32."""
     cond = dict(cond)
-    if (
-        "text_embeds" in cond
-    ):  # SDXL also asks for the size of the original, where it was cropped, and the size wanted
-        height, width = (8 * side for side in noisy.shape[2:])
-        size = torch.tensor([height, width, 0, 0, height, width], device=noisy.device).repeat(
-            len(noisy), 1
-        )
-        cond["added_cond_kwargs"] = {"text_embeds": cond.pop("text_embeds"), "time_ids": size}
+    if "text_embeds" in cond:  # SDXL also reads original size, corner of the crop, size wanted
+        height, width = noisy.shape[2] * 8, noisy.shape[3] * 8
+        size = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
+        pooled = cond.pop("text_embeds")
+        cond["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.repeat(len(noisy), 1)}
     with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
         return base.unet(noisy, timesteps, **cond, return_dict=False)[0].float()
 
 
+@torch.no_grad()
+def encode(base, pixels):
+    """uint8 pixels (B, 3, H, W) → posterior mean and std of the latents, each (B, 4, h, w)."""
+    x = pixels.to(base.device, base.vae.dtype) / 127.5 - 1
+    posterior = base.vae.encode(x).latent_dist
+    scale = base.vae.config.scaling_factor
+    return posterior.mean.float() * scale, posterior.std.float() * scale
+
+
 def decode_with_gradient(base, latents, features=False):
-    """Latents in the UNet's scale (B, 4, h, w) → images (B, 3, H, W) in [-1, 1] or, where `features`, what the VAE's
-    decoder makes of them in its deepest block, (B, C, h, w); fp32."""
+    """Latents (B, 4, h, w) → images (B, 3, H, W) in [-1, 1], fp32.
+
+    features: give the output (B, C, h, w) of the decoder's deepest block instead.
+    """
     latents = (latents / base.vae.config.scaling_factor).to(base.vae.dtype)
     if features:
-        return base.vae.decoder.mid_block(
-            base.vae.decoder.conv_in(base.vae.post_quant_conv(latents))
-        ).float()
+        decoder = base.vae.decoder
+        return decoder.mid_block(decoder.conv_in(base.vae.post_quant_conv(latents))).float()
     return base.vae.decode(latents).sample.float()
 
 
 @torch.no_grad()
 def decode(base, latents):
-    """Latents in the UNet's scale (B, 4, h, w) → uint8 pixels (B, 3, H, W) on the CPU."""
+    """Latents (B, 4, h, w) → uint8 pixels (B, 3, H, W) on the CPU."""
     x = decode_with_gradient(base, latents)
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
+# ---------------------------------------------------------------- adapters
+
+
+@dataclass
+class Adapter:
+    """What --lora or --checkpoint names, to be added with a weight.
+
+    pairs: {layer: (A, B)}. metadata: the settings of its run. extra: parts that replace the base's:
+    "unet.…" weights, the "text_projection.…" of another encoder, vectors of a "<word>".
+    """
+
+    path: str
+    weight: float
+    pairs: dict
+    metadata: dict
+    extra: dict
+
+    @property
+    def resolution(self):
+        """The pixels it was trained at, 0 where unknown."""
+        return int(self.metadata.get("resolution") or 0)
+
+
+def read_checkpoint(path):
+    """A checkpoint of train.py with its averaged (EMA) weights. Nothing is unpickled."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if content["format"] != 1:
+            raise ValueError("another format")
+        flags = content["args"]
+        extra = dict(content["ema"] or content["weights"])
+        pairs = {}
+        for key in list(extra):
+            layer = key.removesuffix(".lora_A.weight")
+            if layer != key:
+                b = extra.pop(layer + ".lora_B.weight") * (flags["alpha"] / flags["rank"])
+                pairs[layer] = (extra.pop(key), b)
+        return Adapter(path, 1.0, pairs, flags, extra)
+    except Exception as why:  # torch.load raises whatever it meets
+        fail(f"--checkpoint {path}: not a checkpoint of train.py ({type(why).__name__})")
+
+
+def read_adapters(args):
+    """The adapters of --lora and --checkpoint; two that replace the same part are refused."""
+    adapters = []
+    for source in args.lora:
+        path, weight = split_weight(source)
+        adapters.append(Adapter(path, weight, *load(path)))
+    if args.checkpoint:
+        adapters.append(read_checkpoint(args.checkpoint))
+    layers = {layer for adapter in adapters for layer in adapter.pairs}
+    counts = Counter(key for adapter in adapters for key in adapter.extra)
+    for key, count in counts.items():
+        if count > 1:
+            fail(f"two adapters hold {key}: give one of them")
+        if key.startswith("text_projection.") and any(n.startswith("text_encoder") for n in layers):
+            fail("one adapter replaces the text encoder, another one adapts it: give one of them")
+    for adapter in adapters:
+        if adapter.extra and adapter.weight != 1:
+            fail(f"{adapter.path} holds {min(adapter.extra)}, which cannot have a weight")
+    return adapters
+
+
 def use_extra(base, metadata, extra):
-    """Give the base what adapters hold beside their pairs: a whole UNet, another encoder's projection, new tokens."""
-    whole, projection = (
-        {k.removeprefix(start): v for k, v in extra.items() if k.startswith(start)}
-        for start in ("unet.", "text_projection.")
-    )
-    tokens = {k: v for k, v in extra.items() if not k.startswith(("unet.", "text_projection."))}
-    if whole:
-        try:
-            base.unet.load_state_dict(whole)
-        except RuntimeError:
-            fail(
-                f"the checkpoint's UNet does not fit the base {base.name}; give the --base it was trained on"
-            )
+    """Replace or add the parts of a base that an adapter holds besides its pairs."""
+    unet = {}
+    projection = {}
+    tokens = {}
+    for key, value in extra.items():
+        if key.startswith("unet."):
+            unet[key.removeprefix("unet.")] = value
+        elif key.startswith("text_projection."):
+            projection[key.removeprefix("text_projection.")] = value
+        else:
+            tokens[key] = value
+    if unet:
+        load_state(base.unet, unet, base)
     if projection:
-        if "text_encoder" not in metadata or not str(metadata.get("text_length")).isdecimal():
-            fail(
-                "the adapter has a text projection but does not say for which --text-encoder: it is not of train.py"
-            )
+        if not metadata.get("text_encoder"):
+            fail("the adapter has a text projection but does not name its text encoder")
         use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
     if tokens:
         add_tokens(base, tokens)
 
 
-# ------------------------------------------------------------------------------------------------- adapters
+# ---------------------------------------------------------------- prompts
+
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 
 
-def sources(args):
-    """The files that --lora and --checkpoint name: [(path, weight), …]."""
-    return [*map(lora.split_weight, args.lora)] + (
-        [(args.checkpoint, 1.0)] if args.checkpoint else []
-    )
+def split_prompts(args):
+    """The --prompt that are texts, and the one that is a format of captions, else None."""
+    has_table = (args.prompts or "").lower().endswith(TABLES)
+    # without a table, other braces are the prompt's own
+    field = r"\{[^{}]+\}" if has_table else r"\{([lL]abels?|caption|[tT]ext)\}"
+    texts = []
+    formats = []
+    for prompt in args.prompt:
+        is_format = args.labels_from or re.search(field, prompt)
+        (formats if is_format else texts).append(prompt)
+    if len(formats) > 1:
+        fail(f'--prompt "{formats[1]}": takes one format of captions')
+    if formats and not (args.labels_from or has_table):
+        fail(f'--prompt "{formats[0]}": its fields need --labels-from DATA or a table of --prompts')
+    return texts, formats[0] if formats else None
 
 
-def read_checkpoint(path):
-    """A checkpoint of train.py, its averaged (EMA) weights, in the form of lora.load: (pairs, metadata, extra).
-
-    metadata: the run's flags; extra: also the whole UNet ("unet.conv_in.weight", …) of a run with --method full.
-    Nothing is unpickled.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        assert content["format"] == 1
-        flags, extra = content["args"], dict(content["ema"])
-        assert isinstance(flags, dict) and all(
-            isinstance(value, torch.Tensor) and value.ndim for value in extra.values()
-        )
-        names = [
-            name.removesuffix(".lora_A.weight") for name in extra if name.endswith(".lora_A.weight")
-        ]
-        pairs = {
-            name: (
-                extra.pop(name + ".lora_A.weight"),
-                extra.pop(name + ".lora_B.weight") * (flags["alpha"] / flags["rank"]),
-            )
-            for name in names
-        }
-        return pairs, flags, extra
-    except Exception as why:  # missing, truncated, a pickle, another program's: torch.load raises whatever it meets
-        fail(
-            f"--checkpoint {path}: not a checkpoint of train.py, or damaged ({type(why).__name__}); give one of a "
-            "run's checkpoints/*.pt"
-        )
+def prompts_of_data_set(data, caption_format, adapters):
+    """The rows of a data set; where it has labels alone, captions by an adapter's own format."""
+    rows = list_images(data, prompt=caption_format)
+    has_captions = any(row.caption for row in rows)
+    if caption_format or has_captions or not any(row.label for row in rows):
+        return rows
+    for adapter in adapters:
+        own_format = adapter.metadata.get("prompt") or ""
+        if "{" in own_format:
+            if RANK == 0:
+                print(f'captions by the --prompt of the adapter, "{own_format}"')
+            return list_images(data, prompt=own_format)
+    fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
 
 
-def read_adapters(args):
-    """All adapters: [(pairs, metadata, extra, weight), …].
-
-    Stops where two bring what a base has one of, or where a weight means nothing.
-    """
-    adapters, brought = [], set()
-    for path, weight in sources(args):
-        pairs, metadata, more = (
-            read_checkpoint(path) if path == args.checkpoint else lora.load(path)
-        )
-        kinds = {
-            "a whole UNet"
-            if key.startswith("unet.")
-            else "a text encoder of its own"
-            if key.startswith("text_projection.")
-            else f"the word {key}"
-            for key in more
-        }
-        for kind in sorted(kinds & brought):
-            fail(f"{path} brings {kind}, and so does an adapter before it: draw with one of them")
-        if more and weight != 1:
-            fail(f"{path}:{weight:g} brings {min(kinds)}, which is there or not: give no weight")
-        brought |= kinds
-        adapters.append((pairs, metadata, more, weight))
-    own = "a text encoder of its own" in brought
-    if own and any(
-        name.startswith("text_encoder") for pairs, _, _, _ in adapters for name in pairs
-    ):
-        fail(
-            "one adapter brings a text encoder of its own and another adapts the base's: draw with one of them"
-        )
-    return adapters
-
-
-# ------------------------------------------------------------------------------------------------- sampling
-
-
-def guided(base, x, t, conds, scale, rescale):
-    """Classifier-free guidance (Ho & Salimans 2022): without the prompt, plus `scale` times what the prompt changes.
-
-    conds: [both halves] or [without, with], run one after the other. rescale: this share of the result is given the
-    deviation that the half with the prompt has (Lin et al. 2024, equations 14 to 16).
-    """
-    x = x.repeat(3 - len(conds), 1, 1, 1)
-    without, given = torch.cat([denoise(base, x, t, cond) for cond in conds]).chunk(2)
-    prediction = without + scale * (given - without)
-    if rescale:
-        wanted, found = (each.std((1, 2, 3), keepdim=True) for each in (given, prediction))
-        prediction = prediction * (1 - rescale + rescale * wanted / found)
-    return prediction
-
-
-@torch.no_grad()
-def generate(
-    base,
-    jobs,
-    steps=50,
-    guidance_scale=7.5,
-    scheduler="ddim",
-    height=None,
-    width=None,
-    negative_prompt="",
-    batch_size=8,
-    seed=0,
-    guidance_rescale=0.0,
-    low_memory=False,
-):
-    """Yield a PIL image for each job (prompt, number) or (prompt, number, attempt), in order.
-
-    The noise of a job is keyed by the seed and the job alone, that of an ancestral scheduler's steps likewise.
-    height, width: pixels, the base's own by default.
-    """
-    height, width = height or base.resolution, width or base.resolution
-    scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
-    shape = (base.unet.config.in_channels, height // scale, width // scale)
-    if scheduler == "pndm" and base.schedule.get("rescale_betas_zero_snr"):
-        fail(
-            f"--scheduler pndm: the base {base.name} wants zero terminal SNR, which pndm has not; give ddim or dpm"
-        )
-
-    @lru_cache(256)  # each alone, so that its bits do not depend on its neighbours
-    def cond_of(text):
-        return encode_text(base, [text])
-
-    def gather(texts):
-        return {
-            key: torch.cat([cond_of(text)[key] for text in texts])
-            for key in cond_of(negative_prompt)
-        }
-
-    for i in range(0, len(jobs), batch_size):
-        batch = jobs[i : i + batch_size]
-        prompts, unprompted = [job[0] for job in batch], [negative_prompt] * len(batch)
-        draws = [generator(seed, "sample", *job) for job in batch]
-        solver = SCHEDULERS[scheduler].from_config(base.schedule)
-        solver.set_timesteps(
-            steps
-        )  # on the CPU, where the solver looks its numbers up: no step waits for the GPU
-        ahead = solver.timesteps.to(base.device)
-        noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
-        latents = noise.to(base.device) * solver.init_noise_sigma
-        extra = {"generator": draws} if scheduler == "euler_a" else {}
-        given = gather(prompts)
-        conds = [gather(unprompted), given] if low_memory else [gather(unprompted + prompts)]
-        for t, t_ahead in zip(solver.timesteps, ahead):
-            x = solver.scale_model_input(latents, t)
-            if guidance_scale != 1:
-                prediction = guided(base, x, t_ahead, conds, guidance_scale, guidance_rescale)
-            else:
-                prediction = denoise(base, x, t_ahead, given)
-            latents = solver.step(prediction, t, latents, **extra).prev_sample
-        if not latents.isfinite().all():
-            fail(
-                "the UNet's numbers became NaN or infinite: give --precision bf16 or fp32, or another adapter"
-            )
-        for pixels in decode(base, latents):
-            yield picture(pixels)
-
-
-def contact_sheet(images, captions, columns=8, side=160):
-    """One picture of many, each `side` pixels wide with its caption below; captions: a string an image."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 20) + 4), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = 4 + i % columns * (side + 4), 4 + i // columns * (side + 20)
-        sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
-        letters = " ".join(caption.encode("ascii", "replace").decode().split())[:side]
-        while pen.textlength(letters) > side:
-            letters = letters[:-1]
-        pen.text((x, y + side + 3), letters, fill="black")
-    return sheet
-
-
-# ------------------------------------------------------------------------------------------------- prompts and files
-
-
-def split_labels(row):
-    """The labels of a row, {"A", "B"} of A|B; {""} where it has none."""
-    return {part.strip() for part in row["label"].split("|") if part.strip()} or {""}
-
-
-def classes_of(rows):
-    """The class of each row where classes are to count alike: its label, or of several (A|B) the rarest."""
-    labels = [split_labels(row) for row in rows]
-    counts = Counter(label for each in labels for label in each)
-    return tuple(min(each, key=lambda label: (counts[label], label)) for each in labels)
+def prompts_of_file(path, caption_format):
+    """The rows of a table, or a row for each line of a text file."""
+    if not path.lower().endswith(TABLES):
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            fail(f"--prompts {path}: is not a UTF-8 text file")
+        return [Row("", "", line) for line in lines if line.strip()]
+    rows = [Row("", "", fields=cells) for cells in read_table(path)]
+    names = rows[0].fields if rows else []
+    columns = {role: find_column(names, role) for role in ("caption", "label")}
+    if not (columns["caption"] or caption_format):
+        fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
+    for count, row in enumerate(rows, 1):
+        row.file_name = f"row {count}"
+        row.caption = row.fields.get(columns["caption"], "")
+        row.label = row.fields.get(columns["label"], "")
+    fill_captions(path, rows, columns, caption_format)
+    return rows
 
 
 def read_prompts(args, adapters):
-    """The prompts to draw: [{"prompt", "label", "modality"}], each distinct prompt once, in the order given;
-    those of the adapters' runs where the flags name none."""
-    table = (args.prompts or "").lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson"))
-    field = (
-        r"\{[^{}]+\}" if table else r"\{([lL]abels?|caption|[tT]ext)\}"
-    )  # other braces may be a caption's own
-    formats = [prompt for prompt in args.prompt if args.labels_from or re.search(field, prompt)]
-    found = [(prompt, "", "") for prompt in args.prompt if prompt not in formats]
-    if formats and not (args.labels_from or table):
-        fail(
-            f'--prompt "{formats[0]}": is a format of captions; its fields are columns of --labels-from DATA or of a table '
-            "of --prompts, which is missing"
-        )
-    if len(formats) > 1:
-        fail(
-            f"--prompts {args.prompts}: takes one --prompt with fields, the format of its captions"
-        )
-    if args.labels_from:
-        rows = list_images(args.labels_from, prompt=formats[0] if formats else None)
-        if (
-            not formats
-            and any(row["label"] for row in rows)
-            and not any(row["caption"] for row in rows)
-        ):
-            known = [
-                about["prompt"] for _, about, _, _ in adapters if "{" in about.get("prompt", "")
-            ] or fail(
-                f'--labels-from {args.labels_from}: has labels and no captions: give --prompt "… {{labels}}"'
-            )
-            RANK or print(f'captions by the adapter\'s own --prompt "{known[0]}"')
-            rows = list_images(args.labels_from, prompt=known[0])
-        for row in rows:
-            row["caption"] = " ".join(row["caption"].split())
-        found = [(row["caption"], row["label"], modality_of(row)) for row in rows]
-    if table:
-        rows = [
-            {"file_name": f"row {n}", "fields": fields}
-            for n, fields in enumerate(read_table(args.prompts), 1)
-        ]
-        columns = {
-            role: find_column(rows[0]["fields"] if rows else (), role)
-            for role in ("caption", "label")
-        }
-        if not (columns["caption"] or formats):
-            fail(
-                f"--prompts {args.prompts}: has no column of captions: call one text, caption or prompt"
-            )
-        for row in rows:
-            row |= {role: row["fields"].get(name, "") for role, name in columns.items()}
-        fill_captions(args.prompts, rows, columns, formats[0] if formats else None)
-        found += [(row["caption"], row["label"], modality_of(row)) for row in rows]
-    elif args.prompts:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as why:
-            fail(f"--prompts {args.prompts}: cannot be read ({why})")
-        found += [(line.strip(), "", "") for line in lines if line.strip()]
+    """The captions to draw, each once, as Rows; without any, those of the adapters' runs.
+
+    Label and modality are empty where the rows of a caption differ.
+    """
+    texts, caption_format = split_prompts(args)
     if not (args.prompt or args.prompts or args.labels_from):
-        found = [
-            (prompt, "", "")
-            for _, about, _, _ in adapters
-            for prompt in about.get("val_prompts") or [about.get("prompt") or "{"]
-            if "{" not in prompt
-        ]
-    said = {}  # what the rows of a caption agree on
-    for prompt, *facts in found:
-        known = said.setdefault(" ".join(prompt.split()), facts)
-        known[:] = [a if a == b else "" for a, b in zip(known, facts)]
-    if not said:
-        fail(
-            f"no prompts in {args.prompts or args.labels_from or 'the adapter'}: give --prompt TEXT"
-        )
-    for prompt in (*said, args.negative_prompt, args.label):
-        if (
-            len(prompt) > 10000
-            or "\0" in prompt
-            or not prompt.encode(errors="replace").decode() == prompt
-        ):
-            fail(f"the prompt {ascii(prompt[:40])}…: give text of at most 10000 characters")
-    return [
-        {
-            "prompt": prompt,
-            "label": args.label or label,
-            "modality": modality,
-        }
-        for prompt, (label, modality) in said.items()
-    ]
+        for adapter in adapters:
+            own = adapter.metadata.get("val_prompts") or [adapter.metadata.get("prompt") or "{"]
+            texts += [prompt for prompt in own if "{" not in prompt]
+    rows = [Row("", "", text) for text in texts]
+    if args.labels_from:
+        rows += prompts_of_data_set(args.labels_from, caption_format, adapters)
+    if args.prompts:
+        rows += prompts_of_file(args.prompts, caption_format)
+    if not rows:
+        fail(f"no prompts in {args.prompts or 'the adapter'}: give --prompt TEXT")
+    prompts = {}
+    for row in rows:
+        caption = " ".join(row.caption.split())
+        label = args.label or row.label
+        facts = {"modality": modality_of(row)}
+        prompt = prompts.setdefault(caption, Row("", "", caption, label, fields=facts))
+        if prompt.label != label:
+            prompt.label = ""
+        if prompt.fields != facts:
+            prompt.fields["modality"] = ""
+    return list(prompts.values())
 
 
 def say_what_is_cut(base, texts):
-    """Name the words that the text encoder does not see whole: those after its longest text (75 tokens of CLIP)."""
-    tokenizer, cut = base.tokenizers[0], []
+    """Print the words that the text encoder does not see: those after its 75 tokens (CLIP)."""
+    tokenizer = base.tokenizers[0]
     room = base.text_length - tokenizer.num_special_tokens_to_add()
+    cuts = []
     for text in texts:
-        words = spelled_out(base, text).split()
-        seen = bisect(
-            range(1, len(words) + 1),
-            room,
-            key=lambda count: len(
-                tokenizer(" ".join(words[:count]), add_special_tokens=False).input_ids
-            ),
-        )
-        cut += [(text, " ".join(words[seen:]))] * (seen < len(words))
-    for text, left in cut[:3]:
-        left = left if len(left) < 200 else f"{left[:120]} … {left[-60:]}"
-        print(
-            f'the prompt "{text[:40]}…" is longer than the {room} tokens this base reads; cut: "{left}"'
-        )
-    if cut[3:]:
-        print(f"… and {len(cut) - 3} more prompts are cut")
+        tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
+        if len(tokens) > room:
+            cuts.append((text, tokenizer.decode(tokens[room:])))
+    for text, lost in cuts[:3]:
+        print(f'the prompt "{text[:40]}…" is longer than {room} tokens; not read: "{lost[:200]}"')
+    if len(cuts) > 3:
+        print(f"… and {len(cuts) - 3} more prompts are cut")
 
 
-def slugs(prompts):
-    """A file-name stem for each prompt: letters and digits of it, with a hash where two would be the same."""
+# ---------------------------------------------------------------- files
+
+REFUSED = "refused/"
+MANIFEST = (
+    "file prompt label modality negative_prompt seed steps guidance_scale scheduler base lora "
+    "quality alignment attempts settings sha256"
+).split()
+
+
+@dataclass
+class Drawing:
+    """A picture to draw. stem: its file name without scores and suffix; parameters: its settings in
+    A1111's form; record: its row of manifest.csv; rank: of the process that draws it."""
+
+    prompt: Row
+    number: int
+    stem: str
+    parameters: str
+    record: dict
+    rank: int
+
+
+class Manifest:
+    """The pictures in a folder, {stem: row}: manifest.csv, refused/manifest.csv and logs.
+
+    Each process logs what it draws. Rank 0 writes the tables from all logs at the end; a
+    killed run leaves its logs to the next.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = threading.Lock()
+        self.records = {}
+        self.read()
+
+    def logs(self):
+        return sorted(self.folder.glob("manifest.*.log"))
+
+    def read(self):
+        """Read tables and logs; rows whose file is gone are dropped."""
+        rows = []
+        for place in ("", REFUSED):
+            table = Path(self.folder, place, "manifest.csv")
+            if table.exists():
+                for row in read_table(table):
+                    rows.append(row | {"file": place + row.get("file", "")})
+        for log in self.logs():
+            with open(log, newline="", encoding="utf-8") as file:
+                rows += [dict(zip(MANIFEST, values, strict=False)) for values in csv.reader(file)]
+        for row in rows:
+            if not set(MANIFEST) <= set(row):
+                fail(f"{self.folder}/manifest.csv: not of this sample.py; give another --out")
+            path = Path(self.folder, row["file"])
+            if path.is_file() and path.stat().st_size:
+                stem = re.sub(r"(_quality_[\d.]+)?(_alignment_[\d.]+)?\.\w+$", "", path.name)
+                self.records[stem] = row
+
+    def has(self, drawing, max_attempts):
+        """Whether a picture is there with its settings, or was refused at every attempt."""
+        record = self.records.get(drawing.stem)
+        if record is None or record["settings"] != drawing.record["settings"]:
+            return False
+        return not record["file"].startswith(REFUSED) or int(record["attempts"]) >= max_attempts
+
+    def add(self, stem, record, content):
+        """Log and write a picture, in an order that leaves no false row wherever it is stopped."""
+        path = Path(self.folder, record["file"])
+        old = self.records.pop(stem, record)
+        Path(self.folder, old["file"]).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        log = self.folder / f"manifest.{RANK}.log"
+        with self.lock, open(log, "a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([record[column] for column in MANIFEST])
+        write_file(path, content)
+        self.records[stem] = record
+
+    def write(self):
+        """Write manifest.csv of the kept and refused/manifest.csv of the refused pictures."""
+        kept = []
+        refused = []
+        for stem in sorted(self.records):
+            row = [self.records[stem][column] for column in MANIFEST]
+            if row[0].startswith(REFUSED):
+                refused.append([row[0].removeprefix(REFUSED), *row[1:]])
+            else:
+                kept.append(row)
+        write_csv(self.folder / "manifest.csv", MANIFEST, kept)
+        table = self.folder / REFUSED / "manifest.csv"
+        if refused or table.exists():
+            write_csv(table, MANIFEST, refused)
+
+    def remove_logs(self):
+        for log in self.logs():
+            log.unlink()
+
+
+def make_stems(captions):
+    """The stem of each caption's files: its letters and digits, with a hash where two are alike."""
     stems = {}
-    for prompt in prompts:
-        plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-        stem = re.sub("[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-") or (
-            "prompt" if prompt else "unconditional"
-        )
+    for caption in captions:
+        plain = unicodedata.normalize("NFKD", caption).encode("ascii", "ignore").decode().lower()
+        stem = re.sub("[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")
+        if not stem:
+            stem = "prompt" if caption else "unconditional"
         if stem in stems.values():
-            stem += "-" + hashlib.blake2b(prompt.encode(), digest_size=4).hexdigest()
-        stems[prompt] = stem
+            stem += "-" + hashlib.blake2b(caption.encode(), digest_size=4).hexdigest()
+        stems[caption] = stem
     return stems
 
 
-def plan(args, base_name, prompts):
-    """The images to make: [{file, number, parameters, …manifest columns}], in order."""
-    loras = " ".join(f"{path}:{weight:g}" for path, weight in sources(args))
-    hashes = " ".join(f"{content_hash(path)[:10]}:{weight:g}" for path, weight in sources(args))
-    settings = (
-        f"Steps: {args.steps}, Sampler: {args.scheduler}, CFG scale: {args.guidance_scale:g}, Seed: {args.seed}"
-        f", Size: {args.width}x{args.height}, Model hash: {base_hash(find_base(base_name))}, "
-        f'Model: {base_name}, Lora hashes: "{hashes}"'
+def plan(args, settings, base_name, prompts, adapters, control):
+    """The pictures to make, [Drawing], in order."""
+    hashes = [f"{content_hash(each.path)[:10]}:{each.weight:g}" for each in adapters]
+    model = f"Model hash: {base_hash(find_base(base_name))}, Model: {base_name}"
+    how = (
+        f"Steps: {settings.steps}, Sampler: {settings.scheduler}, "
+        f"CFG scale: {settings.guidance_scale:g}, Seed: {args.seed}, "
+        f'Size: {settings.width}x{settings.height}, {model}, Lora hashes: "{" ".join(hashes)}"'
     )
-    options = ", Grey" * args.grey + args.kept_by
-    if args.guidance_rescale:
-        options += f", Guidance rescale: {args.guidance_rescale:g}"
-    planned, stems = [], slugs([p["prompt"] for p in prompts])
-    for p in prompts:
-        for number in range(args.num_images):
-            parameters = f"{p['prompt']}\nNegative prompt: {args.negative_prompt}\n{settings}, Image: {number}{options}"
-            name = f"{stems[p['prompt']]}-{number:04d}.{args.format}"
-            planned.append(
-                {
-                    **p,
-                    "file": name,
-                    "name": name,
-                    "path": None,
-                    "number": number,
-                    "parameters": parameters,
-                    "negative_prompt": args.negative_prompt,
-                    "seed": args.seed,
-                    "steps": args.steps,
-                    "guidance_scale": args.guidance_scale,
-                    "scheduler": args.scheduler,
-                    "base": base_name,
-                    "lora": loras,
-                    "quality": "",
-                    "alignment": "",
-                    "attempts": 1,
-                    "refused": False,
-                }
-            )
+    options = ", Grey" if args.grey else ""
+    if control:
+        options += control.description
+    if settings.guidance_rescale:
+        options += f", Guidance rescale: {settings.guidance_rescale:g}"
+    loras = " ".join(f"{each.path}:{each.weight:g}" for each in adapters)
+    common = {"seed": args.seed, "base": base_name, "lora": loras, "quality": "", "alignment": ""}
+    stems = make_stems([prompt.caption for prompt in prompts])
+    planned = []
+    for prompt in prompts:
+        facts = {"prompt": prompt.caption, "label": prompt.label, **prompt.fields}
+        first = f"{prompt.caption}\nNegative prompt: {settings.negative_prompt}\n{how}"
+        for count in range(args.num_images):
+            parameters = f"{first}, Image: {count}{options}"
+            digest = hashlib.sha256(f"{args.format}\n{parameters}".encode()).hexdigest()
+            record = {**asdict(settings), **common, **facts, "settings": digest[:16]}
+            stem = f"{stems[prompt.caption]}-{count:04d}"
+            rank = len(planned) % WORLD
+            planned.append(Drawing(prompt, count, stem, parameters, record, rank))
     return planned
 
 
-PRIVATE = (0x0099, "medlora")  # DICOM: the block of private elements that holds them
+def find_unfinished(planned, manifest, args):
+    """The pictures still to draw; without --overwrite, refuses files that they would replace."""
+    unfinished = []
+    in_the_way = []
+    for drawing in planned:
+        if manifest.has(drawing, args.max_attempts):
+            continue
+        unfinished.append(drawing)
+        record = manifest.records.get(drawing.stem)
+        path = Path(args.out, f"{drawing.stem}.{args.format}")
+        if record and record["settings"] != drawing.record["settings"]:
+            in_the_way.append(record["file"])
+        elif record is None and path.exists():
+            in_the_way.append(path.name)
+    if in_the_way and not args.overwrite:
+        fail(
+            f"{args.out}: {in_the_way[0]} and {len(in_the_way) - 1} more are of other settings, or "
+            "not in manifest.csv; give another --out, or sample.py's --overwrite"
+        )
+    return unfinished
 
 
-def save_png(image, path, parameters):
-    """Write a PNG with its settings inside, in the form A1111 reads, marked as synthetic."""
+def encode_png(image, parameters):
+    """A PNG with its settings inside, in the form A1111 reads, marked as synthetic."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt("parameters", parameters)
     text.add_text("synthetic", "true")
-    with replacing(path) as file:
-        image.save(file, "PNG", pnginfo=text)
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=text)
+    return content.getvalue()
 
 
-def save_dicom(image, path, parameters):
-    """Write a DICOM Secondary Capture (PS3.3 A.8.1), 8 bits, marked as synthetic wherever a viewer may look.
+def save_png(image, path, parameters):
+    """Write a PNG as encode_png does."""
+    write_file(path, encode_png(image, parameters))
 
-    Each picture is a patient, study and series of its own, since no two show one person; its identifiers come from its
-    settings and pixels alone. The window says that 0 is black and 255 white.
+
+def encode_dicom(image, parameters):
+    """An 8-bit DICOM Secondary Capture (PS3.3 A.8.1) that says it is synthetic.
+
+    Each picture is its own patient, study and series, since no two show one person; the identifiers
+    come from its settings and pixels alone.
     """
     from pydicom import Dataset, dcmwrite
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
     digest = hashlib.sha256(parameters.encode() + image.tobytes()).hexdigest()
-    data, grey = Dataset(), image.mode == "L"
+    data = Dataset()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data.SpecificCharacterSet = "ISO_IR 192"
     data.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
-    data.SOPClassUID, data.Modality, data.ConversionType = SecondaryCaptureImageStorage, "OT", "SYN"
+    data.SOPClassUID = SecondaryCaptureImageStorage
+    data.Modality = "OT"
+    data.ConversionType = "SYN"
     for name in ("SOPInstance", "StudyInstance", "SeriesInstance"):
         setattr(data, f"{name}UID", generate_uid(entropy_srcs=[name, digest]))
-    data.PatientName, data.PatientID = "SYNTHETIC^MEDLORA", f"SYNTH-{digest[:12]}"
-    data.PatientIdentityRemoved, data.DeidentificationMethod = "YES", "Fully synthetic, no subject"
-    data.SeriesDescription = data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
+    data.PatientName = "SYNTHETIC^MEDLORA"
+    data.PatientID = f"SYNTH-{digest[:12]}"
+    data.PatientIdentityRemoved = "YES"
+    data.DeidentificationMethod = "Fully synthetic, no subject"
+    data.SeriesDescription = "SYNTHETIC - NOT FOR DIAGNOSIS"
+    data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
     data.DerivationDescription = "Drawn by a generative model; shows no patient"
-    data.Manufacturer, data.BurnedInAnnotation, data.LossyImageCompression = "medlora", "NO", "00"
-    data.SeriesNumber = data.InstanceNumber = 1
-    for name in (
-        "PatientBirthDate",
-        "PatientSex",
-        "StudyDate",
-        "StudyTime",
-        "StudyID",
-        "AccessionNumber",
-        "ReferringPhysicianName",
-        "PatientOrientation",
-        "Laterality",
-    ):  # type 2: there, and empty
+    data.Manufacturer = "medlora"
+    data.BurnedInAnnotation = "NO"
+    data.LossyImageCompression = "00"
+    data.SeriesNumber = 1
+    data.InstanceNumber = 1
+    required = "PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber"
+    required += " ReferringPhysicianName PatientOrientation Laterality"
+    for name in required.split():  # type 2: present, and empty
         setattr(data, name, "")
-    data.private_block(*PRIVATE, create=True).add_new(1, "UT", parameters)
-    data.set_pixel_data(
-        np.array(image), "MONOCHROME2" if grey else "RGB", 8, generate_instance_uid=False
-    )
-    if grey:
-        data.WindowCenter, data.WindowWidth = 128, 256
-    with replacing(path) as file:
-        dcmwrite(file, data, enforce_file_format=True)
+    data.private_block(0x0099, "medlora", create=True).add_new(1, "UT", parameters)
+    kind = "RGB"
+    if image.mode == "L":
+        kind = "MONOCHROME2"
+        data.WindowCenter = 128
+        data.WindowWidth = 256
+    data.set_pixel_data(np.array(image), kind, 8, generate_instance_uid=False)
+    content = io.BytesIO()
+    dcmwrite(content, data, enforce_file_format=True)
+    return content.getvalue()
 
 
-WRITERS = {"png": save_png, "dcm": save_dicom}
+ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
-def parameters_of(path):
-    """The settings inside a picture, "" for one of somebody else's, None where nothing whole is there."""
-    try:
-        read_image(path)
-        if path.suffix == ".dcm":
-            from pydicom import dcmread
-
-            return dcmread(path, stop_before_pixels=True).private_block(*PRIVATE)[1].value
-        with Image.open(path) as image:
-            return image.info.get("parameters", "")
-    except BadImage:
-        return None
-    except Exception:  # whatever a foreign file's own settings are
-        return ""
-
-
-MANIFEST = (
-    "file prompt label modality negative_prompt seed steps guidance_scale scheduler base lora quality "
-    "alignment attempts sha256"
-).split()
+def contact_sheet(images, captions, columns=8):
+    """One image of many, each 160 pixels wide with its caption below."""
+    side = 160
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 20) + 4), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x = 4 + i % columns * (side + 4)
+        y = 4 + i // columns * (side + 20)
+        sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
+        text = " ".join(caption.encode("ascii", "replace").decode().split())
+        pen.text((x, y + side + 3), text[:28], fill="black")
+    return sheet
 
 
-def write_manifest(folder, there, stale=()):
-    """manifest.csv: a row an image that is there, those of earlier prompts in this folder kept, but for files of the names
-    `stale`, which will be replaced."""
-    path, rows = Path(folder, "manifest.csv"), {}
-    if path.exists():
-        kept = read_table(path)
-        if kept and not set(MANIFEST) <= set(kept[0]):
-            fail(f"{path}: was not written by sample.py; give another --out")
-        rows = {
-            row["file"]: row
-            for row in kept
-            if row["file"] not in stale and Path(folder, row["file"]).exists()
-        }
-    for item in (item for item in there if not item["refused"]):
-        rows[item["file"]] = {**item, "sha256": content_hash(Path(folder, item["file"]))}
-    write_csv(
-        path, MANIFEST, [[rows[name][column] for column in MANIFEST] for name in sorted(rows)]
-    )
+# ---------------------------------------------------------------- quality control
+
+REFERENCE_LIMITS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
 
 
-SCORES = re.compile(
-    r"_quality_([\d.]+?)(?:_alignment_([\d.]+?))?(?=\.\w+$)"
-)  # in the name of a picture that was judged
+class Control:
+    """What judges pictures while they are drawn: a selector of filter.py, a reference, or both.
+
+    size: pixels at which they see pictures. description: for the settings inside the pictures.
+    """
+
+    def __init__(self, args, settings, prompts, device):
+        self.selector = None
+        self.reference = None
+        self.selector_limits = (args.min_quality, args.min_alignment)
+        self.description = ""
+        if args.selector:
+            self.selector = load_selector(args.selector)
+            self.selector.check_rows(prompts, args.min_alignment)
+            self.size = self.selector.size
+            self.description += f", Selector: {content_hash(args.selector)[:10]}"
+        if args.reference:
+            rows = list_images(args.reference)
+            if self.selector is None:
+                self.size = max(64, min(pick_resolution(rows), settings.height, settings.width))
+            self.reference, rows = self.measure(rows, device, args)
+            self.description += f", Reference: {set_hash(rows)[:10]}"
+        for name in ("min_quality", "min_alignment", *REFERENCE_LIMITS):
+            value = getattr(args, name)
+            if value not in (None, False):
+                self.description += f", {name.replace('_', ' ').capitalize()}: {value}"
+
+    def measure(self, rows, device, args):
+        """Measure the reference; returns it and its readable rows."""
+        limits = {name: getattr(args, name) for name in REFERENCE_LIMITS}
+        if set(limits.values()) <= {None, False}:
+            limits["calibrate"] = 0.05
+        rows, pixels = load_pixels(rows, self.size)
+        reference = measure_reference(rows, pixels, device, **limits)
+        if RANK == 0:
+            print("\n".join(reference.summary))
+        return reference, rows
+
+    def judge(self, images, prompts):
+        """Why each image is refused ("" if it passes), and the selector's scores {name: (N,)}."""
+        squares = [np.array(fit_square(image.convert("RGB"), self.size)) for image in images]
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+        reasons = [""] * len(images)
+        scores = {}
+        if self.reference:
+            reasons, _ = self.reference.judge(pixels, prompts)
+        if self.selector:
+            low, scores = self.selector.judge(pixels, prompts, *self.selector_limits)
+            reasons = [reason or other for reason, other in zip(reasons, low, strict=True)]
+        return reasons, scores
 
 
-def look_up(planned, args):
-    """Which of the planned images lie in --out, drawn with their settings or refused to the last attempt, and the others
-    that have a picture of other settings: ([item], [item]). Items learn their file, path, attempts and scores."""
-    paths = [
-        path
-        for place in ("refused", "")
-        for path in Path(args.out, place).glob("*-*.*")
-        if path.suffix[1:] in WRITERS
-    ]
-    paths.sort(
-        key=lambda path: (
-            path.parent != Path(args.out, "refused"),
-            path.suffix == f".{args.format}",
-            path,
-        )
-    )  # later ones count
-    names = {Path(SCORES.sub("", path.name)).stem: path for path in paths}
-    there, other = [], []
-    for item in planned:
-        item["path"] = path = names.get(Path(item["name"]).stem)
-        text = parameters_of(path) if path else None  # None: nothing whole is there
-        settings, attempt = re.fullmatch(
-            r"(.*?)(?:, Attempt: (\d+))?", text or "", re.DOTALL
-        ).groups()
-        settings = settings if path and path.suffix == f".{args.format}" else None
-        refused = path and path.parent == Path(args.out, "refused")
-        if (
-            path
-            and settings == item["parameters"]
-            and not (refused and int(attempt or 1) < args.max_attempts)
-        ):
-            scores = SCORES.search(path.name)
-            quality, alignment = scores.groups("") if scores else ("", "")
-            item |= {
-                "file": path.relative_to(args.out).as_posix(),
-                "attempts": int(attempt or 1),
-                "quality": quality,
-                "alignment": alignment,
-                "refused": refused,
-            }
-            there.append(item)
-        elif text is not None and settings != item["parameters"]:
-            other.append(item)
-    return there, other
+# ---------------------------------------------------------------- drawing
 
 
-def quality_control(args, prompts, device):
-    """A function, (pictures, items) → (why each is to be drawn anew, "" if it stays; its scores), as --selector and
-    --reference say, and what goes into a picture's settings; None where neither is given."""
-    if not (args.selector or args.reference):
-        return None, ""
-    selector = load_selector(args.selector) if args.selector else None
-    rows, reference = list_images(args.reference) if args.reference else [], None
-    size = (
-        selector["spec"]["features"][0]["size"]
-        if selector
-        else min(pick_resolution(rows), max(64, min(args.height, args.width)))
-    )
-    used = {"Selector": args.selector and content_hash(args.selector)[:10]}
-    if args.reference:
-        rows, real = load_pixels(rows, size)
-        reference = measure_reference(
-            rows, real, device, args.calibrate, args.max_lpips, args.min_ssim, args.drop_copies
-        )
-        used |= {
-            "Reference": set_hash(rows)[:10],
-            "Calibrate": args.calibrate,
-            "Max LPIPS": args.max_lpips,
-            "Min SSIM": args.min_ssim,
-            "No copies": args.drop_copies or None,
-        }
-        print("\n".join(reference["said"]) if RANK == 0 else "", end="\n" * (RANK == 0))
-    if selector and args.min_quality is None:
-        args.min_quality = selector["spec"]["thresholds"]["quality"]
-    used |= {"Min quality": args.min_quality, "Min alignment": args.min_alignment}
+def draw(base, todo, count, settings, adapters, control, manifest, args):
+    """Draw and write pictures; `count` includes those of other processes and earlier runs.
 
-    def told(items, features):
-        return apply_selector(
-            selector,
-            features,
-            [{**item, "caption": item["prompt"], "fields": item} for item in items],
-        )
-
-    if selector:  # a modality or label it does not know is found before anything is drawn
-        known = told(
-            prompts, np.zeros((len(prompts), sum(dim for _, dim in QUALITY_FEATURES[:2])))
-        )["alignment"]
-        if args.min_alignment is not None and np.isnan(known).any():
-            fail(
-                f'--min-alignment: {args.selector} does not know the label of "{prompts[np.isnan(known).argmax()]["prompt"]}"; '
-                "fit it with filter.py --fit --reference, and give --label or --labels-from"
-            )
-
-    def judge(images, items):
-        squares = torch.stack(
-            [
-                torch.from_numpy(np.array(fit_square(image.convert("RGB"), size))).permute(2, 0, 1)
-                for image in images
-            ]
-        )
-        reasons = (
-            refusals(reference, score(reference, squares)[0], items)
-            if reference
-            else [""] * len(items)
-        )
-        given = told(items, quality_features(squares, device)) if selector else {}
-        refuse_low(reasons, given, args.min_quality, args.min_alignment)
-        shown = [
-            {
-                name: f"{given[name][i]:.2f}"
-                for name in ("quality", "alignment")
-                if given and not np.isnan(given[name][i])
-            }
-            for i in range(len(items))
-        ]
-        return reasons, shown
-
-    return judge, "".join(f", {name}: {value}" for name, value in used.items() if value is not None)
+    What `control` refuses is drawn again from other noise, until --max-attempts.
+    """
+    share = -(-count // WORLD)
+    batch_size = -(-share // -(-share // args.batch_size))  # all batches of one size
+    group_size = max(64, batch_size) if control else batch_size
+    pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
+    with merged(base.parts(), pairs), ThreadPoolExecutor(4) as pool:
+        for attempt in range(1, args.max_attempts + 1):
+            images = draw_once(base, todo, attempt, batch_size, settings, args)
+            again = []
+            writing = []
+            for start in range(0, len(todo), group_size):
+                group = todo[start : start + group_size]
+                group_images = list(islice(images, len(group)))
+                reasons = judge_group(control, group, group_images, attempt)
+                for future in writing:  # those of the group before
+                    future.result()
+                writing = []
+                for drawing, image, reason in zip(group, group_images, reasons, strict=True):
+                    if reason and attempt < args.max_attempts:
+                        again.append(drawing)
+                    else:
+                        job = (write_picture, image, drawing, reason, manifest, args)
+                        writing.append(pool.submit(*job))
+            for future in writing:
+                future.result()
+            if not again:
+                return
+            todo = again
 
 
-def write_picture(image, item, args):
-    """Write a picture under the name that its scores and fate give it; what lay there in its place goes."""
-    scores = "".join(
-        f"_{name}_{item[name]}"
-        for name in ("quality", "alignment")
-        if item[name] and not item["refused"]
-    )
-    name = Path(item["name"])
-    item["file"] = "refused/" * item["refused"] + f"{name.stem}{scores}{name.suffix}"
-    path = Path(args.out, item["file"])
-    WRITERS[args.format](
-        image, path, item["parameters"] + f", Attempt: {item['attempts']}" * bool(args.kept_by)
-    )
-    if item["path"] and item["path"] != path:
-        item["path"].unlink(missing_ok=True)
+def draw_once(base, todo, attempt, batch_size, settings, args):
+    """Yield an image for each of `todo`, from the noise of this attempt."""
+    jobs = [(drawing.prompt.caption, drawing.number) for drawing in todo]
+    if attempt > 1:
+        jobs = [(*job, attempt) for job in jobs]
+    # kernels differ with the batch size, so the last batch is filled: a restart gives the same bits
+    while len(jobs) % batch_size:
+        jobs.append(jobs[-1])
+    images = generate(base, jobs, settings, batch_size, args.seed)
+    name = "drawing" if attempt == 1 else f"attempt {attempt}"
+    images = islice(images, len(todo))
+    for image in tqdm(images, name, len(todo), unit="image", disable=RANK > 0):
+        yield image.convert("L") if args.grey else image
 
 
-def draw(base, todo, total, adapters, control, args):
-    """Draw and write the images of `todo`, of `total` in all; files are encoded while the next batch is drawn. What
-    `control` refuses is drawn anew, from other noise, until --max-attempts."""
-    if args.low_memory:
-        base.vae.enable_slicing()
-        base.vae.enable_tiling()
-    if args.compile:
-        base.unet.compile()
-    share = -(-total // WORLD)
-    size = -(-share // -(-share // args.batch_size))  # as many batches as needed, all of one size
-    pairs, attempt = [(pairs, weight) for pairs, _, _, weight in adapters], 0
-    with lora.merged(base.parts(), pairs), ThreadPoolExecutor(4) as pool:
-        while todo:
-            attempt += 1
-            todo = draw_once(base, todo, size, attempt, control, pool, args)
+def judge_group(control, group, images, attempt):
+    """Why each image is refused, "" where it passes; sets attempts and scores in the records."""
+    reasons = [""] * len(group)
+    scores = {}
+    if control:
+        reasons, scores = control.judge(images, [drawing.prompt for drawing in group])
+    for i, drawing in enumerate(group):
+        drawing.record["attempts"] = attempt
+        for name, values in scores.items():
+            drawing.record[name] = "" if np.isnan(values[i]) else f"{values[i]:.2f}"
+    return reasons
 
 
-def draw_once(base, todo, size, attempt, control, pool, args):
-    """Draw each of `todo` in batches of `size`, write what stays, and return what is to be drawn anew."""
-    jobs = [(item["prompt"], item["number"], *[attempt] * (attempt > 1)) for item in todo]
-    jobs += jobs[-1:] * (
-        -len(jobs) % size
-    )  # kernels differ with the size: so a picture's bits outlive a restart
-    images = generate(
-        base,
-        jobs,
-        args.steps,
-        args.guidance_scale,
-        args.scheduler,
-        args.height,
-        args.width,
-        args.negative_prompt,
-        size,
-        args.seed,
-        args.guidance_rescale,
-        args.low_memory,
-    )
-    drawn, again, writing = zip(todo, images), [], deque()
-    with tqdm(
-        desc="drawing" if attempt == 1 else f"attempt {attempt}",
-        total=len(todo),
-        unit="image",
-        disable=RANK > 0,
-    ) as bar:
-        while batch := list(islice(drawn, max(64, size) if control else 1)):
-            items, pictures = zip(
-                *((item, image.convert("L") if args.grey else image) for item, image in batch)
-            )
-            reasons, scores = control(pictures, items) if control else ([""], [{}])
-            for item, image, why, given in zip(items, pictures, reasons, scores):
-                item |= {"attempts": attempt, "refused": bool(why), **given}
-                if why and attempt < args.max_attempts:
-                    again.append(item)
-                else:
-                    writing.append(pool.submit(write_picture, image, item, args))
-            while len(writing) > 2 * args.batch_size:
-                writing.popleft().result()
-            bar.update(len(batch))
-    for each in writing:
-        each.result()
-    return again
+def write_picture(image, drawing, reason, manifest, args):
+    """Write a picture under a name with its scores, in refused/ where there is a reason."""
+    record = drawing.record
+    name = REFUSED + drawing.stem if reason else drawing.stem
+    for score in ("quality", "alignment"):
+        if record[score]:
+            name += f"_{score}_{record[score]}"
+    parameters = drawing.parameters
+    if args.selector or args.reference:
+        parameters += f", Attempt: {record['attempts']}"
+    content = ENCODERS[args.format](image, parameters)
+    record["file"] = f"{name}.{args.format}"
+    record["sha256"] = hashlib.sha256(content).hexdigest()
+    manifest.add(drawing.stem, record, content)
+
+
+def wait_for_other_ranks(planned, manifest, args):
+    """Wait until the logs cover all pictures; torchrun ends this if a process dies."""
+    while not all(manifest.has(drawing, args.max_attempts) for drawing in planned):
+        time.sleep(1)
+        manifest.read()
 
 
 # ---------------------------------------------------------------- flags
 
 
-def add_flags(parser):
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--base",
-        help="tiny, sd15, sd21-base, a Hub id or a diffusers folder (default: the adapter's)",
-    )
-    model.add_argument(
-        "--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated"
-    )
-    model.add_argument(
-        "--checkpoint", metavar="PATH", help="a run's checkpoints/*.pt: its averaged weights"
-    )
-    what = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
-    what.add_argument(
-        "--prompt",
-        action="append",
-        default=[],
-        help="may be repeated; with --labels-from, a format",
-    )
-    what.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help=".txt with a prompt a line, or a .csv/.jsonl with captions",
-    )
-    what.add_argument("--labels-from", metavar="DATA", help="every distinct caption of a data set")
-    what.add_argument("--negative-prompt", default="", help="what to steer away from")
-    what.add_argument("--num-images", type=int, default=4, help="images a prompt")
-    what.add_argument("--label", default="", help="written into manifest.csv for every image")
-    how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=int, default=50, help="denoising steps")
-    how.add_argument(
-        "--scheduler", choices=["ddim", "dpm", "euler", "euler_a", "pndm"], default="ddim"
-    )
-    how.add_argument(
-        "--guidance-scale", type=float, default=7.5, help="1 turns classifier-free guidance off"
-    )
-    how.add_argument(
-        "--guidance-rescale",
-        type=float,
-        default=0.0,
-        help="against glare from strong guidance: 0 to 1, "
-        "0.7 for v-prediction at zero terminal SNR",
-    )
-    how.add_argument(
-        "--height", type=int, help="pixels, a multiple of 8 (default: the adapter's or the base's)"
-    )
-    how.add_argument(
-        "--width", type=int, help="pixels, a multiple of 8 (default: the adapter's or the base's)"
-    )
-    how.add_argument(
-        "--batch-size",
-        type=int,
-        default=8,
-        help="images at once; the pictures stay the same, but for rounding",
-    )
-    how.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="VAE by slices and tiles, one guidance half at a time",
-    )
-    how.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the UNet: minutes at first, then faster",
-    )
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    how.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    judge = parser.add_argument_group("quality control: what fails is drawn anew")
-    judge.add_argument(
-        "--selector",
-        metavar="PATH",
-        help="keep what it gives --min-quality; filter.py --fit writes one",
-    )
-    judge.add_argument(
-        "--min-quality", type=float, help="probability of a good rating (default: the selector's)"
-    )
-    judge.add_argument(
-        "--min-alignment", type=float, help="probability that the picture shows its label"
-    )
-    judge.add_argument(
-        "--reference",
-        metavar="REAL",
-        help="real images to compare with, in any form that train.py reads",
-    )
-    judge.add_argument(
-        "--calibrate",
-        type=float,
-        metavar="ALPHA",
-        help="refuse what looks less real than all but this share "
-        "of the real images (default: 0.05 where no other limit is given)",
-    )
-    judge.add_argument("--max-lpips", type=float, help="LPIPS distance to the nearest real image")
-    judge.add_argument("--min-ssim", type=float, help="SSIM to the most similar real image")
-    judge.add_argument("--drop-copies", action="store_true", help="refuse copies of real images")
-    judge.add_argument("--max-attempts", type=int, default=10, help="drawings of one picture")
-    keep = parser.add_argument_group("output")
-    keep.add_argument("--out", default="runs/samples", help="a folder")
-    keep.add_argument(
-        "--format",
-        choices=["png", "dcm"],
-        default="png",
-        help="dcm: Secondary Capture",
-    )
-    keep.add_argument("--grey", action="store_true", help="write grey pictures: their luma")
-    keep.add_argument("--grid", action="store_true", help="also a labelled contact sheet, grid.png")
-    keep.add_argument(
-        "--overwrite", action="store_true", help="replace what other settings drew in the folder"
-    )
+def multiple_of_8(text):
+    """An argument type: a side in pixels."""
+    value = number(8, 4096)(text)
+    if value % 8:
+        raise argparse.ArgumentTypeError(f"{text}: give a multiple of 8")
+    return value
 
 
 def parse_args(argv=None):
-    """The flags, of `argv` where a script calls this one, else as typed."""
     parser = Flags(__doc__)
-    add_flags(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--base", help="tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
+    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
+    add("--checkpoint", type=existing_file, metavar="PATH", help="a run's checkpoints/*.pt")
+
+    group = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
+    add = group.add_argument
+    add("--prompt", action="append", default=[], help="may be repeated; with {fields}, a format")
+    add("--prompts", type=existing_file, metavar="FILE", help=".txt of prompts, .csv or .jsonl")
+    add("--labels-from", type=data_set, metavar="DATA", help="every caption of a data set")
+    add("--negative-prompt", default="", help="what to steer away from")
+    add("--num-images", type=number(1, 10**6), default=4, help="images per prompt")
+    add("--label", default="", help="label in manifest.csv (default: that of the data)")
+
+    group = parser.add_argument_group("how")
+    add = group.add_argument
+    add("--steps", type=number(1, 999), default=50, help="denoising steps")
+    add("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler")
+    add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
+    rescale = "against overexposure; 0.7 for v-prediction at zero terminal SNR"
+    add("--guidance-rescale", type=number(0.0, 1.0), default=0.0, help=rescale)
+    add("--height", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
+    add("--width", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
+    add("--batch-size", type=number(1, 10**6), default=8, help="images at once")
+    add("--low-memory", action="store_true", help="VAE in tiles, guidance in two passes")
+    add("--compile", action="store_true", help="torch.compile the UNet")
+    add_common_flags(group)
+
+    group = parser.add_argument_group("quality control: what is refused is drawn again")
+    add = group.add_argument
+    add("--selector", type=existing_file, metavar="PATH", help="written by filter.py --fit")
+    add("--min-quality", type=number(0.0, 1.0), help="(default: the selector's)")
+    add("--min-alignment", type=number(0.0, 1.0), help="probability that the label is shown")
+    add("--reference", type=data_set, metavar="REAL", help="real images to compare with")
+    calibrate = "share of real images to refuse (default: 0.05 without another limit)"
+    add("--calibrate", type=number(1e-6, 0.999), metavar="ALPHA", help=calibrate)
+    add("--max-lpips", type=number(0.0, 1e6), help="LPIPS to the nearest real image")
+    add("--min-ssim", type=number(-1.0, 1.0), help="SSIM to the most similar real image")
+    add("--drop-copies", action="store_true", help="refuse copies of real images")
+    add("--max-attempts", type=number(1, 1000), default=10, help="drawings of one picture")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default="runs/samples", help="folder")
+    add("--format", choices=list(ENCODERS), default="png", help="dcm: DICOM Secondary Capture")
+    add("--grey", action="store_true", help="write grey pictures")
+    add("--grid", action="store_true", help="also write a contact sheet, grid.png")
+    add("--overwrite", action="store_true", help="replace pictures of other settings")
     args = parser.parse_args(argv)
-    for flag, least, most in (
-        ("num_images", 1, 10**6),
-        ("steps", 1, 999),
-        ("batch_size", 1, 10**6),
-        ("guidance_scale", 0, 1000),
-        ("guidance_rescale", 0, 1),
-        ("height", 8, 4096),
-        ("width", 8, 4096),
-        ("min_quality", 0, 1),
-        ("min_alignment", 0, 1),
-        ("calibrate", 1e-6, 0.999),
-        ("max_lpips", 0, 1e6),
-        ("min_ssim", -1, 1),
-        ("max_attempts", 1, 1000),
-    ):
-        value = getattr(args, flag)
-        if value is not None and not least <= value <= most:
-            fail(f"--{flag.replace('_', '-')} {value:g}: give a number from {least} to {most}")
-    if args.scheduler == "dpm" and args.steps > 998:
-        fail(f"--steps {args.steps}: --scheduler dpm takes at most 998")
-    for flag in ("height", "width"):
-        if getattr(args, flag) is not None and getattr(args, flag) % 8:
-            fail(f"--{flag} {getattr(args, flag)}: give a multiple of 8")
-    for needed, flags in (
-        ("selector", ("min_quality", "min_alignment")),
-        ("reference", ("calibrate", "max_lpips", "min_ssim", "drop_copies")),
-    ):
-        alone = [
-            f"--{flag.replace('_', '-')}"
-            for flag in flags
-            if getattr(args, flag) not in (None, False)
-        ]
-        if alone and not getattr(args, needed):
-            fail(f"{alone[0]}: needs --{needed}")
-    if (
-        args.reference
-        and not args.drop_copies
-        and args.calibrate is args.max_lpips is args.min_ssim is None
-    ):
-        args.calibrate = 0.05
-    if args.labels_from and len(args.prompt) > 1:
-        fail("--labels-from takes one --prompt, the format of its captions")
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """What flags mean together."""
     if not (args.prompt or args.prompts or args.labels_from or args.lora or args.checkpoint):
         fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
-    return args
+    if args.scheduler == "dpm" and args.steps > 998:
+        fail(f"--steps {args.steps}: --scheduler dpm takes at most 998")
+    selector_limits = [args.min_quality, args.min_alignment]
+    if not args.selector and selector_limits != [None, None]:
+        fail("--min-quality and --min-alignment: need --selector")
+    limits = [args.calibrate, args.max_lpips, args.min_ssim, args.drop_copies]
+    if not args.reference and limits != [None, None, None, False]:
+        fail("--calibrate, --max-lpips, --min-ssim and --drop-copies: need --reference")
+
+
+def pick_base(args, adapters):
+    """The name of the base: --base, else that of the first adapter which knows it."""
+    names = [args.base, *(adapter.metadata.get("base") for adapter in adapters)]
+    for name in filter(None, names):
+        return name
+    fail("--base is missing: give tiny, sd15, a Hub id or a folder")
+
+
+def make_settings(args, adapters, base_name):
+    """The Settings; the size is --height and --width, else an adapter's, else the base's."""
+    sides = [adapter.resolution for adapter in adapters if adapter.resolution]
+    side = sides[0] if sides else own_resolution(find_base(base_name))
+    values = {each.name: getattr(args, each.name) for each in fields(Settings)}
+    values["height"] = args.height or side
+    values["width"] = args.width or side
+    return Settings(**values)
+
+
+def load_for_drawing(name, device, adapters, args):
+    """The base with what the adapters hold besides their pairs."""
+    base = load_base(name, device, args.precision)
+    for adapter in adapters:
+        use_extra(base, adapter.metadata, adapter.extra)
+    if args.low_memory:
+        base.vae.enable_slicing()
+        base.vae.enable_tiling()
+    if args.compile:
+        base.unet.compile()
+    return base
+
+
+# ---------------------------------------------------------------- main
 
 
 def main(args):
@@ -1427,79 +1296,72 @@ def main(args):
     if args.format == "dcm":
         need("pydicom", "DICOM files")
     adapters = read_adapters(args)
-    names = [metadata["base"] for _, metadata, _, _ in adapters if metadata.get("base")]
-    name = args.base or (
-        names[0] if names else fail("--base is missing: give tiny, sd15, a Hub id or a folder")
-    )
-    sides = [
-        int(about["resolution"])
-        for _, about, _, _ in adapters
-        if str(about.get("resolution")).isdecimal()
-        and int(about["resolution"]) in range(8, 4097, 8)
-    ]
-    side = sides[0] if sides else own_resolution(find_base(name))
-    args.height, args.width = args.height or side, args.width or side
+    base_name = pick_base(args, adapters)
+    settings = make_settings(args, adapters, base_name)
     prompts = read_prompts(args, adapters)
-    control, args.kept_by = quality_control(args, prompts, device)
-    planned = plan(args, name, prompts)
-    there, other = look_up(planned, args)
-    if RANK == 0:  # what is unwritable is found before anything is drawn
-        write_manifest(
-            args.out, there, {item["path"].name for item in other} if args.overwrite else ()
-        )
-    if other and not args.overwrite:
-        fail(
-            f"{args.out}: {other[0]['path'].name} and {len(other) - 1} more were drawn with other settings; "
-            "give another --out, or sample.py's --overwrite"
-        )
-    done = {item["name"] for item in there}
-    todo = [item for item in planned[RANK::WORLD] if item["name"] not in done]
+    control = None
+    if args.selector or args.reference:
+        control = Control(args, settings, prompts, device)
+    planned = plan(args, settings, base_name, prompts, adapters, control)
+    manifest = Manifest(args.out)
+    unfinished = find_unfinished(planned, manifest, args)
+    if WORLD == 1:  # nobody else is writing: finish what a killed run left
+        manifest.write()
+        manifest.remove_logs()
+    todo = [drawing for drawing in unfinished if drawing.rank == RANK]
     try:
         if todo:
-            base = load_base(name, device, args.precision)
-            for _, metadata, extra, _ in adapters:
-                use_extra(base, metadata, extra)
+            base = load_for_drawing(base_name, device, adapters, args)
             if RANK == 0:
-                say_what_is_cut(
-                    base,
-                    dict.fromkeys([*(item["prompt"] for item in planned), args.negative_prompt]),
-                )
-            draw(base, todo, len(planned), adapters, control, args)
-        waiting = [item for i, item in enumerate(planned) if i % WORLD] if RANK == 0 else []
-        while waiting:  # for the other ranks; torchrun ends it should one of them die
-            found = {item["name"] for item in look_up(waiting, args)[0]}
-            waiting = [item for item in waiting if item["name"] not in found]
-            time.sleep(0.2 * bool(waiting))
+                captions = [prompt.caption for prompt in prompts]
+                say_what_is_cut(base, [*captions, args.negative_prompt])
+            draw(base, todo, len(planned), settings, adapters, control, manifest, args)
+        if RANK == 0:
+            wait_for_other_ranks(planned, manifest, args)
     finally:
         if RANK == 0:
-            write_manifest(args.out, look_up(planned, args)[0])
+            manifest.write()
     if RANK == 0:
-        finish(planned, len(planned) - len(there), args)
+        manifest.remove_logs()
+        finish([manifest.records[drawing.stem] for drawing in planned], len(unfinished), args)
 
 
-def finish(planned, drawn, args):
-    """The contact sheet, and what to do next."""
-    kept = [item for item in planned if not item["refused"]]
+def finish(records, drawn, args):
+    """Write the contact sheet; print what was drawn and what to do next."""
+    kept = [record for record in records if not record["file"].startswith(REFUSED)]
     if args.grid:
-        images = [read_image(Path(args.out, item["file"])) for item in kept[:64]]
-        prompts = [item["prompt"] for item in kept[:64]]
-        save_png(
-            contact_sheet(images, prompts),
-            Path(args.out, "grid.png"),
-            "\n".join(dict.fromkeys(prompts)),
-        )
-    print(f"{drawn} images drawn, {len(planned) - drawn} were there: {args.out}")
-    if args.kept_by:
-        attempts = sum(item["attempts"] for item in planned)
-        print(
-            f"{len(kept)} passed, of {attempts} drawings; {len(planned) - len(kept)} did not in {args.max_attempts} attempts"
-            + f": {args.out}/refused" * (len(kept) < len(planned))
-        )
-    print(
-        "next: " + command("evaluate.py", args.reference or "REAL", args.out)
-        if kept
-        else "nothing passed: look at what was refused, and at filter.py's page on why"
-    )
+        images = [read_image(Path(args.out, record["file"])) for record in kept[:64]]
+        captions = [record["prompt"] for record in kept[:64]]
+        sheet = contact_sheet(images, captions)
+        save_png(sheet, Path(args.out, "grid.png"), "\n".join(dict.fromkeys(captions)))
+    print(f"{drawn} images drawn, {len(records) - drawn} were there: {args.out}")
+    if args.selector or args.reference:
+        attempts = sum(int(record["attempts"]) for record in records)
+        print(f"{len(kept)} passed, of {attempts} drawings")
+        if len(kept) < len(records):
+            count = len(records) - len(kept)
+            print(f"{count} did not in {args.max_attempts} attempts: {args.out}/refused")
+    if kept:
+        print("next: " + command("evaluate.py", args.reference or "REAL", args.out))
+    else:
+        print("nothing passed: look at what was refused, and at filter.py's page on why")
+
+
+# until train.py imports these no more
+
+
+def check_schedule(base):
+    """load_base checks it."""
+
+
+def split_labels(row):
+    return {part.strip() for part in row["label"].split("|") if part.strip()} or {""}
+
+
+def classes_of(rows):
+    labels = [split_labels(row) for row in rows]
+    counts = Counter(label for each in labels for label in each)
+    return tuple(min(each, key=lambda label: (counts[label], label)) for each in labels)
 
 
 if __name__ == "__main__":
