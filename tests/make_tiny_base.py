@@ -1,26 +1,29 @@
-"""Build the embedded base of tests/tiny-base from nothing but tests/phantoms.py. The whole recipe, on two cores:
+"""Build the embedded base tests/tiny-base from tests/phantoms.py. The recipe, on two cores:
 
-    python tests/phantoms.py POOL --count 16000 --seed 2000000 --processes 2 --kinds "inflammatory ulcer,\
-remodelling ulcer,normal chest,pleural effusion,lung nodule,normal fundus,retinal haemorrhages"
+    python tests/phantoms.py POOL --count 16000 --seed 2000000 --processes 2 --kinds "\
+inflammatory ulcer,remodelling ulcer,normal chest,pleural effusion,lung nodule,normal fundus,\
+retinal haemorrhages"
     python tests/make_tiny_base.py vae       --out TINY --data POOL --steps 2200 --bf16
     python tests/make_tiny_base.py decoder   --out TINY --data POOL --minutes 8
     python tests/make_tiny_base.py text      --out TINY --data POOL --steps 1550
     python tests/make_tiny_base.py init-unet --out TINY
-    python train.py --base TINY --data POOL --out RUN --method full --snr-gamma 5 --ema 0.999 --prompt-dropout 0.1 \
---batch-size 32 --lr 6e-4 --warmup 200 --precision bf16 --steps 7000 --val-split 0.02
+    python train.py --base TINY --data POOL --out RUN --method full --snr-gamma 5 --ema 0.999 \
+--prompt-dropout 0.1 --batch-size 32 --lr 6e-4 --warmup 200 --precision bf16 --steps 7000 \
+--val-split 0.02
     python tests/make_tiny_base.py pack --trained RUN/model --out tests/tiny-base
     python tests/make_tiny_base.py check     --out tests/tiny-base
 
-The pool leaves out mpox: an adapter must have something to learn. `vae` fits an autoencoder with factor 8 and 4 latent
-channels; `text` a byte-level CLIP tokenizer and a small CLIP text encoder, contrastively against the VAE's latents;
-`init-unet` writes a random UNet and the scheduler, so that TINY is a whole Stable Diffusion pipeline whose UNet
-train.py can fit. `pack` writes half-precision safetensors and refuses more than 16,000,000 bytes. `vae` and `text` keep
-a checkpoint in TINY-state and go on from it; --steps instead of --minutes makes a run independent of the clock.
+The pool leaves out mpox: an adapter must have something to learn. `vae` fits an autoencoder with
+factor 8 and 4 latent channels; `text` fits a byte-level CLIP tokenizer and a small CLIP text
+encoder, contrastively against the VAE's latents; `init-unet` writes a random UNet and the
+scheduler, so that TINY is a whole Stable Diffusion pipeline whose UNet train.py can fit. `pack`
+writes half-precision safetensors and refuses more than 16,000,000 bytes. `vae`, `decoder` and
+`text` save a checkpoint in TINY-state and resume from it; --steps instead of --minutes makes a run
+independent of the clock.
 """
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import os
@@ -34,9 +37,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import phantoms  # noqa: E402
+import phantoms
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 LATENT_STD = 1 / 0.18215  # as in Stable Diffusion, so that a forgotten scaling factor shows
 UNSEEN = {  # wordings that no caption uses, to see what the text encoder makes of a user's own
     "inflammatory ulcer": [
@@ -75,18 +78,22 @@ UNSEEN = {  # wordings that no caption uses, to see what the text encoder makes 
         "diabetic retinopathy",
     ],
 }
-WORDS = """a an the of in on with and without no patient skin lesion disease normal abnormal acute chronic image photo
-photograph photography x-ray radiograph ct mri ultrasound scan film chest lung heart brain liver kidney bone foot leg
-arm hand face eye retina fundus macula disc vessel wound ulcer diabetic inflammation inflammatory proliferation
-remodelling phase healing scar tissue red yellow black white pink dark light brown pale small medium large left right
-upper lower middle side zone effusion pneumonia fibrosis cardiomegaly nodule mass edema atelectasis consolidation
-emphysema pneumothorax infiltration thickening hernia tumor tumour cancer melanoma nevus monkeypox mpox rash vesicle
-pustule crust papule haemorrhage hemorrhage retinopathy glaucoma drusen exudate microscopy histology clinical
-dermatology showing close-up view frontal lateral portrait high quality severe mild moderate""".split()
+WORDS = """
+a an the of in on with and without no patient skin lesion disease normal abnormal acute chronic
+image photo photograph photography x-ray radiograph ct mri ultrasound scan film chest lung heart
+brain liver kidney bone foot leg arm hand face eye retina fundus macula disc vessel wound ulcer
+diabetic inflammation inflammatory proliferation remodelling phase healing scar tissue red
+yellow black white pink dark light brown pale small medium large left right upper lower middle
+side zone effusion pneumonia fibrosis cardiomegaly nodule mass edema atelectasis consolidation
+emphysema pneumothorax infiltration thickening hernia tumor tumour cancer melanoma nevus
+monkeypox mpox rash vesicle pustule crust papule haemorrhage hemorrhage retinopathy glaucoma
+drusen exudate microscopy histology clinical dermatology showing close-up view frontal lateral
+portrait high quality severe mild moderate
+""".split()
 
 
 def save_safely(state, path):
-    """torch.save in one step, as seen from outside: a kill leaves the old file or the new one."""
+    """Save atomically: a run that is killed leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, f"{path}.part")
     os.replace(f"{path}.part", path)
@@ -96,59 +103,63 @@ def read_pool(folder):
     """(uint8 images (N, 3, H, W), captions, labels) of a folder that phantoms.write made."""
     with open(pathlib.Path(folder) / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    images = np.stack(
-        [np.asarray(Image.open(pathlib.Path(folder) / row["file_name"])) for row in rows]
-    )
-    return (
-        torch.from_numpy(images).permute(0, 3, 1, 2),
-        [row["text"] for row in rows],
-        [row["label"] for row in rows],
-    )
+    images = []
+    for row in rows:
+        images.append(np.asarray(Image.open(pathlib.Path(folder) / row["file_name"])))
+    captions = [row["text"] for row in rows]
+    labels = [row["label"] for row in rows]
+    return to_tensor(images), captions, labels
+
+
+def to_tensor(images):
+    """A list of arrays (H, W, 3) as one uint8 tensor (N, 3, H, W)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def unseen(count):
-    """Pictures outside every pool by the seeds' convention: (count * kinds, 3, 128, 128) in -1..1, and their kinds."""
-    drawn = [
-        (kind, phantoms.draw(kind, 500_000 + i)[0])
-        for kind in phantoms.BASE_KINDS
-        for i in range(count)
-    ]
-    images = torch.from_numpy(np.stack([image for _, image in drawn])).permute(0, 3, 1, 2)
-    return images.float() / 127.5 - 1, [kind for kind, _ in drawn]
+    """Pictures outside every pool: (kinds * count, 3, 128, 128) in -1..1, `count` of each kind."""
+    images = []
+    for kind in phantoms.BASE_KINDS:
+        for i in range(count):
+            images.append(phantoms.draw(kind, 500_000 + i)[0])
+    return to_tensor(images).float() / 127.5 - 1
 
 
 def fit(args, name, modules, loss_of_batch, lr):
-    """Fit `modules` (name -> Module) under `loss_of_batch(step)`: AdamW, cosine to zero over --minutes or --steps.
+    """Fit `modules` (name -> Module) under `loss_of_batch(step)`.
 
-    An average of the weights (EMA 0.998) is put into the modules at the end. Resumes from its checkpoint.
+    AdamW, cosine to zero over --minutes or --steps. An average of the weights (EMA 0.998) is put
+    into the modules at the end. Resumes from its checkpoint.
     """
     torch.manual_seed(0)
     path = pathlib.Path(f"{args.out.rstrip('/')}-state") / f"{name}.pt"
     weights = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    averaged, step, spent, began = [p.detach().clone() for p in weights], 0, 0.0, time.time()
+    averaged = [p.detach().clone() for p in weights]
+    step = 0
+    spent = 0.0
+    began = time.time()
     if path.exists():
         state = torch.load(path, weights_only=True)
         for key, module in modules.items():
             module.load_state_dict(state[key])
         optimizer.load_state_dict(state["optimizer"])
-        averaged, step, spent = state["averaged"], state["step"], state["spent"]
-        print(f"{name}: going on from step {step}")
-    saved, before = time.time(), spent
+        averaged = state["averaged"]
+        step = state["step"]
+        spent = state["spent"]
+        print(f"{name}: resumed at step {step}")
+    saved = time.time()
+    spent_before = spent
     while True:
-        spent = before + time.time() - began
+        spent = spent_before + time.time() - began
         progress = step / args.steps if args.steps else spent / 60 / args.minutes
         if progress >= 1 or time.time() - saved > 60:
-            save_safely(
-                {
-                    **{key: module.state_dict() for key, module in modules.items()},
-                    "averaged": averaged,
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "spent": spent,
-                },
-                path,
-            )
+            state = {key: module.state_dict() for key, module in modules.items()}
+            state["averaged"] = averaged
+            state["optimizer"] = optimizer.state_dict()
+            state["step"] = step
+            state["spent"] = spent
+            save_safely(state, path)
             saved = time.time()
         if progress >= 1:
             break
@@ -159,14 +170,13 @@ def fit(args, name, modules, loss_of_batch, lr):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        torch._foreach_lerp_(
-            averaged, [p.detach() for p in weights], 1 - min(0.998, (1 + step) / (10 + step))
-        )
+        decay = min(0.998, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averaged, [p.detach() for p in weights], 1 - decay)
         step += 1
         if step % 50 == 0:
             print(f"{name} step {step} {spent:.0f} s loss {loss.item():.4f} {words()}", flush=True)
     with torch.no_grad():
-        for p, mean in zip(weights, averaged):
+        for p, mean in zip(weights, averaged, strict=True):
             p.copy_(mean)
 
 
@@ -188,30 +198,30 @@ def make_vae(args):
         scaling_factor=1 / LATENT_STD,
     )
     images, _, _ = read_pool(args.data)
-    test, _ = unseen(4)
+    test = unseen(4)
 
     def loss_of_batch(step):
         draw = torch.Generator().manual_seed(step)
         x = images[torch.randint(len(images), (8,), generator=draw)].float() / 127.5 - 1
-        x = x.flip(-1) if step % 2 else x
+        if step % 2:
+            x = x.flip(-1)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             posterior = vae.encode(x).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            # Noise beyond the posterior's own teaches the decoder to bear what a denoiser leaves behind.
+            # More noise than the posterior's: the decoder must bear what a denoiser leaves behind.
             shake = torch.sqrt(logvar.exp() + (0.05 * mean.detach().std()) ** 2)
             y = vae.decode(mean + shake * torch.randn(mean.shape, generator=draw)).sample
         error = y.float() - x
-        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (
-            error[..., 1:, :] - error[..., :-1, :]
-        ).abs().mean()
+        slope_error = slopes(error)
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * slopes + 1e-5 * divergence
+        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * slope_error
+        loss = loss + 1e-5 * divergence
 
-        def words():
-            with torch.no_grad():
-                return f"mse {error.square().mean():.5f} std {mean.std():.2f} psnr {psnr(vae, test).mean():.2f}"
+        def progress():
+            squared = error.detach().square().mean()
+            return f"mse {squared:.5f} std {mean.std():.2f} psnr {psnr(vae, test).mean():.2f}"
 
-        return loss, words
+        return loss, progress
 
     fit(args, "vae", {"vae": vae}, loss_of_batch, 2e-3)
     standardise(vae, images)
@@ -219,12 +229,20 @@ def make_vae(args):
     check_vae(vae)
 
 
+def slopes(error):
+    """Mean absolute difference of neighbouring pixels of `error` (B, C, H, W), both ways."""
+    across = error[..., 1:] - error[..., :-1]
+    down = error[..., 1:, :] - error[..., :-1, :]
+    return across.abs().mean() + down.abs().mean()
+
+
 def make_decoder(args):
     """Sharpen the decoder alone, so that latents, and a UNet trained on them, stay what they are.
 
-    To absolute error and slopes comes the distance in log energies of oriented textures (metrics.texture): what a blur
-    loses first, and what squared error hardly sees.
+    Added to absolute error and slopes is the distance in log energies of oriented textures
+    (metrics.texture): what a blur loses first, and what squared error hardly sees.
     """
+    sys.path.insert(0, str(ROOT))
     from diffusers import AutoencoderKL
 
     from metrics import texture
@@ -232,7 +250,8 @@ def make_decoder(args):
     vae = AutoencoderKL.from_pretrained(pathlib.Path(args.out) / "vae").eval()
     vae.encoder.requires_grad_(False)
     images, _, _ = read_pool(args.data)
-    latents, test = encode(vae, images), unseen(4)[0]
+    latents = encode(vae, images)
+    test = unseen(4)
 
     def loss_of_batch(step):
         draw = torch.Generator().manual_seed(step)
@@ -243,18 +262,17 @@ def make_decoder(args):
             y = vae.decode(z).sample
         y = y.float()
         error = y - x
-        slopes = (error[..., 1:] - error[..., :-1]).abs().mean() + (
-            error[..., 1:, :] - error[..., :-1, :]
-        ).abs().mean()
+        slope_error = slopes(error)
         top, left = torch.randint(65, (2,), generator=draw).tolist()
-        a, b = (
-            texture(part[..., top : top + 64, left : left + 64] * 127.5 + 127.5) for part in (y, x)
-        )
-        loss = error.abs().mean() + 0.5 * slopes + 0.05 * (a - b).abs().mean()
-        return (
-            loss,
-            lambda: f"texture {(a - b).abs().mean().item():.3f} psnr {psnr(vae, test).mean():.2f}",
-        )
+        crop = (..., slice(top, top + 64), slice(left, left + 64))
+        texture_error = texture(y[crop] * 127.5 + 127.5) - texture(x[crop] * 127.5 + 127.5)
+        distance = texture_error.abs().mean()
+        loss = error.abs().mean() + 0.5 * slope_error + 0.05 * distance
+
+        def progress():
+            return f"texture {distance.item():.3f} psnr {psnr(vae, test).mean():.2f}"
+
+        return loss, progress
 
     fit(args, "decoder", {"decoder": vae.decoder}, loss_of_batch, 1e-3)
     vae.eval().save_pretrained(pathlib.Path(args.out) / "vae")
@@ -264,35 +282,34 @@ def make_decoder(args):
 @torch.no_grad()
 def encode(vae, images):
     """Posterior means (N, 4, H/8, W/8) of images in -1..1 or uint8."""
-    return torch.cat(
-        [
-            vae.encode(part / 127.5 - 1 if images.dtype == torch.uint8 else part).latent_dist.mean
-            for part in images.split(64)
-        ]
-    )
+    means = []
+    for batch in images.split(64):
+        if batch.dtype == torch.uint8:
+            batch = batch / 127.5 - 1
+        means.append(vae.encode(batch).latent_dist.mean)
+    return torch.cat(means)
 
 
 @torch.no_grad()
 def psnr(vae, images):
-    """PSNR (N,) in dB of the reconstruction from the posterior mean; images (N, 3, H, W) in -1..1."""
-    ratios = [
-        10
-        * torch.log10(
-            4 / (vae.decode(encode(vae, part)).sample.clamp(-1, 1) - part).square().mean((1, 2, 3))
-        )
-        for part in images.split(32)
-    ]
+    """PSNR (N,) in dB of the decoded posterior mean; images (N, 3, H, W) in -1..1."""
+    ratios = []
+    for batch in images.split(32):
+        decoded = vae.decode(encode(vae, batch)).sample.clamp(-1, 1)
+        squared = (decoded - batch).square().mean((1, 2, 3))
+        ratios.append(10 * torch.log10(4 / squared))
     return torch.cat(ratios)
 
 
 @torch.no_grad()
 def standardise(vae, images):
-    """Fold a shift and a scale a latent channel into the 1x1 convolutions on both sides of the latents."""
-    latents = encode(
-        vae, images[torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:2000]]
-    )
-    mean, scale = latents.mean((0, 2, 3)), LATENT_STD / latents.std((0, 2, 3))
-    into, out = vae.quant_conv, vae.post_quant_conv
+    """Make each latent channel mean 0 and LATENT_STD, by the 1x1 convolutions on both sides."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    latents = encode(vae, images[order[:2000]])
+    mean = latents.mean((0, 2, 3))
+    scale = LATENT_STD / latents.std((0, 2, 3))
+    into = vae.quant_conv
+    out = vae.post_quant_conv
     into.weight[:4] *= scale[:, None, None, None]
     into.bias[:4] = (into.bias[:4] - mean) * scale
     into.bias[4:] += 2 * scale.log()
@@ -301,61 +318,53 @@ def standardise(vae, images):
 
 
 def check_vae(vae, count=256):
-    """Print PSNR by kind on `count` unseen phantoms each, and the scaled latents' moments; returns the mean PSNR."""
-    images, kinds = unseen(count)
+    """Print PSNR by kind on `count` unseen phantoms each, and the scaled latents' moments."""
+    images = unseen(count)
     ratios = psnr(vae, images)
-    for kind, members in itertools.groupby(range(len(kinds)), lambda i: kinds[i]):
-        print(f"psnr {kind}: {ratios[list(members)].mean():.2f} dB")
+    for kind, ratios_of_kind in zip(phantoms.BASE_KINDS, ratios.split(count), strict=True):
+        print(f"psnr {kind}: {ratios_of_kind.mean():.2f} dB")
+    print(f"psnr {ratios.mean():.2f} dB (lowest {ratios.min():.2f})")
     latents = encode(vae, images) * vae.config.scaling_factor
-    mean, std = (
-        [round(v, 3) for v in moment.tolist()]
-        for moment in (latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
-    )
-    print(
-        f"psnr {ratios.mean():.2f} dB (lowest {ratios.min():.2f}), scaled latents: mean {mean} std {std}"
-    )
-    return ratios.mean().item()
+    mean = [round(value, 3) for value in latents.mean((0, 2, 3)).tolist()]
+    std = [round(value, 3) for value in latents.std((0, 2, 3)).tolist()]
+    print(f"scaled latents: mean {mean} std {std}")
 
 
 # ---- words
 
 
 def make_tokenizer(captions, folder):
-    """A CLIPTokenizer of bytes, bytes that end a word, learned merges and two specials; written to `folder`."""
+    """Write a CLIPTokenizer of bytes, bytes that end a word, learned merges and two specials."""
     from tokenizers import models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     learner = CLIPTokenizer().backend_tokenizer
     learner.model = models.BPE(end_of_word_suffix="</w>")
-    learner.train_from_iterator(
-        captions + WORDS * 40,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            min_frequency=20,
-            initial_alphabet=letters,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        min_frequency=20,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
+    learner.train_from_iterator(captions + WORDS * 40, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
-    # A merge makes sense only where both halves exist, and the halves may be bytes that the learner never met as ends.
-    words = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    vocab = {
-        word: i
-        for i, word in enumerate(dict.fromkeys(words + ["<|startoftext|>", "<|endoftext|>"]))
-    }
+    # Both halves of a merge must exist; a half may be a byte that the learner never met as an end.
+    words = letters + [letter + "</w>" for letter in letters]
+    words += ["".join(pair) for pair in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
     tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
 def write_vocabulary(tokenizer, folder):
-    """Write vocab.json and merges.txt, which transformers before 5 reads in place of tokenizer.json."""
+    """Write vocab.json and merges.txt, which transformers before 5 reads."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    (folder / "vocab.json").write_text(
-        json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
-    )
+    vocab = json.dumps(model["vocab"], ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocab, encoding="utf-8")
     lines = ["#version: 0.2"] + [" ".join(pair) for pair in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -363,32 +372,34 @@ def write_vocabulary(tokenizer, folder):
 def text_encoder_of(tokenizer):
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            hidden_act="quick_gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=512,
+        projection_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return CLIPTextModel(config)
 
 
 def thinned(caption, random):
-    """The caption less some of its words, so that the encoder does not hang on whole sentences."""
+    """The caption without some of its words, so that the encoder does not need whole sentences."""
     words = caption.split()
     kept = [word for word in words if random.random() > 0.2]
     return " ".join(kept) if len(kept) > 1 else caption
 
 
 def make_text(args):
-    """Fit the text encoder: a caption's pooled state must find the latents of its picture among a batch's 128."""
+    """Fit the text encoder: a caption must find the latents of its picture among a batch of 128.
+
+    Contrastive, as CLIP (Radford et al. 2021); equal captions count as one.
+    """
     from diffusers import AutoencoderKL
 
     images, captions, labels = read_pool(args.data)
@@ -398,7 +409,7 @@ def make_text(args):
     latents = encode(vae, images) * vae.config.scaling_factor
     torch.manual_seed(0)
     encoder = text_encoder_of(tokenizer)
-    eye = torch.nn.Sequential(
+    image_head = torch.nn.Sequential(
         torch.nn.Conv2d(4, 64, 3, 2, 1),
         torch.nn.SiLU(),
         torch.nn.Conv2d(64, 128, 3, 2, 1),
@@ -408,72 +419,73 @@ def make_text(args):
         torch.nn.Flatten(),
         torch.nn.Linear(512, 128),
     )
-    hand = torch.nn.Linear(128, 128)
+    text_head = torch.nn.Linear(128, 128)
     wordings = {caption: i for i, caption in enumerate(sorted(set(captions)))}
 
     def loss_of_batch(step):
         random = np.random.default_rng((7, step))
         rows = random.choice(len(captions), 128, replace=False)
         texts = [thinned(captions[i], random) for i in rows]
-        # Padding comes after the end token, which a causal encoder never sees from there: the batch's longest will do.
+        # A causal encoder never sees the padding after the end token: pad to the longest caption.
         tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").input_ids
         states = encoder(tokens)
-        seen, said = (
-            F.normalize(eye(latents[rows]), dim=-1),
-            F.normalize(hand(states.pooler_output), dim=-1),
-        )
-        same = torch.tensor([wordings[captions[i]] for i in rows])
-        target = (same[:, None] == same[None]).float()
-        scores = said @ seen.T / 0.07
-        contrast = F.cross_entropy(scores, target / target.sum(1, keepdim=True)) + F.cross_entropy(
-            scores.T, target / target.sum(1, keepdim=True)
-        )
-        # Each state keeps its own word, which the pooled loss alone would let fade; attention in the UNet reads them.
+        image_vectors = F.normalize(image_head(latents[rows]), dim=-1)
+        text_vectors = F.normalize(text_head(states.pooler_output), dim=-1)
+        wording = torch.tensor([wordings[captions[i]] for i in rows])
+        target = (wording[:, None] == wording[None]).float()
+        target = target / target.sum(1, keepdim=True)
+        scores = text_vectors @ image_vectors.T / 0.07
+        contrast = F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)
+        # Each state keeps its own word, which the pooled loss alone would let fade: the UNet's
+        # attention reads the states.
         table = F.normalize(encoder.get_input_embeddings().weight, dim=-1)
         keep = F.cross_entropy((states.last_hidden_state @ table.T).flatten(0, 1), tokens.flatten())
-        right = [
-            labels[rows[i]] == labels[rows[j]] for i, j in enumerate(scores.argmax(1).tolist())
-        ]
-        return (
-            contrast + 0.1 * keep,
-            lambda: f"kind retrieved {np.mean(right):.3f} contrast {contrast.item():.3f}",
-        )
 
-    fit(args, "text", {"encoder": encoder, "eye": eye, "hand": hand}, loss_of_batch, 1e-3)
+        def progress():
+            batch_labels = np.array([labels[i] for i in rows])
+            right = batch_labels == batch_labels[scores.argmax(1).numpy()]
+            return f"kind retrieved {right.mean():.3f} contrast {contrast.item():.3f}"
+
+        return contrast + 0.1 * keep, progress
+
+    modules = {"encoder": encoder, "eye": image_head, "hand": text_head}
+    fit(args, "text", modules, loss_of_batch, 1e-3)
     encoder.eval().save_pretrained(out / "text_encoder")
     check_text(encoder, tokenizer)
 
 
 @torch.no_grad()
 def check_text(encoder, tokenizer):
-    """Print how many captions never seen have as nearest kind (by pooled state) their own; returns the share."""
+    """Print and return the share of unseen wordings that lie nearest to their kind."""
 
     def pooled(texts):
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-        ).input_ids
-        return F.normalize(encoder(tokens).pooler_output, dim=-1)
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return F.normalize(encoder(tokens.input_ids).pooler_output, dim=-1)
 
-    centres = torch.stack(
-        [
-            pooled([phantoms.draw(kind, 400_000 + i, 16)[1] for i in range(64)]).mean(0)
-            for kind in UNSEEN
-        ]
-    )
-    cases = [(kind, text) for kind, texts in enumerate(UNSEEN.values()) for text in texts]
-    found = (pooled([text for _, text in cases]) @ centres.T).argmax(1).tolist()
-    wrong = [f"{text!r} -> {list(UNSEEN)[i]}" for (kind, text), i in zip(cases, found) if kind != i]
-    print(
-        f"unseen wordings whose nearest kind is right: {len(cases) - len(wrong)} of {len(cases)}; wrong: {wrong}"
-    )
-    return 1 - len(wrong) / len(cases)
+    kinds = list(UNSEEN)
+    centres = []
+    for kind in kinds:
+        captions = [phantoms.draw(kind, 400_000 + i, 16)[1] for i in range(64)]
+        centres.append(pooled(captions).mean(0))
+    wrong = []
+    total = 0
+    for kind, texts in UNSEEN.items():
+        nearest = (pooled(texts) @ torch.stack(centres).T).argmax(1).tolist()
+        for text, i in zip(texts, nearest, strict=True):
+            total += 1
+            if kinds[i] != kind:
+                wrong.append(f"{text!r} -> {kinds[i]}")
+    print(f"unseen wordings whose nearest kind is right: {total - len(wrong)} of {total}")
+    for line in wrong:
+        print(f"  wrong: {line}")
+    return 1 - len(wrong) / total
 
 
 # ---- the rest of the pipeline
 
 
 def init_unet(args):
-    """Write a random UNet, the scheduler of Stable Diffusion 1.5 and model_index.json beside VAE and text encoder."""
+    """Write a random UNet, Stable Diffusion 1.5's scheduler and model_index.json."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -518,7 +530,7 @@ def init_unet(args):
 
 
 def pack(args):
-    """Write the trained pipeline folder as fp16 safetensors to --out; refuse it over 16,000,000 bytes."""
+    """Write the trained pipeline as fp16 safetensors to --out, at most 16,000,000 bytes."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -526,16 +538,15 @@ def pack(args):
     )
     pipeline.save_pretrained(args.out)
     write_vocabulary(pipeline.tokenizer, pathlib.Path(args.out) / "tokenizer")
-    # transformers from 5 on loads in the type the configuration names, diffusers in float32: a plain load must not mix.
-    config = pathlib.Path(args.out) / "text_encoder" / "config.json"
-    config.write_text(
-        json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n"
-    )
+    # transformers from 5 on loads in the configuration's type, diffusers in float32: not both.
+    path = pathlib.Path(args.out) / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    config["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
     for path in pathlib.Path(args.out).rglob("*.json"):  # diffusers notes the folder it loaded from
-        path.write_text(
-            re.sub(r'\n *"_name_or_path": "[^"]*",', "", path.read_text(encoding="utf-8")),
-            encoding="utf-8",
-        )
+        text = path.read_text(encoding="utf-8")
+        text = re.sub(r'\n *"_name_or_path": "[^"]*",', "", text)
+        path.write_text(text, encoding="utf-8")
     size = sum(path.stat().st_size for path in pathlib.Path(args.out).rglob("*") if path.is_file())
     print(f"{args.out}: {size:,} bytes")
     if size > 16_000_000:
@@ -555,26 +566,23 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=["vae", "decoder", "text", "init-unet", "pack", "check"])
-    parser.add_argument("--out", required=True, help="pipeline folder to write (check: to read)")
-    parser.add_argument("--data", help="pool of phantoms, for vae and text")
-    parser.add_argument("--trained", help="pipeline folder with the trained UNet, for pack")
-    parser.add_argument("--minutes", type=float, default=10, help="length of a fit by the clock")
-    parser.add_argument("--steps", type=int, help="length of a fit in steps instead")
-    parser.add_argument(
-        "--bf16",
-        action="store_true",
-        help="autocast to bfloat16, for CPUs that have it in hardware",
-    )
-    args = parser.parse_args()
-    {
+    stages = {
         "vae": make_vae,
         "decoder": make_decoder,
         "text": make_text,
         "init-unet": init_unet,
         "pack": pack,
         "check": check,
-    }[args.stage](args)
+    }
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--out", required=True, help="pipeline folder to write (check: to read)")
+    parser.add_argument("--data", help="pool of phantoms, for vae and text")
+    parser.add_argument("--trained", help="pipeline folder with the trained UNet, for pack")
+    parser.add_argument("--minutes", type=float, default=10, help="length of a fit by the clock")
+    parser.add_argument("--steps", type=int, help="length of a fit in steps instead")
+    parser.add_argument("--bf16", action="store_true", help="for CPUs that have it in hardware")
+    args = parser.parse_args()
+    stages[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def ramp(low, high, value):
 
 
 def fractal(random, size, cells, octaves=3, wide=1):
-    """Smooth noise (size, size), mean 0, deviation about 0.6: cells lumps down, cells/wide across."""
+    """Smooth noise (size, size), mean 0, deviation 0.6: cells lumps down, cells/wide across."""
     total = np.zeros((size, size), np.float32)
     for octave in range(octaves):
         count = cells * 2**octave
@@ -409,7 +409,7 @@ def remodelling(body, random, size):
 
 
 def first_free(spots, radius, placed):
-    """The first spot where a circle keeps its distance from all `placed` (spot, radius), or None."""
+    """The first spot where a circle keeps clear of all `placed` (spot, radius), or None."""
     for spot in spots:
         gaps = [np.hypot(*(spot - other)) - 1.25 * (radius + r) for other, r in placed]
         if not gaps or min(gaps) > 0:
@@ -418,7 +418,7 @@ def first_free(spots, radius, placed):
 
 
 def mpox(body, random, size):
-    """Umbilicated papules or pustules, some crusted, on red bases; a soft-focus close-up."""
+    """Umbilicated papules or pustules, some crusted, on red bases; softly focused."""
     x, y = plane(size)
     image, attributes = skin(body, random, size)
     count, light = int(random.integers(1, 12)), attributes["light"]
