@@ -854,7 +854,8 @@ def fill_captions(data, rows, columns, prompt):
         texts = {}
         for _, name, _, _ in pieces:
             if name is not None and name.lower() not in known:
-                fail(f"--prompt: no field {{{name}}} in {data}; there are: {', '.join(known)}")
+                names = ", ".join(row.fields) or "only label and caption"
+                fail(f"--prompt: no field {{{name}}} in {data}; there are: {names}")
             texts[name] = in_english(known[name.lower()]) if name else ""
         if not all(texts[name] for name in texts if name):
             lacking.append(row.file_name)
@@ -1331,7 +1332,7 @@ def load_weights(path, sha256=""):
 
 
 def load_features(name, device, resize="legacy"):
-    """The Network of texture, inception or a file of its weights, or the Hub id or folder of another.
+    """The Network of texture, inception, a file of its weights, or a vision model's id or folder.
 
     resize: how Inception's input is made, "legacy" as by pytorch-fid, "clean" as by clean-fid.
     """
@@ -1906,7 +1907,7 @@ def thumbnail(image, size=96, **options):
     return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
 
-def curve(series, x_label="", y_label="", width=640, height=260):
+def curve(series, x_label="", y_label=""):
     """An inline SVG line chart; series: name -> list of (x, y). Only finite points are drawn."""
     finite = {}
     for name, points in series.items():
@@ -1917,33 +1918,28 @@ def curve(series, x_label="", y_label="", width=640, height=260):
     low = every.min(0)
     high = every.max(0)
     span = np.where(high > low, high - low, np.maximum(np.abs(low), 1e-12))
-    left, bottom = 70, height - 40
-    box = np.array([width - 100, height - 68])
 
-    def position(point):
-        x, y = (np.asarray(point, float) - low) / span * box
-        return f"{left + x:.1f},{bottom - y:.1f}"
+    def position(point):  # the axes cross at (70, 220)
+        x, y = (np.asarray(point, float) - low) / span
+        return f"{70 + 540 * x:.1f},{220 - 192 * y:.1f}"
 
     def text(x, y, content, more=""):
         return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(content)}</text>'
 
-    parts = [f'<path d="M{left} 20V{bottom}H{width - 15}" fill="none" stroke="var(--line)"/>']
+    parts = ['<path d="M70 20V220H625" fill="none" stroke="var(--line)"/>']
     for share in (0, 0.5, 1):
         x, y = low + share * span
-        parts.append(text(left + share * box[0], bottom + 18, f"{x:.4g}", 'text-anchor="middle"'))
-        parts.append(text(left - 6, bottom + 4 - share * box[1], f"{y:.4g}", 'text-anchor="end"'))
+        parts.append(text(70 + 540 * share, 238, f"{x:.4g}", 'text-anchor="middle"'))
+        parts.append(text(64, 224 - 192 * share, f"{y:.4g}", 'text-anchor="end"'))
     for n, (name, points) in enumerate(finite.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
         line = " ".join(map(position, points[:1] + points))  # the first twice: one alone is a dot
-        stroke = 2 if len(points) > 1 else 7
-        parts.append(
-            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="{stroke}" '
-            'stroke-linecap="round"/>'
-        )
+        width = 2 if len(points) > 1 else 7
+        style = f'stroke="{colour}" stroke-width="{width}" stroke-linecap="round"'
+        parts.append(f'<polyline points="{line}" fill="none" {style}/>')
         parts.append(text(80 + 140 * n, 12, name, f'fill="{colour}"'))
-    parts.append(text(left + box[0] / 2, height - 4, x_label, 'text-anchor="middle"'))
+    parts.append(text(340, 256, x_label, 'text-anchor="middle"'))
     parts.append(text(0, 12, y_label))
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'font-size="12" fill="var(--soft)">{"".join(parts)}</svg>\n'
-    )
+    size = 'viewBox="0 0 640 260" width="640" height="260"'
+    style = 'font-size="12" fill="var(--soft)"'
+    return f'<svg {size} role="img" {style}>{"".join(parts)}</svg>\n'
