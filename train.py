@@ -2,12 +2,15 @@
 
     python train.py --base tiny --data tests/phantoms --steps 300 --out runs/try
     python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
-    python train.py --data xray/ --preview runs/look        what the model would see, and what is odd about the data
-    torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}" --out runs/xray
+    python train.py --data xray/ --preview runs/look      show the data as the model would see them
+    torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}"
 
-The same command typed again goes on where a stopped run was, bit for bit. Leaves in --out: lora.safetensors (EMA
-weights of the best validation), lora-last.safetensors, checkpoints/, samples/, log.jsonl, split.csv, report.html.
-From sample: the base and drawing from it; from metrics: reading data, keyed randomness; from lora: adapters.
+The same command typed again continues a run that was stopped, bit for bit. Written into --out:
+lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
+samples/, log.jsonl, args.json, split.csv, report.html and README.md, a model card.
+
+From sample: what a base is, and drawing from it; from lora: adapters; from metrics: flags, reading
+images, keyed randomness, distances, the page.
 """
 
 import argparse
@@ -15,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import shlex
@@ -23,59 +25,55 @@ import signal
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from fnmatch import fnmatch
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from torchvision.transforms.v2 import functional as vision
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import lora
 from metrics import (
-    CACHE,
     FID_WEIGHTS,
-    FORMATS,
     IMAGENET_SCALE,
     LPIPS,
-    VOLUME_SUFFIXES,
-    BadImage,
     Flags,
+    add_common_flags,
     command,
     content_hash,
     copy_file,
     curve,
+    data_set,
+    existing_file,
     extract,
     fail,
     find_weights,
     frechet,
     generator,
-    is_deep,
     kid,
     list_images,
     load_features,
     load_pixels,
     load_weights,
-    looks_like_dicom,
     near_duplicates,
     need,
-    open_dicom,
+    number,
     page,
     pick_window,
     picture,
-    read_image,
     replacing,
     run_script,
     share_range,
+    split_labels,
     split_rows,
     table,
     taps,
@@ -89,10 +87,10 @@ from sample import (
     PARTS,
     RANK,
     WORLD,
+    Settings,
     add_tokens,
     base_hash,
-    check_schedule,
-    classes_of,
+    blur_timestep,
     contact_sheet,
     decode_with_gradient,
     denoise,
@@ -100,894 +98,231 @@ from sample import (
     find_base,
     generate,
     load_base,
+    multiple_of_8,
     noised_and_target,
     own_device,
     own_resolution,
     predicted_latents,
     project,
     save_png,
-    split_labels,
     text_states,
     tokenize,
     use_text_encoder,
 )
 
-# ------------------------------------------------------------------------------------------------- the run's folder
+# ---------------------------------------------------------------- one step, and the loop
 
 
-def start_processes(args):
-    """Under torchrun, join the others; returns this process's device."""
-    device = own_device(args.device)
-    if (
-        device.type == "cuda"
-    ):  # what is promised, the same bytes after a restart, needs kernels that add in one order
-        torch.cuda.set_device(device)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    if WORLD > 1:
-        # A rank that dies takes the others down through torchrun; a long grid on rank 0 must not.
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=fresh_store(),
-            rank=RANK,
-            world_size=WORLD,
-            timeout=timedelta(hours=2),
-        )
-    return device
+def training_loss(base, batch, perceptual, args):
+    """The loss of each image of a batch: (B,), fp32.
 
-
-def fresh_store():
-    """A part of torchrun's key-value store that only the processes of this attempt use.
-
-    After a restart the store still holds the addresses of the dead, and a rank that reads one hangs. So each process
-    leaves a name of its own, rank 0 strings them together, and the string that all of them have signed is the part.
+    Noise prediction in latent space (Rombach et al. 2022), weighted by min-SNR (Hang et al. 2023).
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
-    mine, signed = secrets.token_hex(8), set()
-    store.set(f"medlora-{RANK}", mine)
-    while True:
+    timesteps = batch.timesteps.to(base.device, non_blocking=True)
+    noisy, target, snr_weight = noised_and_target(
+        base, batch.latents, batch.noise, timesteps, args.snr_gamma
+    )
+    prediction = denoise(base, noisy, timesteps, batch.text)
+    loss = (prediction - target).square().mean((1, 2, 3)) * snr_weight
+    if perceptual:
+        clean = predicted_latents(base, noisy, prediction, timesteps)
+        loss = loss + args.perceptual_weight * perceptual(clean, batch)
+    return loss * batch.weight
+
+
+def accumulate_gradients(base, streams, perceptual, state, args):
+    """Leave this process's gradients of one step; returns its share of the loss, on the device."""
+    total = torch.zeros((), device=base.device)
+    for micro in range(args.accumulate):
+        first = (micro * WORLD + RANK) * args.batch_size
+        slots = range(first, first + args.batch_size)
+        for data in streams:
+            if args.dropout:  # nn.Dropout draws from the global generator
+                key = (args.seed, "dropout", data.name, state.step, micro, RANK)
+                torch.manual_seed(generator(*key).initial_seed())
+            batch = make_batch(base, data, state.step, slots, args)
+            loss = training_loss(base, batch, perceptual, args)
+            loss = data.share * loss.sum() / effective_batch(args)
+            state.scaler.scale(loss).backward()
+            total += loss.detach()
+    for weight in state.weights.values():
+        if weight.grad is None:  # SDXL does not read the last layer of a text encoder
+            weight.grad = torch.zeros_like(weight)
+    return total
+
+
+def fit(base, streams, perceptual, validation, state, args, log):
+    """Train until --steps, --patience or a signal. What was learnt is saved before anything slow.
+
+    streams: the data sets of which each step sees a batch: the training images, and DreamBooth's
+    class images (Ruiz et al. 2023).
+    """
+    for module in base.parts().values():
+        module.train()
+    stop = False
+    with deferred_signals() as signals, progress_bar(state, args) as bar:
+        while state.step < args.steps and not stop and not out_of_patience(state, args):
+            loss = accumulate_gradients(base, streams, perceptual, state, args)
+            loss, stops = sum_over_processes(loss, len(signals), state)
+            grad_norm = optimizer_step(state, args)
+            state.step += 1
+            bar.update()
+            log.add_step(loss, grad_norm)
+
+            validating = is_due(state.step, args.validate_every, args)
+            saving = is_due(state.step, args.save_every, args)
+            logging = validating or saving or is_due(state.step, args.log_every, args)
+            if WORLD == 1:
+                stop = len(signals) > 0
+            elif logging:  # reading a number makes the GPU wait
+                stop = stops.item() > 0
+            if logging or stop:
+                bar.set_postfix(loss=log.write_steps(state, args))
+            if state.bad_steps >= 3:
+                bar.close()
+                fail(
+                    f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller "
+                    f"--lr or --precision fp32; {args.out}/checkpoints are from before"
+                )
+            is_best = validating and validate(base, validation, state, args, log)
+            if saving or is_best or stop or out_of_patience(state, args):
+                save_checkpoint(state, args, is_best)
+            # the last grid is drawn after the loop: a run killed before it draws it when resumed
+            if validating and state.step < args.steps:
+                draw_grid(base, state, args, log)
+            if logging:
+                log.restart_clock()
+    if stop or signals:
         if RANK == 0:
-            store.set(
-                "medlora-all",
-                " ".join(store.get(f"medlora-{rank}").decode() for rank in range(WORLD)),
-            )
-        names = store.get("medlora-all").decode()
-        if mine in names and names not in signed:
-            signed.add(names)
-            store.add(names, 1)
-        if names in signed and store.add(names, 0) == WORLD:
-            return dist.PrefixStore(names, store)
-        time.sleep(0.02)
+            print(f"stopped at step {state.step}, saved; the same command continues from here")
+        raise KeyboardInterrupt
+
+
+def is_due(step, every, args):
+    """True at the last step and every so many steps (0: at the last one alone)."""
+    return step == args.steps or (every > 0 and step % every == 0)
+
+
+def out_of_patience(state, args):
+    """True once --patience validations in a row were no better than the best before them."""
+    since_best = [entry for entry in state.history if entry["step"] > state.best["step"]]
+    return 0 < args.patience <= len(since_best)
 
 
 @contextmanager
-def lock(out):
-    """Hold the run's folder: a kernel lock, which dies with its process. A second run is refused."""
-    Path(out, "checkpoints").mkdir(parents=True, exist_ok=True)
-    file = open(Path(out, ".lock"), "a+b")
+def deferred_signals():
+    """A list to which SIGINT and SIGTERM are added, instead of interrupting a step."""
+    arrived = []
+    handlers = {}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        handlers[name] = signal.signal(name, lambda name, _: arrived.append(name))
     try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f"{out}: another run is writing here; wait for it or give another --out")
-    for place in (".", "checkpoints", "samples", "model", "model/*", "class-images"):
-        for litter in Path(out).glob(
-            f"{place}/.*.[0-9]*.tmp"
-        ):  # of runs that were killed in mid-write
-            litter.unlink()
-    with file:
-        yield
+        yield arrived
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
-HARMLESS = (
-    "steps epochs out resume device precision save_every keep_last log_every validate_every val_prompts val_samples "
-    "val_steps val_guidance_scale strict cache batch_size accumulate data val_data class_data patience "
-    "tensorboard wandb compile gradient_checkpointing"
-).split()
+def progress_bar(state, args):
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    how = {"desc": "training", "unit": "step", "mininterval": seconds, "disable": RANK > 0}
+    return tqdm(total=args.steps, initial=state.step, **how)
+
+
+# ---------------------------------------------------------------- what a step is made of
+
+
+@dataclass
+class Batch:
+    """What one forward pass sees: latents and noise (B, 4, h, w), the UNet's text arguments, the
+    weight of the loss (B,), all on the device; timesteps (B,) on the CPU, so that choosing by them
+    makes no GPU wait."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    text: dict
+    weight: torch.Tensor
+
+
+def make_batch(base, data, step, slots, args):
+    """The batch of a step at the positions `slots` of the global batch.
+
+    Every draw is keyed by purpose, step and slot: the same whatever the number of processes and of
+    forward passes.
+    """
+    size = data.mean.shape[1:]
+
+    def on_device(values):
+        return values.to(data.mean.device, non_blocking=True)
+
+    def draw(purpose, make, *size):
+        keys = [generator(args.seed, data.name, purpose, step, slot) for slot in slots]
+        return torch.stack([make(size, generator=key) for key in keys])
+
+    rows = on_device(torch.tensor(pick_rows(data, step, slots, args)))
+    pictures = rows
+    variants = len(data.mean) // len(data.rows)
+    if variants > 1:
+        variant = on_device(draw("variant", partial(torch.randint, variants)))
+        pictures = variant * len(data.rows) + rows
+    noise = on_device(draw("noise", torch.randn, *size))
+    if args.noise_offset:
+        offset = draw("noise-offset", torch.randn, size[0], 1, 1)
+        noise += args.noise_offset * on_device(offset)
+    posterior = on_device(draw("posterior", torch.randn, *size))
+    dropped = on_device(draw("caption-dropout", torch.rand)) < args.prompt_dropout
+    captions = data.caption[rows].masked_fill(dropped, -1)  # the last is the empty one
+    return Batch(
+        latents=data.mean[pictures] + data.std[pictures] * posterior,
+        noise=noise,
+        timesteps=draw("timestep", partial(torch.randint, base.num_timesteps)),
+        text=text_condition(base, data, captions, args),
+        weight=data.weight[rows],
+    )
+
+
+def text_condition(base, data, captions, args):
+    """The UNet's text arguments for caption numbers (B,), with gradients where the text learns."""
+    text = {key: values[captions] for key, values in data.text.items()}
+    if text_learns(args):
+        text = text_states(base, text)
+    return project(base, text)
+
+
+def pick_rows(data, step, slots, args):
+    """The numbers of the rows which a step sees at these positions of the global batch."""
+    rows = []
+    for slot in slots:
+        epoch, place = divmod(step * effective_batch(args) + slot, len(data.rows))
+        order = epoch_order((args.seed, data.name), epoch, len(data.rows), data.classes)
+        rows.append(order[place])
+    return rows
+
+
+@lru_cache(4)
+def epoch_order(seed, epoch, count, classes=()):
+    """The order of the rows in an epoch: keyed by it, so that the place follows from the step.
+
+    classes: with --balance, of each row: every class is drawn equally often, its rows in turn.
+    """
+    shuffled = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
+    if not classes:
+        return shuffled
+    members = {name: [] for name in sorted(set(classes))}
+    for row in shuffled:
+        members[classes[row]].append(row)
+    turns = list(members.values())
+    order = []
+    for place in shuffled:
+        rows = turns[(place + epoch) % len(turns)]
+        order.append(rows[place // len(turns) % len(rows)])
+    return order
 
 
 def effective_batch(args):
     """Images an optimizer step."""
     return args.batch_size * args.accumulate * WORLD
-
-
-KINDS = {
-    "args": dict,
-    "step": int,
-    "weights": dict,
-    "ema": dict,
-    "optimizer": dict,
-    "scaler": dict,
-    "best": dict,
-    "history": list,
-    "random": torch.Tensor,
-    "made_of": dict,
-}  # of what a checkpoint holds
-
-
-def plain(value):
-    """What a checkpoint may hold: tuples become lists, and what is None is left out."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items() if part is not None}
-    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def checkpoint_path(args):
-    """The file that --resume means."""
-    names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
-    return (
-        Path(args.out, "checkpoints", names[args.resume])
-        if args.resume in names
-        else Path(args.resume)
-    )
-
-
-def find_checkpoint(args, made_of):
-    """The checkpoint that --resume means, read, or None to start afresh. Nothing is unpickled. made_of: as in Data."""
-    path = checkpoint_path(args)
-    if not path.exists():
-        return (
-            None if args.resume == "auto" else fail(f"--resume {args.resume}: there is no {path}")
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        then = checkpoint["args"]
-        assert checkpoint["format"] == 1 and all(
-            isinstance(checkpoint[key], kind) for key, kind in KINDS.items()
-        )
-        best, history, figure = (
-            checkpoint["best"],
-            checkpoint["history"],
-            args.select_by.replace("-", "_"),
-        )
-        for entry in (
-            best,
-            *history,
-        ):  # best is of step 0, without figures, as long as none was a number
-            assert "step" in entry and all(
-                isinstance(value, (int, float)) for value in entry.values()
-            )
-            assert {"val_loss", figure} <= entry.keys() or entry is best and not best["step"]
-    except (
-        Exception
-    ) as why:  # truncated, a pickle, another program's: torch.load raises whatever it meets
-        fail(
-            f"{path}: not a checkpoint of train.py, or damaged ({type(why).__name__}); give --resume an older one of "
-            f"{path.parent}, or another --out to start afresh"
-        )
-    changed = [
-        name
-        for name, value in vars(args).items()
-        if then.get(name) != plain(value) and name not in HARMLESS
-    ]
-    if changed:
-        fail(
-            f"{path} was made with other flags: "
-            + "; ".join(
-                f"--{name.replace('_', '-')} {then.get(name)} there, {getattr(args, name)} here"
-                for name in changed
-            )
-            + "; give the same, or another --out"
-        )
-    then_batch, batch = checkpoint["effective_batch"], effective_batch(args)
-    if then_batch != batch:
-        fail(
-            f"{path}: the effective batch was {then_batch}, now it is {batch} = --batch-size {args.batch_size} × "
-            f"--accumulate {args.accumulate} × {WORLD} processes; change one of them"
-        )
-    for name, digest in made_of.items():
-        if checkpoint["made_of"].get(name) != digest:
-            fail(
-                f"{path}: {name}: {'files, captions or their order have' if 'data' in name else 'its content has'} changed since; "
-                "give another --out"
-            )
-    return checkpoint
-
-
-def finished(out):
-    """The step at which a run in this folder ended and left its results, or None."""
-    with suppress(OSError, ValueError):
-        return json.loads(Path(out, "args.json").read_text(encoding="utf-8")).get("finished")
-
-
-def write_args(args, ended=None):
-    """args.json: every flag, what ran it, and the step at which the run ended."""
-    about = {
-        "command": sys.argv,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processes": WORLD,
-        "finished": ended,
-    }
-    write_file(
-        Path(args.out, "args.json"),
-        json.dumps({"args": vars(args), **about}, indent=1, ensure_ascii=False),
-    )
-
-
-# ------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Data:
-    """A data set in latents, on the device. mean, std: (variants x N, 4, h, w); text: what the captions become, each value
-    (captions + 1, …), the last of the empty caption: encoders' states, or tokens where the text encoder learns (live);
-    caption: (N,) index into them."""
-
-    rows: list
-    mean: torch.Tensor
-    std: torch.Tensor
-    text: dict
-    caption: torch.Tensor
-    live: bool
-    classes: tuple = ()  # of the rows, for --balance
-    weight: torch.Tensor = None  # (N,) of each row's loss, mean 1
-    made_of: dict = field(
-        default_factory=dict
-    )  # what must not change while a run goes on → its hash
-
-
-def cond_of(base, data, part):
-    """UNet arguments for a part of data.text, with gradients where something in the text's path learns."""
-    return project(base, text_states(base, part) if data.live else part)
-
-
-def list_data(args):
-    """All rows, each with its split, by --val-data or by a hash of patient or content."""
-    columns = {
-        f"{role}_column": getattr(args, f"{role}_column")
-        for role in ("image", "caption", "label", "group")
-    }
-    columns |= {
-        "prompt": args.prompt,
-        "slices": args.slices,
-        "strict": None if args.preview else args.strict,
-    }  # the doctor names all that is not there
-    rows = list_images(args.data, **columns)
-    for flag, folder in (("out", args.out), ("preview", args.preview)):
-        where = Path(folder or "/").resolve()
-        if Path(args.data).resolve() in [where, *where.parents] and (
-            flag == "preview" or not rows[0]["fields"]
-        ):
-            fail(
-                f"--{flag} {folder} lies in --data {args.data}: its pictures would be trained on; give another folder"
-            )
-    split_rows(rows, 0.0 if args.val_data else args.val_split, args.test_split)
-    there = {row["split"] for row in rows}
-    for part, share in (
-        ("train", 1),
-        ("val", 0 if args.val_data else args.val_split),
-        ("test", args.test_split),
-    ):
-        if share and part not in there:
-            fail(
-                f"{args.data}: {len(rows)} images are not enough for the split: none fell to {part}; "
-                "add images or give --val-split 0"
-            )
-    if args.val_data:  # a name that both sets have is no name in split.csv
-        known = {row["file_name"] for row in rows}
-        rows += [
-            row
-            | {
-                "split": "val",
-                "file_name": row["path"] if row["file_name"] in known else row["file_name"],
-            }
-            for row in list_images(args.val_data, **columns)
-        ]
-    if RANK == 0 and not any(row["caption"] for row in rows):
-        print("no captions: no --prompt and no caption column, so every image gets the empty one")
-    add_facts(rows, args)
-    if args.balance and not any(row["label"] for row in rows):
-        fail(
-            f"--balance: {args.data} has no labels: give --label-column, or a folder for each class"
-        )
-    sides = Counter(
-        group for group, _ in dict.fromkeys((row["group"], row["split"]) for row in rows)
-    )
-    warn(
-        [group for group, count in sides.items() if group and count > 1],
-        "patients on both sides of the split",
-        "take them out of one",
-    )
-    if {"hflip", "vflip"} & set(args.augment.split(",")):
-        warn(
-            [
-                row["file_name"]
-                for row in rows
-                if re.search(r"\b(?i:left|right)\b|\bO[DS]\b", row["caption"])
-            ],
-            "captions that say left, right, OD or OS, which a flip makes wrong",
-            "leave the flips out: they swap no words",
-        )
-    return rows
-
-
-def add_facts(rows, args):
-    """Set what the whole set decides or is asked for often: row["hash"] of the file's content, and row["range"]."""
-    hashes = {path: content_hash(path) for path in {row["path"] for row in rows}}
-    for row in share_range(rows, args.range):
-        row["hash"] = hashes[row["path"]]
-    return rows
-
-
-def warn(names, what, advice):
-    """One line about these files, patients or classes, where there are any."""
-    if names and RANK == 0:
-        print(
-            f"warning: {what}: {len(names)} ({', '.join(names[:3])}{', …' * (len(names) > 3)}): {advice}"
-        )
-
-
-def load(rows, args, seed=None):
-    """The readable ones of `rows` and their pixels, plain; another `seed` gives other random crops."""
-    return load_pixels(
-        rows,
-        args.resolution,
-        args.crop,
-        args.strict,
-        args.window,
-        args.range,
-        args.allow_burned_in,
-        args.seed if seed is None else seed,
-    )
-
-
-def load_uncached(rows, args):
-    """As `load`, but nothing is read, and no row has pixels, where --cache holds the latents of all."""
-    if args.cache and all(
-        kept(row, variant, args).exists()
-        for row in rows
-        for variant in range(variants_of(row, args))
-    ):
-        return rows, [None] * len(rows)
-    return load(rows, args)
-
-
-def variants_of(row, args):
-    """How many pictures are made of a row: what is validated on stays plain."""
-    return args.variants if row.get("split") == "train" else 1
-
-
-def name_of(row, variant, args):
-    """A name for a variant of a row: a hash of all that its pixels depend on."""
-    parts = [row["hash"], row["slice"], row["range"], args.resolution, args.crop, args.window]
-    if variant or args.crop == "random":
-        parts += [row["file_name"], args.seed, variant, args.augment]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def kept(row, variant, args):
-    """The file of --cache with the latents of a variant of a row."""
-    return Path(args.cache, name_of(row, variant, args) + ".safetensors")
-
-
-def variant_of(row, plain, variant, args):
-    """What training sees of a row, uint8 (3, S, S): `plain` (None: still to be read), or a further variant of it."""
-    if plain is None or variant and args.crop == "random":
-        plain = load([row], args, (args.seed, variant) if variant else None)[1][0]
-    if not (variant and args.augment):
-        return plain
-    return augmented(
-        plain,
-        args.augment.split(","),
-        args.seed,
-        "augment",
-        row["file_name"],
-        row["slice"],
-        variant,
-    )
-
-
-def latents_of(base, jobs, args):
-    """Posterior mean and std, (2, B, 4, h, w), of `jobs`, each (row, plain pixels, variant): from --cache, or encoded."""
-    paths = [kept(row, variant, args) for row, _, variant in jobs] if args.cache else []
-    found = [read_latents(path) for path in paths]
-    if found and not any(each is None for each in found):
-        return torch.stack(found, 1).to(base.device)
-    made = torch.stack(encode(base, torch.stack([variant_of(*job, args) for job in jobs])))
-    for path, each in zip(paths, made.cpu().unbind(1)):
-        digest = hashlib.sha256(each.numpy().tobytes()).hexdigest()
-        write_file(path, lora.to_bytes({"latents": each.contiguous()}, {"sha256": digest}))
-    return made
-
-
-def read_latents(path):
-    """(2, 4, h, w) from a file of --cache, or None where there is none or it is damaged."""
-    with suppress(OSError, SafetensorError, KeyError, TypeError), safe_open(path, "pt") as file:
-        found = file.get_tensor("latents")
-        if hashlib.sha256(found.numpy().tobytes()).hexdigest() == file.metadata()["sha256"]:
-            return found
-
-
-# ------------------------------------------------------------------------------------------------- the data doctor
-
-
-def preview(args):
-    """--preview: say what the data are and what is odd about them, and write them as the model would see them."""
-    listed, folder = list_data(args), Path(args.preview)
-    ours, target = (
-        ["file_name", "text", "label", "patient_id", "source", "synthetic"],
-        folder / "metadata.csv",
-    )
-    if target.exists() and (
-        target.samefile(args.data)
-        or target.read_text(encoding="utf-8", errors="replace").split("\n")[0].strip()
-        != ",".join(ours)
-    ):
-        fail(f"--preview {folder}: there is another data set's metadata.csv; give another folder")
-    if args.resolution is None:  # a base that is not on this machine yet is not fetched for this
-        where = BASES.get(args.base, args.base) or ""
-        args.resolution = (
-            own_resolution(where)
-            if os.path.isdir(where)
-            else {"sd21": 768, "sdxl": 1024}.get(args.base, 512)
-        )
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        seen = list(
-            tqdm(
-                pool.map(lambda row: examine(row, args), listed),
-                "examining",
-                len(listed),
-                unit="image",
-                disable=RANK > 0,
-                leave=False,
-            )
-        )
-    bad = [
-        f"{row['file_name']}: {facts['bad']}" for row, facts in zip(listed, seen) if "bad" in facts
-    ]
-    if len(bad) == len(listed):
-        fail(f"{args.data}: none of the {len(bad)} images can be read, the first: {bad[0]}")
-    rows, pixels = load(
-        [row | facts for row, facts in zip(listed, seen) if "bad" not in facts], args
-    )
-    if RANK == 0:
-        describe_data(rows, args)
-        diagnose(rows, pixels, bad, args)
-    jobs = [
-        (row, plain, variant)
-        for row, plain in zip(rows, pixels)
-        if row["split"] != "test"
-        for variant in range(args.variants)
-    ]
-    suffix = ".png" if len(jobs) <= 10_000 else ".jpg"  # a very large set would fill the disk
-    names = [
-        f"{Path(row['file_name']).stem[:80]}-{name_of(row, variant, args)[:8]}-{variant}{suffix}"
-        for row, _, variant in jobs
-    ]
-    for job, name in tqdm(
-        list(zip(jobs, names))[RANK::WORLD], "writing", unit="image", disable=RANK > 0, leave=False
-    ):
-        if not (folder / name).exists():
-            with replacing(folder / name) as file:
-                picture(variant_of(*job, args)).save(
-                    file, "PNG" if suffix == ".png" else "JPEG", quality=95, subsampling=0
-                )
-    if WORLD > 1:
-        dist.barrier()
-    if (
-        RANK == 0
-    ):  # the variants of a picture without a patient stay together too: its name takes the patient's place
-        write_csv(
-            target,
-            ours,
-            [
-                [
-                    name,
-                    row["caption"],
-                    row["label"],
-                    row["group"] or row["file_name"] * (args.variants > 1),
-                    row["file_name"],
-                    row["fields"].get("synthetic", ""),
-                ]
-                for (row, _, _), name in zip(jobs, names)
-            ],
-        )
-        images, most = len(jobs) // args.variants, max(1, 48 // args.variants)
-        places = sorted(
-            {n * images // most * args.variants for n in range(most)}
-        )  # spread over the set
-        shown = [job for place in places for job in jobs[place : place + args.variants]]
-        sheet = contact_sheet(
-            [picture(variant_of(*job, args)) for job in shown],
-            [row["caption"] or row["label"] or row["file_name"] for row, _, _ in shown],
-            args.variants * max(1, 8 // args.variants),
-        )
-        with replacing(folder / "grid.png") as file:
-            sheet.save(file, "PNG")
-        print(
-            f"{len(jobs)} pictures of {args.resolution} x {args.resolution} in {folder}: look at {folder / 'grid.png'}\n"
-            f"next: the same command without --preview, or {command('train.py', '--data', folder)}"
-        )
-
-
-def examine(row, args):
-    """What a file is, for the doctor: {"size", "ends", "kind", "inverted", "burned"}, or {"bad": why}. Of a DICOM's
-    header nothing is kept that could name a patient."""
-    try:
-        image = read_image(
-            row["path"], row["slice"], args.window, row["range"], args.allow_burned_in
-        )
-    except BadImage as error:
-        return {"bad": error.why}
-    ends = image.convert("L").getextrema()
-    facts = {
-        "size": image.size,
-        "ends": ends,
-        "kind": "volume",
-        "inverted": None,
-        "burned": False,
-    }
-    if not row["path"].lower().endswith(VOLUME_SUFFIXES) and looks_like_dicom(row["path"]):
-        header = open_dicom(row["path"], stop_before_pixels=True)
-        return {
-            **facts,
-            "kind": f"DICOM of {header.get('BitsStored') or 32} bits",
-            "burned": header.get("BurnedInAnnotation") == "YES",
-            "inverted": {"MONOCHROME1": True, "MONOCHROME2": False}.get(
-                header.PhotometricInterpretation
-            ),
-        }
-    with suppress(UnidentifiedImageError), Image.open(row["path"], formats=FORMATS) as file:
-        facts["kind"] = f"{file.format} of {'16 bits or floats' if is_deep(file) else '8 bits'}"
-    return facts
-
-
-def describe_data(rows, args):
-    """Count, shapes, depth, labels and patients of the readable rows."""
-    split, kinds = Counter(row["split"] for row in rows), Counter(row["kind"] for row in rows)
-    sides, (low, high) = (
-        [side for row in rows for side in row["size"]],
-        zip(*(row["ends"] for row in rows)),
-    )
-    print(
-        f"{len(rows)} images: {split['train']} to train on, {split['val']} for validation, {split['test']} for a test"
-    )
-    print(
-        "files: "
-        + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        + f"; sides from {min(sides)} to {max(sides)} pixels, {len({row['size'] for row in rows})} shapes; grey values "
-        f"from {min(low)} to {max(high)}, of the dimmest up to {min(high)}"
-    )
-    groups = Counter(row["group"] for row in rows if row["group"])
-    print(
-        f"patients: {len(groups)}, with 1 to {max(groups.values())} images"
-        if groups
-        else "patients: unknown"
-    )
-    labels = Counter(label for row in rows for label in split_labels(row))
-    for label, count in labels.most_common() if len(labels) > 1 or "" not in labels else ():
-        patients = len({row["group"] for row in rows if label in split_labels(row)} - {""})
-        print(
-            f"  {label or '(no label)':<32} {count:>6} images {count / len(rows):>5.0%} {patients or '-':>6} patients"
-        )
-    warn(
-        [
-            f"{label or '(no label)'}: {count}"
-            for label, count in labels.items()
-            if count < 10 and len(labels) > 1
-        ],
-        "classes of fewer than 10 images, which a model learns by heart",
-        "add images, join classes or leave them out",
-    )
-
-
-def diagnose(rows, pixels, bad, args):
-    """What is odd about the data, a line each, with what to do."""
-
-    def named(key):
-        return [row["file_name"] for row in rows if row[key]]
-
-    warn(bad, "files that cannot be read", "mend them or take them out")
-    warn_of_twins(rows, pixels, args)
-    inverted = [row["inverted"] for row in rows]
-    if {True, False} <= set(inverted):
-        warn(
-            named("inverted"),
-            "MONOCHROME1 films, which store black as white, among MONOCHROME2",
-            "they are inverted as their header says; see in grid.png that it is right",
-        )
-    deep = [
-        row for row in rows if args.range is None and row["range"] and 255 < row["range"][1] <= 4095
-    ]
-    warn(
-        [row["file_name"] for row in deep],
-        "16-bit files with 12-bit values",
-        "with --range 0,4095 their scale stays when images are added",
-    )
-    warn(
-        named("burned"),
-        "DICOM files that say text is burnt into the picture",
-        "look at them, blacken it",
-    )
-
-
-def warn_of_twins(rows, pixels, args, crossing=False):
-    """Warn of pictures that are there twice; crossing: only of those on two sides of the split."""
-    alike = (
-        0.98 if args.crop in ("pad", "fundus") else 0.95
-    )  # black borders make all pictures more alike
-    pairs = [
-        (rows[i], rows[j], kind)
-        for i, j, kind in near_duplicates(pixels, alike)
-        if (rows[i]["path"], rows[i]["split"])
-        != (rows[j]["path"], rows[j]["split"])  # not slices of one volume,
-        and pixels[i].min() < pixels[i].max()
-    ]  # nor blank ones
-    advice = "delete one of each, or give both one patient_id"
-    ways = {
-        "exact": "exact duplicates",
-        "near": "duplicates re-saved or retouched",
-        "flipped": "mirrored duplicates",
-    }
-    for kind, way in ways.items() if not crossing else ():
-        warn(
-            [f"{a['file_name']} = {b['file_name']}" for a, b, its in pairs if its == kind],
-            way,
-            advice,
-        )
-    warn(
-        [f"{a['file_name']} = {b['file_name']}" for a, b, _ in pairs if a["split"] != b["split"]],
-        "pictures on both sides of the split, by which validation flatters",
-        advice,
-    )
-
-
-# ------------------------------------------------------------------------------------------------- latents
-
-
-def augmented(picture, names, *key):
-    """A variant of a picture, uint8 (3, S, S), S a multiple of 8: what the AUGMENT named make of it, each by a draw of its
-    own, keyed by `key`."""
-
-    def draw(name, count=1):
-        drawn = torch.rand(count, generator=generator(*key, name)) * 2 - 1
-        return drawn * AUGMENT[name] * (name in names)
-
-    size, image = picture.shape[-1], picture[None].float() / 255  # (1, 3, S, S)
-    image = image.flip([axis for axis, name in ((3, "hflip"), (2, "vflip")) if draw(name) > 0])
-    if {"rotate", "shift", "scale", "elastic"} & set(names):
-        zoom, angle, (across, down) = (
-            1 / (1 + draw("scale")),
-            draw("rotate").deg2rad(),
-            2 * draw("shift", 2),
-        )
-        matrix = torch.cat(
-            [
-                zoom * angle.cos(),
-                -zoom * angle.sin(),
-                across[None],
-                zoom * angle.sin(),
-                zoom * angle.cos(),
-                down[None],
-            ]
-        ).view(1, 2, 3)
-        nodes = (
-            torch.randn(1, 2, 4, 4, generator=generator(*key, "elastic")) * 2 * AUGMENT["elastic"]
-        )
-        field = F.interpolate(
-            nodes * ("elastic" in names), (size, size), mode="bicubic", align_corners=True
-        )
-        image = displaced(
-            image,
-            F.affine_grid(matrix, image.shape, align_corners=False) + field.permute(0, 2, 3, 1),
-        )
-    if draw("clahe") > 0:
-        grey = vision.rgb_to_grayscale(image)[0, 0]
-        image = image + clahe(grey, AUGMENT["clahe"]) - grey
-    for change, factor in zip(
-        (vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation),
-        1 + draw("color", 3) if "color" in names else (),
-    ):
-        image = change(image.clamp(0, 1), factor.item())
-    if blur := draw("blur").abs().item() * size:
-        image = vision.gaussian_blur(image, 2 * math.ceil(3 * blur) + 1, blur)
-    noise = torch.randn(1, 1, size, size, generator=generator(*key, "grain")) * draw("noise").abs()
-    return ((image + noise).clamp(0, 1) * 255).round().to(torch.uint8)[0]
-
-
-def displaced(image, grid):
-    """(1, C, S, S) in [0, 1] looked up at `grid`, (1, S, S, 2) of x and y from -1 to 1: bicubic, mirrored at the border."""
-    return F.grid_sample(image, grid, "bicubic", "reflection", align_corners=False).clamp(0, 1)
-
-
-def clahe(grey, limit, tiles=8):
-    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994; OpenCV's form) of (S, S) in [0, 1].
-
-    Each of tiles x tiles regions gets the map that equalises its histogram of 256 bins, of which none may hold more than
-    `limit` times the mean (the excess goes to all alike); a pixel takes the bilinear mean of the four nearest maps.
-    """
-    side = len(grey) // tiles
-    levels = (grey * 255).round().long()  # (S, S)
-    regions = levels.unfold(0, side, side).unfold(1, side, side).reshape(tiles**2, side**2)
-    counts = torch.zeros(tiles**2, 256).scatter_add_(1, regions, torch.ones(regions.shape))
-    counts = counts.clamp(max=max(1, limit * side**2 / 256))
-    counts += (side**2 - counts.sum(1, keepdim=True)) / 256
-    maps = (counts.cumsum(1) / side**2).view(tiles, tiles, 256)
-    place = torch.arange(len(grey)) / side - 0.5
-    first, share = place.floor(), place.frac() % 1
-    near = [
-        ((first + step).clamp(0, tiles - 1).long(), weight)
-        for step, weight in ((0, 1 - share), (1, share))
-    ]
-    return sum(
-        down[:, None] * across * maps[rows[:, None], columns, levels]
-        for rows, down in near
-        for columns, across in near
-    )
-
-
-def cache(base, rows, pixels, args, what):
-    """Encode and keep on the device what training needs of `rows`, variant by variant; latents as posterior mean and std.
-
-    Under torchrun the encoding is shared out.
-    """
-    if not rows:
-        fail(f"{args.data}: none of the {what} can be read")
-    scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
-    jobs = [
-        (row, plain, number)
-        for number in range(variants_of(rows[0], args))
-        for row, plain in zip(rows, pixels)
-    ]
-    shape = (
-        len(jobs),
-        base.vae.config.latent_channels,
-        args.resolution // scale,
-        args.resolution // scale,
-    )
-    latents = torch.zeros(2, *shape, device=base.device)
-    size = min(8, args.batch_size)
-    for i in tqdm(
-        range(size * RANK, len(jobs), size * WORLD),
-        f"encoding {what}",
-        unit="batch",
-        disable=RANK > 0,
-        leave=False,
-    ):
-        latents[:, i : i + size] = latents_of(base, jobs[i : i + size], args)
-    captions = sorted({row["caption"] for row in rows} - {""}) + [""]
-    live = args.text_lora or args.method == "textual-inversion"
-    with torch.no_grad():
-        tokens = [tokenize(base, captions[i : i + 64]) for i in range(0, len(captions), 64)]
-        parts = tokens if live else [text_states(base, part) for part in tokens]
-    place = {caption: i for i, caption in enumerate(captions)}
-    return Data(
-        rows,
-        *over_processes(latents),
-        {key: torch.cat([part[key] for part in parts]) for key in parts[0]},
-        torch.tensor([place[row["caption"]] for row in rows], device=base.device),
-        live,
-    )
-
-
-def pictures_of(base, jobs, args, **how):
-    """Yield a picture for each of `jobs`, drawn as the run's flags have it."""
-    usual = {
-        "height": args.resolution,
-        "width": args.resolution,
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-    }
-    return generate(base, jobs, args.val_steps, args.val_guidance_scale, **usual | how)
-
-
-def class_images(base, count, args):
-    """The images of --class-data, encoded. Where they are fewer than `count`, the error says how to draw them."""
-    folder = Path(args.class_data)
-    rows = list_images(args.class_data) if any(folder.glob("[!.]*")) else []
-    if len(rows) < count:
-        size = ("--height", args.resolution, "--width", args.resolution)
-        draw = ("--base", args.base, "--prompt", args.class_prompt, "--num-images", count)
-        fail(
-            f"--class-data {folder}: {len(rows)} images, {count} are needed; to draw them: "
-            + command("sample.py", *draw, *size, "--out", folder)
-        )
-    rows = [row | {"caption": args.class_prompt} for row in rows]
-    return cache(base, *load_uncached(add_facts(rows, args), args), args, "class images")
-
-
-def fingerprint(rows):
-    """One hash of a data set: what is in its files and what its captions and labels say, in this order."""
-    parts = [f"{row['hash']}{row['slice']}{row['caption']}{row['label']}" for row in rows]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------- one step
-
-
-@lru_cache(4)
-def order(seed, epoch, count, classes=()):
-    """The order of the data in an epoch: a permutation keyed by the epoch, so that the place follows from the step.
-
-    classes: --balance, one an image: each is drawn equally often, its images in turn.
-    """
-    shuffled = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
-    if not classes:
-        return shuffled
-    members = {name: [i for i in shuffled if classes[i] == name] for name in sorted(set(classes))}
-    turns = list(members.values())
-    chosen = [turns[(k + epoch) % len(turns)] for k in shuffled]
-    return [part[k // len(turns) % len(part)] for k, part in zip(shuffled, chosen)]
-
-
-def make_batch(data, step, slots, args, stream="data"):
-    """What step `step` sees at global batch positions `slots`: latents, noise, timesteps (on the CPU), part of data.text,
-    weights of the rows' losses.
-
-    Every draw is keyed by (purpose, step, slot): the same whatever the number of processes and forward passes.
-    """
-    count, batch = len(data.rows), effective_batch(args)
-    places = [step * batch + slot for slot in slots]
-    orders = {
-        epoch: order((args.seed, stream), epoch, count, data.classes)
-        for epoch in {p // count for p in places}
-    }
-    shape, device = data.mean.shape[1:], data.mean.device
-    index = torch.tensor([orders[place // count][place % count] for place in places]).to(
-        device, non_blocking=True
-    )
-    caption, variants = data.caption[index], len(data.mean) // count
-    weight = torch.ones(len(slots), device=device) if data.weight is None else data.weight[index]
-    if variants > 1:  # latents of variant v stand at v * count
-        index = index + count * torch.stack(
-            [
-                torch.randint(
-                    variants, (), generator=generator(args.seed, stream, "variant", step, slot)
-                )
-                for slot in slots
-            ]
-        ).to(device, non_blocking=True)
-
-    def draw(purpose, make):
-        values = [make(generator(args.seed, stream, purpose, step, slot)) for slot in slots]
-        return torch.stack(values).to(device, non_blocking=True)
-
-    noise = draw("noise", lambda g: torch.randn(shape, generator=g))
-    if args.noise_offset:
-        noise += args.noise_offset * draw(
-            "noise-offset", lambda g: torch.randn(shape[0], 1, 1, generator=g)
-        )
-    latents = data.mean[index] + data.std[index] * draw(
-        "posterior", lambda g: torch.randn(shape, generator=g)
-    )
-    timesteps = torch.stack(
-        [
-            torch.randint(1000, (), generator=generator(args.seed, stream, "timestep", step, slot))
-            for slot in slots
-        ]
-    )
-    dropped = draw("caption-dropout", lambda g: torch.rand((), generator=g)) < args.prompt_dropout
-    caption = torch.where(dropped, len(next(iter(data.text.values()))) - 1, caption)
-    return (
-        latents,
-        noise,
-        timesteps,
-        {key: value[caption] for key, value in data.text.items()},
-        weight,
-    )
-
-
-def learning_rate(step, args):
-    """Warm-up, then cosine or linear to zero, or constant."""
-    length, warmup = args.steps, args.warmup
-    if warmup is None or warmup >= length:
-        warmup = min(100, length // 10)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, length - warmup)
-    return (
-        args.lr
-        * {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done, "constant": 1}[
-            args.lr_schedule
-        ]
-    )
 
 
 def over_processes(tensor):
@@ -997,779 +332,1045 @@ def over_processes(tensor):
     return tensor
 
 
-def sum_over_processes(weights, numbers):
-    """Sum the gradients and the tensor `numbers` over all processes: one all-reduce of one flat buffer."""
+def sum_over_processes(loss, signals, state):
+    """Sum gradients, loss and a count over all processes: one all-reduce of one flat buffer."""
+    numbers = torch.stack([loss, torch.full_like(loss, signals)])
     if WORLD == 1:
         return numbers
-    flat = over_processes(torch.cat([w.grad.flatten() for w in weights] + [numbers]))
-    for w, part in zip(weights, flat.split([w.numel() for w in weights] + [len(numbers)])):
-        w.grad.copy_(part.view_as(w))
-    return flat[-len(numbers) :]
+    tensors = [*(weight.grad for weight in state.weights.values()), numbers]
+    flat = over_processes(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+    return numbers
 
 
-# ------------------------------------------------------------------------------------------------- state
+def optimizer_step(state, args):
+    """Clip, step, average; a gradient with NaN or infinity changes no weight.
+
+    Returns the gradient norm before clipping, on the device.
+    """
+    weights = list(state.weights.values())
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, args)
+    state.scaler.unscale_(state.optimizer)
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+    if args.max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(weights, args.max_grad_norm, norm)
+    skips_itself = args.optimizer == "adamw" or state.scaler.is_enabled()
+    if args.optimizer == "adamw" and not state.scaler.is_enabled():
+        state.optimizer.found_inf = (~norm.isfinite()).float()  # skips without the host asking
+    if skips_itself or norm.isfinite():
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    # EMA with a warm-up, without which a short run would keep its untouched start
+    decay = min(args.ema, (1 + state.step) / (10 + state.step))
+    torch._foreach_lerp_(list(state.ema.values()), [w.data for w in weights], 1 - decay)
+    return norm
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then cosine or linear to zero, or constant."""
+    warmup = args.warmup
+    if warmup is None or warmup >= args.steps:
+        warmup = min(100, args.steps // 10)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, args.steps - warmup)
+    shapes = {"cosine": 0.5 + 0.5 * math.cos(math.pi * done), "linear": 1 - done, "constant": 1}
+    return args.lr * shapes[args.lr_schedule]
+
+
+def load_perceptual(base, args):
+    """The loss of --perceptual-weight, a function of predicted latents and a batch, or None."""
+    if not args.perceptual_weight:
+        return None
+    features = partial(decode_with_gradient, base, features=True)
+    if args.perceptual == "vgg":
+        features = vgg_features(base)
+    return partial(perceptual_loss, features, blur_timestep(base))
+
+
+def vgg_features(base):
+    """A function: latents -> VGG-16 conv3_3 after its ReLU (as Johnson et al. 2016)."""
+    trunk = trunk_of("vgg16", load_weights(find_weights(LPIPS["vgg"][2]))).to(base.device)
+    mean, std = torch.tensor(IMAGENET_SCALE, device=base.device)[:, :, None, None]
+
+    def features(latents):
+        images = (decode_with_gradient(base, latents) + 1) / 2
+        return taps(trunk, (images - mean) / std, (15,))[0]
+
+    return features
+
+
+def perceptual_loss(features, blur, clean, batch):
+    """Squared distance of the features of predicted and true latents, (B,).
+
+    It is 0 from the timestep `blur` on, where noise outweighs the signal and features would punish
+    that the prediction is blurred.
+    """
+    loss = torch.zeros(len(clean), device=clean.device)
+    sharp = (batch.timesteps < blur).nonzero().flatten()
+    if len(sharp) > 0:
+        sharp = sharp.to(clean.device, non_blocking=True)
+        with torch.no_grad():
+            wanted = features(batch.latents[sharp])
+        distance = (features(clean[sharp]) - wanted).square().mean((1, 2, 3))
+        loss = loss.index_add(0, sharp, distance)
+    return loss
+
+
+# ---------------------------------------------------------------- state and checkpoints
 
 
 @dataclass
 class State:
     """What a checkpoint holds and a resumed run starts from."""
 
-    weights: dict  # name → parameter, fp32
-    ema: dict  # name → tensor
+    weights: dict  # name -> parameter, fp32
+    ema: dict  # name -> its exponential moving average
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    made_of: dict  # what must not change while a run goes on -> its hash
+    images: int = 0  # in the training set
     step: int = 0
-    best: dict = field(default_factory=lambda: {"step": 0, "val_loss": math.inf})
-    history: list = field(default_factory=list)  # of validations: {"step", "val_loss"}
+    best: dict = field(default_factory=lambda: {"step": 0})  # the best entry of history
+    history: list = field(default_factory=list)  # of validations: {"step", "val_loss", …}
     bad_steps: int = 0  # steps with NaN, in a row
 
 
-def trainable(base, args):
-    """What the method trains: {name: fp32 parameter}; everything else is frozen."""
-    if args.method == "full":
-        return {f"unet.{name}": w for name, w in base.unet.requires_grad_(True).named_parameters()}
-    if args.method == "textual-inversion":
-        words = base.tokenizers[0](args.init_word, add_special_tokens=False).input_ids or fail(
-            f'--init-word "{args.init_word}": give a word, such as lesion'
-        )
-        known = base.text_encoders[0].get_input_embeddings().weight[words].mean(0)
-        return {args.token: add_tokens(base, {args.token: known.repeat(args.vectors, 1)})}
-    weights = lora.inject(
-        base.unet, args.targets, args.rank, args.alpha, args.dropout, generator(args.seed, "init")
-    )
-    if args.text_lora:
-        for name, encoder in list(base.parts().items())[1:]:
-            weights |= lora.inject(
-                encoder,
-                "q_proj,k_proj,v_proj,out_proj",
-                args.rank,
-                args.alpha,
-                args.dropout,
-                generator(args.seed, "init", name),
-                name,
-            )
-    if args.text_encoder:
-        torch.manual_seed(generator(args.seed, "projection").initial_seed())
-        base.text_projection.reset_parameters()
-        weights |= {
-            f"text_projection.{name}": w for name, w in base.text_projection.named_parameters()
-        }
-    if args.init_lora:
-        start_from_adapter(weights, args)
-    return weights
-
-
-def start_from_adapter(weights, args):
-    """Copy an adapter file into fresh adapter weights: the same layers and rank, whatever its resolution and alpha."""
-    pairs, _, extra = lora.load(args.init_lora)
-    found = {
-        f"{name}.lora_{which}.weight": value
-        for name, pair in pairs.items()
-        for which, value in zip("AB", pair)
-    } | extra
-    ours = {lora.on_disk(name): name for name in weights}
-    if {name: w.shape for name, w in found.items()} != {
-        disk: weights[name].shape for disk, name in ours.items()
-    }:
-        fail(
-            f"--init-lora {args.init_lora}: its layers or rank are not those of --rank {args.rank} --targets {args.targets}"
-            + " --text-lora" * args.text_lora
-            + "; see python lora.py info"
-        )
-    for disk, name in ours.items():
-        scale = (
-            args.rank / args.alpha if ".lora_B." in name else 1
-        )  # the file has alpha/rank folded into B
-        weights[name].data.copy_(found[disk] * scale)
-
-
-def start(base, args, checkpoint):
-    """Make what is trained, fresh or as the checkpoint left it."""
-    weights = trainable(base, args)
-    ema = {name: w.detach().clone() for name, w in weights.items()}
-    optimizer = make_optimizer(weights, args)
-    state = State(
-        weights,
-        ema,
-        optimizer,
-        torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16),
-    )
-    try:
-        if checkpoint:
-            for part in (checkpoint["weights"], checkpoint["ema"]):
-                assert {k: v.shape for k, v in part.items()} == {
-                    k: v.shape for k, v in weights.items()
-                }
-            for name, w in weights.items():
-                w.data.copy_(checkpoint["weights"][name])
-                ema[name].copy_(checkpoint["ema"][name])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"] and state.scaler.is_enabled():
-                state.scaler.load_state_dict(checkpoint["scaler"])
-            state.step, state.best, state.history = (
-                checkpoint["step"],
-                checkpoint["best"],
-                checkpoint["history"],
-            )
-            torch.set_rng_state(checkpoint["random"])
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        fail(
-            "the checkpoint does not fit this base, rank or targets, or is damaged; give the --base it was made with, or "
-            "another --out to start afresh"
-        )
+def start(base, args, made_of, checkpoint=None):
+    """The state of a fresh run, or of one that a checkpoint left."""
+    weights = trainable_weights(base, args)
+    make = partial(torch.optim.AdamW, fused=True)
+    if args.optimizer == "adamw8bit":
+        make = need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit
+    optimizer = make(weights.values(), lr=args.lr, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
+    ema = {name: weight.detach().clone() for name, weight in weights.items()}
+    state = State(weights, ema, optimizer, scaler, made_of)
+    if checkpoint:
+        for name, weight in weights.items():
+            weight.data.copy_(checkpoint["weights"][name])
+            ema[name].copy_(checkpoint["ema"][name])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(checkpoint["scaler"])
+        state.step = checkpoint["step"]
+        state.best = checkpoint["best"]
+        state.history = checkpoint["history"]
+        torch.set_rng_state(checkpoint["random"])
     return state
 
 
-def make_optimizer(weights, args):
-    small = (
-        args.optimizer == "adamw8bit"
-        and need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit
-    )
-    make = small or partial(torch.optim.AdamW, fused=True)
-    return make(weights.values(), lr=args.lr, weight_decay=args.weight_decay)
-
-
-def save_checkpoint(state, args, data, best=False):
-    """Write checkpoints/step-N.pt, let best.pt be it if it is and then latest.pt; the oldest beyond --keep-last go."""
+def save_checkpoint(state, args, is_best=False):
+    """Write checkpoints/step-N.pt and let latest.pt, and best.pt, be it; --keep-last stay."""
     if RANK > 0:
         return
-    folder = Path(args.out, "checkpoints")
-    path = folder / f"step-{state.step:08d}.pt"
-    batch = effective_batch(args)
     content = {
         "format": 1,
         "step": state.step,
-        "epoch": state.step * batch // len(data.rows),
-        "position": state.step * batch,
-        "weights": {name: w.detach() for name, w in state.weights.items()},
+        "epoch": state.step * effective_batch(args) // state.images,
+        "weights": {name: weight.detach() for name, weight in state.weights.items()},
         "ema": state.ema,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "effective_batch": batch,
+        "effective_batch": effective_batch(args),
         "schedule": {"lr": learning_rate(state.step, args)},
         "best": state.best,
         "history": state.history,
         "args": vars(args),
-        "made_of": data.made_of,
+        "made_of": state.made_of,
         "random": torch.get_rng_state(),
     }
+    folder = Path(args.out, "checkpoints")
+    path = folder / f"step-{state.step:08d}.pt"
     with replacing(path) as file:
-        torch.save(plain(content), file)
-    if best:  # before latest.pt: a run killed between the two then does this step again
+        torch.save(content, file)
+    if is_best:  # before latest.pt: a run killed between the two then does this step again
         point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
-    for old in sorted(folder.glob("step-*.pt"), key=lambda each: each.stat().st_mtime_ns)[
-        : -args.keep_last
-    ]:  # [:-0]: none
-        old.unlink()
+    if args.keep_last:
+        steps = sorted(folder.glob("step-*.pt"), key=lambda file: file.stat().st_mtime_ns)
+        for old in steps[: -args.keep_last]:
+            old.unlink()
 
 
 def point(name, path):
-    """Let `name` be the file `path`: a hard link, or a copy where the file system has none; replaced atomically."""
-    if name.exists() and name.samefile(path):  # of two hard links os.replace moves none
+    """Let `name` be the file `path`, atomically: a hard link, or a copy where there are none."""
+    if name.exists() and name.samefile(path):  # os.replace moves neither of two hard links
         return
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(os.path.realpath(path), temporary)
+        os.replace(temporary, name)
     except OSError:
         copy_file(path, name)
-    else:
-        os.replace(temporary, name)
 
 
-@contextmanager
-def swapped(state, base, weights):
-    """The model, without dropout, with `weights` in place of the trained ones, which come back whatever happens."""
-    trained, learning = (
-        {name: w.detach().clone() for name, w in state.weights.items()},
-        base.unet.training,
-    )
+def fingerprints(train_rows, val_rows, args):
+    """What must not change while a run goes on: {name: hash}."""
+    made_of = {"--base": base_hash(find_base(args.base))}
+    if args.init_lora:
+        made_of["--init-lora"] = content_hash(args.init_lora)
+    for name, rows in (("the training data", train_rows), ("the validation data", val_rows)):
+        digest = hashlib.sha256()
+        for row in rows:
+            text = f"{hash_of(row.path)}{row.slice}{row.caption}{row.label}{row.weight}"
+            digest.update(text.encode())
+        made_of[name] = digest.hexdigest()
+    return made_of
+
+
+hash_of = lru_cache(None)(content_hash)  # each file is read once
+
+
+def checkpoint_path(args):
+    """The file that --resume means."""
+    names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
+    if args.resume in names:
+        return Path(args.out, "checkpoints", names[args.resume])
+    return Path(args.resume)
+
+
+def read_checkpoint(made_of, args):
+    """The checkpoint that --resume means, or None to start afresh. Nothing is unpickled.
+
+    One that was made with other flags, another effective batch or other data is refused.
+    """
+    path = checkpoint_path(args)
+    if args.resume == "auto" and not path.exists():
+        return None
+    if not path.exists():
+        fail(f"--resume {args.resume}: there is no {path}")
     try:
-        for name, w in state.weights.items():
-            w.data.copy_(weights[name])
-        for module in base.parts().values():
-            module.eval()
-        yield
-    finally:
-        for module in base.parts().values():
-            module.train(learning)
-        for name, w in state.weights.items():
-            w.data.copy_(trained[name])
-
-
-# ------------------------------------------------------------------------------------------------- watching
-
-
-@torch.no_grad()
-def validation_loss(base, data, batch_size):
-    """Mean squared error at noise and timesteps that never change, spread evenly over all: comparable between steps."""
-    rows = len(data.rows)
-    count = max(rows, 64)  # a few images are looked at several times
-    index = torch.arange(count) % rows
-    draw = generator(0, "validation")
-    timesteps = ((torch.arange(count) + 0.5) * 1000 / count).long()[
-        torch.randperm(count, generator=draw)
-    ]
-    noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
-    total = torch.zeros((), dtype=torch.float64, device=base.device)
-    for i in range(RANK * batch_size, count, WORLD * batch_size):
-        part, t = (x[i : i + batch_size].to(base.device) for x in (index, timesteps))
-        noisy, target, _ = noised_and_target(
-            base, data.mean[part], noise[i : i + batch_size].to(base.device), t
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        is_ours = checkpoint["format"] == 1
+    except Exception:  # truncated, a pickle, another program's: torch.load raises a dozen kinds
+        is_ours = False
+    if not is_ours:
+        fail(f"{path}: damaged, or not of train.py; --resume an older one, or give another --out")
+    changed = []
+    for name, value in vars(args).items():
+        before = checkpoint["args"].get(name)
+        if before != value and name not in HARMLESS:
+            changed.append(f"--{name.replace('_', '-')} {before} there, {value} here")
+    if changed:
+        fail(f"{path} was made with other flags: {'; '.join(changed)}; give another --out")
+    before, batch = checkpoint["effective_batch"], effective_batch(args)
+    if before != batch:
+        fail(
+            f"{path}: the effective batch was {before}, now it is {batch} = --batch-size "
+            f"{args.batch_size} × --accumulate {args.accumulate} × {WORLD} processes"
         )
-        text = {key: value[data.caption[part]] for key, value in data.text.items()}
-        total += (
-            (denoise(base, noisy, t, cond_of(base, data, text)) - target)
-            .square()
-            .mean((1, 2, 3))
-            .double()
-            .sum()
-        )
-    return over_processes(total).item() / count
+    for name, digest in made_of.items():
+        if checkpoint["made_of"].get(name) != digest:
+            fail(f"{path}: the content or order of {name} changed since; give another --out")
+    return checkpoint
 
 
-def set_distance(base, data, args):
-    """--select-by kid or fid: the distance between as many drawn images as there are validation images, and these."""
-    jobs = [(row["caption"], i) for i, row in enumerate(data.rows)]
-    pixels = torch.stack(
-        [
-            torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            for image in pictures_of(base, jobs, args)
-        ]
-    )
-    network = load_features("inception" if args.select_by == "fid" else "texture", base.device)
-    real = load(data.rows, args)[1]
-    sets = [extract(part, network, base.device) for part in (real, pixels)]
-    if network["standardise"]:
-        mean, spread = np.concatenate(sets).mean(0), np.maximum(np.concatenate(sets).std(0), 1e-9)
-        sets = [(part - mean) / spread for part in sets]
-    return float(frechet(*sets) if args.select_by == "fid" else kid(*sets)[0])
+# flags that may change when a run goes on: what is learnt does not depend on them
+HARMLESS = """steps epochs out resume device precision save_every keep_last log_every validate_every
+    val_prompts val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
+    val_data class_data patience tensorboard wandb compile gradient_checkpointing""".split()
 
 
-def validate(base, state, val, args, log):
-    """Validation loss and the selection figure; True if it is the best so far."""
-    if not val:
+def write_args(args, finished=None):
+    """args.json: every flag, what ran it, and the step at which the run ended."""
+    versions = {"torch": torch.__version__, "processes": WORLD}
+    content = {"args": vars(args), "command": sys.argv, **versions, "finished": finished}
+    write_file(Path(args.out, "args.json"), json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def is_finished(checkpoint, args):
+    """True where a run ended with this checkpoint and wrote its results."""
+    path = Path(args.out, "args.json")
+    if checkpoint is None or checkpoint["step"] < args.steps or not path.exists():
         return False
-    figure = args.select_by.replace("-", "_")
-    with looking(state, base, args):
-        entry = {"step": state.step, "val_loss": validation_loss(base, val, args.batch_size)}
-        if args.select_by != "val-loss":  # only rank 0 draws; all must agree on which is best
-            distance = set_distance(base, val, args) if RANK == 0 else 0.0
-            entry[figure] = over_processes(
-                torch.tensor(distance, dtype=torch.float64, device=base.device)
-            ).item()
-    state.history.append(entry)
-    log(entry)
-    best = entry[figure] < state.best.get(figure, math.inf)
-    state.best = entry if best else state.best
-    return best
+    return json.loads(path.read_text(encoding="utf-8"))["finished"] == checkpoint["step"]
 
 
 @contextmanager
-def looking(state, base, args):
-    """The base as it is looked at: averaged weights, encoders and VAE on the device, nothing compiled."""
+def averaged_model(base, state, args):
+    """The base to look at: EMA weights, no dropout, VAE and text encoders on the device."""
+    swap_weights(state)
     for module in (base.vae, *base.text_encoders):
         module.to(base.device)
-    # other batch sizes than the step's would each be compiled anew
-    with (
-        swapped(state, base, state.ema),
-        torch.compiler.set_stance("force_eager" if args.compile else "default"),
-    ):
+    for module in base.parts().values():
+        module.eval()
+    with torch.compiler.set_stance("force_eager"):  # no compiling for other batch sizes
         yield
-    rest_encoders(base, args)
+    for module in base.parts().values():
+        module.train()
+    swap_weights(state)
+    release_memory(base, args)
 
 
-def rest_encoders(base, args):
-    """Put what a step does not need out of the GPU's memory: the VAE, and the text encoders unless they learn."""
+def swap_weights(state):
+    """Exchange the trained weights and their averages."""
+    for name, weight in state.weights.items():
+        weight.data, state.ema[name] = state.ema[name], weight.data
+
+
+def release_memory(base, args):
+    """Move what a step does not need off the device: the VAE, and encoders that do not learn."""
     if not args.perceptual_weight:
         base.vae.to("cpu")
-    if not (args.text_lora or args.method == "textual-inversion"):
+    if not text_learns(args):
         for encoder in base.text_encoders:
             encoder.to("cpu")
 
 
+# ---------------------------------------------------------------- the data set
+
+
+@dataclass
+class Data:
+    """A data set in latents, on the device.
+
+    mean, std: of the posterior, (variants x N, 4, h, w), variant v of row n at v * N + n; text: of
+    each caption, the last the empty one, the encoders' states or, where these learn, the tokens;
+    caption: (N,) index into them; weight: (N,) of each row's loss; name: keys its random draws.
+    """
+
+    rows: list
+    mean: torch.Tensor
+    std: torch.Tensor
+    text: dict
+    caption: torch.Tensor
+    weight: torch.Tensor
+    classes: tuple = ()  # of the rows, with --balance
+    name: str = "data"
+    share: float = 1.0  # of the loss
+
+
+def list_data(args):
+    """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
+    rows = list_rows(args.data, args)
+    refuse_output_in_data(rows, args)
+    val_share = 0.0 if args.val_data else args.val_split
+    split_rows(rows, val_share, args.test_split)
+    for split, share in (("train", 1.0), ("val", val_share), ("test", args.test_split)):
+        if share and not any(row.split == split for row in rows):
+            fail(
+                f"{args.data}: {len(rows)} images are not enough for the split: none fell to "
+                f"{split}; add images or give --val-split 0"
+            )
+    if args.val_data:
+        names = {row.file_name for row in rows}
+        for row in list_rows(args.val_data, args):
+            row.split = "val"
+            if row.file_name in names:  # split.csv names each row once
+                row.file_name = row.path
+            rows.append(row)
+    share_range(rows, args.range)
+    add_weights(rows, args)
+    check_rows(rows, args)
+    return rows
+
+
+def list_rows(folder, args):
+    columns = {}
+    for role in ("image", "caption", "label", "group"):
+        columns[f"{role}_column"] = getattr(args, f"{role}_column")
+    how = {"prompt": args.prompt, "slices": args.slices, "strict": args.strict}
+    return list_images(folder, **columns, **how)
+
+
+def refuse_output_in_data(rows, args):
+    """Stop where the next run on this folder would be trained on what this one writes."""
+    folder = Path(args.preview or args.out)
+    is_inside = folder.resolve().is_relative_to(Path(args.data).resolve())
+    if is_inside and (args.preview or not rows[0].fields):  # a table names its images
+        fail(f"{folder} lies in --data {args.data}: give another folder")
+
+
+def add_weights(rows, args):
+    """Set row.weight of training rows to the number in --weight-column, None where it is empty."""
+    column = args.weight_column
+    for row in rows:
+        row.weight = None
+        if not column or row.split != "train":
+            continue
+        if column not in row.fields:
+            fail(f"--weight-column {column}: {args.data} has no such column")
+        cell = row.fields[column].strip()
+        if cell:
+            try:
+                row.weight = number(0.0, 1e9)(cell)
+            except argparse.ArgumentTypeError as why:
+                fail(f"--weight-column {column}: {row.file_name}: {why}")
+
+
+def relative_weights(rows):
+    """How much the loss of each row counts, (N,): its weight over the mean, 1 where it has none."""
+    known = [row.weight for row in rows if row.weight is not None]
+    mean = sum(known) / len(known) if known else 1.0
+    if mean == 0:
+        fail("--weight-column: the weights of all training images are 0")
+    weights = [mean if row.weight is None else row.weight for row in rows]
+    return torch.tensor(weights) / mean
+
+
+def check_rows(rows, args):
+    """Say what is odd about captions, labels and patients."""
+    if RANK == 0 and not any(row.caption for row in rows):
+        print("no captions: no --prompt and no caption column, so every caption is empty")
+    if args.balance and not any(row.label for row in rows):
+        fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
+    splits = Counter(group for group, _ in {(row.group, row.split) for row in rows if row.group})
+    across = [group for group, count in sorted(splits.items()) if count > 1]
+    warn(across, "patients on both sides of the split", "take them out of one")
+    if "flip" in args.augment:
+        sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
+        names = [row.file_name for row in rows if sided.search(row.caption)]
+        what = "captions that say left, right, OD or OS, which a flip makes wrong"
+        warn(names, what, "leave the flips out: they swap no words")
+
+
+def warn(names, what, advice):
+    """One line about these files, patients or classes, if there are any."""
+    if names and RANK == 0:
+        examples = ", ".join([*names[:3], "…"][: len(names)])
+        print(f"warning: {what}: {len(names)} ({examples}): {advice}")
+
+
+def warn_of_duplicates(rows, pixels, args, kinds=("exact", "near", "flipped")):
+    """Warn of pictures that are there twice, by kind, and of those on both sides of the split."""
+    alike = 0.98 if args.crop in ("pad", "fundus") else 0.95  # black borders are alike
+    pairs = {f"{kind} duplicates": [] for kind in kinds}
+    across = []
+    for i, j, kind in near_duplicates(pixels, alike):
+        pair = f"{rows[i].file_name} = {rows[j].file_name}"
+        if rows[i].split != rows[j].split:
+            across.append(pair)
+        if rows[i].path != rows[j].path and kind in kinds:  # slices of a volume are alike
+            pairs[f"{kind} duplicates"].append(pair)
+    pairs["pictures on both sides of the split: validation looks too good"] = across
+    for what, names in pairs.items():
+        warn(names, what, "delete one of each, or give both one patient_id")
+
+
+def list_class_images(count, args):
+    """The rows of --class-data, `count` or more, for dreambooth; else say how to draw them."""
+    if args.method != "dreambooth":
+        return []
+    rows = []
+    folder = args.class_data or os.path.join(args.out, "class-images")
+    if os.path.isdir(folder):
+        rows = share_range(list_images(folder), args.range)
+    if len(rows) < count:
+        what = ("--base", args.base, "--prompt", args.class_prompt, "--num-images", count)
+        size = ("--height", args.resolution, "--width", args.resolution, "--out", folder)
+        draw = command("sample.py", *what, *size)
+        fail(f"--class-data {folder}: has {len(rows)} images, {count} are needed; type: {draw}")
+    for row in rows:
+        row.caption = args.class_prompt
+        row.split = "class"
+        row.weight = None
+    return rows
+
+
+def rarest_labels(rows):
+    """The class of each row for --balance: its label, of several (A|B) the rarest in the set."""
+    labels = [split_labels(row) for row in rows]
+    counts = Counter()
+    for several in labels:
+        counts.update(several)
+    return tuple(min(several, key=lambda label: (counts[label], label)) for several in labels)
+
+
+# ---------------------------------------------------------------- pixels and latents
+
+
+def load_rows(rows, args, seed=None, measure=None):
+    """The readable rows and their pixels, without augmentation; `seed` is that of random crops."""
+    how = {"window": args.window, "value_range": args.range, "measure": measure}
+    how |= {"strict": args.strict, "allow_burned_in": args.allow_burned_in}
+    return load_pixels(rows, args.resolution, args.crop, seed=seed or args.seed, **how)
+
+
+def make_variant(row, pixels, variant, args):
+    """What the model sees of a row, uint8 (3, S, S): its plain pixels, or a further variant."""
+    if variant and args.crop == "random":
+        pixels = load_rows([row], args, seed=(args.seed, variant))[1][0]
+    if variant and args.augment:
+        key = (args.seed, "augment", row.file_name, row.slice, variant)
+        pixels = augment(pixels, args.augment.split(","), key)
+    return pixels
+
+
+def load_data(base, rows, args):
+    """([training images and, with dreambooth, class images], validation images or None)."""
+    rows, latents = load_latents(base, rows, args)
+    data = {"val": None}
+    for split in latents:
+        members = [row for row in rows if row.split == split]
+        data[split] = make_data(base, members, latents[split], args)
+    streams = [data["train"]]
+    if args.balance:
+        streams[0].classes = rarest_labels(streams[0].rows)
+    if args.method == "dreambooth":
+        streams.append(replace(data["class"], name="class", share=args.prior_weight))
+    return streams, data["val"]
+
+
+def load_latents(base, rows, args):
+    """The readable rows, and {split: posterior mean and std, (2, variants x N, 4, h, w)}."""
+    path = cache_path(rows, args)
+    found = over_processes(torch.tensor(float(path.is_file()), device=base.device))
+    if found == WORLD:  # each machine may have its own cache
+        return rows, load_file(path, device=str(base.device))
+    readable, pixels = load_rows(rows, args)
+    if RANK == 0:
+        warn_of_duplicates(readable, pixels, args, kinds=())
+    latents = {}
+    for split in dict.fromkeys(row.split for row in rows):
+        places = [i for i, row in enumerate(readable) if row.split == split]
+        if not places:
+            fail(f"{args.data}: none of the images for {split} can be read")
+        latents[split] = encode_rows(base, [readable[i] for i in places], pixels[places], args)
+    if args.cache and RANK == 0 and len(readable) == len(rows):
+        lora.save_tensors(path, latents)
+    return readable, latents
+
+
+def cache_path(rows, args):
+    """The file of --cache for these rows, named by a hash of all that their latents depend on."""
+    parts = [base_hash(find_base(args.base), "vae"), args.resolution, args.crop, args.window]
+    if args.variants > 1:
+        parts += [args.variants, args.augment, args.seed]
+    for row in rows:
+        parts += [hash_of(row.path), row.slice, row.value_range, row.split, row.file_name]
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Path(args.cache or "", digest[:32] + ".safetensors")
+
+
+@torch.no_grad()
+def encode_rows(base, rows, pixels, args):
+    """Mean and std of all variants, (2, variants x N, 4, h, w); processes share the work."""
+    variants = args.variants if rows[0].split == "train" else 1
+    jobs = list(product(range(variants), range(len(rows))))
+    shape = encode(base, pixels[:1])[0].shape[1:]
+    latents = torch.zeros(2, len(jobs), *shape, device=base.device)
+    size = min(8, args.batch_size)
+    starts = range(size * RANK, len(jobs), size * WORLD)
+    for start in tqdm(starts, "encoding", unit="batch", disable=RANK > 0, leave=False):
+        batch = []
+        for variant, i in jobs[start : start + size]:
+            batch.append(make_variant(rows[i], pixels[i], variant, args))
+        latents[:, start : start + size] = torch.stack(encode(base, torch.stack(batch)))
+    return over_processes(latents)
+
+
+@torch.no_grad()
+def make_data(base, rows, latents, args):
+    """A data set of rows of one split and of their latents, with its captions encoded."""
+    captions = [*sorted({row.caption for row in rows} - {""}), ""]
+    numbers = {caption: i for i, caption in enumerate(captions)}
+    parts = []
+    for start in range(0, len(captions), 64):
+        part = tokenize(base, captions[start : start + 64])
+        if not text_learns(args):
+            part = text_states(base, part)
+        parts.append(part)
+    return Data(
+        rows,
+        mean=latents[0],
+        std=latents[1],
+        text={key: torch.cat([part[key] for part in parts]) for key in parts[0]},
+        caption=torch.tensor([numbers[row.caption] for row in rows], device=base.device),
+        weight=relative_weights(rows).to(base.device),
+    )
+
+
+def text_learns(args):
+    """True where captions must be encoded anew in each step."""
+    return args.text_lora or args.method == "textual-inversion"
+
+
+# ---------------------------------------------------------------- augmentation
+
+# What --augment may name, in the order in which it acts. All is mild, for a finding must stay one;
+# hue is left alone, for erythema and pallor are findings.
+AUGMENT = "hflip vflip rotate shift scale elastic clahe color blur noise".split()
+
+
+def augment(picture, names, key):
+    """A variant of a picture, uint8 (3, S, S): what a random draw keyed by `key` makes of it."""
+    image = picture[None].float() / 255  # (1, 3, S, S)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(*key).initial_seed())
+        for change in augmentations(names, picture.shape[-1]):
+            image = change(image).clamp(0, 1)
+    return (image * 255).round().to(torch.uint8)[0]
+
+
+def augmentations(names, side):
+    """The transforms that the names of --augment mean, for pictures of `side` pixels."""
+    degrees = 10 if "rotate" in names else 0
+    shift = (0.03, 0.03) if "shift" in names else None  # of the padded side: 5 % of the side
+    zoom = (0.9, 1.1) if "scale" in names else None
+    bilinear = v2.InterpolationMode.BILINEAR
+    sigma = (0.001 * side, 0.004 * side)
+    table = [
+        ("hflip", v2.RandomHorizontalFlip()),
+        ("vflip", v2.RandomVerticalFlip()),
+        # torchvision fills what comes in from outside with black: mirror the border, then crop
+        ("rotate shift scale elastic", v2.Pad(side // 3, padding_mode="reflect")),
+        ("rotate shift scale", v2.RandomAffine(degrees, shift, zoom, interpolation=bilinear)),
+        ("elastic", displace),
+        ("rotate shift scale elastic", v2.CenterCrop(side)),
+        ("clahe", v2.RandomApply([equalise])),
+        ("color", v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1)),
+        ("blur", v2.GaussianBlur(2 * math.ceil(3 * sigma[1]) + 1, sigma)),
+        ("noise", add_noise),
+    ]
+    return [change for words, change in table if set(words.split()) & set(names)]
+
+
+def displace(image):
+    """Displace by a smooth field: bicubic between 4 x 4 nodes (Ronneberger et al. 2015)."""
+    nodes = 0.024 * torch.randn(1, 2, 4, 4)  # in halves of the padded side: 2 % of the side
+    field = F.interpolate(nodes, image.shape[2:], mode="bicubic", align_corners=True)
+    return v2.functional.elastic(image, field.permute(0, 2, 3, 1))
+
+
+def add_noise(image):
+    """Gaussian noise of a deviation up to 2 % of white, the same in all channels."""
+    return image + 0.02 * torch.rand(1) * torch.randn(image[:, :1].shape)
+
+
+def equalise(image):
+    """CLAHE of the grey values of (1, 3, S, S) in [0, 1]; colours move with them."""
+    grey = v2.functional.rgb_to_grayscale(image)
+    return image + clahe(grey[0, 0]) - grey
+
+
+def clahe(grey, limit=2.0, tiles=8):
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994) of (S, S) in [0, 1].
+
+    As OpenCV: each of tiles x tiles regions gets the map that equalises its histogram of 256 bins,
+    none of which may hold more than `limit` times the mean (the excess goes to all bins alike); a
+    pixel takes the bilinear mean of the four nearest maps. S: a multiple of `tiles`.
+    """
+    side = len(grey) // tiles
+    levels = (grey * 255).round()
+    regions = levels.long().unfold(0, side, side).unfold(1, side, side).reshape(tiles**2, -1)
+    counts = torch.zeros(tiles**2, 256).scatter_add_(1, regions, torch.ones(regions.shape))
+    counts = counts.clamp(max=max(1, limit * side**2 / 256))
+    counts += (side**2 - counts.sum(1, keepdim=True)) / 256
+    maps = (counts.cumsum(1) / side**2).T.reshape(1, 1, 256, tiles, tiles)
+    place = (torch.arange(len(grey)) / side - 0.5) * 2 / (tiles - 1) - 1  # of tiles, in [-1, 1]
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    grid = torch.stack([x, y, levels / 255 * 2 - 1], dim=-1)
+    return F.grid_sample(maps, grid[None, None], padding_mode="border", align_corners=True)[0, 0, 0]
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def prepare_base(args, device):
+    """Load the base as the flags want it."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    base = load_base(args.base, device, args.precision, args.method)
+    if args.text_encoder:
+        use_text_encoder(base, args.text_encoder, args.text_length)
+    if args.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    if args.compile:
+        base.unet.compile()
+    return base
+
+
+def trainable_weights(base, args):
+    """What the method trains: {name: fp32 parameter}; all else is frozen."""
+    if args.method == "full":
+        base.unet.requires_grad_(True)
+        return {f"unet.{name}": weight for name, weight in base.unet.named_parameters()}
+    if args.method == "textual-inversion":
+        return {args.token: new_word(base, args)}
+    shape = (args.rank, args.alpha, args.dropout)
+    weights = lora.inject(base.unet, args.targets, *shape, generator(args.seed, "init"))
+    if args.text_lora:
+        targets = "q_proj,k_proj,v_proj,out_proj"
+        for name, encoder in list(base.parts().items())[1:]:
+            key = generator(args.seed, "init", name)
+            weights |= lora.inject(encoder, targets, *shape, key, name)
+    if args.text_encoder:
+        torch.manual_seed(generator(args.seed, "projection").initial_seed())
+        base.text_projection.reset_parameters()
+        for name, weight in base.text_projection.named_parameters():
+            weights[f"text_projection.{name}"] = weight
+    if args.init_lora:
+        copy_adapter(weights, args)
+    return weights
+
+
+def new_word(base, args):
+    """The vectors of --token, (--vectors, D), which start as the mean of those of --init-word."""
+    tokens = base.tokenizers[0](args.init_word, add_special_tokens=False).input_ids
+    if not tokens:
+        fail(f'--init-word "{args.init_word}": give a word, such as lesion')
+    mean = base.text_encoders[0].get_input_embeddings().weight[tokens].mean(0)
+    return add_tokens(base, {args.token: mean.repeat(args.vectors, 1)})
+
+
+def copy_adapter(weights, args):
+    """Copy --init-lora into fresh weights of the same layers and rank, whatever its alpha."""
+    pairs, _, tensors = lora.load(args.init_lora)
+    for name, (a, b) in pairs.items():
+        tensors[f"{name}.lora_A.weight"] = a
+        tensors[f"{name}.lora_B.weight"] = b * (args.rank / args.alpha)  # a file has it folded in
+    shapes = {lora.on_disk(name): weight.shape for name, weight in weights.items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        fail(
+            f"--init-lora {args.init_lora}: its layers or rank are not those of --rank {args.rank} "
+            f"--targets {args.targets} and --text-lora; see python lora.py info"
+        )
+    for name, weight in weights.items():
+        weight.data.copy_(tensors[lora.on_disk(name)])
+
+
+# ---------------------------------------------------------------- watching
+
+
+@torch.no_grad()
+def validation_loss(base, data, args):
+    """Mean squared error at noise and timesteps that never change, spread evenly over all."""
+    count = max(len(data.rows), 64)  # a few images are looked at several times
+    draw = generator(0, "validation")
+    timesteps = ((torch.arange(count) + 0.5) * base.num_timesteps / count).long()
+    timesteps = timesteps[torch.randperm(count, generator=draw)]
+    noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
+    total = torch.zeros((), dtype=torch.float64, device=base.device)
+    for start in range(RANK * args.batch_size, count, WORLD * args.batch_size):
+        part = torch.arange(start, min(start + args.batch_size, count))
+        rows = (part % len(data.rows)).to(base.device)
+        times = timesteps[part].to(base.device)
+        text = text_condition(base, data, data.caption[rows], args)
+        noise_part = noise[part].to(base.device)
+        noisy, target, _ = noised_and_target(base, data.mean[rows], noise_part, times)
+        error = denoise(base, noisy, times, text) - target
+        total += error.square().mean((1, 2, 3)).double().sum()
+    return over_processes(total).item() / count
+
+
+def draw_pictures(base, jobs, args):
+    """A picture for each job (prompt, number), drawn as --val-steps and its like say."""
+    size = args.resolution
+    settings = Settings(args.val_steps, args.val_guidance_scale, height=size, width=size)
+    return list(generate(base, jobs, settings, batch_size=args.batch_size, seed=args.seed))
+
+
+def set_distance(base, data, args):
+    """--select-by kid or fid: from the validation images to as many that are drawn."""
+    jobs = [(row.caption, i) for i, row in enumerate(data.rows)]
+    drawn = [torch.from_numpy(np.array(image)) for image in draw_pictures(base, jobs, args)]
+    network = load_features("inception" if args.select_by == "fid" else "texture", base.device)
+    real = extract(load_rows(data.rows, args)[1], network, base.device)
+    fake = extract(torch.stack(drawn).permute(0, 3, 1, 2), network, base.device)
+    if network.standardise:
+        both = np.concatenate([real, fake])
+        mean, deviation = both.mean(0), np.maximum(both.std(0), 1e-9)
+        real, fake = (real - mean) / deviation, (fake - mean) / deviation
+    if args.select_by == "fid":
+        return float(frechet(real, fake))
+    return float(kid(real, fake)[0])
+
+
+def validate(base, data, state, args, log):
+    """Add a validation to the history; returns True if it is the best so far."""
+    if data is None:
+        return False
+    figure = args.select_by.replace("-", "_")
+    with averaged_model(base, state, args):
+        entry = {"step": state.step, "val_loss": validation_loss(base, data, args)}
+        if figure != "val_loss":  # rank 0 alone draws; all must agree on which is best
+            distance = torch.zeros((), dtype=torch.float64, device=base.device)
+            if RANK == 0:
+                distance += set_distance(base, data, args)
+            entry[figure] = over_processes(distance).item()
+    state.history.append(entry)
+    log.write([entry])
+    is_best = entry[figure] < state.best.get(figure, math.inf)
+    if is_best:
+        state.best = entry
+    return is_best
+
+
 def draw_grid(base, state, args, log):
-    """samples/step-N.png: the same prompts from the same noise each time. Drawn after the checkpoint is safe."""
-    jobs = [(prompt, number) for prompt in args.val_prompts for number in range(args.val_samples)]
+    """samples/step-N.png: the same prompts from the same noise each time."""
+    jobs = list(product(args.val_prompts, range(args.val_samples)))
     path = Path(args.out, "samples", f"step-{state.step:08d}.png")
     if RANK > 0 or not jobs or path.exists():
         return
-    with looking(state, base, args):
-        images = list(pictures_of(base, jobs, args))
-    grid = contact_sheet(
-        images, [prompt for prompt, _ in jobs], columns=min(8, max(4, args.val_samples))
-    )
+    with averaged_model(base, state, args):
+        images = draw_pictures(base, jobs, args)
+    columns = min(8, max(4, args.val_samples))
+    grid = contact_sheet(images, [prompt for prompt, _ in jobs], columns)
     save_png(grid, path, "\n".join(args.val_prompts))
-    log.picture(grid, state.step)
-
-
-def out_of_patience(history, best, args):
-    """True once --patience validations in a row were no better than the best before them."""
-    return (
-        bool(args.patience)
-        and sum(entry["step"] > best["step"] for entry in history) >= args.patience
-    )
+    log.add_picture(grid, state.step)
 
 
 class Log:
-    """log.jsonl: a line a step and a line a validation, mirrored to TensorBoard and Weights & Biases where asked.
+    """log.jsonl: a line a step and a line a validation; TensorBoard and Weights & Biases mirror it.
 
-    Resuming cuts it back to the checkpoint; judged: the steps of the validations that it knows.
+    Losses stay on the device until they are written. Resuming cuts the log back to the checkpoint.
     """
 
-    def __init__(self, args, step, judged):
-        self.path, self.board, self.run, kept = Path(args.out, "log.jsonl"), None, None, []
-        if RANK > 0:
-            return
-        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
-            with suppress(
-                ValueError, KeyError, TypeError, RecursionError
-            ):  # the torn last line of a run that was killed
-                entry = json.loads(line)
-                if 0 < step >= entry["step"] and ("loss" in entry or entry["step"] in judged):
-                    kept.append(line)
-        write_file(self.path, b"".join(kept))
-        for grid in Path(args.out, "samples").glob("step-" + 8 * "[0-9]" + ".png"):
-            if not step or int(grid.stem[5:]) > step:
+    def __init__(self, state, args):
+        self.path = Path(args.out, "log.jsonl")
+        self.pending = []  # loss and gradient norm of the steps not yet written
+        self.board = None
+        self.wandb_run = None
+        if RANK == 0:
+            self.cut_back(state, args)
+            self.open_mirrors(state, args)
+        self.restart_clock()
+
+    def cut_back(self, state, args):
+        lines = []
+        if state.step and self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                with suppress(ValueError):  # a run that was killed may have torn its last line
+                    if json.loads(line)["step"] <= state.step:
+                        lines.append(line)
+        write_file(self.path, "".join(lines))
+        for grid in Path(args.out, "samples").glob("step-*.png"):
+            if state.step == 0 or int(grid.stem[5:]) > state.step:
                 grid.unlink()
+
+    def open_mirrors(self, state, args):
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=step + 1)
+            folder = Path(args.out, "tensorboard")
+            self.board = SummaryWriter(folder, purge_step=state.step + 1)
         if args.wandb:
-            wandb, number = (
-                need("wandb", "--wandb"),
-                hashlib.sha256(os.path.abspath(args.out).encode()).hexdigest()[:16],
-            )
+            wandb = need("wandb", "--wandb")
+            name = hashlib.sha256(os.path.abspath(args.out).encode()).hexdigest()[:16]
+            how = {"project": "medlora", "name": Path(args.out).name, "dir": args.out}
             try:
-                self.run = wandb.init(
-                    project="medlora",
-                    name=Path(args.out).name,
-                    dir=args.out,
-                    config=vars(args),
-                    resume="allow",
-                    id=number,
-                )
+                self.wandb_run = wandb.init(config=vars(args), resume="allow", id=name, **how)
             except wandb.Error as why:  # such as no login
-                fail(f"--wandb: {why} (or WANDB_MODE=offline)")
+                fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
 
-    def __call__(self, *entries):
+    def write(self, entries):
         if RANK > 0:
             return
-        with open(self.path, "ab") as file:
-            lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-            file.write(
-                re.sub(r"\bNaN\b|-?\bInfinity\b", "null", lines).encode()
-            )  # which are no JSON
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        with open(self.path, "a", newline="\n") as file:
+            file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", text))  # those are no JSON
         for entry in entries:
-            for name, value in entry.items() if self.board else ():
-                self.board.add_scalar(name, value, entry["step"])
-            if self.run:
-                self.run.log(entry, step=entry["step"])
+            if self.board:
+                for name, value in entry.items():
+                    self.board.add_scalar(name, value, entry["step"])
+            if self.wandb_run:
+                self.wandb_run.log(entry, step=entry["step"])
 
-    def close(self):
-        for mirror, end in ((self.board, "close"), (self.run, "finish")):
-            if mirror:
-                getattr(mirror, end)()
+    def add_step(self, loss, grad_norm):
+        self.pending.append(torch.stack([loss, grad_norm]))
 
-    def picture(self, image, step):
+    def write_steps(self, state, args):
+        """Write the pending steps; returns their mean loss. Counts steps with NaN, in a row."""
+        values = torch.stack(self.pending).tolist()
+        self.pending = []
+        batch = effective_batch(args)
+        speed = len(values) * batch / (time.perf_counter() - self.clock)
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        entries = []
+        for step, (loss, grad_norm) in enumerate(values, state.step - len(values) + 1):
+            entry = {"step": step, "epoch": round(step * batch / state.images, 3), "loss": loss}
+            entry |= {"lr": learning_rate(step - 1, args), "grad_norm": grad_norm}
+            entry |= {"images_per_second": round(speed, 2), "memory": round(memory / 1e6)}
+            entries.append(entry)
+            # fp16's scaler finds its scale by overflowing: there the loss alone counts
+            is_good = math.isfinite(loss) and (
+                math.isfinite(grad_norm) or state.scaler.is_enabled()
+            )
+            if not is_good:
+                state.bad_steps += 1
+            elif state.bad_steps < 3:
+                state.bad_steps = 0
+        self.write(entries)
+        return sum(loss for loss, _ in values) / len(values)
+
+    def restart_clock(self):
+        self.clock = time.perf_counter()
+
+    def add_picture(self, image, step):
         if self.board:
             self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
-        if self.run:
-            self.run.log({"samples": need("wandb", "--wandb").Image(image)}, step=step)
+        if self.wandb_run:
+            picture = need("wandb", "--wandb").Image(image)
+            self.wandb_run.log({"samples": picture}, step=step)
+
+    def close(self):
+        if self.board:
+            self.board.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
 
 
-# ------------------------------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------- what a run writes and prints
 
 
-@contextmanager
-def deferred():
-    """A list that SIGINT and SIGTERM are added to, instead of ending what runs."""
-    asked, signals = [], (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda *_: asked.append(True)) for number in signals]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(signals, handlers):
-            signal.signal(number, handler)
+def describe_run(state, data, validation, args):
+    """Before anything long starts: print what will be trained on what."""
+    patients = len({row.group for row in data.rows} - {""}) or "unknown"
+    held_out = len(validation.rows) if validation else 0
+    weights = sum(weight.numel() for weight in state.weights.values())
+    batch = f"{effective_batch(args)} = {args.batch_size} × {args.accumulate} × {WORLD}"
+    print(f"{state.images} training images, {patients} patients; {held_out} for validation")
+    print(f"{weights:,} trainable weights; effective batch {batch}")
+    print(f"{args.steps} steps, {state.step} of them done", flush=True)
+    classes = Counter(data.classes)
+    for name, count in classes.most_common():
+        times = state.images / count / len(classes)
+        label = name or "(no label)"
+        print(f"balance: {label}: {count} images, each drawn {times:.2f} times an epoch")
 
 
-def fit(base, streams, check, state, args, log):
-    """Train until --steps or out of patience; check() validates: is this the best so far? SIGINT and SIGTERM save first
-    and then end the run."""
-    weights, first, data, stop = list(state.weights.values()), state.step, streams[0][1], False
-    features = perceptual_features(base, args)
-    seen, clock = [], time.perf_counter()
-    for (
-        module
-    ) in base.parts().values():  # so that adapters drop out; the base itself has no dropout
-        module.train()
-    with (
-        deferred() as asked,
-        tqdm(
-            total=args.steps,
-            initial=state.step,
-            desc="training",
-            unit="step",
-            disable=RANK > 0,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        ) as bar,
-    ):
-        while (
-            state.step < args.steps
-            and not stop
-            and not out_of_patience(state.history, state.best, args)
-        ):
-            loss = compute_gradients(base, streams, features, state, args)
-            loss, stop = sum_over_processes(
-                weights, torch.stack([loss, torch.full_like(loss, len(asked))])
-            )
-            norm = apply_gradients(state, weights, args)
-            state.step += 1
-            seen.append(torch.stack([loss, norm]))
-            bar.update()
-            last = state.step == args.steps
-            validating = last or args.validate_every and state.step % args.validate_every == 0
-            saving = last or state.step % args.save_every == 0
-            look = (
-                validating or saving or state.step % args.log_every == 0 or state.step == first + 20
-            )
-            stop = (
-                bool(asked) if WORLD == 1 else look and stop.item() > 0
-            )  # to look makes a GPU wait
-            if look or stop:
-                bar.set_postfix(
-                    loss=f"{write_log(log, seen, clock, base.device, state, args, data):.4f}"
-                )
-                if state.step == first + 20 and RANK == 0:
-                    estimate(state, seen, clock, base.device, args)
-                seen = []
-            if state.bad_steps >= 3:
-                bar.close()
-                fail(
-                    f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller --lr or --precision "
-                    f"fp32; what lies in {args.out}/checkpoints is from before"
-                )
-            best = validating and check()
-            if saving or best or stop or out_of_patience(state.history, state.best, args):
-                save_checkpoint(state, args, data, best)
-            if (
-                validating and not last
-            ):  # the last one's follows the loop, where a killed run also comes by
-                draw_grid(base, state, args, log)
-            if look:
-                clock = time.perf_counter()
-    if stop or asked:
-        RANK or print(f"stopped at step {state.step}, saved; the same command goes on from here")
-        raise KeyboardInterrupt
+def finish(state, data, args):
+    """Write the results, the report and the card; print where they are and what to type next."""
+    result = save_results(state, args)
+    write_report(state, args)
+    write_card(state, data, result, args)
+    write_args(args, state.step)
+    flag = "--base" if args.method == "full" else "--lora"
+    words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
+    print(f"done: {result}; look at {args.out}/report.html")
+    print("next: " + command("sample.py", flag, result, *words))
 
 
-def compute_gradients(base, streams, features, state, args):
-    """This process's share of a step: gradients in place, and of the loss, which it returns, on the device.
+def save_results(state, args):
+    """Write the trained weights; returns the path of what --lora or --base of sample.py takes.
 
-    streams: [(name, Data, share of the loss)], a batch of the same size from each, with draws of its own; the second are
-    DreamBooth's class images (Ruiz et al. 2023).
+    EMA weights of the best validation, else of the end: lora.safetensors (and lora-last), model/
+    with --method full, embeddings.safetensors with textual-inversion.
     """
-    total = torch.zeros((), device=base.device)
-    for micro in range(args.accumulate):
-        first = (micro * WORLD + RANK) * args.batch_size
-        for stream, part, share in streams:
-            slots = range(first, first + args.batch_size)
-            latents, noise, planned, text, weight = make_batch(
-                part, state.step, slots, args, stream
-            )
-            timesteps = planned.to(base.device, non_blocking=True)
-            noisy, target, snr_weight = noised_and_target(
-                base, latents, noise, timesteps, args.snr_gamma
-            )
-            if args.dropout:  # the one hidden state: nn.Dropout draws from the global generator
-                torch.manual_seed(
-                    generator(args.seed, "dropout", stream, state.step, micro, RANK).initial_seed()
-                )
-            prediction = denoise(base, noisy, timesteps, cond_of(base, part, text))
-            error = (prediction - target).square().mean((1, 2, 3)) * snr_weight  # (B,)
-            if features:
-                clean = predicted_latents(base, noisy, prediction, timesteps)
-                error = error + args.perceptual_weight * perceptual_loss(
-                    features, clean, latents, planned
-                )
-            error = error * weight
-            loss = share * error.sum() / effective_batch(args)
-            state.scaler.scale(loss).backward()
-            total += loss.detach()
-    for w in state.weights.values():
-        if (
-            w.grad is None
-        ):  # SDXL reads the last layer but one of its text encoders: the last has an adapter in vain
-            w.grad = torch.zeros_like(w)
-    return total
-
-
-def perceptual_features(base, args):
-    """The function, latents → features, of --perceptual and the first timestep at which noise outweighs the signal, where
-    the prediction is a blur that features would punish; None where it is off."""
-    if not args.perceptual_weight:
-        return None
-    blur = int((base.alphas_cumprod >= 0.5).sum())
-    if args.perceptual == "vae":
-        return lambda latents: decode_with_gradient(base, latents, features=True), blur
-    trunk = trunk_of("vgg16", load_weights(find_weights(LPIPS["vgg"][2]))).to(base.device)
-    mean, std = (torch.tensor(v, device=base.device)[:, None, None] for v in IMAGENET_SCALE)
-    # conv3_3 after its ReLU (Johnson et al. 2016 use its neighbours)
-    return lambda latents: taps(
-        trunk, ((decode_with_gradient(base, latents) + 1) / 2 - mean) / std, (15,)
-    )[0], blur
-
-
-def perceptual_loss(features, clean, latents, timesteps):
-    """Squared distance in features between the predicted clean latents and the true ones, (B,); 0 where blurred.
-
-    timesteps: on the CPU, so that the choice of rows keeps no GPU waiting.
-    """
-    function, blur = features
-    seen = (timesteps < blur).nonzero().flatten()
-    loss = torch.zeros(len(latents), device=latents.device)
-    if len(seen):
-        seen = seen.to(latents.device, non_blocking=True)
-        with torch.no_grad():
-            wanted = function(latents[seen])
-        loss = loss.index_add(0, seen, (function(clean[seen]) - wanted).square().mean((1, 2, 3)))
-    return loss
-
-
-def estimate(state, seen, clock, device, args):
-    """After the first 20 steps: what the whole run will take, before a night is committed to it."""
-    hours = (time.perf_counter() - clock) / len(seen) * (args.steps - state.step) / 3600
-    size = 4 * 4 * sum(w.numel() for w in state.weights.values()) / 1e6
-    kept = min(args.keep_last or args.steps, -(-args.steps // args.save_every)) + 2
-    tqdm.write(
-        f"about {hours * 60:.0f} minutes to go"
-        + f" ({hours:.1f} h)" * (hours > 1)
-        + f", peak memory {memory_in_use(device)} MB, checkpoints up to {size * kept:.0f} MB on the disk"
-    )
-
-
-def write_log(log, seen, clock, device, state, args, data):
-    """A line for each step since the last look; returns their mean loss; counts steps with NaN, in a row."""
-    values, batch = torch.stack(seen).tolist(), effective_batch(args)
-    speed = round(len(seen) * batch / (time.perf_counter() - clock), 2)
-    first = state.step - len(seen) + 1
-    log(
-        *(
-            {
-                "step": step,
-                "epoch": round(step * batch / len(data.rows), 3),
-                "loss": loss,
-                "lr": learning_rate(step - 1, args),
-                "grad_norm": norm,
-                "images_per_second": speed,
-                "memory": memory_in_use(device),
-            }
-            for step, (loss, norm) in enumerate(values, first)
-        )
-    )
-    for (
-        loss,
-        norm,
-    ) in values:  # fp16's scaler looks for its scale by overflowing: there the loss alone counts
-        bad = not math.isfinite(loss) or not (math.isfinite(norm) or state.scaler.is_enabled())
-        state.bad_steps = state.bad_steps + 1 if bad or state.bad_steps >= 3 else 0
-    return sum(loss for loss, _ in values) / len(values)
-
-
-def apply_gradients(state, weights, args):
-    """Clip, step, average. Returns the gradient norm before clipping, on the device; NaN changes no weight."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.step, args)
-    state.scaler.unscale_(state.optimizer)
-    grads = [w.grad for w in weights]
-    norm = torch.nn.utils.get_total_norm(grads)
-    if args.max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(weights, args.max_grad_norm, norm)
-    if args.optimizer == "adamw" and not state.scaler.is_enabled():
-        state.optimizer.found_inf = (
-            ~norm.isfinite()
-        ).float()  # fused: it then skips without the host asking
-    if args.optimizer == "adamw" or state.scaler.is_enabled() or norm.isfinite():
-        state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad()
-    decay = min(args.ema, (1 + state.step) / (10 + state.step)) if args.ema else 0.0
-    torch._foreach_lerp_(list(state.ema.values()), [w.data for w in weights], 1 - decay)
-    return norm
-
-
-def memory_in_use(device):
-    """Peak memory so far, in MB: the GPU's, else the process's."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    with suppress(ImportError):  # Windows has no resource module
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return round(peak / (1e6 if sys.platform == "darwin" else 1e3))
-
-
-# ------------------------------------------------------------------------------------------------- what a run leaves
-
-
-def save_results(state, args, data):
-    """lora.safetensors (EMA weights of the best validation, else of the end) and lora-last.safetensors; model/ for
-    --method full, embeddings.safetensors for textual-inversion. Returns its path."""
-    best, best_path = state.ema, Path(args.out, "checkpoints", "best.pt")
-    if (
-        state.best["step"] and best_path.exists()
-    ):  # absent where a run went on from another folder's checkpoint
-        kept = torch.load(best_path, map_location="cpu", weights_only=True)
-        best = kept["ema"] if kept["step"] == state.best["step"] else best
-    if best is state.ema:
-        state.best = {"step": state.step}
+    best = best_weights(state, args)
     if args.method == "full":
-        save_model(best, args)
-        return Path(args.out, "model")
-    about = {
-        "base": args.base,
-        "rank": args.rank,
-        "alpha": f"{args.alpha:g}",
-        "targets": args.targets,
+        return save_model(best, args)
+    metadata = adapter_metadata(state, args)
+    name = "lora.safetensors"
+    if args.method == "textual-inversion":  # {"<word>": (n, D)}, as diffusers reads it
+        name = "embeddings.safetensors"
+        metadata["tokens"] = args.token
+    else:
+        last = Path(args.out, "lora-last.safetensors")
+        lora.save(last, state.ema, metadata | {"steps": state.step})
+    lora.save(Path(args.out, name), best, metadata | {"steps": state.best["step"]})
+    return Path(args.out, name)
+
+
+def best_weights(state, args):
+    """The EMA weights of the best validation, or of the last step, which then is the best."""
+    path = Path(args.out, "checkpoints", "best.pt")
+    if state.best["step"] and path.exists():
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint["step"] == state.best["step"]:
+            return checkpoint["ema"]
+    # no validation, or the run continued another folder's checkpoint, whose best.pt is not here
+    state.best = {"step": state.step}
+    return state.ema
+
+
+def adapter_metadata(state, args):
+    """What an adapter says of itself: its shape, its base, and how its images were prepared."""
+    names = "base rank alpha targets resolution seed crop window range slices".split()
+    if args.text_encoder:
+        names += ["text_encoder", "text_length"]
+    metadata = {name: getattr(args, name) for name in names}
+    return metadata | {
         "prompt": args.prompt or "",
-        "resolution": args.resolution,
-        "seed": args.seed,
-        "images": len(data.rows),
-        "data": data.made_of["the training data"],
+        "images": state.images,
+        "data": state.made_of["the training data"],
         "format_version": 1,
         "made_by": "medlora",
         "licence": "that of the base; research use, not for diagnosis",
     }
-    if (
-        args.method == "textual-inversion"
-    ):  # {"<word>": (n, D)}: the form diffusers' load_textual_inversion reads
-        path = Path(args.out, "embeddings.safetensors")
-        lora.save(path, best, {**about, "tokens": args.token, "steps": state.best["step"]})
-        return path
-    if args.text_encoder:
-        about |= {"text_encoder": args.text_encoder, "text_length": args.text_length}
-    lora.save(Path(args.out, "lora.safetensors"), best, {**about, "steps": state.best["step"]})
-    lora.save(Path(args.out, "lora-last.safetensors"), state.ema, {**about, "steps": state.step})
-    return Path(args.out, "lora.safetensors")
-
-
-LICENCES = {
-    "sd15": "creativeml-openrail-m",
-    "sd21-base": "openrail++",
-    "sd21": "openrail++",
-    "sdxl": "openrail++",
-}
-
-
-def write_card(state, args, data, result):
-    """README.md: a model card with the metadata that the Hub reads (base, licence, tags, prompt), data and limits."""
-    base, caption = (
-        BASES.get(args.base, args.base),
-        Counter(row["caption"] for row in data.rows).most_common(1)[0][0],
-    )
-    prompt = json.dumps(caption, ensure_ascii=False)
-    tags = ["stable-diffusion", "diffusers", "text-to-image", "medical", "synthetic"] + ["lora"] * (
-        args.method != "full"
-    )
-    head = ["---", f"base_model: {base}"] * ("/" in base and not os.path.exists(base)) or ["---"]
-    head += [
-        f"license: {LICENCES.get(args.base, 'other')}",
-        "library_name: diffusers",
-        f"instance_prompt: {prompt}",
-        "tags:",
-    ]
-    head += [f"- {tag}" for tag in tags] + ["---"]
-    seen = "val_loss" in state.best
-    best = (
-        f" Best validation loss {state.best['val_loss']:.4f}, at step {state.best['step']}."
-        if seen
-        else ""
-    )
-    kind = {"full": "A whole UNet", "textual-inversion": "A new word"}.get(
-        args.method, "An adapter"
-    )
-    patients = len({row["group"] for row in data.rows} - {""}) or "unknown"
-    text = f"""
-# {Path(args.out).name}
-
-{kind} for {args.base}, trained with medlora on {len(data.rows)} images of {patients} patients (SHA-256 of the set:
-`{data.made_of["the training data"][:16]}…`) at {args.resolution} px for {state.step} steps, captions such as {prompt}.{best}
-
-Use: `python sample.py --{"base" if args.method == "full" else "lora"} {result.name} --prompt {shlex.quote(caption)}`
-
-**Intended use**: research, such as enlarging training sets, after an evaluation against held-out real images.
-**Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see evaluate.py's nearest
-pairs) and inherit the training set's biases and the base's licence.
-
-Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
-"""
-    write_file(Path(args.out, "README.md"), "\n".join(head) + text)
 
 
 def save_model(weights, args):
-    """model/: a diffusers folder with the tuned UNet (fp32) and the base's other parts, usable as --base."""
-    folder, unet = Path(args.out, "model"), "unet/diffusion_pytorch_model.safetensors"
+    """model/: a diffusers folder with the tuned UNet, fp32, and the base's other parts."""
+    folder = Path(args.out, "model")
     source = Path(find_base(args.base))
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if (
-            path.is_file()
-            and relative.as_posix() != unet
-            and any(fnmatch(relative.as_posix(), part) for part in PARTS)
-        ):
-            copy_file(path, folder / relative)
-    tensors = {name.removeprefix("unet."): w.cpu().contiguous() for name, w in weights.items()}
-    write_file(folder / unet, lora.to_bytes(tensors, {}))
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    for pattern in PARTS:
+        for path in source.glob(pattern):
+            if path != source / unet:
+                copy_file(path, folder / path.relative_to(source))
+    tensors = {name.removeprefix("unet."): weight for name, weight in weights.items()}
+    lora.save_tensors(folder / unet, tensors)
+    return folder
+
+
+LICENCES = {"sd15": "creativeml-openrail-m"}
+LICENCES |= dict.fromkeys(["sd21-base", "sd21", "sdxl"], "openrail++")
+KINDS = {"full": "A whole UNet", "textual-inversion": "A new word"}
+
+
+def write_card(state, data, result, args):
+    """README.md: a model card with the metadata that the Hub reads, the data, and the limits."""
+    base = BASES.get(args.base, args.base)
+    caption = Counter(row.caption for row in data.rows).most_common(1)[0][0]
+    prompt = json.dumps(caption, ensure_ascii=False)
+    patients = len({row.group for row in data.rows} - {""}) or "unknown"
+    flag = "--base" if args.method == "full" else "--lora"
+    base_model = ""
+    if not os.path.exists(base):
+        base_model = f"base_model: {base}\n"
+    best = ""
+    if "val_loss" in state.best:
+        best = f" Best validation loss {state.best['val_loss']:.4f}, step {state.best['step']}."
+    text = f"""---
+{base_model}license: {LICENCES.get(args.base, "other")}
+library_name: diffusers
+instance_prompt: {prompt}
+tags: [stable-diffusion, diffusers, text-to-image, medical, synthetic, {args.method}]
+---
+
+# {Path(args.out).name}
+
+{KINDS.get(args.method, "An adapter")} for {args.base}, trained with medlora for {state.step} steps
+on {state.images} images of {patients} patients (SHA-256 of the set:
+`{state.made_of["the training data"][:16]}…`) at {args.resolution} px, with captions such as
+{prompt}.{best}
+
+Use: `python sample.py {shlex.join([flag, result.name, "--prompt", caption])}`
+
+**Intended use**: research, such as enlarging training sets, after an evaluation against held-out
+real images.
+**Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see the
+nearest pairs of evaluate.py) and inherit the biases of the training set and the base's licence.
+
+Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
+"""
+    write_file(Path(args.out, "README.md"), text)
 
 
 def write_report(state, args):
-    """report.html: loss, validation, learning rate, gradient norm, the grids in order, the flags."""
+    """report.html: loss, validation, gradient norm, learning rate, the grids and the flags."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
-    steps = [
-        line
-        for line in lines
-        if all(isinstance(line.get(key), (int, float)) for key in ("loss", "grad_norm", "lr"))
-    ]
+    all_steps = [line for line in lines if "loss" in line]
+    steps = [line for line in all_steps if None not in line.values()]
+    summary = f"{state.step} steps"
+    if "val_loss" in state.best:
+        summary += f", best {state.best['val_loss']:.4f} at step {state.best['step']}"
+    if len(steps) < len(all_steps):
+        skipped = len(all_steps) - len(steps)
+        summary += f"; {skipped} steps changed nothing: their gradients were no numbers"
+    validation = [(entry["step"], entry["val_loss"]) for entry in state.history]
+    losses = {"training": mean_points(steps, "loss"), "validation": validation}
+    body = f"<p>{summary}.</p><h2>Loss</h2>" + curve(losses, "step")
+    for key in ("grad_norm", "lr", "images_per_second", "memory"):
+        body += f"<h2>{key}</h2>" + curve({key: mean_points(steps, key)}, "step")
+    body += "<h2>Samples, same noise each time</h2>"
     grids = sorted(Path(args.out, "samples").glob("step-*.png"))
-    width = max(1, len(steps) // 200)  # points are means over this many steps
-
-    def points(key):
-        parts = [steps[i : i + width] for i in range(0, len(steps), width)]
-        return [(part[-1]["step"], sum(line[key] for line in part) / len(part)) for part in parts]
-
-    best = (
-        f", best {state.best['val_loss']:.4f} at step {state.best['step']}"
-        if "val_loss" in state.best
-        else ""
-    )
-    skipped = sum(
-        "loss" in line and None in (line["loss"], line.get("grad_norm")) for line in lines
-    )
-    cost = [
-        f"; peak memory {line.get('memory')} MB, {line.get('images_per_second')} images a second"
-        for line in steps[-1:]
-    ]
-    cost += [f"; {skipped} steps changed nothing, for their gradients were no numbers"] * (
-        skipped > 0
-    )
-    body = (
-        f"<p>{state.step} steps{best}{''.join(cost)}.</p>"
-        + "<h2>Loss</h2>"
-        + curve(
-            {
-                "training": points("loss"),
-                "validation": [(v["step"], v["val_loss"]) for v in state.history],
-            },
-            "step",
-        )
-        + "<h2>Gradient norm</h2>"
-        + curve({"before clipping": points("grad_norm")}, "step")
-        + "<h2>Learning rate</h2>"
-        + curve({"lr": points("lr")}, "step")
-        + "<h2>Samples, same noise each time</h2>"
-    )
     for path in grids[:: max(1, len(grids) // 6)][:-1] + grids[-1:]:
         with Image.open(path) as grid:
             body += f'<p class="soft">{path.stem}</p>{thumbnail(grid, 1000)}'
@@ -1778,587 +1379,416 @@ def write_report(state, args):
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
-def describe(state, data, val, args):
-    """Before anything long starts: what will be trained on what."""
-    batch, size = effective_batch(args), sum(w.numel() for w in state.weights.values())
-    groups = len({row["group"] for row in data.rows} - {""})
+def mean_points(steps, key):
+    """At most some 200 points of a curve, each the mean of several steps."""
+    width = max(1, len(steps) // 200)
+    points = []
+    for start in range(0, len(steps), width):
+        part = steps[start : start + width]
+        points.append((part[-1]["step"], sum(line[key] for line in part) / len(part)))
+    return points
+
+
+# ---------------------------------------------------------------- the data doctor
+
+
+def preview(args):
+    """--preview: describe the data, warn of what is odd, and write them as the model sees them."""
+    folder = Path(args.preview)
+    rows = list_data(args)
+    args = with_defaults(args, rows)
+    rows, pixels = load_rows(rows, args, measure=size_and_white)
+    describe_data(rows)
+    warn_of_duplicates(rows, pixels, args)
+    if args.range is None:
+        deep = [
+            row.file_name for row in rows if row.value_range and 255 < row.value_range[1] < 4096
+        ]
+        advice = "with --range 0,4095 their scale stays when images are added"
+        warn(deep, "16-bit files with 12-bit values", advice)
+    write_preview(rows, pixels, folder, args)
+    print("next: the same command without --preview, or " + command("train.py", "--data", folder))
+
+
+def size_and_white(image):
+    """The width, the height and the lightest grey value of an image as stored."""
+    return *image.size, image.convert("L").getextrema()[1]
+
+
+def describe_data(rows):
+    """Print counts, sizes, patients and labels; warn of labels with few images."""
+    splits = Counter(row.split for row in rows)
+    widths, heights, whites = zip(*[row.measured for row in rows], strict=True)
+    suffixes = Counter(Path(row.path).suffix.lower() for row in rows)
+    patients = Counter(row.group for row in rows if row.group)
     print(
-        f"{len(data.rows)} training images"
-        + f" of {groups} patients" * (groups > 0)
-        + f", {len(val.rows) if val else 0} for validation, {len(next(iter(data.text.values()))) - 1} captions"
+        f"{len(rows)} images: {splits['train']} to train on, {splits['val']} for validation, "
+        f"{splits['test']} for a test; "
+        + ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
     )
     print(
-        f"{size:,} trainable weights ({size * 4 / 1e6:.1f} MB); effective batch {batch} = {args.batch_size} × "
-        f"{args.accumulate} × {WORLD}; {len(data.rows) / batch:.1f} steps an epoch, {args.steps} steps"
-        + f", going on from {state.step}"
-        * (state.step > 0),
-        flush=True,
+        f"sides from {min(widths + heights)} to {max(widths + heights)} pixels; the lightest grey "
+        f"value of an image is from {min(whites)} to {max(whites)}"
     )
-    for name, number in Counter(data.classes).most_common():
-        times = len(data.rows) / number / len(set(data.classes))
-        print(
-            f"balance: {name or '(no label)'}: {number} images, each drawn {times:.2f} times an epoch"
-        )
+    most = max(patients.values(), default="unknown")
+    print(f"patients: {len(patients)}, images of one at most: {most}")
+    members = {}
+    for row in rows:
+        for label in split_labels(row):
+            members.setdefault(label or "(no label)", []).append(row.group)
+    few = []
+    for label, groups in sorted(members.items(), key=lambda item: -len(item[1])):
+        known = len(set(groups) - {""}) or "-"
+        print(f"  {label:<32} {len(groups):>6} images {known:>6} patients")
+        if len(groups) < 10 and len(members) > 1:
+            few.append(f"{label}: {len(groups)}")
+    what = "classes of fewer than 10 images, which a model learns by heart"
+    warn(few, what, "add images, join classes or leave them out")
 
 
-def prepare_base(args, device):
-    """Load the base as the flags want it."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    base = load_base(args.base, device, args.precision, args.method)
-    check_schedule(base)
-    if args.text_encoder:
-        use_text_encoder(base, args.text_encoder, args.text_length)
-    if args.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    return base
+PREVIEW_COLUMNS = ["file_name", "text", "label", "patient_id", "source", "synthetic"]
 
 
-def check_against_data(args, val_rows):
-    """Flags that the data, or files that are not there, make idle: now, not after an hour."""
-    if args.select_by != "val-loss" and len(val_rows) < 50:
-        fail(
-            f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}: use val-loss, which "
-            "means something at any number"
-        )
-    if args.patience and not (val_rows and args.validate_every):
-        fail("--patience counts validations: give --val-split or --val-data, and --validate-every")
-    for flag, wanted, name in (
-        ("--select-by fid", args.select_by == "fid", FID_WEIGHTS),
-        ("--perceptual vgg", args.perceptual_weight and args.perceptual == "vgg", LPIPS["vgg"][2]),
-    ):
-        if wanted and find_weights(name) is None:
-            fail(
-                f"{flag}: needs {name} in {CACHE} or torch's own cache; --select-by kid and --perceptual vae need no file"
-            )
+def write_preview(rows, pixels, folder, args):
+    """Write all variants of all images but those kept for a test, metadata.csv and grid.png."""
+    path = folder / "metadata.csv"
+    if path.exists() and path.read_text().split("\n")[0].strip() != ",".join(PREVIEW_COLUMNS):
+        fail(f"--preview {folder}: holds another data set; give another folder")
+    lines = []
+    for i, row in enumerate(tqdm(rows, "writing", unit="image", leave=False)):
+        if row.split == "test":
+            continue
+        for variant in range(args.variants):
+            name = f"{i:06d}-{variant}-{Path(row.file_name).stem[:80]}.png"
+            with replacing(folder / name) as file:
+                picture(make_variant(row, pixels[i], variant, args)).save(file, "PNG")
+            group = row.group
+            if not group and args.variants > 1:  # variants stay on one side of a split
+                group = row.file_name
+            synthetic = row.fields.get("synthetic", "")
+            lines.append([name, row.caption, row.label, group, row.file_name, synthetic])
+    write_csv(path, PREVIEW_COLUMNS, lines)
+    shown = lines[:: max(1, len(lines) // 48)]
+    images = [Image.open(folder / line[0]) for line in shown]
+    grid = contact_sheet(images, [line[1] or line[2] or line[4] for line in shown])
+    save_png(grid, folder / "grid.png", "")
+    side = args.resolution
+    print(f"{len(lines)} pictures of {side} x {side} in {folder}: look at {folder}/grid.png")
 
 
-def run(args, device):
-    listed = list_data(args)
-    train_rows, val_rows = (
-        [row for row in listed if row["split"] == part] for part in ("train", "val")
-    )
-    args.resolution = args.resolution or own_resolution(find_base(args.base))
-    args.steps = args.steps or math.ceil(args.epochs * len(train_rows) / effective_batch(args))
-    check_against_data(args, val_rows)
-    args.val_prompts = args.val_prompts or [
-        caption for caption, _ in Counter(r["caption"] for r in train_rows).most_common(4)
-    ]
-    made_of = {
-        "the training data": fingerprint(train_rows),
-        "the validation data": fingerprint(val_rows),
-        "--base": base_hash(find_base(args.base)),
-        **{
-            flag: content_hash(path)
-            for flag, path in (("--init-lora", args.init_lora),)
-            if path and os.path.isfile(path)
-        },
-    }
-    if args.cache:  # another VAE, another folder
-        args.cache = os.path.join(args.cache, base_hash(find_base(args.base), "vae"))
-    checkpoint = find_checkpoint(args, made_of)
-    if (
-        checkpoint
-        and finished(args.out) == checkpoint["step"]
-        and (
-            checkpoint["step"] >= args.steps
-            or out_of_patience(checkpoint["history"], checkpoint["best"], args)
-        )
-    ):
-        more = "steps" if checkpoint["step"] >= args.steps else "patience"
-        RANK or print(
-            f"{args.out} is finished: {checkpoint['step']} steps. To go on, give more --{more}"
-        )
-        return
-    base = prepare_base(args, device)
-    classes = class_images(base, len(train_rows), args) if args.method == "dreambooth" else None
-    state = start(
-        base, args, checkpoint
-    )  # before captions are encoded: a new word must exist by then
-    resumed = checkpoint is not None
-    del checkpoint  # gigabytes, with --method full
-    if args.compile:
-        base.unet.compile()
-    rows, pixels = load_uncached(train_rows + val_rows, args)
-    if val_rows and RANK == 0 and isinstance(pixels, torch.Tensor):
-        warn_of_twins(rows, pixels, args, crossing=True)
-    count = sum(row["split"] == "train" for row in rows)
-    data = cache(base, rows[:count], pixels[:count], args, "training images")
-    val = cache(base, rows[count:], pixels[count:], args, "validation images") if val_rows else None
-    data.made_of, data.classes = made_of, classes_of(data.rows) if args.balance else ()
-    del pixels  # gigabytes
-    rest_encoders(base, args)
-    if RANK == 0:
-        write_csv(
-            Path(args.out, "split.csv"),
-            ["file_name", "group", "split"],
-            [[row["file_name"], row["group"], row["split"]] for row in listed],
-        )
-        write_args(args)
-        describe(state, data, val, args)
-    if (
-        resumed and RANK == 0 and args.resume not in ("auto", "latest")
-    ):  # should it be killed, it goes on from here too
-        point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
-    log = Log(args, state.step, {entry["step"] for entry in state.history})
-    streams = [("data", data, 1.0)] + [("class", classes, args.prior_weight)] * (
-        classes is not None
-    )
-    if resumed and args.validate_every and state.step % args.validate_every == 0:
-        draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
-    fit(base, streams, lambda: validate(base, state, val, args, log), state, args, log)
-    draw_grid(base, state, args, log)
-    if RANK == 0:
-        leave(state, args, data)
-        log.close()
+# ---------------------------------------------------------------- processes and the run's folder
 
 
-def leave(state, args, data):
-    """Write all that a run leaves, and say where it is and what to do next."""
-    result = save_results(state, args, data)
-    write_report(state, args)
-    write_card(state, args, data, result)
-    write_args(args, state.step)
-    print(
-        f"done: {result}; look at {args.out}/report.html\nnext: "
-        + command(
-            "sample.py",
-            "--base" if args.method == "full" else "--lora",
-            result,
-            "--prompt",
-            args.val_prompts[0],
-            "--num-images",
-            50,
-            "--grid",
-        )
-    )
+def start_processes(args):
+    """Under torchrun, join the others; returns this process's device."""
+    device = own_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # the same bytes after a restart need kernels that add in one order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if WORLD > 1:
+        # A rank that dies takes the others down through torchrun; a long grid on rank 0 must not.
+        how = {"rank": RANK, "world_size": WORLD, "timeout": timedelta(hours=2)}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=fresh_store(), **how)
+    return device
+
+
+def fresh_store():
+    """A part of torchrun's key-value store that only the processes of this attempt use.
+
+    After a restart the store still holds the addresses of dead processes, and a rank that reads
+    one hangs. So each process writes a name, rank 0 joins the names, and the joined text that all
+    of them have signed is the prefix of the part.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
+    name = secrets.token_hex(8)
+    store.set(f"medlora-{RANK}", name)
+    signed = set()
+    while True:
+        if RANK == 0:
+            names = [store.get(f"medlora-{rank}").decode() for rank in range(WORLD)]
+            store.set("medlora-all", " ".join(names))
+        joined = store.get("medlora-all").decode()
+        if name in joined and joined not in signed:
+            signed.add(joined)
+            store.add(joined, 1)
+        if joined in signed and store.add(joined, 0) == WORLD:
+            return dist.PrefixStore(joined, store)
+        time.sleep(0.02)
+
+
+@contextmanager
+def lock(out):
+    """Hold the run's folder by a kernel lock, which dies with its process; refuse a second run."""
+    Path(out, "checkpoints").mkdir(parents=True, exist_ok=True)
+    with open(Path(out, ".lock"), "a+b") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{out}: another run is writing here; wait for it or give another --out")
+        for place in (".", "checkpoints", "samples", "model", "model/*"):
+            for torn in Path(out).glob(f"{place}/.*.[0-9]*.tmp"):  # of runs killed while writing
+                torn.unlink()
+        yield
 
 
 # ---------------------------------------------------------------- flags
 
 
 class LastWins(argparse.Action):
-    """--steps and --epochs: the one given last counts."""
+    """--steps and --epochs: the one given last counts, so that it can override a recipe."""
 
     def __call__(self, parser, args, value, flag=None):
         args.steps = args.epochs = None
         setattr(args, self.dest, value)
 
 
-# What --augment may name and how far a draw goes: mild, for a finding must stay one. Hue is left alone, for erythema and
-# pallor are findings; rotate, shift, scale and elastic are one resampling, mirrored at the border.
-AUGMENT = {
-    "hflip": 1.0,  # half of the variants; off unless named, for a heart has its side
-    "vflip": 1.0,  # half of the variants
-    "rotate": 10.0,  # degrees either way
-    "shift": 0.05,  # of the side, either way
-    "scale": 0.1,  # larger or smaller
-    "elastic": 0.02,  # of the side: deviation of a 4 x 4 grid's nodes (10 of 512 pixels: Ronneberger et al. 2015)
-    "clahe": 2.0,  # clip limit; half of the variants
-    "color": 0.1,  # brightness, contrast and saturation, up or down
-    "blur": 0.004,  # of the side: deviation at most
-    "noise": 0.02,
-}  # of white: deviation at most, the same in all channels
-
-
 def interval(text):
-    """LO,HI as two numbers."""
+    """An argument type: LO,HI as two numbers."""
     low, high = map(float, text.split(","))  # argparse names the flag where this raises ValueError
     if not low < high:
         raise ValueError
     return [low, high]
 
 
-def add_data_and_model(parser):
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        required=True,
-        help="a folder of images, of class folders or with metadata.csv, or a CSV",
-    )
-    data.add_argument("--val-data", help="a separate validation set, in any of these forms")
-    data.add_argument(
-        "--val-split",
-        type=float,
-        default=0.15,
-        help="share held out for validation, by patient if known",
-    )
-    data.add_argument(
-        "--test-split", type=float, default=0.0, help="share that no stage may learn from"
-    )
-    data.add_argument(
-        "--prompt",
-        help='caption format, such as "a chest X-ray with {labels}" (default: caption column)',
-    )
+count = number(0, 10**9)
+positive = number(1, 10**9)
+share = number(0.0, 1.0)
+factor = number(0.0, 1e6)
+
+
+def add_data_flags(group):
+    add = group.add_argument
+    add("--data", required=True, type=data_set, help="folder of images or of class folders; table")
+    add("--val-data", type=data_set, help="a separate validation set, in any of these forms")
+    add("--val-split", type=share, default=0.15, help="share held out for validation, by patient")
+    add("--test-split", type=share, default=0.0, help="share that no stage may learn from")
+    add("--prompt", help='caption format, such as "a chest X-ray with {labels}"')
     for role in ("image", "caption", "label", "group"):
-        data.add_argument(
-            f"--{role}-column", help=f"the table's {role} column (default: found by its name)"
-        )
-    data.add_argument(
-        "--resolution", type=int, help="pixels, a multiple of 8 (default: the base's own)"
+        add(f"--{role}-column", help=f"the table's {role} column (default: found by its name)")
+    add("--weight-column", help="a row's loss counts by this number over the mean")
+    add("--resolution", type=multiple_of_8, help="pixels (default: the base's own)")
+    crops = ["center", "random", "pad", "fundus"]
+    add(
+        "--crop", choices=crops, default="center", help="cut, border with black, or cut to the disc"
     )
-    data.add_argument(
-        "--crop",
-        choices=["center", "random", "pad", "fundus"],
-        default="center",
-        help="how a picture becomes square: cut in the middle or anywhere, bordered with black, or cut round "
-        "the lit disc",
+    add("--slices", default="middle", help="of volumes: middle, every:N or all")
+    add("--window", help="centre,width, or lung, soft, bone, brain, …: CT's black to white")
+    add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
+    add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
+    add("--augment", default="", metavar="LIST", help=f"a comma list of {', '.join(AUGMENT)}")
+    add("--variants", type=number(1, 1000), help="of an image, one plain (default: 4 if they vary)")
+    add("--balance", action="store_true", help="draw classes equally often, A|B as the rarer one")
+    add("--cache", metavar="DIR", help="keep latents here, for runs on the same images and VAE")
+    add(
+        "--preview", metavar="DIR", help="describe the data, write them as the model sees them, end"
     )
-    data.add_argument(
-        "--slices",
-        default="middle",
-        help="of volumes: middle, every:N or all",
-    )
-    data.add_argument(
-        "--window",
-        help="centre,width, or lung, soft, bone, brain …: what becomes black to white in CT",
-    )
-    data.add_argument(
-        "--range",
-        type=interval,
-        metavar="LO,HI",
-        help="black and white of images with more than 8 bits "
-        "(default: the set's own); --range=-1,1 where it starts with a minus",
-    )
-    data.add_argument(
-        "--allow-burned-in",
-        action="store_true",
-        help="read DICOM that says text is burnt into its picture",
-    )
-    data.add_argument(
-        "--augment", default="", metavar="LIST", help=f"a comma list out of {', '.join(AUGMENT)}"
-    )
-    data.add_argument(
-        "--variants",
-        type=int,
-        help="pictures made of each image, the first of them plain (default: 4 with "
-        "--augment or --crop random, else 1)",
-    )
-    data.add_argument(
-        "--balance",
-        action="store_true",
-        help="draw classes equally often, A|B as the rarer of both",
-    )
-    data.add_argument(
-        "--cache",
-        metavar="DIR",
-        help="keep latents here, for any later run on the same images and VAE",
-    )
-    data.add_argument(
-        "--preview",
-        metavar="DIR",
-        help="write what the model would see and say what is odd about the data, "
-        "then end; with --augment and --variants also the way to write an augmented data set",
-    )
-    data.add_argument(
-        "--skip-bad",
-        dest="strict",
-        action="store_false",
-        default=False,
-        help="name and leave out unreadable images, up to 5 %% (the default)",
-    )
-    data.add_argument(
-        "--strict", "--no-skip-bad", action="store_true", help="stop where an image cannot be read"
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--base",
-        default="sd21-base",
-        help="tiny, sd15, sd21-base, sd21, sdxl, a Hub id or a folder",
-    )
-    model.add_argument(
-        "--method",
-        choices=["lora", "full", "dreambooth", "textual-inversion"],
-        help="(default: lora)",
-    )
-    model.add_argument("--rank", type=int, default=16, help="of the adapter's matrices")
-    model.add_argument(
-        "--alpha", type=float, help="the adapter acts with alpha/rank (default: the rank)"
-    )
-    model.add_argument(
-        "--dropout",
-        type=float,
-        default=0.0,
-        help="on the adapter's input; its draws alone depend on how "
-        "many processes and passes share a step",
-    )
-    model.add_argument(
-        "--targets", default="attention", help="attention, all, or layer name endings: to_q,to_v"
-    )
-    model.add_argument(
-        "--text-lora", action="store_true", help="adapt the text encoder's attention too"
-    )
-    model.add_argument(
-        "--text-encoder",
-        metavar="HUB-ID|FOLDER",
-        help="another encoder (BERT and its family) reads the "
-        "captions, behind a trained projection",
-    )
-    model.add_argument(
-        "--text-length", type=int, default=256, help="tokens of --text-encoder, at most 512"
-    )
-    model.add_argument(
-        "--init-lora", metavar="PATH", help="start from an adapter, also one of another resolution"
-    )
-    model.add_argument(
-        "--class-data",
-        help="dreambooth: a folder of images of the class, by the base where there are too "
-        "few (default: class-images in --out)",
-    )
-    model.add_argument(
-        "--class-prompt", help='dreambooth: what the base calls the class, such as "a skin lesion"'
-    )
-    model.add_argument(
-        "--prior-weight",
-        type=float,
-        default=1.0,
-        help="dreambooth: weight of the class images' loss",
-    )
-    model.add_argument(
-        "--token", default="<concept>", help="textual-inversion: the new word, as --prompt uses it"
-    )
-    model.add_argument(
-        "--init-word", default="lesion", help="textual-inversion: the known word it starts from"
-    )
-    model.add_argument(
-        "--vectors", type=int, default=1, help="textual-inversion: tokens the word stands for"
-    )
+    add("--skip-bad", dest="strict", action="store_false", help="skip unreadable images up to 5 %%")
+    add("--strict", "--no-skip-bad", action="store_true", help="stop at an unreadable image")
 
 
-def add_training(parser):
-    loss = parser.add_argument_group("objective")
-    loss.add_argument(
-        "--snr-gamma", type=float, default=0.0, help="min-SNR weighting, usually 5 (0: off)"
+def add_model_flags(group):
+    add = group.add_argument
+    methods = ["lora", "full", "dreambooth", "textual-inversion"]
+    add("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder")
+    add("--method", choices=methods, default="lora")
+    add("--rank", type=number(1, 4096), default=16, help="of the adapter's matrices")
+    add("--alpha", type=number(1e-6, 1e6), help="the adapter acts with alpha/rank (default: rank)")
+    add("--dropout", type=number(0.0, 0.99), default=0.0, help="on the adapter's input")
+    add("--targets", default="attention", help="attention, all, or layer name endings: to_q,to_v")
+    add("--text-lora", action="store_true", help="adapt the text encoder's attention too")
+    add("--text-encoder", metavar="HUB-ID|FOLDER", help="another encoder, behind a projection")
+    add("--text-length", type=number(8, 512), default=256, help="tokens of --text-encoder")
+    add("--init-lora", type=existing_file, help="adapter to start from, of any resolution")
+    add("--class-data", metavar="DIR", help="dreambooth: images of the class")
+    add("--class-prompt", help='dreambooth: their caption, such as "a skin lesion"')
+    add("--prior-weight", type=factor, default=1.0, help="dreambooth: of their loss")
+    add("--token", default="<concept>", help="textual-inversion: the new word in --prompt")
+    add("--init-word", default="lesion", help="textual-inversion: a known word to start from")
+    add("--vectors", type=number(1, 75), default=1, help="textual-inversion: tokens of the word")
+
+
+def add_training_flags(group):
+    add = group.add_argument
+    schedules = ["cosine", "linear", "constant"]
+    add("--snr-gamma", type=factor, default=0.0, help="min-SNR weighting, usually 5 (0: off)")
+    add("--noise-offset", type=share, default=0.0, help="usually 0 to 0.05")
+    add(
+        "--prompt-dropout", type=share, default=0.1, help="share of captions replaced by empty ones"
     )
-    loss.add_argument("--noise-offset", type=float, default=0.0, help="usually 0 to 0.05")
-    loss.add_argument(
-        "--prompt-dropout",
-        type=float,
-        default=0.1,
-        help="share of captions replaced by the empty one",
+    add("--perceptual-weight", type=factor, default=0.0, help="of a loss on features: 0.1")
+    add(
+        "--perceptual", choices=["vgg", "vae"], default="vae", help="VGG-16's or the VAE's features"
     )
-    loss.add_argument(
-        "--perceptual-weight",
-        type=float,
-        default=0.0,
-        help="of a loss on features, usually 0.1 (0: off)",
-    )
-    loss.add_argument(
-        "--perceptual",
-        choices=["vgg", "vae"],
-        default="vae",
-        help="VGG-16 conv3_3, or the VAE decoder's own features, which need no weight file",
-    )
-    optimiser = parser.add_argument_group("optimiser")
-    optimiser.add_argument(
-        "--steps", type=int, action=LastWins, help="optimiser steps (default: 1000)"
-    )
-    optimiser.add_argument(
-        "--epochs", type=float, action=LastWins, help="passes over the data, instead of --steps"
-    )
-    optimiser.add_argument(
-        "--batch-size", type=int, default=8, help="images a forward pass, on each process"
-    )
-    optimiser.add_argument("--accumulate", type=int, default=1, help="forward passes a step")
-    optimiser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
-    optimiser.add_argument(
-        "--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine"
-    )
-    optimiser.add_argument(
-        "--warmup", type=int, help="steps (default: a tenth of the run, at most 100)"
-    )
-    optimiser.add_argument("--weight-decay", type=float, default=1e-2)
-    optimiser.add_argument(
-        "--max-grad-norm", type=float, default=1.0, help="gradients are clipped to it (0: off)"
-    )
-    optimiser.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
-    optimiser.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, a fifth slower"
-    )
-    optimiser.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the UNet: minutes at first, then faster",
-    )
-    optimiser.add_argument("--ema", type=float, default=0.9999, help="decay, warmed up (0: off)")
-    watching = parser.add_argument_group("watching")
-    watching.add_argument(
-        "--validate-every", type=int, default=500, help="steps; 0: only at the end"
-    )
-    watching.add_argument(
-        "--val-prompts",
-        action="append",
-        help="a prompt of the grid; may be repeated (default: frequent captions)",
-    )
-    watching.add_argument("--val-samples", type=int, default=2, help="images a prompt in the grid")
-    watching.add_argument("--val-steps", type=int, default=25, help="denoising steps of the grid")
-    watching.add_argument("--val-guidance-scale", type=float, default=5.0)
-    watching.add_argument(
-        "--select-by",
-        choices=["val-loss", "kid", "fid"],
-        default="val-loss",
-        help="what the best is; kid "
-        "and fid draw an image for each validation image, of which they need 50",
-    )
-    watching.add_argument(
-        "--patience",
-        type=int,
-        default=0,
-        help="stop after so many validations without a better one",
-    )
-    watching.add_argument(
-        "--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard"
-    )
-    watching.add_argument("--wandb", action="store_true", help="mirror the log to Weights & Biases")
-    watching.add_argument(
-        "--log-every", type=int, default=10, help="steps between two looks at the loss"
-    )
-    keeping = parser.add_argument_group("keeping")
-    keeping.add_argument("--out", default="runs/train", help="the run's folder")
-    keeping.add_argument(
-        "--save-every", type=int, default=500, help="steps between two checkpoints"
-    )
-    keeping.add_argument("--keep-last", type=int, default=3, help="checkpoints (0: all)")
-    keeping.add_argument(
+    add("--steps", type=positive, action=LastWins, help="optimizer steps (default: 1000)")
+    add("--epochs", type=factor, action=LastWins, help="passes over the data, instead of --steps")
+    add("--batch-size", type=positive, default=8, help="images a pass, on each process")
+    add("--accumulate", type=positive, default=1, help="passes a step")
+    add("--lr", type=number(1e-12, 10.0), default=1e-4, help="peak learning rate")
+    add("--lr-schedule", choices=schedules, default="cosine")
+    add("--warmup", type=count, help="steps (default: a tenth of the run, at most 100)")
+    add("--weight-decay", type=share, default=1e-2)
+    add("--max-grad-norm", type=factor, default=1.0, help="gradients are clipped to it (0: off)")
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a fifth slower")
+    add("--compile", action="store_true", help="the UNet: minutes at first, then faster")
+    add("--ema", type=number(0.0, 0.9999999), default=0.9999, help="decay, warmed up (0: off)")
+
+
+def add_output_flags(group):
+    add = group.add_argument
+    figures = ["val-loss", "kid", "fid"]
+    add("--validate-every", type=count, default=500, help="steps (0: at the end alone)")
+    add("--val-prompts", action="append", help="of the grid; may be repeated (default: captions)")
+    add("--val-samples", type=number(0, 64), default=2, help="images a prompt in the grid")
+    add("--val-steps", type=number(1, 999), default=25, help="denoising steps of the grid")
+    add("--val-guidance-scale", type=factor, default=5.0)
+    add("--select-by", choices=figures, default="val-loss", help="what makes a checkpoint the best")
+    add("--patience", type=count, default=0, help="stop after validations without a better one")
+    add("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")
+    add("--wandb", action="store_true", help="mirror the log to Weights & Biases")
+    add("--log-every", type=positive, default=10, help="steps between two writings of the log")
+    add("--out", default="runs/train", help="the run's folder")
+    add("--save-every", type=positive, default=500, help="steps between two checkpoints")
+    add("--keep-last", type=count, default=3, help="checkpoints (0: all)")
+    add(
         "--resume",
         default="auto",
-        help="auto (go on if there is something), latest, best or a path",
+        help="auto (continue if there is something), latest, best, a path",
     )
-    keeping.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    keeping.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
-    keeping.add_argument("--seed", type=int, default=0)
+    add_common_flags(group)
 
 
 def parse_args():
     parser = Flags(__doc__)
-    add_data_and_model(parser)
-    add_training(parser)
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_output_flags(parser.add_argument_group("watching and keeping"))
     args = parser.parse_args()
-    check_given(
-        args, [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    )
-    args.method = args.method or "lora"
-    if args.steps is None and args.epochs is None:
+    if not args.steps and not args.epochs:
         args.steps = 1000
     if args.alpha is None:
         args.alpha = float(args.rank)
-    bounds = {
-        "rank": (1, 4096),
-        "batch_size": (1, 1e6),
-        "accumulate": (1, 1e6),
-        "steps": (1, 1e9),
-        "epochs": (1e-9, 1e9),
-        "lr": (1e-12, 10),
-        "alpha": (1e-6, 1e6),
-        "dropout": (0, 0.99),
-        "val_split": (0, 0.9),
-        "ema": (0, 0.9999999),
-        "test_split": (0, 0.9),
-        "prompt_dropout": (0, 1),
-        "save_every": (1, 1e9),
-        "log_every": (1, 1e9),
-        "keep_last": (0, 1e9),
-        "warmup": (0, 1e9),
-        "snr_gamma": (0, 1e6),
-        "val_samples": (0, 64),
-        "val_steps": (1, 999),
-        "validate_every": (0, 1e9),
-        "max_grad_norm": (0, 1e9),
-        "weight_decay": (0, 10),
-        "noise_offset": (0, 1),
-        "prior_weight": (0, 1e6),
-        "vectors": (1, 75),
-        "text_length": (8, 512),
-        "variants": (1, 1000),
-        "perceptual_weight": (0, 1e6),
-        "patience": (0, 1e9),
-        "val_guidance_scale": (0, 1000),
-    }
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # not (…) so that NaN is caught too
-            fail(f"--{name.replace('_', '-')} {value:g}: give a number from {low:g} to {high:g}")
-    if args.resolution is not None and (not 64 <= args.resolution <= 4096 or args.resolution % 8):
-        fail(f"--resolution {args.resolution}: give a multiple of 8 from 64 to 4096")
-    check_together(args)
+    if args.variants is None:
+        args.variants = 4 if args.augment or args.crop == "random" else 1
+    check_flags(args)
     return args
 
 
-def check_given(args, given):
-    """Flags that would be ignored; given: the names of those that were given. args.method: None where it was not, for
-    --method lora behind a recipe of dreambooth takes its class along."""
-    for needed, there, names in (
-        (
-            "--method dreambooth",
-            args.method in ("dreambooth", "lora"),
-            "class_data class_prompt prior_weight",
-        ),
-        (
-            "--method textual-inversion",
-            args.method == "textual-inversion",
-            "token init_word vectors",
-        ),
-        (
-            f"--method lora or dreambooth, not {args.method}",
-            args.method in (None, "lora", "dreambooth"),
-            "text_lora init_lora",
-        ),
-        ("--method lora", args.method in (None, "lora"), "text_encoder"),
-        ("--text-encoder", args.text_encoder, "text_length"),
-        ("--perceptual-weight", args.perceptual_weight, "perceptual"),
-    ):
-        alone = [name for name in names.split() if name in given and not there]
-        if alone:
-            fail(f"--{alone[0].replace('_', '-')} goes with {needed}")
-
-
-def check_together(args):
-    """Flags that contradict one another."""
+def check_flags(args):
+    """What flags mean together, one rule each."""
+    for name in args.augment.split(","):
+        if name and name not in AUGMENT:
+            fail(f"--augment {name}: give a comma list of {', '.join(AUGMENT)}")
+    if (args.variants > 1) != (args.augment != "" or args.crop == "random"):
+        fail(
+            f"--variants {args.variants}: the first is the plain picture, further ones come of "
+            "--augment or --crop random"
+        )
     if args.method == "dreambooth" and not args.class_prompt:
-        fail(
-            '--method dreambooth needs --class-prompt, what the base calls the class, such as "a skin lesion"'
-        )
-    if args.method == "dreambooth":
-        args.class_data = args.class_data or os.path.join(args.out, "class-images")
-    named = [name.strip() for name in args.augment.split(",") if name.strip()]
-    for name in set(named) - set(AUGMENT):
-        fail(f"--augment {name}: give a comma list out of {', '.join(AUGMENT)}")
-    args.augment, varied = (
-        ",".join(name for name in AUGMENT if name in named),
-        bool(named) or args.crop == "random",
-    )
-    if args.variants is None:
-        args.variants = 4 if varied else 1
-    if (args.variants > 1) != varied:
-        fail(
-            f"--variants {args.variants}: the first is the plain picture, further ones come of --augment or --crop random"
-        )
+        fail('--method dreambooth needs --class-prompt, such as "a skin lesion"')
+    if args.method != "dreambooth" and args.class_prompt and RANK == 0:
+        print("--class-prompt and --class-data are not used: they go with --method dreambooth")
     if len(args.token.split()) != 1:
         fail(f'--token "{args.token}": give one word, such as <lesion>')
-    if args.method == "textual-inversion" and (not args.prompt or args.token not in args.prompt):
-        fail(
-            f'--method textual-inversion needs --prompt with the new word in it, such as "a photo of {args.token}"'
-        )
-    if args.text_lora and args.text_encoder:
-        fail(
-            "--text-lora adapts the base's own text encoder, --text-encoder replaces it: give one of them"
-        )
+    if args.method == "textual-inversion" and args.token not in (args.prompt or ""):
+        fail(f'--method textual-inversion needs --prompt with the new word: "a {args.token}"')
+    if args.method in ("full", "textual-inversion") and (args.text_lora or args.init_lora):
+        fail("--text-lora and --init-lora go with --method lora or dreambooth")
+    if args.text_encoder and (args.text_lora or args.method != "lora"):
+        fail("--text-encoder goes with --method lora, without --text-lora")
+    pick_window(args.window)
+
+
+def with_defaults(args, rows):
+    """A copy of the flags in which the base and the rows fill in what was left open."""
+    captions = Counter(row.caption for row in rows).most_common(4)
+    values = dict(vars(args))
+    values["steps"] = args.steps or math.ceil(args.epochs * len(rows) / effective_batch(args))
+    values["resolution"] = args.resolution or own_resolution(find_base(args.base))
+    values["val_prompts"] = args.val_prompts or [caption for caption, _ in captions]
+    return argparse.Namespace(**values)
+
+
+def check_needs(val_rows, args):
+    """What the flags need: validation images, packages and weights. Now, not after an hour."""
+    if args.select_by != "val-loss" and len(val_rows) < 50:
+        fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}")
+    if args.patience and not (val_rows and args.validate_every):
+        fail("--patience counts validations: give --val-split or --val-data, and --validate-every")
+    for package in ("tensorboard", "wandb"):
+        if getattr(args, package):
+            need(package, f"--{package}")
+    if args.optimizer == "adamw8bit":
+        need("bitsandbytes", "--optimizer adamw8bit")
+    if args.select_by == "fid" and find_weights(FID_WEIGHTS) is None:
+        fail(f"--select-by fid: needs {FID_WEIGHTS} in the cache; --select-by kid needs no file")
+    vgg = LPIPS["vgg"][2]
+    if args.perceptual_weight and args.perceptual == "vgg" and find_weights(vgg) is None:
+        fail(f"--perceptual vgg: needs {vgg} in the cache; --perceptual vae needs no file")
+
+
+# ---------------------------------------------------------------- main
+
+
+def run(args, device):
+    """Train from the flags to the report; continue a run that was stopped."""
+    rows = list_data(args)
+    train_rows = [row for row in rows if row.split == "train"]
+    val_rows = [row for row in rows if row.split == "val"]
+    args = with_defaults(args, train_rows)
+    check_needs(val_rows, args)
+    class_rows = list_class_images(len(train_rows), args)
+    made_of = fingerprints(train_rows, val_rows, args)
+    checkpoint = read_checkpoint(made_of, args)
+    if is_finished(checkpoint, args):
+        if RANK == 0:
+            print(f"{args.out} is finished: {args.steps} steps. To go on, give more --steps")
+        return
+
+    base = prepare_base(args, device)
+    perceptual = load_perceptual(base, args)
+    state = start(base, args, made_of, checkpoint)  # before captions are encoded: adds new words
+    streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
+    state.images = len(streams[0].rows)
+    release_memory(base, args)
+
+    log = Log(state, args)
+    if RANK == 0:
+        lines = [[row.file_name, row.group, row.split] for row in rows]
+        write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
+        write_args(args)
+        describe_run(state, streams[0], validation, args)
+        if checkpoint and args.resume not in ("auto", "latest"):
+            point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
+    if checkpoint and is_due(state.step, args.validate_every, args):
+        draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
+    fit(base, streams, perceptual, validation, state, args, log)
+    draw_grid(base, state, args, log)
+    if RANK == 0:
+        finish(state, streams[0], args)
+        log.close()
 
 
 def main(args):
-    for package, flag, wanted in (
-        ("tensorboard", "--tensorboard", args.tensorboard),
-        ("wandb", "--wandb", args.wandb),
-        ("bitsandbytes", "--optimizer adamw8bit", args.optimizer == "adamw8bit"),
-    ):
-        if wanted:  # now, not after an hour of caching
-            need(package, flag)
     device = start_processes(args)
-    pick_window(args.window)  # a wrong one ends here; a name must stay one, for only CTs obey it
     if args.preview:
         preview(args)
-    else:
-        with lock(args.out) if RANK == 0 else nullcontext():
+    elif RANK == 0:
+        with lock(args.out):
             run(args, device)
+    else:
+        run(args, device)
     if WORLD > 1:
         dist.destroy_process_group()
 
