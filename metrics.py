@@ -483,11 +483,10 @@ def range_of_frames(path, modified):
     """Percentiles over up to 16 frames of a file without a window; modified: for the cache."""
     data = open_dicom(path)
     count = int(data.NumberOfFrames)
-    step = 1 + 16 * data.Rows * data.Columns // 2**23
     samples = []
-    for frame in np.linspace(0, count - 1, min(count, 16)).astype(int).tolist():
+    for frame in range(0, count, 1 + count // 16):
         values, padding = dicom_frame(path, data, frame)
-        samples.append(values[~padding][::step])
+        samples.append(values[~padding])
     return percentile_range(np.concatenate(samples), 0.5, 99.5)
 
 
@@ -1122,13 +1121,12 @@ def load_pixels(
 
 
 def map_threads(function, items):
-    """[function(item), ...] by a few threads, with a progress bar for long lists."""
-    hidden = None if len(items) > 200 else True  # None: shown on a terminal only
+    """[function(item), ...] by a few threads, with a progress bar on a terminal."""
     with (
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
         contextlib.closing(pool.map(function, items)) as results,  # cancels the rest on Ctrl-C
     ):
-        return list(tqdm(results, "reading", len(items), False, unit="image", disable=hidden))
+        return list(tqdm(results, "reading", len(items), leave=False, disable=None))
 
 
 def picture(pixels):
@@ -1305,12 +1303,6 @@ class Network:
     standardise: bool = False  # its numbers have no common unit: divide each by its spread
     published: bool = False  # its figures compare with published ones
     head: np.ndarray | None = None  # Inception's last layer (1008, 2048)
-
-    def __getitem__(self, key):
-        return getattr(self, key)
-
-    def get(self, key):
-        return getattr(self, key)
 
 
 def find_weights(name):
