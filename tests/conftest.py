@@ -96,42 +96,29 @@ def save_base(folder, *prediction_type, **unet_flags):
     return str(folder)
 
 
-def write_selector(path, **spec):
+def write_selector(path, **settings):
     """A selector for 64 px that likes bright pictures and knows no labels; returns its path."""
     import filter as filter_script
 
-    weight = np.zeros(410)
-    weight[10] = 3.0  # the 5 % point of the grey values
-    spec = (
-        dict(
-            features=[
-                dict(name=name, dim=dim, size=64) for name, dim in filter_script.QUALITY_FEATURES
-            ],
-            good=3,
-            modalities=[""],
-            classes=[],
-            thresholds={"quality": 0.5},
-            warnings=[],
-            ratings_sha256=[],
-        )
-        | spec
+    count = sum(filter_script.BLOCKS)
+    weights = np.zeros((count + 1, 1))
+    weights[:16] = 3 / 16  # texture begins with the grey values of a 4 x 4 thumbnail
+    selector = filter_script.Selector(
+        size=64,
+        good=3,
+        min_quality=0.5,
+        modalities=[""],
+        classes=[],
+        warnings=[],
+        measured={},
+        mean=np.zeros(count),
+        spread=np.ones(count),
+        quality_weights=weights,
+        class_weights=np.zeros((count + 1, 0)),
     )
-    filter_script.save_selector(
-        path,
-        spec,
-        {
-            "feat.mean": np.zeros(410),
-            "feat.scale": np.ones(410),
-            "head.weight": weight,
-            "head.bias": [0],
-            "head.modality_bias": [],
-            "head.cut": [0, 0],
-            "cal.platt": [1, 0],
-            "align.proto": np.zeros((0, 410)),
-            "align.bias": [],
-            "align.logit": [1],
-        },
-    )
+    for name, value in settings.items():
+        setattr(selector, name, value)
+    filter_script.save_selector(path, selector)
     return path
 
 
