@@ -94,12 +94,6 @@ def save_tensors(path, tensors, metadata=None):
     write_file(path, serialize(tensors, metadata or {"format": "pt"}))
 
 
-def to_bytes(tensors, metadata):  # until train.py calls save_tensors
-    return serialize(
-        tensors, {key: str(value) for key, value in metadata.items()} or {"format": "pt"}
-    )
-
-
 def save(path, weights, metadata):
     """Write the weights of `inject`. metadata: the settings, "rank" and "alpha" among them."""
     scale = float(metadata["alpha"]) / float(metadata["rank"])
