@@ -1250,8 +1250,8 @@ def grey_grain(grey):
         return (maps.abs().mean((1, 2, 3)) + 0.1).log()
 
     def log_spread(maps):
-        deviations = maps - maps.mean((1, 2, 3), keepdim=True)
-        return (deviations.square().mean((1, 2, 3)).sqrt() + 0.1).log()
+        variance = (maps - maps.mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
+        return (variance + 0.1**2).log() / 2
 
     def log_steps(maps):
         return (log_mean(maps.diff(dim=2)) + log_mean(maps.diff(dim=3))) / 2
@@ -1260,7 +1260,7 @@ def grey_grain(grey):
     across = grey.diff(dim=3)
     laplacian = down.diff(dim=2)[..., 1:-1] + across.diff(dim=3)[:, :, 1:-1]
     mask = down.diff(dim=2).diff(n=2, dim=3)
-    noise = log_mean(mask * ((torch.pi / 2) ** 0.5 / 6))
+    noise = log_mean(mask * (torch.pi / 72) ** 0.5)
     steps = log_steps(grey)
     measures = [log_spread(laplacian), log_spread(grey), noise]
     measures.append(log_mean(grey) - noise)
@@ -1666,25 +1666,29 @@ def ssim_matrix(first, second, device="cpu", size=64):
             parts.append(F.interpolate(to_grey(part.to(device)), (size, size), mode="area")[:, 0])
         return torch.cat(parts)
 
-    def windows(grey, y):  # a row of places: centred patches (N, 121), means, both divisors' terms
-        patches = grey[:, y : y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
-        mean = patches @ weights
-        patches = patches - mean[:, :, None]
-        spread = patches.square() @ weights
-        return zip(patches, mean, mean**2 + 0.5e-4, spread + 4.5e-4, strict=True)
-
     with torch.inference_mode():
         first = shrink(first)
         second = shrink(second)
         total = torch.zeros(len(first), len(second), device=device)
         for y in tqdm(range(size - 10), desc="SSIM", leave=False, disable=None):
-            for a, b in zip(windows(first, y), windows(second, y), strict=True):
+            windows_a = ssim_windows(first, weights, y)
+            windows_b = ssim_windows(second, weights, y)
+            for a, b in zip(windows_a, windows_b, strict=True):
                 patches_a, mean_a, light_a, spread_a = a
                 patches_b, mean_b, light_b, spread_b = b
                 covariance = (patches_a * (2 * weights)) @ patches_b.T
                 score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
                 total += score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
     return (total / (size - 10) ** 2).double().cpu().numpy()
+
+
+def ssim_windows(grey, weights, y):
+    """For each x: centred patches (N, 121), their means, and their terms of SSIM's two divisors."""
+    patches = grey[:, y : y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
+    mean = patches @ weights
+    patches = patches - mean[:, :, None]
+    spread = patches.square() @ weights
+    return zip(patches, mean, mean**2 + 0.5e-4, spread + 4.5e-4, strict=True)
 
 
 # ---------------------------------------------------------------- set against set
