@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 from filter import load_selector, measure_reference
-from lora import load, merged, split_weight
+from lora import load, merged, on_disk, split_weight
 from metrics import (
     Flags,
     Row,
@@ -635,7 +635,7 @@ def read_checkpoint(path):
             layer = key.removesuffix(".lora_A.weight")
             if layer != key:
                 b = extra.pop(layer + ".lora_B.weight") * (flags["alpha"] / flags["rank"])
-                pairs[layer] = (extra.pop(key), b)
+                pairs[on_disk(layer)] = (extra.pop(key), b)
         return Adapter(path, 1.0, pairs, flags, extra)
     except Exception as why:  # torch.load raises whatever it meets
         fail(f"--checkpoint {path}: not a checkpoint of train.py ({type(why).__name__})")
@@ -776,11 +776,18 @@ def say_what_is_cut(base, texts):
     """Print the words that the text encoder does not see: those after its 75 tokens (CLIP)."""
     tokenizer = base.tokenizers[0]
     room = base.text_length - tokenizer.num_special_tokens_to_add()
+
+    def is_too_long(words):
+        return len(tokenizer(" ".join(words), add_special_tokens=False).input_ids) > room
+
     cuts = []
     for text in texts:
-        tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
-        if len(tokens) > room:
-            cuts.append((text, tokenizer.decode(tokens[room:])))
+        words = expand_words(base, text).split()
+        count = len(words)
+        while is_too_long(words[:count]):
+            count -= 1
+        if count < len(words):
+            cuts.append((text, " ".join(words[count:])))
     for text, lost in cuts[:3]:
         print(f'the prompt "{text[:40]}…" is longer than {room} tokens; not read: "{lost[:200]}"')
     if len(cuts) > 3:
@@ -941,7 +948,7 @@ def find_unfinished(planned, manifest, args):
         path = Path(args.out, f"{drawing.stem}.{args.format}")
         if record and record["settings"] != drawing.record["settings"]:
             in_the_way.append(record["file"])
-        elif record is None and path.exists():
+        elif record is None and path.exists() and path.stat().st_size:
             in_the_way.append(path.name)
     if in_the_way and not args.overwrite:
         fail(
@@ -1345,23 +1352,6 @@ def finish(records, drawn, args):
         print("next: " + command("evaluate.py", args.reference or "REAL", args.out))
     else:
         print("nothing passed: look at what was refused, and at filter.py's page on why")
-
-
-# until train.py imports these no more
-
-
-def check_schedule(base):
-    """load_base checks it."""
-
-
-def split_labels(row):
-    return {part.strip() for part in row["label"].split("|") if part.strip()} or {""}
-
-
-def classes_of(rows):
-    labels = [split_labels(row) for row in rows]
-    counts = Counter(label for each in labels for label in each)
-    return tuple(min(each, key=lambda label: (counts[label], label)) for each in labels)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Drawing: the pictures are keyed, the files are safe, and diffusers' own pipeline agrees."""
 
-import csv
 import errno
+import hashlib
 import os
 import shutil
 import sys
@@ -18,9 +18,11 @@ import lora
 import sample
 import train
 from metrics import read_image, read_table
+from sample import Settings
 
 CPU = torch.device("cpu")
 JOBS = [("a wound", 0), ("a wound", 1), ("a film", 0), ("", 3), ("a film", 7)]
+LAYER = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture(scope="module")
@@ -28,639 +30,693 @@ def loaded(base):
     return sample.load_base(base, CPU)
 
 
+@pytest.fixture
+def draw(base, run):
+    """draw(out, flag, …): sample.py with the tiny random base and a step per picture."""
+
+    def call(out, *flags):
+        run(sample, "--base", base, "--steps", 1, "--out", out, *flags)
+
+    return call
+
+
+@pytest.fixture
+def refusal(base, refused):
+    """refusal(out, flag, …): the line with which the same command is refused."""
+
+    def call(out, *flags):
+        return refused(sample, "--base", base, "--steps", 1, "--out", out, *flags)
+
+    return call
+
+
 def pixels(images):
     return np.stack([np.asarray(image, int) for image in images])
 
 
+def contents(folder):
+    """{name: bytes} of the files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def manifest(folder):
+    return read_table(folder / "manifest.csv")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+def largest_difference(one, other):
+    """Of the pictures of two folders, which have the same names."""
+    assert names(one) and names(one) == names(other)
+    differences = []
+    for name in names(one):
+        first, second = pixels([Image.open(one / name), Image.open(other / name)])
+        differences.append(np.abs(first - second).max())
+    return max(differences)
+
+
+# ---------------------------------------------------------------- the sampler
+
+
 @pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
 def test_the_same_pictures_whatever_the_batch_size(loaded, scheduler):
-    one = pixels(sample.generate(loaded, JOBS, steps=4, scheduler=scheduler, batch_size=1))
-    three = pixels(sample.generate(loaded, JOBS, steps=4, scheduler=scheduler, batch_size=3))
+    settings = Settings(steps=4, scheduler=scheduler)
+    one = pixels(sample.generate(loaded, JOBS, settings, batch_size=1))
+    three = pixels(sample.generate(loaded, JOBS, settings, batch_size=3))
     assert np.abs(one - three).max() <= 1
     assert np.abs(one[0] - one[1]).max() > 5  # and they are different pictures
 
 
 @pytest.fixture(scope="module")
 def peer(base):
-    """theirs(scheduler, job, config={}, **flags): the picture of diffusers' own pipeline from our job's noise, seed 3."""
-    from diffusers import StableDiffusionPipeline
+    """peer(job, settings, changed={}): the picture of diffusers' pipeline from our noise, seed 3.
 
-    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    changed: values of the schedule's configuration.
+    """
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    config = pipe.scheduler.config
+    config = {**pipe.scheduler.config, "skip_prk_steps": True}
 
-    def draw(scheduler, job, changed=(), **flags):
-        pipe.scheduler = sample.SCHEDULERS[scheduler].from_config(
-            {**config, "skip_prk_steps": True, **dict(changed)}
+    def call(job, settings, changed=None):
+        kind = getattr(diffusers, sample.SCHEDULERS[settings.scheduler])
+        pipe.scheduler = kind.from_config({**config, **(changed or {})})
+        generator = sample.generator(3, "sample", *job)
+        noise = torch.randn(4, 8, 8, generator=generator)[None]
+        result = pipe(
+            job[0],
+            negative_prompt=settings.negative_prompt,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            guidance_rescale=settings.guidance_rescale,
+            latents=noise,
+            height=64,
+            width=64,
+            generator=[generator],
         )
-        key = sample.generator(3, "sample", *job)
-        noise = torch.randn(4, 8, 8, generator=key)[None]
-        return pipe(job[0], latents=noise, height=64, width=64, generator=[key], **flags).images[0]
+        return result.images[0]
 
-    return draw
+    return call
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
 def test_few_steps_of_every_scheduler_are_diffusers_own(loaded, peer, scheduler, steps):
-    ours = next(sample.generate(loaded, [("a wound", 4)], steps, 5, scheduler, seed=3))
-    theirs = peer(scheduler, ("a wound", 4), num_inference_steps=steps, guidance_scale=5)
+    settings = Settings(steps, 5, scheduler)
+    ours = next(sample.generate(loaded, [("a wound", 4)], settings, seed=3))
+    theirs = peer(("a wound", 4), settings)
     assert np.abs(pixels([ours]) - pixels([theirs])).max() <= 1
 
 
-TERMINAL = {
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-    "timestep_spacing": "trailing",
-}
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_guidance_and_negative_prompt_are_diffusers_own(loaded, peer, guidance):
+    settings = Settings(steps=6, guidance_scale=guidance, negative_prompt="blur")
+    ours = next(sample.generate(loaded, [("a wound", 4)], settings, seed=3))
+    theirs = peer(("a wound", 4), settings)
+    assert np.abs(pixels([ours]) - pixels([theirs])).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "config", [{"prediction_type": "v_prediction"}, TERMINAL], ids=["v", "zero terminal SNR"]
-)
+V = {"prediction_type": "v_prediction"}
+TERMINAL = {**V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("config", [V, TERMINAL], ids=["v", "zero terminal SNR"])
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm"])
 def test_v_prediction_with_rescaled_guidance_is_diffusers_own(base, peer, scheduler, config):
     ours = sample.load_base(base, CPU)
     ours.schedule.update(config)
-    plain, rescaled = (
-        next(
-            sample.generate(ours, [("a film", 0)], 4, 12, scheduler, seed=3, guidance_rescale=share)
-        )
-        for share in (0.0, 0.7)
-    )
-    theirs = peer(
-        scheduler,
-        ("a film", 0),
-        config,
-        num_inference_steps=4,
-        guidance_scale=12,
-        guidance_rescale=0.7,
-    )
-    assert (
-        np.abs(pixels([rescaled]) - pixels([theirs])).max()
-        <= 1
-        < np.abs(pixels([plain]) - pixels([rescaled])).max()
-    )
+    rescaled = Settings(4, 12, scheduler, guidance_rescale=0.7)
+    plain = Settings(4, 12, scheduler)
+    with_rescaling = pixels(sample.generate(ours, [("a film", 0)], rescaled, seed=3))
+    without = pixels(sample.generate(ours, [("a film", 0)], plain, seed=3))
+    theirs = pixels([peer(("a film", 0), rescaled, config)])
+    assert np.abs(with_rescaling - theirs).max() <= 1
+    assert np.abs(with_rescaling - without).max() > 1
 
 
 def test_a_scheduler_that_knows_no_zero_terminal_snr_is_refused(base, capsys):
     ours = sample.load_base(base, CPU)
     ours.schedule.update(TERMINAL)
     with pytest.raises(SystemExit):
-        next(sample.generate(ours, JOBS, scheduler="pndm"))
+        next(sample.generate(ours, JOBS, Settings(scheduler="pndm")))
     assert "pndm" in capsys.readouterr().err
 
 
-def test_low_memory_draws_the_same_with_half_the_rows(base, loaded, tmp_path, run, monkeypatch):
-    rows, tiles, denoise, decode = [], [], sample.denoise, sample.decode
-    monkeypatch.setattr(
-        sample, "denoise", lambda base, x, *rest: rows.append(len(x)) or denoise(base, x, *rest)
-    )
-    monkeypatch.setattr(
-        sample,
-        "decode",
-        lambda base, x: (
-            tiles.append((base.vae.use_slicing, base.vae.use_tiling)) or decode(base, x)
-        ),
-    )
-    flags = ["--base", base, "--prompt", "a wound", "--num-images", 3, "--steps", 3]
-    run(sample, *flags, "--out", tmp_path / "a")
-    run(sample, *flags, "--out", tmp_path / "b", "--low-memory")
-    assert rows == [6] * 3 + [3] * 6 and tiles == [(False, False), (True, True)]
-    for path in (tmp_path / "a").glob("*.png"):
-        assert (
-            np.abs(
-                pixels([Image.open(path)]) - pixels([Image.open(tmp_path / "b" / path.name)])
-            ).max()
-            <= 1
-        )
+def test_low_memory_draws_the_same_with_half_the_rows(draw, tmp_path, monkeypatch):
+    rows = []
+    tiles = []
+    denoise = sample.denoise
+    decode = sample.decode
+
+    def counting_denoise(base, noisy, *rest):
+        rows.append(len(noisy))
+        return denoise(base, noisy, *rest)
+
+    def watching_decode(base, latents):
+        tiles.append((base.vae.use_slicing, base.vae.use_tiling))
+        return decode(base, latents)
+
+    monkeypatch.setattr(sample, "denoise", counting_denoise)
+    monkeypatch.setattr(sample, "decode", watching_decode)
+    flags = ["--prompt", "a wound", "--num-images", 3, "--steps", 3]
+    draw(tmp_path / "a", *flags)
+    draw(tmp_path / "b", *flags, "--low-memory")
+    assert rows == [6] * 3 + [3] * 6
+    assert tiles == [(False, False), (True, True)]
+    assert largest_difference(tmp_path / "a", tmp_path / "b") <= 1
 
 
-def test_compile_is_asked_of_the_unet(base, tmp_path, run, monkeypatch):
+def test_compile_is_asked_of_the_unet(draw, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module: asked.append(type(module).__name__)
-    )
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--num-images",
-        1,
-        "--steps",
-        1,
-        "--out",
-        tmp_path,
-        "--compile",
-    )
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: asked.append(type(self).__name__))
+    draw(tmp_path, "--prompt", "a wound", "--num-images", 1, "--compile")
     assert asked == ["UNet2DConditionModel"]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_diffusers_pipeline_draws_the_same_picture_from_the_same_noise(base, loaded, guidance):
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+def test_a_unet_that_returns_nan_is_one_line(loaded, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "denoise", lambda base, noisy, *rest: noisy * float("nan"))
+    with pytest.raises(SystemExit):
+        next(sample.generate(loaded, JOBS, Settings(steps=1)))
+    assert "NaN" in capsys.readouterr().err
 
-    ours = next(
-        sample.generate(
-            loaded,
-            [("a wound", 4)],
-            steps=6,
-            guidance_scale=guidance,
-            negative_prompt="blur",
-            seed=3,
-        )
-    )
-    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    noise = torch.randn(4, 8, 8, generator=sample.generator(3, "sample", "a wound", 4))[None]
-    theirs = pipe(
-        "a wound",
-        negative_prompt="blur",
-        num_inference_steps=6,
-        guidance_scale=guidance,
-        latents=noise,
-        height=64,
-        width=64,
-    ).images[0]
-    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+def test_every_flag_of_drawing_reaches_the_sampler(draw, tmp_path, monkeypatch):
+    calls = []
+    generate = sample.generate
+
+    def watching_generate(base, jobs, *how):
+        calls.append(how)
+        return generate(base, jobs, *how)
+
+    monkeypatch.setattr(sample, "generate", watching_generate)
+    model = ["--prompt", "x", "--num-images", 2, "--batch-size", 2, "--seed", 9, "--steps", 3]
+    how = ["--guidance-scale", 4, "--scheduler", "euler", "--guidance-rescale", 0.5]
+    draw(tmp_path, *model, *how, "--height", 64, "--width", 72, "--negative-prompt", "blur")
+    assert calls == [(Settings(3, 4.0, "euler", 64, 72, "blur", 0.5, False), 2, 9)]
+
+
+# ---------------------------------------------------------------- what a base is
 
 
 def test_v_prediction_and_epsilon_targets_describe_the_same_noising(loaded):
-    """x0 and noise recovered from what the network should say are those that went in (Salimans & Ho 2022)."""
-    latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    """x0 and noise recovered from the target are those that went in (Salimans & Ho 2022)."""
+    latents = torch.randn(3, 4, 8, 8)
+    noise = torch.randn(3, 4, 8, 8)
     t = torch.tensor([10, 500, 990])
     a = loaded.alphas_cumprod[t].double()[:, None, None, None]
     noisy, epsilon, _ = sample.noised_and_target(loaded, latents, noise, t)
-    torch.testing.assert_close(
-        noisy.double(), a.sqrt() * latents + (1 - a).sqrt() * noise, rtol=1e-5, atol=1e-5
-    )
-    assert torch.equal(epsilon, noise)
     loaded.schedule["prediction_type"] = "v_prediction"
     _, v, _ = sample.noised_and_target(loaded, latents, noise, t)
     loaded.schedule["prediction_type"] = "epsilon"
-    torch.testing.assert_close(
-        (a.sqrt() * noisy - (1 - a).sqrt() * v).float(), latents, rtol=1e-4, atol=1e-4
-    )
+    assert torch.equal(epsilon, noise)
+    expected = a.sqrt() * latents + (1 - a).sqrt() * noise
+    torch.testing.assert_close(noisy.double(), expected, rtol=1e-5, atol=1e-5)
+    recovered = (a.sqrt() * noisy - (1 - a).sqrt() * v).float()
+    torch.testing.assert_close(recovered, latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_latents_implied_by_v_are_those_that_went_in(sd21):
+    base = sample.load_base(sd21, CPU)
+    latents = torch.randn(3, 4, 8, 8)
+    t = torch.tensor([10, 500, 990])
+    noisy, v, _ = sample.noised_and_target(base, latents, torch.randn(3, 4, 8, 8), t)
+    implied = sample.predicted_latents(base, noisy, v, t)
+    torch.testing.assert_close(implied, latents, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind, mean", [("epsilon", 0.917), ("v_prediction", 0.294)])
 def test_min_snr_weights_have_the_published_shape_and_mean_one(loaded, kind, mean):
-    t = torch.arange(1000)
-    x = torch.zeros(1000, 1, 1, 1)
-    loaded.schedule["prediction_type"] = kind
-    weight = sample.noised_and_target(loaded, x, x, t, snr_gamma=5.0)[2]
-    assert torch.equal(sample.noised_and_target(loaded, x, x, t)[2], torch.ones(1000))
-    loaded.schedule["prediction_type"] = "epsilon"
+    t = torch.arange(loaded.num_timesteps)
+    x = torch.zeros(len(t), 1, 1, 1)
     a = loaded.alphas_cumprod.double()
     snr = a / (1 - a)
     expected = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
+    loaded.schedule["prediction_type"] = kind
+    weight = sample.noised_and_target(loaded, x, x, t, snr_gamma=5.0)[2]
+    unweighted = sample.noised_and_target(loaded, x, x, t)[2]
+    loaded.schedule["prediction_type"] = "epsilon"
+    assert torch.equal(unweighted, torch.ones(len(t)))
     assert abs(expected.mean().item() - mean) < 1e-3  # the value in the literature's table
     torch.testing.assert_close(weight.double(), expected / expected.mean(), rtol=1e-4, atol=1e-6)
     assert abs(weight.mean().item() - 1) < 1e-4
 
 
-def test_a_run_leaves_pictures_with_their_settings_a_manifest_and_a_grid(base, tmp_path, run):
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--prompt",
-        "a chest film",
-        "--num-images",
-        3,
-        "--steps",
-        2,
-        "--label",
-        "ulcer",
-        "--out",
-        tmp_path,
-        "--grid",
-        "--grey",
-    )
-    rows = list(csv.DictReader(open(tmp_path / "manifest.csv", newline="")))
-    assert [row["file"] for row in rows] == sorted(
-        f"{s}-{i:04d}.png" for s in ("a-wound", "a-chest-film") for i in range(3)
-    )
-    assert (
-        set(rows[0]) == set(sample.MANIFEST)
-        and rows[0]["prompt"] == "a chest film"
-        and rows[0]["label"] == "ulcer"
-    )
+def test_noise_outweighs_the_signal_from_the_blur_timestep_on(loaded):
+    step = sample.blur_timestep(loaded)
+    assert loaded.alphas_cumprod[step - 1] >= 0.5 > loaded.alphas_cumprod[step]
+
+
+def test_sdxl_is_told_height_before_width(sdxl, monkeypatch):
+    base = sample.load_base(sdxl, CPU)
+    cond = sample.encode_text(base, ["x"])
+    seen = []
+
+    def forward(noisy, timesteps, added_cond_kwargs, **_):
+        seen.append(added_cond_kwargs["time_ids"].tolist())
+        return (noisy,)
+
+    monkeypatch.setattr(base.unet, "forward", forward)
+    sample.denoise(base, torch.zeros(1, 4, 8, 16), torch.tensor([5]), cond)
+    assert seen == [[[64, 128, 0, 0, 64, 128]]]  # diffusers' order
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_run_writes_pictures_with_their_settings_a_manifest_and_a_grid(draw, tmp_path):
+    prompts = ["--prompt", "a wound", "--prompt", "a chest film"]
+    draw(tmp_path, *prompts, "--num-images", 3, "--label", "ulcer", "--grid", "--grey")
+    rows = manifest(tmp_path)
+    expected = [f"{stem}-000{i}.png" for stem in ("a-chest-film", "a-wound") for i in range(3)]
+    assert [row["file"] for row in rows] == expected
+    assert list(rows[0]) == sample.MANIFEST
+    assert rows[0]["prompt"] == "a chest film"
+    assert rows[0]["label"] == "ulcer"
     for row in rows:
         image = Image.open(tmp_path / row["file"])
-        assert image.mode == "L" and image.size == (64, 64) and image.info["synthetic"] == "true"
-        assert (
-            image.info["parameters"].startswith(row["prompt"] + "\nNegative prompt: ")
-            and "Seed: 0" in image.info["parameters"]
-        )
-        assert sample.content_hash(tmp_path / row["file"]) == row["sha256"]
+        assert (image.mode, image.size, image.info["synthetic"]) == ("L", (64, 64), "true")
+        assert image.info["parameters"].startswith(row["prompt"] + "\nNegative prompt: ")
+        assert "Seed: 0" in image.info["parameters"]
+        content = (tmp_path / row["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == row["sha256"]
     assert Image.open(tmp_path / "grid.png").width > 64
+    assert {path.name for path in tmp_path.iterdir()} == {*expected, "grid.png", "manifest.csv"}
 
 
-def test_the_same_command_again_draws_only_what_is_missing_or_torn(base, tmp_path, run, capsys):
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--num-images",
-        4,
-        "--steps",
-        2,
-        "--out",
-        tmp_path,
-    ]
-    run(sample, *flags)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_the_same_command_again_draws_only_what_is_missing_or_empty(draw, tmp_path, capsys):
+    flags = ["--prompt", "a wound", "--num-images", 4]
+    draw(tmp_path, *flags)
+    before = contents(tmp_path)
     (tmp_path / "a-wound-0001.png").unlink()
-    torn = tmp_path / "a-wound-0002.png"
-    torn.write_bytes(torn.read_bytes()[:200])
+    (tmp_path / "a-wound-0002.png").write_bytes(b"")
     capsys.readouterr()
-    run(sample, *flags)
+    draw(tmp_path, *flags)
     assert capsys.readouterr().out.startswith("2 images drawn, 2 were there")
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
-def test_other_settings_in_the_same_folder_are_refused_unless_overwrite(
-    base, tmp_path, run, refused
+def test_a_finished_picture_is_not_opened(draw, tmp_path, capsys):
+    flags = ["--prompt", "a wound", "--num-images", 2]
+    draw(tmp_path, *flags)
+    for name in names(tmp_path):
+        (tmp_path / name).write_bytes(b"x")
+    draw(tmp_path, *flags)
+    assert "0 images drawn, 2 were there" in capsys.readouterr().out
+
+
+def test_a_run_killed_before_its_manifest_is_continued_from_its_log(
+    draw, tmp_path, monkeypatch, capsys
 ):
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--num-images",
-        2,
-        "--steps",
-        2,
-        "--out",
-        tmp_path,
+    flags = ["--prompt", "a wound", "--num-images", 4]
+    draw(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Manifest, "write", lambda self: None)
+        patch.setattr(sample.Manifest, "remove_logs", lambda self: None)
+        draw(tmp_path / "killed", *flags)
+    (tmp_path / "killed" / "a-wound-0002.png").unlink()  # killed between the log and this picture
+    assert not (tmp_path / "killed" / "manifest.csv").exists()
+    capsys.readouterr()
+    draw(tmp_path / "killed", *flags)
+    assert capsys.readouterr().out.startswith("1 images drawn, 3 were there")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_other_settings_in_the_same_folder_are_refused_unless_overwrite(draw, tmp_path, refusal):
+    flags = ["--prompt", "a wound", "--num-images", 2]
+    draw(tmp_path, *flags)
+    before = contents(tmp_path)
+    assert "other settings" in refusal(tmp_path, *flags, "--seed", 1)
+    assert contents(tmp_path) == before
+    draw(tmp_path, *flags, "--seed", 1, "--overwrite")
+    assert names(tmp_path) == ["a-wound-0000.png", "a-wound-0001.png"]
+    assert contents(tmp_path)["a-wound-0000.png"] != before["a-wound-0000.png"]
+    assert {row["seed"] for row in manifest(tmp_path)} == {"1"}
+
+
+def test_other_prompts_are_added_to_the_folder(draw, tmp_path):
+    draw(tmp_path, "--prompt", "a wound", "--num-images", 1)
+    draw(tmp_path, "--prompt", "a film", "--num-images", 1, "--seed", 4)
+    assert [(row["prompt"], row["seed"]) for row in manifest(tmp_path)] == [
+        ("a film", "4"),
+        ("a wound", "0"),
     ]
-    run(sample, *flags)
-    before = (tmp_path / "a-wound-0000.png").read_bytes()
-    assert "other settings" in refused(sample, *flags, "--seed", 1)
-    assert (tmp_path / "a-wound-0000.png").read_bytes() == before
-    run(sample, *flags, "--seed", 1, "--overwrite")
-    assert (tmp_path / "a-wound-0000.png").read_bytes() != before
 
 
 def test_a_base_trained_on_is_another_setting(base, tmp_path, run, refused):
-    shutil.copytree(base, tmp_path / "base")
-    flags = [
-        "--base",
-        tmp_path / "base",
-        "--prompt",
-        "a wound",
-        "--num-images",
-        1,
-        "--steps",
-        2,
-        "--out",
-        tmp_path / "out",
-    ]
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    flags = ["--base", copy, "--prompt", "a wound", "--num-images", 1, "--steps", 1]
+    flags += ["--out", tmp_path / "out"]
     run(sample, *flags)
-    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * 1.1 for name, value in load_file(weights).items()}, weights)
     assert "other settings" in refused(sample, *flags)
-    shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
+    shutil.copytree(base, copy, dirs_exist_ok=True)
     run(sample, *flags)  # the same again
-    config = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    config = copy / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace("epsilon", "v_prediction"))
     assert "other settings" in refused(sample, *flags)
 
 
-def test_another_format_replaces_and_a_killed_overwrite_leaves_no_false_row(
-    base, tmp_path, run, refused, monkeypatch, capsys
+def test_another_format_replaces_and_an_overwrite_can_be_interrupted(
+    draw, refusal, tmp_path, monkeypatch, capsys
 ):
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--num-images",
-        3,
-        "--batch-size",
-        1,
-        "--steps",
-        2,
-        "--out",
-        tmp_path,
-    ]
-    run(sample, *flags)
-    assert "other settings" in refused(sample, *flags, "--format", "dcm")
+    pytest.importorskip("pydicom")
+    flags = ["--prompt", "a wound", "--num-images", 3, "--batch-size", 1]
+    draw(tmp_path, *flags)
+    assert "other settings" in refusal(tmp_path, *flags, "--format", "dcm")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    flags += ["--format", "dcm"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample, "draw", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(sample, *flags, "--format", "dcm", "--overwrite")
-    assert not read_table(tmp_path / "manifest.csv")
-    run(sample, *flags, "--format", "dcm", "--overwrite")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(f"a-wound-000{n}.dcm" for n in range(3)),
-        "manifest.csv",
-    ]
+        patch.setattr(sample, "draw", interrupted)
+        draw(tmp_path, *flags, "--overwrite")
+    assert len(manifest(tmp_path)) == 3  # nothing is drawn: the old pictures are still there
+    draw(tmp_path, *flags, "--overwrite")
+    expected = [*(f"a-wound-000{n}.dcm" for n in range(3)), "manifest.csv"]
+    assert sorted(contents(tmp_path)) == expected
     (tmp_path / "a-wound-0000.txt").write_text("a caption of somebody's")
-    Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0001.png")
-    run(sample, *flags, "--format", "dcm")
-    assert (
-        "0 images drawn, 3 were there" in capsys.readouterr().out
-        and (tmp_path / "a-wound-0000.txt").exists()
-    )
+    draw(tmp_path, *flags)
+    assert "0 images drawn, 3 were there" in capsys.readouterr().out
+    assert (tmp_path / "a-wound-0000.txt").exists()
 
 
-def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(base, tmp_path, refused):
-    for n, label in enumerate(("calm", "calm", "sore")):
-        Image.new("RGB", (64, 64), (n, 9, 9)).save(tmp_path / f"{n}.png")
-    (tmp_path / "t.csv").write_text(
-        "file_name,text,label,modality\n0.png,one,calm,x\n1.png,two  words,calm,x\n2.png,one,sore,x\n"
-    )
-    (tmp_path / "p.csv").write_text(
-        "prompt,label\none,calm\n none ,\n"
-    )  # of pictures that are nowhere
-    args = SimpleNamespace(
-        prompt=[],
-        prompts=None,
-        labels_from=tmp_path / "t.csv",
-        num_images=2,
-        label="",
-        negative_prompt="",
-    )
-    found = [(p["prompt"], p["label"], p["modality"]) for p in sample.read_prompts(args, [])]
-    assert found == [("one", "", "x"), ("two words", "calm", "x")]
-    args.labels_from, args.prompts = None, str(tmp_path / "p.csv")
-    assert [(p["prompt"], p["label"]) for p in sample.read_prompts(args, [])] == [
-        ("one", "calm"),
-        ("none", ""),
+def test_somebody_elses_picture_is_not_overwritten(draw, refusal, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0000.png")
+    flags = ["--prompt", "a wound", "--num-images", 1]
+    assert "a-wound-0000.png" in refusal(tmp_path, *flags)
+    assert Image.open(tmp_path / "a-wound-0000.png").size == (9, 9)
+    draw(tmp_path, *flags, "--overwrite")
+    assert Image.open(tmp_path / "a-wound-0000.png").size == (64, 64)
+
+
+def test_somebody_elses_manifest_is_refused(refusal, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
+    (tmp_path / "manifest.csv").write_text("file,text\nx.png,a wound\n")
+    assert "another --out" in refusal(tmp_path, "--prompt", "a wound")
+    assert (tmp_path / "manifest.csv").read_text() == "file,text\nx.png,a wound\n"
+
+
+def test_a_prompt_cannot_leave_the_folder(draw, tmp_path):
+    prompts = ["--prompt", "../../etc/x", "--prompt", "", "--prompt", "🦶"]
+    draw(tmp_path / "out", *prompts, "--num-images", 1)
+    assert names(tmp_path / "out") == [
+        "etc-x-0000.png",
+        "prompt-0000.png",
+        "unconditional-0000.png",
     ]
-    (tmp_path / "p.csv").write_text("x,y\n1,2\n")
-    assert "no column of captions" in refused(
-        sample, "--base", base, "--prompts", tmp_path / "p.csv"
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("grey", [[], ["--grey"]])
+def test_dicom_holds_the_same_picture_and_its_settings(grey, draw, refusal, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    flags = ["--prompt", "größe 🦶, a wound", "--num-images", 2, *grey]
+    draw(tmp_path / "png", *flags)
+    draw(tmp_path / "dcm", *flags, "--format", "dcm", "--grid")
+    for name in names(tmp_path / "png"):
+        path = tmp_path / "png" / name
+        dicom = (tmp_path / "dcm" / name).with_suffix(".dcm")
+        assert np.array_equal(pixels([read_image(path)]), pixels([read_image(dicom)]))
+        inside = pydicom.dcmread(dicom).private_block(0x0099, "medlora")[1].value
+        assert inside == Image.open(path).info["parameters"]
+    line = refusal(tmp_path / "dcm", *flags, "--format", "dcm", "--steps", 3)
+    assert "other settings" in line
+
+
+def test_a_dicom_file_says_that_it_is_synthetic_and_of_nobody(draw, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    draw(tmp_path, "--prompt", "a wound", "--num-images", 2, "--format", "dcm")
+    first, second = [pydicom.dcmread(path) for path in sorted(tmp_path.glob("*.dcm"))]
+    assert first.SOPClassUID == "1.2.840.10008.5.1.4.1.1.7"
+    assert list(first.ImageType) == ["DERIVED", "SECONDARY", "OTHER"]
+    for name in ("SeriesDescription", "ImageComments", "PatientName"):
+        assert "SYNTHETIC" in str(first[name].value)
+    for name in ("PatientBirthDate", "PatientSex", "StudyDate"):
+        assert first[name].value == ""
+    assert first.ConversionType == "SYN"
+    for name in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"):
+        assert first[name].value != second[name].value
+        assert len(first[name].value) <= 64
+    uids = {first.SOPInstanceUID, first.StudyInstanceUID, first.SeriesInstanceUID}
+    assert len(uids) == 3
+    assert all(uid.is_valid for uid in uids)
+
+
+def test_a_missing_package_is_said_before_anything_is_drawn(refusal, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    line = refusal(tmp_path / "out", "--prompt", "x", "--format", "dcm")
+    assert "pip install pydicom" in line
+    assert not (tmp_path / "out").exists()
+
+
+FULL_DISK = OSError(errno.ENOSPC, "No space left")
+
+
+@pytest.mark.parametrize("error, status", [(FULL_DISK, 2), (KeyboardInterrupt(), 130)])
+def test_what_was_drawn_before_a_full_disk_or_an_interrupt_stays(
+    error, status, draw, tmp_path, monkeypatch, capsys
+):
+    flags = ["--prompt", "a wound", "--num-images", 6, "--batch-size", 1]
+    draw(tmp_path / "whole", *flags)
+    calls = []
+    main = sample.main
+
+    def failing_encoder(image, parameters):
+        calls.append(parameters)
+        if len(calls) == 4:
+            raise error
+        return sample.encode_png(image, parameters)
+
+    monkeypatch.setattr(sample, "main", lambda args: sample.run_script(main, lambda: args))
+    capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setitem(sample.ENCODERS, "png", failing_encoder)
+        draw(tmp_path / "out", *flags)
+    assert stop.value.code == status
+    assert "Traceback" not in capsys.readouterr().err
+    assert 3 <= len(names(tmp_path / "out")) < 6
+    assert [row["file"] for row in manifest(tmp_path / "out")] == names(tmp_path / "out")
+    draw(tmp_path / "out", *flags)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_two_processes_share_the_images_and_leave_what_one_leaves(
+    batch_size, draw, tmp_path, monkeypatch
+):
+    flags = ["--prompt", "a wound", "--prompt", "a film", "--num-images", 5, "--steps", 2]
+    one = tmp_path / "one"
+    two = tmp_path / "two"
+    draw(one, *flags)
+    monkeypatch.setattr(sample, "WORLD", 2)
+    for rank, count in ((1, 5), (0, 10)):
+        monkeypatch.setattr(sample, "RANK", rank)
+        draw(two, *flags, "--batch-size", batch_size)
+        assert len(names(two)) == count
+        assert (two / "manifest.csv").exists() == (rank == 0)
+    assert largest_difference(one, two) <= 1  # kernels differ with the batch size, by a grey level
+    assert [row["file"] for row in manifest(two)] == names(one)
+    assert sorted(contents(two)) == sorted(contents(one))
+
+
+def test_what_two_killed_processes_left_is_continued_by_one(draw, tmp_path, monkeypatch, capsys):
+    flags = ["--prompt", "a wound", "--num-images", 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "WORLD", 2)
+        patch.setattr(sample, "RANK", 1)
+        draw(tmp_path, *flags)
+    assert len(names(tmp_path)) == 2
+    draw(tmp_path, *flags)
+    assert "2 images drawn, 2 were there" in capsys.readouterr().out
+    assert len(manifest(tmp_path)) == 4
+    assert not list(tmp_path.glob("*.log"))
+
+
+def test_a_pictures_bits_do_not_depend_on_its_neighbours(draw, tmp_path):
+    flags = ["--prompt", "a wound", "--prompt", "a film", "--num-images", 5, "--steps", 3]
+    flags += ["--batch-size", 4]
+    draw(tmp_path, *flags)
+    before = contents(tmp_path)
+    for lost in ("a-wound-0001", "a-film-0000", "a-film-0002", "a-film-0003", "a-film-0004"):
+        (tmp_path / f"{lost}.png").unlink()
+    draw(tmp_path, *flags)
+    assert contents(tmp_path) == before
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_prompts(*flags, adapters=()):
+    """[(caption, label, modality)] as these flags ask for them."""
+    args = sample.parse_args([str(flag) for flag in flags])
+    prompts = sample.read_prompts(args, adapters)
+    return [(row.caption, row.label, row.fields["modality"]) for row in prompts]
+
+
+def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(tmp_path):
+    for n in range(3):
+        Image.new("RGB", (64, 64), (n, 9, 9)).save(tmp_path / f"{n}.png")
+    rows = ["0.png,one,calm,x", "1.png,two  words,calm,x", "2.png,one,sore,x"]
+    (tmp_path / "t.csv").write_text("file_name,text,label,modality\n" + "\n".join(rows))
+    prompts = read_prompts("--labels-from", tmp_path / "t.csv")
+    assert prompts == [("one", "", "x"), ("two words", "calm", "x")]
 
 
 def test_the_label_that_is_given_comes_before_that_of_the_row(tmp_path):
-    (tmp_path / "p.csv").write_text("prompt,label\none,calm\ntwo,\n")
-    for flags, labels in (([], ["calm", ""]), (["--label", "sore"], ["sore", "sore"])):
-        args = sample.parse_args(["--prompts", str(tmp_path / "p.csv"), *flags])
-        assert [p["label"] for p in sample.read_prompts(args, [])] == labels
+    (tmp_path / "p.csv").write_text("prompt,label\none,calm\n two ,\n")  # of no pictures
+    table = ["--prompts", tmp_path / "p.csv"]
+    assert read_prompts(*table) == [("one", "calm", ""), ("two", "", "")]
+    assert read_prompts(*table, "--label", "sore") == [("one", "sore", ""), ("two", "sore", "")]
 
 
-def test_somebody_elses_picture_is_not_overwritten(base, tmp_path, run, refused):
-    Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0000.png")
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--num-images",
-        1,
-        "--steps",
-        1,
-        "--out",
-        tmp_path,
-    ]
-    assert "a-wound-0000.png" in refused(sample, *flags)
-    assert Image.open(tmp_path / "a-wound-0000.png").size == (9, 9)
+def test_a_table_without_captions_is_refused(refusal, tmp_path):
+    (tmp_path / "p.csv").write_text("x,y\n1,2\n")
+    line = refusal(tmp_path / "out", "--prompts", tmp_path / "p.csv")
+    assert "no column of captions" in line
 
 
-def test_prompts_come_from_a_text_file_or_a_data_set_and_labels_travel(base, images, tmp_path, run):
-    (tmp_path / "prompts.txt").write_text("a wound\n\nWound: größe ø\nA wound!\n", encoding="utf-8")
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--num-images",
-        1,
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "a",
-    )
-    names = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
-    assert len(names) == 3 and "a-wound-0000.png" in names  # two prompts with one slug: two files
-    run(
-        sample,
-        "--base",
-        base,
-        "--labels-from",
-        images,
-        "--prompt",
-        "a {label} foot",
-        "--num-images",
-        1,
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "b",
-    )
-    rows = list(csv.DictReader(open(tmp_path / "b" / "manifest.csv", newline="")))
-    assert [(row["prompt"], row["label"]) for row in rows] == [
-        ("a calm foot", "calm"),
-        ("a sore foot", "sore"),
+def test_prompts_come_from_a_text_file_or_a_data_set_and_labels_travel(draw, images, tmp_path):
+    text = tmp_path / "prompts.txt"
+    text.write_text("a wound\n\nWound: größe ø\nA wound!\n", encoding="utf-8")
+    draw(tmp_path / "a", "--prompts", text, "--num-images", 1)
+    assert len(names(tmp_path / "a")) == 3  # two prompts with one slug: two files
+    assert "a-wound-0000.png" in names(tmp_path / "a")
+    flags = ["--labels-from", images, "--prompt", "a {label} foot", "--num-images", 1]
+    draw(tmp_path / "b", *flags)
+    prompts = [(row["prompt"], row["label"]) for row in manifest(tmp_path / "b")]
+    assert prompts == [("a calm foot", "calm"), ("a sore foot", "sore")]
+
+
+def test_a_prompt_with_fields_is_a_format_of_the_captions_of_a_table(tmp_path):
+    table = tmp_path / "P.CSV"
+    table.write_text("Text,Modality,label\na disc,Fundus,x\nan organ,CT,y\n")
+    flags = ["--prompts", table, "--prompt", "{Modality}: {Text}", "--prompt", "plain"]
+    assert read_prompts(*flags) == [
+        ("plain", "", ""),
+        ("Fundus: a disc", "x", "Fundus"),
+        ("CT: an organ", "y", "CT"),
     ]
 
 
-def test_a_prompt_cannot_leave_the_folder(base, tmp_path, run):
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        "../../etc/x",
-        "--prompt",
-        "",
-        "--prompt",
-        "🦶",
-        "--num-images",
-        1,
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "out",
-    )
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3 and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["out"]
+def test_formats_that_say_nothing_are_refused(refusal, images, tmp_path):
+    table = tmp_path / "p.csv"
+    table.write_text("text,label\na disc,x\n")
+    out = tmp_path / "out"
+    assert "--labels-from DATA" in refusal(out, "--prompt", "a {label} foot")
+    two = ["--prompts", table, "--prompt", "{text}", "--prompt", "{label}"]
+    assert "takes one" in refusal(out, *two)
+    assert "has labels and no captions" in refusal(out, "--labels-from", images)
+
+
+def test_other_braces_belong_to_the_caption():
+    assert read_prompts("--prompt", "film {ap} view") == [("film {ap} view", "", "")]
+
+
+def test_captions_by_the_format_of_the_adapters_run(images):
+    about = {"prompt": "a {label} foot"}
+    adapter = sample.Adapter("a.safetensors", 1.0, {}, about, {})
+    prompts = read_prompts("--labels-from", images, adapters=[adapter])
+    assert prompts == [("a calm foot", "calm", ""), ("a sore foot", "sore", "")]
+
+
+def test_without_prompts_those_of_the_adapters_run_are_drawn():
+    flags = ["--lora", "a.safetensors"]
+    of_training = sample.Adapter("a", 1.0, {}, {"prompt": "a foot"}, {})
+    of_validation = sample.Adapter("b", 1.0, {}, {"val_prompts": ["x", "y"], "prompt": "z"}, {})
+    prompts = read_prompts(*flags, adapters=[of_training, of_validation])
+    assert [caption for caption, *_ in prompts] == ["a foot", "x", "y"]
+
+
+def test_the_words_that_are_cut_are_said(draw, tmp_path, capsys):
+    words = [f"w{i}" for i in range(500)]  # this base reads a letter a token, so 75 of 1890
+    prompts = ["--prompt", " ".join(words), "--prompt", "short", "--negative-prompt", "n" * 76]
+    draw(tmp_path, *prompts, "--num-images", 1)
+    out = capsys.readouterr().out
+    assert 'the prompt "w0 w1 w2' in out
+    assert 'longer than 75 tokens; not read: "w28 w29' in out
+    assert f'not read: "{"n" * 76}"' in out
+    assert "short" not in out
+    row = manifest(tmp_path)[1]
+    assert row["prompt"].split() == words
+    assert len(row["file"]) < 80
+
+
+# ---------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
-        (["--prompt", "x", "--steps", "0"], "--steps 0"),
-        (["--prompt", "x", "--height", "65"], "--height 65"),
-        (["--prompt", "x", "--steps", "1000"], "--steps 1000"),
+        (["--prompt", "x", "--steps", "0"], "--steps: 0"),
+        (["--prompt", "x", "--height", "65"], "--height: 65"),
+        (["--prompt", "x", "--steps", "1000"], "--steps: 1000"),
         (["--prompt", "x", "--steps", "999", "--scheduler", "dpm"], "at most 998"),
-        (["--prompt", "x", "--guidance-rescale", "1.5"], "--guidance-rescale 1.5"),
-        (["--prompt", "x", "--guidance-scale", "nan"], "--guidance-scale nan"),
+        (["--prompt", "x", "--guidance-rescale", "1.5"], "--guidance-rescale: 1.5"),
+        (["--prompt", "x", "--guidance-scale", "nan"], "--guidance-scale: nan"),
         (["--prompt", "x", "--scheduler", "magic"], "magic"),
         (["--num-images", "2"], "nothing to draw"),
         (["--prompts", "no-such-file.txt"], "no-such-file.txt"),
         (["--prompt", "x", "--lora", "no-such-file.safetensors"], "no-such-file.safetensors"),
         (["--prompt", "x", "--base", "no/such/folder"], "no/such/folder"),
         (["--prompt", "x", "--device", "cuda:99"], "cuda:99"),
+        (["--prompt", "x", "--min-quality", "0.5"], "need --selector"),
+        (["--prompt", "x", "--max-lpips", "0.3"], "need --reference"),
     ],
 )
-def test_bad_flags_are_one_line(flags, said, base, tmp_path, refused):
-    assert said in refused(sample, "--base", base, "--out", tmp_path / "out", *flags)
+def test_bad_flags_are_one_line(flags, message, base, tmp_path, refused):
+    assert message in refused(sample, "--base", base, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_flag_file_gives_flags_and_the_command_line_overrides_it(tmp_path, monkeypatch):
-    (tmp_path / "try.txt").write_text(
-        "# a recipe\n\n--steps 7\n--prompt a wound, with = and spaces\n--grid\n--seed 3\n"
-    )
+    text = "# a recipe\n\n--steps 7\n--prompt @ 9 o'clock, with = and spaces\n--grid\n--seed=3\n"
+    (tmp_path / "try.txt").write_text(text + "--negative-prompt -blurry, grey\n")
     monkeypatch.setattr("sys.argv", ["sample.py", f"@{tmp_path / 'try.txt'}", "--seed", "5"])
     args = sample.parse_args()
-    assert (args.steps, args.prompt, args.grid, args.seed) == (
-        7,
-        ["a wound, with = and spaces"],
-        True,
-        5,
-    )
+    assert args.prompt == ["@ 9 o'clock, with = and spaces"]
+    assert (args.steps, args.grid, args.seed) == (7, True, 5)
+    assert args.negative_prompt == "-blurry, grey"
 
 
-def test_sdxl_is_told_height_before_width(sdxl, monkeypatch):
-    base = sample.load_base(sdxl, CPU)
-    cond, seen = sample.encode_text(base, ["x"]), []
-    monkeypatch.setattr(
-        base.unet,
-        "forward",
-        lambda x, t, added_cond_kwargs, **_: seen.append(added_cond_kwargs["time_ids"]) or (x,),
-    )
-    sample.denoise(base, torch.zeros(1, 4, 8, 16), torch.tensor([5]), cond)
-    assert seen[0].tolist() == [[64, 128, 0, 0, 64, 128]]  # diffusers' order
+# ---------------------------------------------------------------- what a run of train.py left
 
 
-def test_the_latents_implied_by_v_are_those_that_went_in(sd21):
-    base = sample.load_base(sd21, CPU)
-    latents, noise, t = (
-        torch.randn(3, 4, 8, 8),
-        torch.randn(3, 4, 8, 8),
-        torch.tensor([10, 500, 990]),
-    )
-    noisy, v, _ = sample.noised_and_target(base, latents, noise, t)
-    torch.testing.assert_close(
-        sample.predicted_latents(base, noisy, v, t), latents, rtol=1e-4, atol=1e-4
-    )
-
-
-def test_every_flag_of_drawing_reaches_the_sampler(base, tmp_path, run, monkeypatch):
-    seen, whole = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda *given: seen.append(given[2:]) or whole(*given))
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        "x",
-        "--num-images",
-        2,
-        "--steps",
-        3,
-        "--guidance-scale",
-        4,
-        "--scheduler",
-        "euler",
-        "--height",
-        64,
-        "--width",
-        72,
-        "--negative-prompt",
-        "blur",
-        "--batch-size",
-        2,
-        "--seed",
-        9,
-        "--guidance-rescale",
-        0.5,
-        "--out",
-        tmp_path,
-    )
-    assert seen == [(3, 4.0, "euler", 64, 72, "blur", 2, 9, 0.5, False)]
-
-
-# ---- what a run of train.py left
-
-
-def same_pictures(one, other):
-    names = sorted(path.name for path in one.glob("*.png"))
-    assert names and names == sorted(path.name for path in other.glob("*.png"))
-    return all(
-        np.array_equal(pixels([Image.open(one / n)]), pixels([Image.open(other / n)]))
-        for n in names
-    )
+WORD = ["--token", "<sore>", "--prompt", "a <sore> foot", "--lr", 0.5]
 
 
 @pytest.mark.parametrize(
     "method, flags, result",
     [
         ("lora", ["--text-lora", "--rank", 2, "--alpha", 5, "--lr", 0.03], "lora.safetensors"),
-        (
-            "textual-inversion",
-            ["--token", "<sore>", "--prompt", "a <sore> foot", "--lr", 0.5],
-            "embeddings.safetensors",
-        ),
+        ("textual-inversion", WORD, "embeddings.safetensors"),
         ("full", ["--lr", 0.01], "model"),
     ],
 )
 def test_a_checkpoint_draws_what_the_runs_own_result_draws(
     method, flags, result, base, images, tmp_path, run
 ):
-    run(
-        train,
-        "--base",
-        base,
-        "--data",
-        images,
-        "--prompt",
-        "a foot",
-        "--steps",
-        4,
-        "--val-samples",
-        0,
-        "--val-split",
-        0,
-        "--method",
-        method,
-        *flags,
-        "--out",
-        tmp_path / "run",
-    )
-    how = ["--num-images", 2, "--steps", 3, "--precision", "fp32"]
-    run(
-        sample,
-        "--checkpoint",
-        tmp_path / "run" / "checkpoints" / "latest.pt",
-        *how,
-        "--out",
-        tmp_path / "a",
-    )
     prompt = "a <sore> foot" if method == "textual-inversion" else "a foot"
-    run(
-        sample,
-        "--base" if method == "full" else "--lora",
-        tmp_path / "run" / result,
-        "--prompt",
-        prompt,
-        *how,
-        "--out",
-        tmp_path / "b",
-    )
+    training = ["--base", base, "--data", images, "--prompt", "a foot", "--steps", 4]
+    training += ["--val-samples", 0, "--val-split", 0, "--method", method, *flags]
+    run(train, *training, "--out", tmp_path / "run")
+    how = ["--num-images", 2, "--steps", 3, "--precision", "fp32"]
+    checkpoint = tmp_path / "run" / "checkpoints" / "latest.pt"
+    kind = "--base" if method == "full" else "--lora"
+    run(sample, "--checkpoint", checkpoint, *how, "--out", tmp_path / "a")
+    own = [kind, tmp_path / "run" / result, "--prompt", prompt]
+    run(sample, *own, *how, "--out", tmp_path / "b")
     run(sample, "--base", base, "--prompt", prompt, *how, "--out", tmp_path / "plain")
-    assert same_pictures(tmp_path / "a", tmp_path / "b") and not same_pictures(
-        tmp_path / "a", tmp_path / "plain"
-    )
-    rows = list(csv.DictReader(open(tmp_path / "a" / "manifest.csv", newline="")))
-    assert (
-        rows[0]["prompt"] == prompt
-        and rows[0]["base"] == base
-        and rows[0]["lora"].endswith("latest.pt:1")
-    )
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
+    assert largest_difference(tmp_path / "a", tmp_path / "plain") > 0
+    row = manifest(tmp_path / "a")[0]
+    assert (row["prompt"], row["base"]) == (prompt, base)
+    assert row["lora"].endswith("latest.pt:1")
 
 
 def test_what_is_no_checkpoint_is_one_line(tmp_path, refused):
@@ -674,706 +730,206 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, refused):
     for name in ("pickle.pt", "foreign.pt", "torn.pt", "absent.pt", "."):
         flags = ["--checkpoint", tmp_path / name, "--prompt", "x", "--out", tmp_path / "out"]
         assert "--checkpoint" in refused(sample, *flags)
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
 
 
-def adapter(path, tensors, **metadata):
+def write_adapter(path, tensors, **metadata):
     lora.save(path, tensors, {"rank": 1, "alpha": 1, **metadata})
     return path
 
 
-def test_an_adapter_draws_at_the_size_it_was_trained_at(base, tmp_path, run):
-    word = adapter(
-        tmp_path / "word.safetensors",
-        {"<sore>": torch.zeros(1, 32)},
-        tokens="<sore>",
-        resolution=96,
-    )
-    run(
-        sample,
-        "--base",
-        base,
-        "--lora",
-        word,
-        "--prompt",
-        "x",
-        "--num-images",
-        1,
-        "--steps",
-        1,
-        "--width",
-        64,
-        "--out",
-        tmp_path,
-    )
+def write_pair(path, a, b):
+    return write_adapter(path, {f"{LAYER}.lora_A.weight": a, f"{LAYER}.lora_B.weight": b})
+
+
+def write_word(path, word, value):
+    return write_adapter(path, {word: torch.full((2, 32), value)}, tokens=word)
+
+
+def test_an_adapter_draws_at_the_size_it_was_trained_at(draw, tmp_path):
+    tensors = {"<sore>": torch.zeros(1, 32)}
+    word = write_adapter(tmp_path / "w.safetensors", tensors, tokens="<sore>", resolution=96)
+    draw(tmp_path, "--lora", word, "--prompt", "x", "--num-images", 1, "--width", 64)
     assert Image.open(tmp_path / "x-0000.png").size == (64, 96)
 
 
-def test_adapters_add_up_and_those_that_exclude_each_other_are_refused(
-    base, tmp_path, run, refused
-):
-    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    one, two, both = (
-        {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}
-        for a, b in (
-            (torch.ones(1, 32), torch.ones(32, 1)),
-            (torch.arange(32.0)[None] / 9, torch.ones(32, 1)),
-            (
-                torch.stack([torch.ones(32), torch.arange(32.0) / 9]),
-                torch.tensor([[0.5, 2.0]]).repeat(32, 1),
-            ),
-        )
-    )
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a <sore> and <calm> foot",
-        "--num-images",
-        1,
-        "--steps",
-        2,
-    ]
-    one, two, both = (
-        adapter(tmp_path / f"{i}.safetensors", each) for i, each in enumerate((one, two, both))
-    )
-    run(sample, *flags, "--lora", f"{one}:0.5", "--lora", f"{two}:2", "--out", tmp_path / "a")
-    run(sample, *flags, "--lora", both, "--out", tmp_path / "b")
-    a, b = (
-        np.asarray(Image.open(next((tmp_path / out).glob("*.png")))).astype(int) for out in "ab"
-    )
-    assert abs(a - b).max() <= 1  # 0.5 A + 2 B is rounded in another order
-    sore, calm = (
-        adapter(
-            tmp_path / f"{word}.safetensors",
-            {f"<{word}>": torch.full((2, 32), value)},
-            tokens=f"<{word}>",
-        )
-        for word, value in (("sore", 0.3), ("calm", -0.3))
-    )
-    run(sample, *flags, "--lora", sore, "--lora", calm, "--lora", both, "--out", tmp_path / "c")
-    run(sample, *flags, "--lora", sore, "--lora", both, "--out", tmp_path / "d")
-    assert not same_pictures(tmp_path / "c", tmp_path / "d")
-    own = {"text_projection.weight": torch.zeros(32, 8), "text_projection.bias": torch.zeros(32)}
-    bert, clip = (
-        adapter(tmp_path / "bert.safetensors", own),
-        adapter(
-            tmp_path / "clip.safetensors",
-            {
-                "text_encoder.x.lora_A.weight": torch.ones(1, 32),
-                "text_encoder.x.lora_B.weight": torch.ones(32, 1),
-            },
-        ),
-    )
-    for files, said in (
-        ((sore, sore), "the word <sore>"),
-        ((bert, bert), "a text encoder of its own"),
-        ((bert, clip), "adapts"),
-        ((f"{sore}:0.5",), "there or not"),
-    ):
-        assert said in refused(
-            sample,
-            *flags,
-            *[x for file in files for x in ("--lora", file)],
-            "--out",
-            tmp_path / "e",
-        )
-    assert not (tmp_path / "e").exists()
+def test_adapters_add_up(draw, tmp_path):
+    ramp = torch.arange(32.0) / 9
+    ones = torch.ones(32)
+    one = write_pair(tmp_path / "1.safetensors", ones[None], ones[:, None])
+    two = write_pair(tmp_path / "2.safetensors", ramp[None], ones[:, None])
+    weights = torch.tensor([[0.5, 2.0]]).repeat(32, 1)
+    both = write_pair(tmp_path / "3.safetensors", torch.stack([ones, ramp]), weights)
+    flags = ["--prompt", "a foot", "--num-images", 1, "--steps", 2]
+    draw(tmp_path / "a", *flags, "--lora", f"{one}:0.5", "--lora", f"{two}:2")
+    draw(tmp_path / "b", *flags, "--lora", both)
+    # 0.5 A + 2 B is rounded in another order
+    assert largest_difference(tmp_path / "a", tmp_path / "b") <= 1
 
 
-def test_a_weight_below_zero_takes_an_adapter_away(base, tmp_path, run):
-    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    one, less = (
-        adapter(
-            tmp_path / f"{up}.safetensors",
-            {
-                f"{layer}.lora_A.weight": torch.arange(32.0)[None],
-                f"{layer}.lora_B.weight": torch.full((32, 1), up),
-            },
-        )
-        for up in (1.0, -0.5)
-    )
-    for lora_flag, out in ((f"{one}:-0.5", "a"), (less, "b"), (f"{one}:0.5", "c")):
-        run(
-            sample,
-            "--base",
-            base,
-            "--prompt",
-            "x",
-            "--num-images",
-            1,
-            "--steps",
-            2,
-            "--lora",
-            lora_flag,
-            "--out",
-            tmp_path / out,
-        )
-    assert same_pictures(tmp_path / "a", tmp_path / "b") and not same_pictures(
-        tmp_path / "a", tmp_path / "c"
-    )
+def test_new_words_of_several_adapters_are_all_known(draw, tmp_path):
+    sore = write_word(tmp_path / "sore.safetensors", "<sore>", 0.3)
+    calm = write_word(tmp_path / "calm.safetensors", "<calm>", -0.3)
+    flags = ["--prompt", "a <sore> and <calm> foot", "--num-images", 1, "--lora", sore]
+    draw(tmp_path / "a", *flags, "--lora", calm)
+    draw(tmp_path / "b", *flags)
+    assert largest_difference(tmp_path / "a", tmp_path / "b") > 0
 
 
-# ---- prompts
-
-
-def test_a_prompt_with_fields_is_a_format_of_the_captions_of_a_table(
-    base, images, tmp_path, run, refused
-):
-    (tmp_path / "p.csv").write_text("Text,Modality,label\na disc,Fundus,x\nan organ,CT,y\n")
-    flags = ["--base", base, "--num-images", 1, "--steps", 1]
-    run(
-        sample,
-        *flags,
-        "--prompts",
-        tmp_path / "p.csv",
-        "--prompt",
-        "{Modality}: {Text}",
-        "--prompt",
-        "plain",
-        "--out",
-        tmp_path / "a",
-    )
-    rows = read_table(tmp_path / "a" / "manifest.csv")
-    assert sorted((row["prompt"], row["modality"], row["label"]) for row in rows) == [
-        ("CT: an organ", "CT", "y"),
-        ("Fundus: a disc", "Fundus", "x"),
-        ("plain", "", ""),
-    ]
-    assert "which is missing" in refused(
-        sample, *flags, "--prompt", "a {label} foot", "--out", tmp_path / "b"
-    )
-    assert "takes one" in refused(
-        sample,
-        *flags,
-        "--prompts",
-        tmp_path / "p.csv",
-        "--prompt",
-        "{Text}",
-        "--prompt",
-        "{label}",
-        "--out",
-        tmp_path / "b",
-    )
-    run(
-        sample, *flags, "--prompt", "film {ap} view", "--out", tmp_path / "c"
-    )  # a caption's own braces
-    assert read_table(tmp_path / "c" / "manifest.csv")[0]["prompt"] == "film {ap} view"
-    assert "has labels and no captions" in refused(
-        sample, *flags, "--labels-from", images, "--out", tmp_path / "b"
-    )
-    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    own = adapter(
-        tmp_path / "own.safetensors",
-        {f"{layer}.lora_A.weight": torch.ones(1, 32), f"{layer}.lora_B.weight": torch.ones(32, 1)},
-        prompt="a {label} foot",
-    )
-    run(sample, *flags, "--lora", own, "--labels-from", images, "--out", tmp_path / "b")
-    assert {row["prompt"] for row in read_table(tmp_path / "b" / "manifest.csv")} == {
-        "a calm foot",
-        "a sore foot",
+def test_adapters_that_exclude_each_other_are_refused(refusal, tmp_path):
+    sore = write_word(tmp_path / "sore.safetensors", "<sore>", 0.3)
+    projection = {
+        "text_projection.weight": torch.zeros(32, 8),
+        "text_projection.bias": torch.zeros(32),
     }
-
-
-def test_a_folder_called_refused_is_a_folder_like_others(base, tmp_path, run, capsys):
-    for drawn in (1, 0):
-        run(
-            sample,
-            "--base",
-            base,
-            "--prompt",
-            "胸部",
-            "--num-images",
-            1,
-            "--steps",
-            1,
-            "--out",
-            tmp_path / "refused",
-        )
-        assert f"{drawn} images drawn" in capsys.readouterr().out
-    assert [row["file"] for row in read_table(tmp_path / "refused" / "manifest.csv")] == [
-        "prompt-0000.png"
-    ]
-
-
-def test_the_words_that_are_cut_are_said(base, tmp_path, run, capsys):
-    words = [f"w{i}" for i in range(500)]  # this base reads a letter a token, so 75 of 1890
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        " ".join(words),
-        "--prompt",
-        "short",
-        "--negative-prompt",
-        "n" * 76,
-        "--num-images",
-        1,
-        "--steps",
-        1,
-        "--out",
-        tmp_path,
-    )
-    said = capsys.readouterr().out
-    assert (
-        'the prompt "w0 w1 w2' in said
-        and "75 tokens" in said
-        and 'cut: "w28 w29' in said
-        and 'w499"' in said
-    )
-    assert f'cut: "{"n" * 76}"' in said and "short" not in said
-    row = list(csv.DictReader(open(tmp_path / "manifest.csv", newline="")))[1]
-    assert row["prompt"].split() == words and len(row["file"]) < 80
-
-
-@pytest.mark.parametrize("prompt", ["x" * 10001, "a\0b", "a \udc80 film"])
-def test_prompts_that_no_file_can_hold_are_refused(prompt, base, tmp_path, refused):
-    assert "give text" in refused(
-        sample, "--base", base, "--prompt", prompt, "--out", tmp_path / "out"
-    )
-    assert "give text" in refused(
-        sample, "--base", base, "--prompt", "x", "--label", prompt, "--out", tmp_path / "out"
-    )
-    assert not (tmp_path / "out").exists()
-
-
-# ---- files
-
-
-@pytest.mark.parametrize("kind", ["dcm"])
-@pytest.mark.parametrize("grey", [[], ["--grey"]])
-def test_other_formats_hold_the_same_picture_and_their_settings(
-    kind, grey, base, tmp_path, run, refused, capsys
-):
-    pytest.importorskip("pydicom")
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "größe 🦶, a wound",
-        "--num-images",
-        2,
-        "--steps",
-        2,
-        *grey,
-    ]
-    run(sample, *flags, "--out", tmp_path / "png")
-    flags += ["--format", kind, "--out", tmp_path / kind]
-    run(sample, *flags, "--grid")
-    for path in (tmp_path / "png").glob("*.png"):
-        difference = np.abs(
-            pixels([read_image(path)])
-            - pixels([read_image(tmp_path / kind / f"{path.stem}.{kind}")])
-        )
-        assert difference.max() == 0
-        assert (
-            sample.parameters_of(tmp_path / kind / f"{path.stem}.{kind}")
-            == sample.parameters_of(path)
-            != ""
-        )
-    before = {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()}
-    torn = tmp_path / kind / f"groe-a-wound-0001.{kind}"
-    torn.write_bytes(before[torn.name][:-300])
-    capsys.readouterr()
-    run(sample, *flags)
-    assert capsys.readouterr().out.startswith("1 images drawn, 1 were there")
-    assert {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()} == before
-    assert "other settings" in refused(sample, *flags, "--steps", 3)
-
-
-def test_a_dicom_file_says_that_it_is_synthetic_and_of_nobody(base, tmp_path, run):
-    pydicom = pytest.importorskip("pydicom")
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--num-images",
-        2,
-        "--steps",
-        1,
-        "--format",
-        "dcm",
-        "--out",
-        tmp_path,
-    )
-    first, second = (pydicom.dcmread(path) for path in sorted(tmp_path.glob("*.dcm")))
-    assert first.SOPClassUID == "1.2.840.10008.5.1.4.1.1.7" and list(first.ImageType) == [
-        "DERIVED",
-        "SECONDARY",
-        "OTHER",
-    ]
-    assert all(
-        "SYNTHETIC" in str(first[name].value)
-        for name in ("SeriesDescription", "ImageComments", "PatientName")
-    )
-    assert (
-        first.PatientBirthDate == first.PatientSex == first.StudyDate == ""
-        and first.ConversionType == "SYN"
-    )
-    for name in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"):
-        assert first[name].value != second[name].value and len(first[name].value) <= 64
-    assert len({first.SOPInstanceUID, first.StudyInstanceUID, first.SeriesInstanceUID}) == 3
-    assert all(
-        uid.is_valid
-        for uid in (first.SOPInstanceUID, first.StudyInstanceUID, first.SeriesInstanceUID)
-    )
-
-
-def test_a_missing_package_is_said_before_anything_is_drawn(base, tmp_path, refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    flags = ["--base", base, "--prompt", "x", "--format", "dcm", "--out", tmp_path / "o"]
-    assert "pip install pydicom" in refused(sample, *flags)
-    assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize(
-    "error, status", [(OSError(errno.ENOSPC, "No space left"), 2), (KeyboardInterrupt(), 130)]
-)
-def test_what_was_drawn_before_a_full_disk_or_an_interrupt_stays(
-    error, status, base, tmp_path, monkeypatch, capsys, run
-):
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--num-images",
-        6,
-        "--steps",
-        1,
-        "--batch-size",
-        1,
-    ]
-    run(sample, *flags, "--out", tmp_path / "whole")
-    save, calls = sample.save_png, []
-
-    def fails_once(image, path, parameters):
-        calls.append(path)
-        if len(calls) == 4:
-            raise error
-        save(image, path, parameters)
-
-    monkeypatch.setitem(sample.WRITERS, "png", fails_once)
-    monkeypatch.setattr(
-        sample, "main", lambda args, main=sample.main: sample.run_script(main, lambda: args)
-    )
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(sample, *flags, "--out", tmp_path / "out")
-    assert stop.value.code == status and "Traceback" not in capsys.readouterr().err
-    there = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
-    listed = [
-        row["file"] for row in csv.DictReader(open(tmp_path / "out" / "manifest.csv", newline=""))
-    ]
-    assert 3 <= len(there) < 6 and listed == there and not list((tmp_path / "out").glob(".*"))
-    run(sample, *flags, "--out", tmp_path / "out")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()} == {
-        p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()
+    bert = write_adapter(tmp_path / "bert.safetensors", projection)
+    pair = {
+        "text_encoder.x.lora_A.weight": torch.ones(1, 32),
+        "text_encoder.x.lora_B.weight": torch.ones(32, 1),
     }
+    clip = write_adapter(tmp_path / "clip.safetensors", pair)
+    out = tmp_path / "out"
+    flags = ["--prompt", "x"]
+    assert "<sore>" in refusal(out, *flags, "--lora", sore, "--lora", sore)
+    assert "text_projection" in refusal(out, *flags, "--lora", bert, "--lora", bert)
+    assert "adapts it" in refusal(out, *flags, "--lora", bert, "--lora", clip)
+    assert "cannot have a weight" in refusal(out, *flags, "--lora", f"{sore}:0.5")
+    assert not out.exists()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_two_processes_share_the_images_and_leave_what_one_leaves(
-    batch_size, base, tmp_path, run, monkeypatch, capsys
-):
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--prompt",
-        "a film",
-        "--num-images",
-        5,
-        "--steps",
-        2,
-    ]
-    run(sample, *flags, "--out", tmp_path / "one")
-    monkeypatch.setattr(sample, "WORLD", 2)
-    for rank, count in ((1, 5), (0, 10)):
-        monkeypatch.setattr(sample, "RANK", rank)
-        run(sample, *flags, "--batch-size", batch_size, "--out", tmp_path / "two")
-        assert len(list((tmp_path / "two").glob("*.png"))) == count
-        assert (tmp_path / "two" / "manifest.csv").exists() == (rank == 0)
-    for path in (tmp_path / "one").glob(
-        "*.png"
-    ):  # kernels differ with the batch size, by a grey level
-        assert (
-            np.abs(
-                pixels([Image.open(path)]) - pixels([Image.open(tmp_path / "two" / path.name)])
-            ).max()
-            <= 1
-        )
-    rows = [
-        row["file"] for row in csv.DictReader(open(tmp_path / "two" / "manifest.csv", newline=""))
-    ]
-    assert rows == sorted(path.name for path in (tmp_path / "one").glob("*.png"))
+def test_a_weight_below_zero_takes_an_adapter_away(draw, tmp_path):
+    ramp = torch.arange(32.0)[None]
+    up = write_pair(tmp_path / "up.safetensors", ramp, torch.full((32, 1), 1.0))
+    down = write_pair(tmp_path / "down.safetensors", ramp, torch.full((32, 1), -0.5))
+    flags = ["--prompt", "x", "--num-images", 1, "--steps", 2]
+    draw(tmp_path / "a", *flags, "--lora", f"{up}:-0.5")
+    draw(tmp_path / "b", *flags, "--lora", down)
+    draw(tmp_path / "c", *flags, "--lora", f"{up}:0.5")
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
+    assert largest_difference(tmp_path / "a", tmp_path / "c") > 0
 
 
-def test_a_pictures_bits_do_not_depend_on_its_neighbours(base, tmp_path, run):
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a wound",
-        "--prompt",
-        "a film",
-        "--num-images",
-        5,
-        "--steps",
-        3,
-        "--batch-size",
-        4,
-    ]
-    run(sample, *flags, "--out", tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    for lost in ("a-wound-0001", "a-film-0000", "a-film-0002", "a-film-0003", "a-film-0004"):
-        (tmp_path / f"{lost}.png").unlink()
-    run(sample, *flags, "--out", tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+# ---------------------------------------------------------------- quality control
 
 
-# ---- quality control
+FOOT = ["--prompt", "a foot", "--height", 64, "--width", 64]
 
 
-def test_what_the_selector_refuses_is_drawn_anew_and_filter_agrees(
-    base, images, tmp_path, run, capsys
-):
+@pytest.fixture
+def quality_of(images, tmp_path, run):
+    """quality_of(folder): what filter.py's own run gives the pictures, by file name."""
     import filter as filter_script
 
+    def call(folder, selector):
+        flags = ["--reference", images, "--selector", selector, "--min-quality", 0, "--dry-run"]
+        run(filter_script, folder, *flags, "--out", tmp_path / "judged")
+        rows = read_table(tmp_path / "judged" / "decisions.csv")
+        return {row["file"]: float(row["quality"]) for row in rows}
+
+    return call
+
+
+def test_what_the_selector_refuses_is_drawn_again_and_filter_agrees(
+    draw, quality_of, tmp_path, capsys
+):
     selector = write_selector(tmp_path / "s.safetensors")
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a foot",
-        "--num-images",
-        12,
-        "--steps",
-        2,
-        "--height",
-        64,
-        "--width",
-        64,
-    ]
-    run(sample, *flags, "--out", tmp_path / "plain")
-    run(
-        filter_script,
-        tmp_path / "plain",
-        "--reference",
-        images,
-        "--selector",
-        selector,
-        "--min-quality",
-        0,
-        "--out",
-        tmp_path / "all",
-        "--dry-run",
-    )
-    quality = [float(row["quality"]) for row in read_table(tmp_path / "all" / "decisions.csv")]
+    plain = tmp_path / "plain"
+    out = tmp_path / "out"
+    flags = [*FOOT, "--num-images", 12, "--steps", 2]
+    draw(plain, *flags)
+    quality = list(quality_of(plain, selector).values())
     limit = np.round(np.median(quality), 4)  # so that half of the first drawings fail
-    control = ["--selector", selector, "--min-quality", limit, "--max-attempts", 2]
-    run(sample, *flags, *control, "--out", tmp_path / "a", "--grid")
-    rows = read_table(tmp_path / "a" / "manifest.csv")
+    flags += ["--selector", selector, "--min-quality", limit]
+    draw(out, *flags, "--max-attempts", 2, "--grid")
+    rows = manifest(out)
     first = [row for row in rows if row["attempts"] == "1"]
-    assert len(first) == sum(q >= limit for q in quality) and {row["attempts"] for row in rows} == {
-        "1",
-        "2",
-    }
+    assert len(first) == sum(value >= limit for value in quality)
+    assert {row["attempts"] for row in rows} == {"1", "2"}
     for row in first:  # the picture of a run without control
         stem = row["file"].split("_quality_")[0]
         assert row["file"] == f"{stem}_quality_{float(row['quality']):.2f}.png"
-        assert np.array_equal(
-            *(
-                np.asarray(Image.open(path))
-                for path in (tmp_path / "a" / row["file"], tmp_path / "plain" / f"{stem}.png")
-            )
-        )
-    refused = sorted(path.name for path in (tmp_path / "a" / "refused").iterdir())
-    assert (
-        len(refused) + len(rows) == 12
-        and f"{len(refused)} did not in 2 attempts" in capsys.readouterr().out
-    )
-    run(
-        filter_script,
-        tmp_path / "a",
-        "--reference",
-        images,
-        "--selector",
-        selector,
-        "--min-quality",
-        limit,
-        "--out",
-        tmp_path / "b",
-        "--dry-run",
-    )
-    decisions = read_table(tmp_path / "b" / "decisions.csv")
-    assert [row["kept"] for row in decisions] == ["1"] * len(rows)
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in (tmp_path / "a").rglob("*.png")
-        if path.name != "grid.png"
-    }
+        ours, theirs = pixels([Image.open(out / row["file"]), Image.open(plain / f"{stem}.png")])
+        assert np.array_equal(ours, theirs)
+    refused = manifest(out / "refused")
+    assert [row["file"] for row in refused] == names(out / "refused")
+    assert len(refused) + len(rows) == 12
+    assert f"{len(refused)} did not in 2 attempts" in capsys.readouterr().out
+    assert all(value >= limit for value in quality_of(out, selector).values())
+
+    # the same command draws only what is missing
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("a-foot*.png")}
     sorted(before)[0].unlink()
-    run(
-        sample, *flags, *control, "--out", tmp_path / "a"
-    )  # goes on: the one that is gone alone is drawn
-    assert "1 images drawn, 11 were there" in capsys.readouterr().out and set(before) == {
-        path for path in (tmp_path / "a").rglob("*.png") if path.name != "grid.png"
-    }
+    draw(out, *flags, "--max-attempts", 2)
+    assert "1 images drawn, 11 were there" in capsys.readouterr().out
+    assert set(before) == set(out.rglob("a-foot*.png"))
     assert sum(path.stat().st_mtime_ns != then for path, then in before.items()) == 1
-    run(
-        sample,
-        *flags,
-        "--selector",
-        selector,
-        "--min-quality",
-        limit,
-        "--max-attempts",
-        40,
-        "--out",
-        tmp_path / "a",
-    )
-    assert (
-        len(read_table(tmp_path / "a" / "manifest.csv"))
-        + len(list((tmp_path / "a" / "refused").iterdir()))
-        == 12
-    )
-    assert len(read_table(tmp_path / "a" / "manifest.csv")) > len(rows)
+
+    # with more attempts, what was refused is drawn again
+    draw(out, *flags, "--max-attempts", 40)
+    assert len(manifest(out)) + len(names(out / "refused")) == 12
+    assert len(manifest(out)) > len(rows)
 
 
-def test_pictures_are_held_against_real_ones_as_filter_does(base, images, tmp_path, run, capsys):
-    flags = [
-        "--base",
-        base,
-        "--prompt",
-        "a foot",
-        "--num-images",
-        6,
-        "--steps",
-        2,
-        "--height",
-        64,
-        "--width",
-        64,
-    ]
-    run(
-        sample,
-        *flags,
-        "--reference",
-        images,
-        "--min-ssim",
-        0.99,
-        "--max-attempts",
-        1,
-        "--out",
-        tmp_path / "a",
-    )
-    said = capsys.readouterr().out
-    assert (
-        "0 passed, of 6 drawings" in said
-        and "nothing passed" in said
-        and "--min-ssim 0.99 would refuse" in said
-    )
-    assert not read_table(tmp_path / "a" / "manifest.csv")
-    run(
-        sample,
-        *flags,
-        "--reference",
-        images,
-        "--min-ssim",
-        -1,
-        "--drop-copies",
-        "--out",
-        tmp_path / "a",
-        "--overwrite",
-    )
-    assert len(read_table(tmp_path / "a" / "manifest.csv")) == 6 and not list(
-        (tmp_path / "a" / "refused").iterdir()
-    )
+def test_pictures_are_compared_with_real_ones_as_filter_does(draw, images, tmp_path, capsys):
+    flags = [*FOOT, "--num-images", 6, "--reference", images, "--out", tmp_path]
+    draw(tmp_path, *flags, "--min-ssim", 0.99, "--max-attempts", 1)
+    out = capsys.readouterr().out
+    assert "0 passed, of 6 drawings" in out
+    assert "nothing passed" in out
+    assert "--min-ssim 0.99 would refuse" in out
+    assert not manifest(tmp_path)
+    draw(tmp_path, *flags, "--min-ssim", -1, "--drop-copies", "--overwrite")
+    assert len(manifest(tmp_path)) == 6
+    assert not names(tmp_path / "refused")
 
 
-def test_copies_of_real_images_are_refused_where_asked(base, images, tmp_path, run, monkeypatch):
+def test_copies_of_real_images_are_refused_where_asked(draw, images, tmp_path, monkeypatch):
     real = [Image.open(f"{images}/calm/{n}.png") for n in (0, 2, 4)]
-    monkeypatch.setattr(
-        sample, "generate", lambda base, jobs, *how: (real[number] for _, number in jobs)
-    )
-    run(
-        sample,
-        "--base",
-        base,
-        "--prompt",
-        "x",
-        "--num-images",
-        3,
-        "--reference",
-        images,
-        "--max-attempts",
-        1,
-        "--min-ssim",
-        -1,
-        "--drop-copies",
-        "--out",
-        tmp_path,
-    )
-    assert (
-        not read_table(tmp_path / "manifest.csv")
-        and len(list((tmp_path / "refused").iterdir())) == 3
-    )
+
+    def copies(base, jobs, *how):
+        for _, number in jobs:
+            yield real[number]
+
+    monkeypatch.setattr(sample, "generate", copies)
+    flags = ["--reference", images, "--min-ssim", -1, "--drop-copies", "--max-attempts", 1]
+    draw(tmp_path, "--prompt", "x", "--num-images", 3, *flags)
+    assert not manifest(tmp_path)
+    assert len(names(tmp_path / "refused")) == 3
 
 
-def test_the_scores_in_a_files_name_are_found_again(tmp_path):
-    args = SimpleNamespace(out=tmp_path, format="png", kept_by="x", max_attempts=2)
-    planned = {"name": "x-0000.png", "parameters": "x", "path": None}
-    sample.write_picture(
-        Image.new("RGB", (8, 8)),
-        {**planned, "quality": "0.91", "alignment": "0.23", "refused": False, "attempts": 1},
-        args,
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["x-0000_quality_0.91_alignment_0.23.png"]
-    (found,), _ = sample.look_up([planned], args)
-    assert (found["quality"], found["alignment"]) == ("0.91", "0.23")
+def test_both_scores_stand_in_a_files_name_and_the_picture_is_known_again(tmp_path):
+    args = SimpleNamespace(out=tmp_path, format="png", selector="s", reference=None)
+    record = dict.fromkeys(sample.MANIFEST, "x") | {"quality": "0.91", "alignment": "0.23"}
+    drawing = sample.Drawing(sample.Row("", "", "x"), 0, "x-0000", "x", record, 0)
+    folder = sample.Manifest(tmp_path)
+    sample.write_picture(Image.new("RGB", (8, 8)), drawing, "", folder, args)
+    folder.write()
+    assert names(tmp_path) == ["x-0000_quality_0.91_alignment_0.23.png"]
+    assert sample.Manifest(tmp_path).has(drawing, 1)
 
 
-def test_a_file_of_flags_says_any_text_and_a_table_of_prompts_may_have_a_loud_name(
-    base, tmp_path, monkeypatch
-):
-    (tmp_path / "flags.txt").write_text(
-        "# a comment\n--negative-prompt -blurry, grey\n--prompt @ 9 o'clock\n--grid\n\n--steps=3\n"
-    )
-    monkeypatch.setattr("sys.argv", ["sample.py", f"@{tmp_path / 'flags.txt'}", "--steps", "2"])
-    args = sample.parse_args()
-    assert (args.negative_prompt, args.prompt, args.grid, args.steps) == (
-        "-blurry, grey",
-        ["@ 9 o'clock"],
-        True,
-        2,
-    )
-    (tmp_path / "P.CSV").write_text("file_name,text\nP.CSV,a foot\n")
-    args.prompt, args.prompts = [], str(tmp_path / "P.CSV")
-    assert [p["prompt"] for p in sample.read_prompts(args, [])] == ["a foot"]
+def test_a_folder_called_refused_is_a_folder_like_others(draw, tmp_path, capsys):
+    flags = ["--prompt", "胸部", "--num-images", 1]
+    for drawn in (1, 0):
+        draw(tmp_path / "refused", *flags)
+        assert f"{drawn} images drawn" in capsys.readouterr().out
+    assert [row["file"] for row in manifest(tmp_path / "refused")] == ["prompt-0000.png"]
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
-        (["--min-quality", "0.5"], "needs --selector"),
-        (["--max-lpips", "0.3"], "needs --reference"),
-        (["--selector", "BAD"], "not a readable selector"),
+        (["--selector", "BAD"], "selector"),
         (["--min-quality", "2", "--selector", "S"], "--min-quality"),
-        (["--selector", "S", "--min-alignment", "0.5"], "does not know the label"),
-        (["--selector", "SEVERAL"], "without modality"),
+        (["--selector", "S", "--min-alignment", "0.5"], "label"),
+        (["--selector", "SEVERAL"], "modality"),
         (["--reference", "NOWHERE"], "NOWHERE"),
     ],
 )
-def test_quality_control_that_cannot_be_is_one_line(change, said, base, tmp_path, refused):
+def test_quality_control_that_cannot_be_is_one_line(change, message, refusal, tmp_path):
     write_selector(tmp_path / "S")
     write_selector(tmp_path / "SEVERAL", modalities=["ct", "mri"])
     (tmp_path / "BAD").write_bytes(b"no selector")
     change = [tmp_path / word if word in ("S", "SEVERAL", "BAD") else word for word in change]
-    assert said in refused(
-        sample, "--base", base, "--prompt", "a foot", "--out", tmp_path / "out", *change
-    )
+    assert message in refusal(tmp_path / "out", "--prompt", "a foot", *change)
