@@ -1243,11 +1243,13 @@ def grain(pixels):
     return torch.cat(parts).double().cpu().numpy()
 
 
+def log_mean(maps):
+    """The log of the mean size of (B, 1, H, W), (B,); a tenth of a grey level keeps it finite."""
+    return (maps.abs().mean((1, 2, 3)) + 0.1).log()
+
+
 def grey_grain(grey):
     """The measures of `grain` of float pictures (B, 1, H, W) in grey levels: (B, 11)."""
-
-    def log_mean(maps):  # + a tenth of a grey level: flat pictures have finite measures too
-        return (maps.abs().mean((1, 2, 3)) + 0.1).log()
 
     def log_spread(maps):
         variance = (maps - maps.mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
