@@ -1,22 +1,27 @@
-"""How fast it is, as ratios against what people use, both run in turn on the same machine with the same weights.
+"""How fast it is, as ratios against what people use, on one machine with the same weights.
 
-    python tests/bench.py                                      all but training, on the CPU, with the tiny base
-    python tests/bench.py --peer-script diffusers/examples/text_to_image/train_text_to_image_lora.py      training too
-    python tests/bench.py --what training --peer-script … --shape sd21-base --batch-size 8
-    python tests/bench.py --what training --peer-script … --shape sd15 --resolution 512 --device cuda --compile
-    python tests/bench.py --what sampling --shape sdxl --resolution 1024 --precision bf16 --device cuda
-    python tests/bench.py --what growth                        how cost grows with images, pixels, rank and processes
+    python tests/bench.py                           all but training, on the CPU, with the tiny base
+    python tests/bench.py --peer-script PEER        training too
+    python tests/bench.py --what training --peer-script PEER --shape sd21-base --batch-size 8
+    python tests/bench.py --what training --peer-script PEER --shape sd15 --resolution 512 \
+--device cuda --compile
+    python tests/bench.py --what sampling --shape sdxl --resolution 1024 --precision bf16 \
+--device cuda
+    python tests/bench.py --what growth             cost by images, pixels, rank and processes
 
-Prints a table in Markdown; the pairs go to stderr. A ratio is the median of alternating pairs, theirs / ours, and their
-range; where the peer is a loop over pairs of images, it is timed on some and scaled up. Weights are random, in the
-published configurations. The peer's training script comes from a checkout of diffusers, which is no part of this
-repository, and needs accelerate and peft; where its `datasets` package is not installed, a few lines that read a folder
-replace it. The others need what tests/requirements.txt names.
+Prints a table in Markdown; the pairs go to stderr. A ratio is the median of alternating pairs,
+theirs / ours, with their range; where the peer is a loop over pairs of images, it is timed on some
+of them and scaled up. Weights are random, in the published configurations. PEER is
+examples/text_to_image/train_text_to_image_lora.py of a checkout of diffusers; it needs accelerate
+and peft, and if its `datasets` package is not installed, a few lines here that read a folder
+replace it. The other peers are in tests/requirements.txt.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -30,25 +35,23 @@ import sys
 import tempfile
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "tiny-base"
 WARM_UP = 2  # steps left out
-N, D = 376, 2048  # of the numbers: images a set, features an image
-GROWTH = {
-    "images": (100, 1000, 10000),
-    "px": (64, 128, 256, 512),
-    "rank": (4, 16, 64, 128),
-    "processes": (1, 2),
-}
-sys.path[:0] = [str(ROOT)]
+N = 376  # images a set, for the numbers
+D = 2048  # features an image
+NEVER = 10**6  # steps
+sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-# ---- the same work for both
+# ---- bases, images, flags
 
-# What the published configurations say of a UNet, of a text encoder (hidden and intermediate size, layers, heads,
-# activation, projection), and of the rest; text_encoder_2 is SDXL's.
+
+# From the published configurations of UNets and text encoders.
 UNETS = {
     "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     "sd21-base": dict(
@@ -78,424 +81,427 @@ UNETS = {
         projection_class_embeddings_input_dim=2816,
     ),
 }
-CLIP_L, CLIP_H, CLIP_G = (
-    (768, 3072, 12, 12, "quick_gelu", 768),
-    (1024, 4096, 23, 16, "gelu", 512),
-    (1280, 5120, 32, 20, "gelu", 1280),
+CLIP_L = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    hidden_act="quick_gelu",
+    projection_dim=768,
 )
-TEXTS = {"sd15": [CLIP_L], "sd21-base": [CLIP_H], "sd21": [CLIP_H], "sdxl": [CLIP_L, CLIP_G]}
+CLIP_H = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act="gelu",
+    projection_dim=512,
+)
+CLIP_G = dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act="gelu",
+    projection_dim=1280,
+)
+TEXTS = {"sd15": CLIP_L, "sd21-base": CLIP_H, "sd21": CLIP_H, "sdxl": CLIP_L}
+SCHEDULERS = {"sd21": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}
+BETAS = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    skip_prk_steps=True,
+    steps_offset=1,
+)
 
 
 def make_base(shape, folder):
-    """A base in the published configuration of `shape` with random fp16 weights, saved in diffusers' form; "tiny" is
-    the embedded one. Its tokenizer is tiny's, a part of the real one's vocabulary. Returns the folder."""
+    """A base in the published configuration of `shape`, random fp16 weights; returns its folder.
+
+    Its tokenizer is tiny's, a part of the real one's vocabulary. "tiny" is the embedded base.
+    """
     if shape == "tiny":
-        return ROOT / "tests" / "tiny-base"
+        return TINY
     import diffusers
     import torch
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-    )
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)  # half the memory
     try:
-        unet = diffusers.UNet2DConditionModel(**UNETS[shape])
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            layers_per_block=2,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            sample_size=8 * UNETS[shape]["sample_size"],
-            force_upcast=shape == "sdxl",
-            scaling_factor=0.13025 if shape == "sdxl" else 0.18215,
-        )
-        parts = dict(unet=unet, vae=vae)
-        for suffix, kind, numbers in zip(
-            ("", "_2"), (CLIPTextModel, CLIPTextModelWithProjection), TEXTS[shape]
-        ):
-            names = (
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "hidden_act",
-            )
-            parts["text_encoder" + suffix] = kind(
-                CLIPTextConfig(**dict(zip((*names, "projection_dim"), numbers)), eos_token_id=2)
-            )  # as published: the highest
-            parts["tokenizer" + suffix] = CLIPTokenizer.from_pretrained(
-                ROOT / "tests" / "tiny-base" / "tokenizer",
-                pad_token="<|endoftext|>" if numbers is CLIP_L else "!",
-            )
+        parts = {
+            "unet": diffusers.UNet2DConditionModel(**UNETS[shape]),
+            "vae": make_vae(shape),
+            "text_encoder": make_text_encoder(CLIPTextModel, TEXTS[shape]),
+            "tokenizer": make_tokenizer(TEXTS[shape]),
+        }
+        if shape == "sdxl":
+            parts["text_encoder_2"] = make_text_encoder(CLIPTextModelWithProjection, CLIP_G)
+            parts["tokenizer_2"] = make_tokenizer(CLIP_G)
     finally:
         torch.set_default_dtype(torch.float32)
-    scheduler = {"sd21": "DDIMScheduler", "sdxl": "EulerDiscreteScheduler"}.get(
-        shape, "PNDMScheduler"
-    )
-    parts["scheduler"] = getattr(diffusers, scheduler).from_config(
-        dict(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            skip_prk_steps=True,
-            steps_offset=1,
-            prediction_type="v_prediction" if shape == "sd21" else "epsilon",
-        )
-    )
+    scheduler = getattr(diffusers, SCHEDULERS.get(shape, "PNDMScheduler"))
+    prediction_type = "v_prediction" if shape == "sd21" else "epsilon"
+    parts["scheduler"] = scheduler.from_config({**BETAS, "prediction_type": prediction_type})
     if shape == "sdxl":
         pipe = diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=True)
     else:
-        pipe = diffusers.StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe = diffusers.StableDiffusionPipeline(**parts, **none)
     pipe.save_pretrained(folder)
     return folder
 
 
+def make_vae(shape):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        layers_per_block=2,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        sample_size=8 * UNETS[shape]["sample_size"],
+        force_upcast=shape == "sdxl",
+        scaling_factor=0.13025 if shape == "sdxl" else 0.18215,
+    )
+
+
+def make_text_encoder(kind, numbers):
+    from transformers import CLIPTextConfig
+
+    return kind(CLIPTextConfig(**numbers, eos_token_id=2))  # as published: the highest token ends
+
+
+def make_tokenizer(numbers):
+    from transformers import CLIPTokenizer
+
+    pad = "<|endoftext|>" if numbers is CLIP_L else "!"
+    return CLIPTokenizer.from_pretrained(TINY / "tokenizer", pad_token=pad)
+
+
 def make_images(folder, count, resolution, seed=0):
-    """`count` random images with captions, in the form both read."""
+    """`count` random images with captions, in the form both sides read."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir()
-    draw, rows = np.random.RandomState(seed), [["file_name", "text"]]
-    for i in range(count):
-        Image.fromarray(draw.randint(0, 255, (resolution, resolution, 3)).astype(np.uint8)).save(
-            folder / f"{i}.png"
-        )
-        rows.append([f"{i}.png", f"a drawn image, number {i % 10}"])
+    draw = np.random.RandomState(seed)
     with open(folder / "metadata.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
+        table = csv.writer(file)
+        table.writerow(["file_name", "text"])
+        for i in range(count):
+            pixels = draw.randint(0, 255, (resolution, resolution, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+            table.writerow([f"{i}.png", f"a drawn image, number {i % 10}"])
 
 
-# ---- one run of each, in a process of its own
+def make_films(folder, count):
+    """Grey PNG films of 1024 px; returns their paths."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    draw = np.random.RandomState(0)
+    paths = []
+    for n in range(count):
+        coarse = Image.fromarray(draw.randint(0, 256, (24, 24)).astype(np.uint8))
+        film = np.asarray(coarse.resize((1024, 1024))) // 2 + draw.randint(0, 12, (1024, 1024))
+        paths.append(folder / f"{n:04}.png")
+        Image.fromarray(film.astype(np.uint8)).save(paths[-1])
+    return paths
 
 
-def watch_steps(report):
-    """Note the time of every step (both advance a tqdm bar) and write times and peak memory to `report` at the end."""
-    import atexit
-
-    import torch
-    import tqdm
-
-    times, update = [], tqdm.std.tqdm.update
-
-    def noted(bar, n=1):
-        if bar.unit == "step" or bar.desc.startswith("Steps"):
-            if torch.cuda.is_initialized():  # ours only puts its work into the GPU's queue
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-        return update(bar, n)
-
-    tqdm.std.tqdm.update = noted
-
-    def write():
-        on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated()
-        peak = on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        Path(report).write_text(json.dumps({"times": times, "peak": peak}))
-
-    atexit.register(write)
+def as_flags(values, separator="-"):
+    """{"batch_size": 8, "compile": True} as --batch-size 8 --compile."""
+    words = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", separator)
+        if value is True:
+            words.append(flag)
+        elif value is not False:
+            words += [flag, str(value)]
+    return words
 
 
-def stand_in_for_datasets():
-    """What the peer's script needs of the `datasets` package to read a folder of images with captions."""
-
-    class Split(list):
-        column_names, transform = ["image", "text"], None
-
-        def with_transform(self, transform):
-            self.transform = transform
-            return self
-
-        def __getitem__(self, i):
-            row = {key: [value] for key, value in list.__getitem__(self, i).items()}
-            return {
-                key: values[0]
-                for key, values in (self.transform(row) if self.transform else row).items()
-            }
-
-    def load_dataset(*_, data_files=None, data_dir=None, **__):
-        from PIL import Image
-
-        folder = Path(data_dir or str(data_files["train"]).removesuffix("**"))
-        with open(folder / "metadata.csv", newline="") as file:
-            return {
-                "train": Split(
-                    {"image": Image.open(folder / row["file_name"]), "text": row["text"]}
-                    for row in csv.DictReader(file)
-                )
-            }
-
-    module = types.ModuleType("datasets")
-    module.__spec__ = importlib.util.spec_from_loader("datasets", None)
-    module.load_dataset, module.utils = (
-        load_dataset,
-        types.SimpleNamespace(
-            logging=types.SimpleNamespace(
-                set_verbosity_warning=lambda: None, set_verbosity_error=lambda: None
-            )
-        ),
-    )
-    sys.modules["datasets"] = module
+@contextlib.contextmanager
+def parsed(script, *words):
+    """The arguments that a script parses from this command line."""
+    argv = sys.argv
+    sys.argv = [script.__name__, *map(str, words)]
+    try:
+        yield script.parse_args()
+    finally:
+        sys.argv = argv
 
 
-def child(report, script, *flags):
-    """Run a script in this process, its steps watched."""
-    if importlib.util.find_spec("datasets") is None:
-        stand_in_for_datasets()
-    watch_steps(report)
-    sys.argv, sys.path[0] = [script, *flags], str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
-
-
-def measure(script, flags, report, environment):
-    """(seconds a step, peak bytes) of one run."""
-    ran = subprocess.run(
-        [sys.executable, __file__, "--child", report, script, *map(str, flags)],
-        cwd=Path(script).parent,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
-    if ran.returncode:
-        sys.exit(f"{script} failed:\n{ran.stderr[-3000:]}")
-    found = json.loads(Path(report).read_text())
-    gaps = [b - a for a, b in zip(found["times"], found["times"][1:])]
-    return statistics.median(gaps[WARM_UP:]), found["peak"]
-
-
-def bench_training(args, place):
-    """Seconds a step and peak memory of train.py and of the peer's script, rank 16 on random images."""
-    base = ROOT / "tests" / "tiny-base"
-    if args.shape != "tiny":  # in a process of its own: a child's peak begins at its parent's
-        base, words = place / "base", "import sys, bench; bench.make_base(*sys.argv[1:])"
-        subprocess.run(
-            [sys.executable, "-c", words, args.shape, base],
-            cwd=ROOT / "tests",
-            check=True,
-            stdout=sys.stderr,
-        )
-    make_images(
-        place / "images", 2 * args.batch_size, args.resolution
-    )  # the peer's last batch of an epoch may not be short
-    ours = [
-        "--base",
-        base,
-        "--data",
-        place / "images",
-        "--resolution",
-        args.resolution,
-        "--batch-size",
-        args.batch_size,
-        "--steps",
-        args.steps,
-        "--precision",
-        args.precision,
-        "--device",
-        args.device,
-        "--val-split",
-        0,
-        "--val-samples",
-        0,
-        "--save-every",
-        10**6,
-        "--log-every",
-        10**6,
-    ] + ["--compile"] * args.compile
-    peer = [
-        "--pretrained_model_name_or_path",
-        base,
-        "--train_data_dir",
-        place / "images",
-        "--caption_column",
-        "text",
-        "--resolution",
-        args.resolution,
-        "--train_batch_size",
-        args.batch_size,
-        "--max_train_steps",
-        args.steps,
-        "--rank",
-        16,
-        "--mixed_precision",
-        args.peer_precision,
-        "--checkpointing_steps",
-        10**6,
-        "--seed",
-        0,
-    ]
-    peer += ["--allow_tf32"] * (args.device == "cuda")  # as ours
-    on_cpu = {"ACCELERATE_USE_CPU": "true"} if args.device == "cpu" else {}
-    ratios, memory = [], []
-    for pair in range(args.pairs):
-        a, a_peak = measure(
-            str(ROOT / "train.py"), [*ours, "--out", place / f"ours-{pair}"], place / "a.json", {}
-        )
-        b, b_peak = measure(
-            os.path.abspath(args.peer_script),
-            [*peer, "--output_dir", place / f"peer-{pair}"],
-            place / "b.json",
-            on_cpu,
-        )
-        ratios.append(b / a)
-        memory.append(a_peak / b_peak)
-        print(
-            f"training, pair {pair}: ours {a:.3f} s a step, {a_peak / 1e6:.0f} MB; theirs {b:.3f} s, "
-            f"{b_peak / 1e6:.0f} MB",
-            flush=True,
-        )
-    yield (
-        f"training, {args.shape}, {args.resolution} px, batch {args.batch_size}, ours {args.precision}"
-        f"{' --compile' * args.compile}, theirs {args.peer_precision.replace('no', 'fp32')}",
-        "diffusers' train_text_to_image_lora.py",
-        f"{in_words(ratios)}, {statistics.median(memory):.2f} × its memory",
-    )
+# ---- timing
 
 
 def in_words(ratios):
     return f"{statistics.median(ratios):.3g} × ({min(ratios):.3g} to {max(ratios):.3g})"
 
 
+def seconds_of(function):
+    torch = sys.modules.get("torch")
+    start = time.perf_counter()
+    function()
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def alternate(name, ours, theirs, pairs, scale=1.0):
-    """Time two functions in turn, a pair more than asked for to warm up; the ratio in words. scale: of their time."""
+    """The ratio, in words, of two functions timed in turn after one pair to warm up.
+
+    scale: what the peer's time is multiplied with, where it does a part of the work.
+    """
     ratios = []
     for pair in range(pairs + 1):
-        took = {}
-        for function in (ours, theirs) if pair % 2 == 0 else (theirs, ours):
-            start = time.perf_counter()
-            function()
-            if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
-                sys.modules["torch"].cuda.synchronize()
-            took[function] = time.perf_counter() - start
-        ratios.append(scale * took[theirs] / took[ours])
-        print(
-            f"{name}, pair {pair}: ours {took[ours]:.3f} s, theirs {scale * took[theirs]:.3f} s",
-            flush=True,
-        )
+        if pair % 2 == 0:
+            our_time = seconds_of(ours)
+            their_time = scale * seconds_of(theirs)
+        else:
+            their_time = scale * seconds_of(theirs)
+            our_time = seconds_of(ours)
+        ratios.append(their_time / our_time)
+        print(f"{name}, pair {pair}: ours {our_time:.3f} s, theirs {their_time:.3f} s", flush=True)
     return in_words(ratios[1:])
 
 
-@contextlib.contextmanager
-def typed(module, *flags):
-    """The flags that a script would parse from this command line."""
-    argv, sys.argv = sys.argv, [module.__name__, *map(str, flags)]
-    try:
-        yield module.parse_args()
-    finally:
-        sys.argv = argv
+# ---- training, each run in a process of its own
+
+
+def watch_steps(report):
+    """At the end write the time of every step and the peak memory; both sides move a tqdm bar."""
+    import torch
+    import tqdm
+
+    times = []
+    update = tqdm.std.tqdm.update
+
+    def update_and_note(bar, n=1):
+        if bar.unit == "step" or bar.desc.startswith("Steps"):
+            if torch.cuda.is_initialized():  # ours only queues its work on the GPU
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+        return update(bar, n)
+
+    def write():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+            peak = torch.cuda.max_memory_allocated()
+        Path(report).write_text(json.dumps({"times": times, "peak": peak}))
+
+    tqdm.std.tqdm.update = update_and_note
+    atexit.register(write)
+
+
+class FolderSplit(list):
+    """What the peer's script uses of a `datasets` split."""
+
+    column_names = ["image", "text"]
+    transform = None
+
+    def with_transform(self, transform):
+        self.transform = transform
+        return self
+
+    def __getitem__(self, i):
+        row = list.__getitem__(self, i)
+        if self.transform is None:
+            return row
+        columns = self.transform({key: [value] for key, value in row.items()})
+        return {key: values[0] for key, values in columns.items()}
+
+
+def load_folder(*_, data_files=None, data_dir=None, **__):
+    """Read a folder of images with captions, as `datasets.load_dataset` would."""
+    from PIL import Image
+
+    folder = Path(data_dir or str(data_files["train"]).removesuffix("**"))
+    split = FolderSplit()
+    with open(folder / "metadata.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            split.append({"image": Image.open(folder / row["file_name"]), "text": row["text"]})
+    return {"train": split}
+
+
+def replace_datasets():
+    """Put a stand-in for the `datasets` package, which the peer's script imports."""
+    quiet = types.SimpleNamespace(
+        set_verbosity_warning=lambda: None, set_verbosity_error=lambda: None
+    )
+    module = types.ModuleType("datasets")
+    module.__spec__ = importlib.util.spec_from_loader("datasets", None)
+    module.load_dataset = load_folder
+    module.utils = types.SimpleNamespace(logging=quiet)
+    sys.modules["datasets"] = module
+
+
+def run_watched(report, script, *words):
+    """Run a training script in this process and watch its steps."""
+    if importlib.util.find_spec("datasets") is None:
+        replace_datasets()
+    watch_steps(report)
+    sys.argv = [script, *words]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def measure_training(script, words, report, environment):
+    """(seconds a step, peak bytes) of one run."""
+    command = [sys.executable, __file__, "--child", report, script, *words]
+    environment = {**os.environ, **environment}
+    folder = Path(script).parent
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    if run.returncode:
+        sys.exit(f"{script} failed:\n{run.stderr[-3000:]}")
+    measured = json.loads(Path(report).read_text())
+    times = measured["times"]
+    gaps = [times[i + 1] - times[i] for i in range(WARM_UP, len(times) - 1)]
+    return statistics.median(gaps), measured["peak"]
+
+
+def bench_training(args, place):
+    """Seconds a step and peak memory of train.py and of the peer's script, rank 16."""
+    base = TINY
+    if args.shape != "tiny":  # in a process of its own: a child's peak begins at its parent's
+        base = place / "base"
+        code = "import sys, bench; bench.make_base(*sys.argv[1:])"
+        command = [sys.executable, "-c", code, args.shape, base]
+        subprocess.run(command, cwd=ROOT / "tests", check=True, stdout=sys.stderr)
+    images = place / "images"
+    make_images(images, 2 * args.batch_size, args.resolution)  # no short last batch
+    ours = dict(
+        base=base,
+        data=images,
+        resolution=args.resolution,
+        batch_size=args.batch_size,
+        steps=args.steps,
+        precision=args.precision,
+        device=args.device,
+        val_split=0,
+        val_samples=0,
+        save_every=NEVER,
+        log_every=NEVER,
+        compile=args.compile,
+    )
+    theirs = dict(
+        pretrained_model_name_or_path=base,
+        train_data_dir=images,
+        caption_column="text",
+        resolution=args.resolution,
+        train_batch_size=args.batch_size,
+        max_train_steps=args.steps,
+        rank=16,
+        mixed_precision=args.peer_precision,
+        checkpointing_steps=NEVER,
+        seed=0,
+        allow_tf32=args.device == "cuda",  # as ours
+    )
+    environment = {"ACCELERATE_USE_CPU": "true"} if args.device == "cpu" else {}
+    peer_script = os.path.abspath(args.peer_script)
+    ratios = []
+    memory = []
+    for pair in range(args.pairs):
+        words = as_flags({**ours, "out": place / f"ours-{pair}"})
+        our_time, our_peak = measure_training(
+            str(ROOT / "train.py"), words, place / "ours.json", {}
+        )
+        words = as_flags({**theirs, "output_dir": place / f"peer-{pair}"}, separator="_")
+        their_time, their_peak = measure_training(
+            peer_script, words, place / "theirs.json", environment
+        )
+        ratios.append(their_time / our_time)
+        memory.append(our_peak / their_peak)
+        print(f"training, pair {pair}: ours {our_time:.3f} s a step, {our_peak / 1e6:.0f} MB")
+        print(f"  theirs {their_time:.3f} s a step, {their_peak / 1e6:.0f} MB", flush=True)
+    what = f"training, {args.shape}, {args.resolution} px, batch {args.batch_size}"
+    what += f", ours {args.precision}"
+    if args.compile:
+        what += " --compile"
+    what += f", theirs {args.peer_precision.replace('no', 'fp32')}"
+    result = f"{in_words(ratios)}, {statistics.median(memory):.2f} × its memory"
+    yield what, "diffusers' train_text_to_image_lora.py", result
 
 
 # ---- drawing
 
 
-def make_adapter(base, path):
+def make_adapter(base_name, path):
     """A rank-16 adapter of the attention layers with random weights."""
     import torch
 
     import lora
+    import metrics
     import sample
 
-    loaded = sample.load_base(base, torch.device("cpu"), "bf16")
-    weights = lora.inject(loaded.unet, "attention", 16, 16, generator=sample.generator(0, "bench"))
+    base = sample.load_base(base_name, torch.device("cpu"), "bf16")
+    first = metrics.generator(0, "bench")
+    weights = lora.inject(base.unet, "attention", 16, 16, generator=first)
     for weight in weights.values():
-        weight.data = 0.01 * torch.randn(
-            weight.shape, generator=sample.generator(0, "bench", tuple(weight.shape))
-        )
-    lora.save(path, weights, {"rank": 16, "alpha": 16, "base": base})
+        shape = tuple(weight.shape)
+        weight.data = 0.01 * torch.randn(shape, generator=metrics.generator(0, "bench", shape))
+    lora.save(path, weights, {"rank": 16, "alpha": 16, "base": base_name})
 
 
 def bench_sampling(args, place):
-    """Images from text to picture: in one --precision and batch size, and as either is run by default (ours in
-    --precision auto by 8, theirs in fp32 one prompt a call)."""
+    """Images from text to picture: at one precision and batch size, and each as by default."""
+    folder = str(make_base(args.shape, place / "base"))
+    adapter = place / "lora.safetensors"
+    make_adapter(folder, adapter)
+    precision = "fp32" if args.precision == "auto" else args.precision
+    size = args.batch_size
+    both = f"both {precision}"
+    yield compare_sampling(both, folder, adapter, (precision, size), (precision, size), args)
+    default = "each as by default"
+    yield compare_sampling(default, folder, adapter, ("auto", 8), ("fp32", 1), args)
+
+
+def compare_sampling(name, folder, adapter, our_way, their_way, args):
+    """A row of the table; a way is (precision, images at once)."""
     import torch
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     import lora
     import sample
 
-    device, folder = torch.device(args.device), str(make_base(args.shape, place / "base"))
-    adapter = place / "lora.safetensors"
-    make_adapter(folder, adapter)
+    device = torch.device(args.device)
+    our_precision, our_size = our_way
+    their_precision, their_size = their_way
     prompts = [f"a drawn image, number {i % 4}" for i in range(args.images)]
-    one = args.precision if args.precision != "auto" else "fp32"
-    for name, precision, theirs, sizes in (
-        (
-            f"both {one}",
-            one,
-            {"fp32": "float32", "bf16": "bfloat16"}[one],
-            (args.batch_size, args.batch_size),
-        ),
-        ("each as by default", "auto", "float32", (8, 1)),
-    ):
-        base = sample.load_base(folder, device, precision)
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, theirs)).to(
-            device
-        )
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.load_lora_weights(str(place), weight_name=adapter.name)
+    jobs = [(prompt, i) for i, prompt in enumerate(prompts)]
+    base = sample.load_base(folder, device, our_precision)
+    settings = sample.Settings(steps=args.steps, height=args.resolution, width=args.resolution)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[their_precision]
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
 
-        def draw_ours():
-            list(
-                sample.generate(
-                    base,
-                    [(prompt, i) for i, prompt in enumerate(prompts)],
-                    args.steps,
-                    height=args.resolution,
-                    width=args.resolution,
-                    batch_size=sizes[0],
-                )
-            )
+    def ours():
+        list(sample.generate(base, jobs, settings, our_size))
 
-        def draw_theirs():
-            for i in range(0, len(prompts), sizes[1]):
-                pipe(
-                    prompts[i : i + sizes[1]],
-                    num_inference_steps=args.steps,
-                    guidance_scale=7.5,
-                    height=args.resolution,
-                    width=args.resolution,
-                )
+    def theirs():
+        how = dict(num_inference_steps=args.steps, guidance_scale=7.5)
+        how |= dict(height=args.resolution, width=args.resolution)
+        for i in range(0, len(prompts), their_size):
+            pipe(prompts[i : i + their_size], **how)
 
-        what = f"drawing, {args.shape}, {args.resolution} px, {args.steps} steps, {name}"
-        with lora.merged(
-            base.parts(), [(lora.load(adapter)[0], 1.0)]
-        ):  # once a command, as loading it into theirs
-            yield (
-                what,
-                f"diffusers' {type(pipe).__name__}",
-                alternate(what, draw_ours, draw_theirs, args.pairs),
-            )
+    what = f"drawing, {args.shape}, {args.resolution} px, {args.steps} steps, {name}"
+    with lora.merged(base.parts(), [(lora.load(adapter)[0], 1.0)]):
+        ratio = alternate(what, ours, theirs, args.pairs)
+    return what, f"diffusers' {type(pipe).__name__}", ratio
 
 
-# ---- reading and caching
-
-
-def make_films(place, count):
-    """Grey PNG films of 1024 px; returns their paths."""
-    import numpy as np
-    from PIL import Image
-
-    place.mkdir()
-    draw, paths = np.random.RandomState(0), [place / f"{n:04}.png" for n in range(count)]
-    for path in paths:
-        film = Image.fromarray(draw.randint(0, 256, (24, 24)).astype(np.uint8)).resize((1024, 1024))
-        Image.fromarray(
-            (np.asarray(film) // 2 + draw.randint(0, 12, (1024, 1024))).astype(np.uint8)
-        ).save(path)
-    return paths
+# ---- reading and encoding
 
 
 def bench_reading(args, place):
     """Grey films become pixels, against threads of plain Pillow that decode and resize them."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import numpy as np
     import torch
     from PIL import Image
@@ -503,40 +509,42 @@ def bench_reading(args, place):
     from metrics import list_images, load_pixels
 
     paths = make_films(place / "films", 100)
-    rows, pixels = list_images(place / "films"), torch.empty(100, 3, 512, 512, dtype=torch.uint8)
+    rows = list_images(place / "films")
+    pixels = torch.empty(100, 3, 512, 512, dtype=torch.uint8)
 
-    def plain(n):
+    def read_plainly(n):
         with Image.open(paths[n]) as film:
-            pixels[n] = torch.from_numpy(
-                np.array(film.resize((512, 512), Image.Resampling.LANCZOS))
-            )
+            resized = film.resize((512, 512), Image.Resampling.LANCZOS)
+            pixels[n] = torch.from_numpy(np.array(resized))
 
     def theirs():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(plain, range(100)))
+            list(pool.map(read_plainly, range(100)))
 
-    yield (
-        "reading 100 films of 1024 px to 512",
-        "threads of plain Pillow",
-        alternate("reading", lambda: load_pixels(rows, 512), theirs, args.pairs),
-    )
-    assert torch.equal(load_pixels(rows, 512)[1], pixels)
+    def ours():
+        return load_pixels(rows, 512)[1]
+
+    ratio = alternate("reading", ours, theirs, args.pairs)
+    assert torch.equal(ours(), pixels)
+    yield "reading 100 films of 1024 px to 512", "threads of plain Pillow", ratio
 
 
-def bench_caching(args, place):
-    """From image files to latents, against torchvision's transforms and the VAE as diffusers' script calls them."""
+def bench_encoding(args, place):
+    """From image files to latents, against torchvision and the VAE as diffusers' script do it."""
     import torch
     from diffusers import AutoencoderKL
     from PIL import Image
     from torchvision import transforms
 
     import sample
-    import train
+    from metrics import list_images, load_pixels
 
-    paths, base = make_films(place / "many", 48), make_base(args.shape, place / "vae")
-    loaded = sample.load_base(str(base), torch.device(args.device), "fp32", "lora")
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae").to(args.device)
-    look = transforms.Compose(
+    paths = make_films(place / "films", 48)
+    rows = list_images(place / "films")
+    folder = make_base(args.shape, place / "base")
+    base = sample.load_base(str(folder), torch.device(args.device), "fp32", "lora")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(args.device)
+    prepare = transforms.Compose(
         [
             transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS),
             transforms.CenterCrop(args.resolution),
@@ -545,142 +553,136 @@ def bench_caching(args, place):
         ]
     )
 
+    def ours():
+        _, pixels = load_pixels(rows, args.resolution)
+        for batch in pixels.split(args.batch_size):
+            sample.encode(base, batch)
+
     @torch.no_grad()
     def theirs():
         for i in range(0, len(paths), args.batch_size):
-            images = torch.stack(
-                [look(Image.open(path).convert("RGB")) for path in paths[i : i + args.batch_size]]
-            )
-            vae.encode(images.to(args.device)).latent_dist.sample()
+            images = []
+            for path in paths[i : i + args.batch_size]:
+                images.append(prepare(Image.open(path).convert("RGB")))
+            vae.encode(torch.stack(images).to(args.device)).latent_dist.sample()
 
-    with typed(
-        train,
-        "--data",
-        place / "many",
-        "--resolution",
-        args.resolution,
-        "--batch-size",
-        args.batch_size,
-    ) as flags:
-
-        def ours():
-            train.cache(
-                loaded, *train.load_uncached(train.list_data(flags), flags), flags, "images"
-            )
-
-        yield (
-            f"caching, {args.shape}'s VAE, films of 1024 px to latents of {args.resolution}, fp32",
-            "torchvision's transforms and the VAE's encode, a batch at a time",
-            alternate("caching", ours, theirs, args.pairs),
-        )
+    what = f"48 films of 1024 px to latents of {args.resolution} px, {args.shape}, fp32"
+    ratio = alternate("encoding", ours, theirs, args.pairs)
+    yield what, "torchvision's transforms and the VAE in batches", ratio
 
 
 # ---- the numbers
 
 
-def pool3_like(count, seed):
-    """Rectified Gaussians, as pool3 features look."""
-    import numpy as np
-
-    return np.random.RandomState(seed).randn(count, D).clip(0)
-
-
 def bench_distances(args, place):
-    """Frechet alone, and 999 permutations of seven numbers, against pytorch-fid's distance."""
+    """Fréchet alone, and 999 permutations of six numbers, against pytorch-fid's distance."""
     import numpy as np
     from pytorch_fid.fid_score import calculate_frechet_distance
 
     import evaluate
     import metrics
 
-    real, fake = pool3_like(N, 0), pool3_like(N, 1)
-    parts = [part for x in (real, fake) for part in (x.mean(0), np.cov(x, rowvar=False))]
+    real = np.random.RandomState(0).randn(N, D).clip(0)  # as pool3 features look
+    fake = np.random.RandomState(1).randn(N, D).clip(0)
+    moments = []
+    for features in (real, fake):
+        moments += [features.mean(0), np.cov(features, rowvar=False)]
+
+    def one():
+        metrics.frechet(real, fake)
 
     def permuted():
         joint = evaluate.joint_matrices(real, fake, False)
         draws = evaluate.permutation_draws(N, N, 999, 0)
-        for name in ("frechet", "kid", "cmmd", "precision", "recall", "density", "coverage"):
-            evaluate.METRICS[name][0](joint, draws)
+        for name in ("frechet", "kid", "precision", "recall", "density", "coverage"):
+            function = evaluate.METRICS[name][0]
+            function(joint, draws)
 
-    for what, against, ours in (
-        (
-            f"Fréchet distance from features, {N} + {N} of {D}",
-            "pytorch-fid",
-            lambda: metrics.frechet(real, fake),
-        ),
-        ("999 permutations of seven distances", "one of pytorch-fid's distances", permuted),
-    ):
-        yield (
-            what,
-            against,
-            alternate(what, ours, lambda: calculate_frechet_distance(*parts), args.pairs),
-        )
+    def theirs():
+        calculate_frechet_distance(*moments)
+
+    what = f"Fréchet distance from features, {N} + {N} of {D}"
+    yield what, "pytorch-fid", alternate(what, one, theirs, args.pairs)
+    what = "999 permutations of six distances"
+    yield what, "one of pytorch-fid's distances", alternate(what, permuted, theirs, args.pairs)
+
+
+@functools.lru_cache
+def random_lpips(net):
+    """LPIPS with random weights: the package's module, and our Network with the same weights."""
+    import lpips
+
+    import metrics
+
+    module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    state = {name.split(".", 1)[1]: value for name, value in module.net.state_dict().items()}
+    kind, layers = metrics.LPIPS[net][:2]
+    trunk = metrics.trunk_of(kind, {f"features.{key}": value for key, value in state.items()})
+    weights = [module.state_dict()[f"lin{n}.model.1.weight"][0] for n in range(len(layers))]
+
+    def function(pixels):
+        return metrics.lpips_vectors(pixels / 127.5 - 1, trunk, layers, weights)
+
+    return module, metrics.Network(net, function)
+
+
+def random_pictures(count):
+    """Smooth random pictures: uint8 (N, 3, 128, 128)."""
+    import torch
+
+    gen = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 255, (count, 3, 8, 8), generator=gen).float()
+    large = torch.nn.functional.interpolate(coarse, (128, 128), mode="bicubic")
+    return large.clamp(0, 255).byte()
 
 
 def bench_images(args, place):
-    """All pairs of images, LPIPS (alex, 64 px) and SSIM (128 px, the 20 best of each exactly)."""
-    import lpips
+    """All pairs of images: LPIPS (alex, 64 px) and SSIM (128 px, the 20 best of each exactly)."""
     import numpy as np
     import torch
     from skimage.metrics import structural_similarity
 
     import metrics
 
-    pixels = torch.randint(
-        0, 255, (2 * N, 3, 8, 8), generator=torch.Generator().manual_seed(0)
-    ).float()
-    pixels = (
-        torch.nn.functional.interpolate(pixels, (128, 128), mode="bicubic").clamp(0, 255).byte()
-    )
-    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    state = {name.split(".", 1)[1]: value for name, value in theirs.net.state_dict().items()}
-    network = dict(
-        name="alex",
-        trunk=metrics.trunk_of("alexnet", state),
-        indices=metrics.LPIPS["alex"][1],
-        weights=[theirs.state_dict()[f"lin{n}.model.1.weight"][0] for n in range(5)],
-    )
+    pixels = random_pictures(2 * N)
     small = torch.nn.functional.interpolate(pixels.float(), (64, 64), mode="area").byte()
+    module, network = random_lpips("alex")
+
+    def our_lpips():
+        metrics.lpips_matrix(small, network, "cpu")
 
     @torch.inference_mode()
-    def loop():
+    def their_lpips():
         for n in range(40):
-            theirs(small[n : n + 1] / 127.5 - 1, small[N + n : N + n + 1] / 127.5 - 1)
+            module(small[n : n + 1] / 127.5 - 1, small[N + n : N + n + 1] / 127.5 - 1)
 
-    what, count = f"LPIPS of {N} × {N} pairs (ours: of all {2 * N} × {2 * N})", N * N
-    yield (
-        what,
-        "a loop over lpips",
-        alternate(
-            what, lambda: metrics.lpips_matrix(small, network, "cpu"), loop, args.pairs, count / 40
-        ),
-    )
-
-    def nearest():
-        order = np.argsort(-metrics.ssim_matrix(pixels[N:], pixels[:N]), axis=1)[:, :20]
+    def our_ssim():
+        scores = metrics.ssim_matrix(pixels[N:], pixels[:N])
+        best = np.argsort(-scores, axis=1)[:, :20]
         for n in range(N):
-            metrics.ssim(pixels[N + n].expand(20, -1, -1, -1) / 255, pixels[order[n]] / 255)
+            metrics.ssim(pixels[N + n].expand(20, -1, -1, -1) / 255, pixels[best[n]] / 255)
 
-    def slow():
+    def their_ssim():
+        how = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        how |= dict(data_range=1.0, channel_axis=0)
         for n in range(10):
-            structural_similarity(
-                *(pixels[k].numpy() / 255 for k in (n, N + n)),
-                gaussian_weights=True,
-                sigma=1.5,
-                use_sample_covariance=False,
-                data_range=1.0,
-                channel_axis=0,
-            )
+            a = pixels[n].numpy() / 255
+            b = pixels[N + n].numpy() / 255
+            structural_similarity(a, b, **how)
 
+    what = f"LPIPS of {N} × {N} pairs (ours: of all {2 * N} × {2 * N})"
+    ratio = alternate(what, our_lpips, their_lpips, args.pairs, N * N / 40)
+    yield what, "a loop over lpips", ratio
     what = f"nearest image by SSIM, {N} × {N}"
-    yield what, "a loop over scikit-image", alternate(what, nearest, slow, args.pairs, count / 10)
+    ratio = alternate(what, our_ssim, their_ssim, args.pairs, N * N / 10)
+    yield what, "a loop over scikit-image", ratio
 
 
 # ---- whole scripts
 
 
 def bench_evaluation(args, place, count=64):
-    """evaluate.py, its cache empty, against three packages on the same folders with the same random Inception."""
+    """evaluate.py with an empty cache, against three packages with the same random Inception."""
     import numpy as np
     import torch
     from cleanfid import fid
@@ -693,33 +695,24 @@ def bench_evaluation(args, place, count=64):
     import evaluate
     import metrics
 
-    real, fake, weights = str(place / "real"), str(place / "fake"), str(place / "inception.pth")
-    for seed, folder in enumerate((real, fake)):
-        make_images(Path(folder), count, 128, seed)
+    real = str(place / "real")
+    fake = str(place / "fake")
+    weights = str(place / "inception.pth")
+    make_images(Path(real), count, 128, seed=0)
+    make_images(Path(fake), count, 128, seed=1)
     torch.manual_seed(0)
-    torch.save(
-        Inception3(num_classes=1008, aux_logits=False, init_weights=False).state_dict(), weights
-    )
+    inception = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    torch.save(inception.state_dict(), weights)
     net = torch.nn.Module()
-    net.forward, net.num_features = metrics.load_features(weights, "cpu")["function"], D
+    net.forward = metrics.load_features(weights, "cpu").function
+    net.num_features = D
+    evaluate.load_lpips = lambda net, device: random_lpips(net)[1]
 
-    def ours(*flags):
+    def ours(*words):
         metrics.CACHE = Path(tempfile.mkdtemp(dir=place))
-        with typed(
-            evaluate,
-            real,
-            fake,
-            "--features",
-            weights,
-            "--lpips",
-            "random",
-            "--device",
-            "cpu",
-            "--out",
-            place / "report.html",
-            *flags,
-        ) as given:
-            evaluate.main(given)
+        how = dict(features=weights, lpips="alex", device="cpu", out=place / "report.html")
+        with parsed(evaluate, real, fake, *as_flags(how), *words) as flags:
+            evaluate.main(flags)
 
     def with_torch_fidelity():
         calculate_metrics(
@@ -736,14 +729,11 @@ def bench_evaluation(args, place, count=64):
         )
 
     def with_clean_fid():
-        fid.compute_fid(
-            fake,
-            real,
-            custom_feat_extractor=lambda x: net(x.round().byte()),
-            num_workers=0,
-            device="cpu",
-            verbose=False,
-        )
+        def features(x):
+            return net(x.round().byte())
+
+        how = dict(num_workers=0, device="cpu", verbose=False)
+        fid.compute_fid(fake, real, custom_feat_extractor=features, **how)
 
     @torch.no_grad()
     def with_torchmetrics():
@@ -752,298 +742,208 @@ def bench_evaluation(args, place, count=64):
             KernelInceptionDistance(net, subset_size=50),
         ):
             for folder in (real, fake):
-                images = [
-                    np.asarray(Image.open(path)) for path in sorted(Path(folder).glob("*.png"))
-                ]
-                for part in torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).split(32):
-                    measure.update(part, real=folder == real)
+                paths = sorted(Path(folder).glob("*.png"))
+                images = np.stack([np.asarray(Image.open(path)) for path in paths])
+                for batch in torch.from_numpy(images).permute(0, 3, 1, 2).split(32):
+                    measure.update(batch, real=folder == real)
             measure.compute()
 
-    three = "fid,kid,inception-score"
-    for flags, peer, theirs in (
+    three = "fid,kid,inception_score"
+    for words, peer, theirs in (
         ([], f"torch-fidelity, {three}", with_torch_fidelity),
         (["--metrics", three], "torch-fidelity", with_torch_fidelity),
         (["--metrics", "fid,kid"], "torchmetrics", with_torchmetrics),
         (["--metrics", "fid"], "clean-fid", with_clean_fid),
     ):
-        what = f"evaluate.py {' '.join(flags) or 'as by default'}, {count} + {count} images"
-        yield what, peer, alternate(what, lambda: ours(*flags), theirs, args.pairs)
+        what = f"evaluate.py {' '.join(words) or 'as by default'}, {count} + {count} images"
+        yield what, peer, alternate(what, functools.partial(ours, *words), theirs, args.pairs)
 
 
 def bench_filtering(args, place, count=100):
-    """filter.py by all its scores, against the loop over pairs that people write, timed on 20 pairs."""
-    import lpips
+    """filter.py by all its scores, against the usual loop over pairs, timed on 20 of them."""
     import torch
     from skimage.metrics import structural_similarity
 
-    import filter
+    import filter as filter_script
     import metrics
 
-    folders, network = (
-        (place / "real", place / "new"),
-        lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False),
-    )
-    for seed, folder in enumerate(folders):
-        make_images(folder, count, 64, seed)
-    pixels = [metrics.load_pixels(metrics.list_images(folder), 64)[1] for folder in folders]
+    real = place / "real"
+    fake = place / "fake"
+    make_images(real, count, 64, seed=0)
+    make_images(fake, count, 64, seed=1)
+    real_pixels = metrics.load_pixels(metrics.list_images(real), 64)[1]
+    fake_pixels = metrics.load_pixels(metrics.list_images(fake), 64)[1]
+    module, network = random_lpips("vgg")
+    filter_script.load_lpips = lambda net, device: network
+    limits = dict(lpips="vgg", max_lpips=9, min_ssim=-1, calibrate=0.05)  # most images pass
 
-    def ours():  # limits that most images pass, so that they are copied too
+    def ours():
         metrics.CACHE = Path(tempfile.mkdtemp(dir=place))
-        with typed(
-            filter,
-            folders[1],
-            "--reference",
-            folders[0],
-            "--lpips",
-            "random",
-            "--max-lpips",
-            9,
-            "--min-ssim",
-            -1,
-            "--calibrate",
-            0.05,
-            "--drop-copies",
-            "--device",
-            "cpu",
-            "--out",
-            tempfile.mkdtemp(dir=place),
-        ) as flags:
-            filter.main(flags)
+        how = dict(reference=real, drop_copies=True, device="cpu", out=tempfile.mkdtemp(dir=place))
+        with parsed(filter_script, fake, *as_flags({**limits, **how})) as flags:
+            filter_script.main(flags)
 
     @torch.inference_mode()
     def theirs():
-        for a, b in list(zip(*pixels))[:20]:
-            network(a[None] / 127.5 - 1, b[None] / 127.5 - 1)
+        for n in range(20):
+            a = real_pixels[n]
+            b = fake_pixels[n]
+            module(a[None] / 127.5 - 1, b[None] / 127.5 - 1)
             structural_similarity(a.numpy(), b.numpy(), channel_axis=0)
 
-    what = f"all of filter.py, the nearest of {count} for each of {count}, LPIPS (VGG, 64 px), SSIM and more"
-    yield (
-        what,
-        "a loop over lpips and scikit-image",
-        alternate(what, ours, theirs, args.pairs, count**2 / 20),
-    )
+    what = f"all of filter.py, {count} images against {count}, LPIPS (VGG, 64 px) and SSIM too"
+    ratio = alternate(what, ours, theirs, args.pairs, count**2 / 20)
+    yield what, "a loop over lpips and scikit-image", ratio
 
 
 # ---- growth
 
 
-def command(script, *flags, processes=1):
-    """(seconds, peak GB of one process) of a command as typed, its cache empty."""
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    )
+def run_command(script, words, processes=1):
+    """(seconds, peak GB of one process) of a command as typed, with an empty cache."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [*start, str(ROOT / script), *map(str, words), "--device", "cpu"]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
-        process = subprocess.Popen(
-            [*start, str(ROOT / script), *map(str, flags), "--device", "cpu"],
-            stdout=sys.stderr,
-            env={**os.environ, "MEDLORA_CACHE": cache},
-        )
+        environment = {**os.environ, "MEDLORA_CACHE": cache}
+        process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
         _, status, used = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{script} failed")
     return time.perf_counter() - began, used.ru_maxrss / 1e6
 
 
+def train_shortly(images, out, processes=1, **changes):
+    """(seconds an image, GB) of ten steps with the tiny base."""
+    how = dict(base="tiny", data=images, steps=10, log_every=2, out=out, **changes)
+    how |= dict(val_split=0, val_samples=0, save_every=NEVER)
+    run_command("train.py", as_flags(how), processes)
+    line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    return 1 / line["images_per_second"], line["memory"] / 1e3
+
+
 def bench_growth(args, place):
-    """Rows of (what, size, seconds, GB): cost as images, pixels, rank and processes grow, with the tiny base."""
-
-    def trained(name, *flags, processes=1):
-        out = place / f"run-{name}"
-        command(
-            "train.py",
-            "--base",
-            "tiny",
-            "--data",
-            place / f"a{GROWTH['images'][0]}",
-            "--val-split",
-            0,
-            "--val-samples",
-            0,
-            "--save-every",
-            10**6,
-            "--log-every",
-            2,
-            "--steps",
-            10,
-            "--out",
-            out,
-            *flags,
-            processes=processes,
-        )
-        line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-        return 1 / line["images_per_second"], line["memory"] / 1e3
-
-    for count in GROWTH["images"]:
-        for name in ("a", "b"):
-            make_images(place / f"{name}{count}", count, 64, seed=name == "b")
-        sets = [place / f"{name}{count}" for name in "ab"]
-        trained_on = [
-            "--base",
-            "tiny",
-            "--data",
-            sets[0],
-            "--resolution",
-            64,
-            "--steps",
-            1,
-            "--val-samples",
-            0,
-        ]
-        filtered = [
-            sets[1],
-            "--reference",
-            sets[0],
-            "--calibrate",
-            0.05,
-            "--drop-copies",
-            "--drop-duplicates",
-        ]
-        for script, flags in (
-            ("train.py", trained_on),
-            ("evaluate.py", sets),
-            ("filter.py", filtered),
-        ):
-            yield (
-                f"{script}, 64 px",
-                f"{count} images",
-                *command(script, *flags, "--out", place / f"{script}-{count}"),
-            )
-    for side in GROWTH["px"]:
-        yield (
-            "training, an image",
-            f"{side} px",
-            *trained(f"px{side}", "--resolution", side, "--batch-size", 4),
-        )
-    for rank in GROWTH["rank"]:
-        cost = trained(f"rank{rank}", "--rank", rank, "--batch-size", 4)
-        size = (place / f"run-rank{rank}" / "lora.safetensors").stat().st_size / 1e6
+    """Rows (what, size, seconds, GB): cost as images, pixels, rank and processes grow."""
+    for count in (100, 1000, 10000):
+        real = place / f"real-{count}"
+        fake = place / f"fake-{count}"
+        make_images(real, count, 64, seed=0)
+        make_images(fake, count, 64, seed=1)
+        words = as_flags(dict(base="tiny", data=real, resolution=64, steps=1, val_samples=0))
+        out = ["--out", place / f"train-{count}"]
+        yield "train.py, 64 px", f"{count} images", *run_command("train.py", words + out)
+        words = [real, fake, "--out", place / f"evaluate-{count}.html"]
+        yield "evaluate.py, 64 px", f"{count} images", *run_command("evaluate.py", words)
+        how = dict(reference=real, calibrate=0.05, drop_copies=True, drop_duplicates=True)
+        words = [fake, *as_flags(how), "--out", place / f"filter-{count}"]
+        yield "filter.py, 64 px", f"{count} images", *run_command("filter.py", words)
+    images = place / "real-100"
+    for side in (64, 128, 256, 512):
+        cost = train_shortly(images, place / f"px-{side}", resolution=side, batch_size=4)
+        yield "training, an image", f"{side} px", *cost
+    for rank in (4, 16, 64, 128):
+        out = place / f"rank-{rank}"
+        cost = train_shortly(images, out, rank=rank, batch_size=4)
+        size = (out / "lora.safetensors").stat().st_size / 1e6
         yield "training, an image, 128 px", f"rank {rank}, {size:.1f} MB", *cost
-    for count in GROWTH["processes"]:
-        cost = trained(f"processes{count}", "--batch-size", 8 // count, processes=count)
+    for count in (1, 2):
+        cost = train_shortly(images, place / f"processes-{count}", count, batch_size=8 // count)
         yield "training, an image, 128 px, batch 8 in all", f"{count} processes", *cost
-        yield (
-            "sample.py, 16 images of 10 steps",
-            f"{count} processes",
-            *command(
-                "sample.py",
-                "--base",
-                "tiny",
-                "--prompt",
-                "a film",
-                "--num-images",
-                16,
-                "--steps",
-                10,
-                "--out",
-                place / f"drawn{count}",
-                processes=count,
-            ),
-        )
+        how = dict(base="tiny", prompt="a film", num_images=16, steps=10)
+        words = as_flags({**how, "out": place / f"drawn-{count}"})
+        cost = run_command("sample.py", words, count)
+        yield "sample.py, 16 images of 10 steps", f"{count} processes", *cost
+
+
+# ---- the whole
 
 
 BENCHES = {
     "training": [bench_training],
     "sampling": [bench_sampling],
     "reading": [bench_reading],
-    "caching": [bench_caching],
+    "encoding": [bench_encoding],
     "numbers": [bench_distances, bench_images],
     "evaluation": [bench_evaluation],
     "filtering": [bench_filtering],
     "growth": [bench_growth],
 }
 PACKAGES = (
-    "torch diffusers transformers peft pytorch-fid clean-fid torch-fidelity torchmetrics lpips scikit-image "
-    "pillow"
+    "torch diffusers transformers peft pytorch-fid clean-fid torch-fidelity torchmetrics lpips "
+    "scikit-image pillow"
 ).split()
 
 
-def machine(args):
+def describe_machine(args):
     """What it ran on, when, and with which packages."""
     import torch
 
-    device = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    found = []
+    device = f"{platform.machine()}, {os.cpu_count()} cores"
+    if args.device == "cuda":
+        device = torch.cuda.get_device_name()
+    versions = []
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return f"{time.strftime('%d %B %Y')}, {device}, {', '.join(found)}"
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{time.strftime('%d %B %Y')}, {device}, {', '.join(versions)}"
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--what", choices=BENCHES, help="one of them alone (default: all but growth)"
-    )
-    parser.add_argument(
-        "--peer-script", help="train_text_to_image_lora.py of a checkout of diffusers, for training"
-    )
-    parser.add_argument("--shape", choices=["tiny", *UNETS], default="tiny")
-    parser.add_argument("--resolution", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12, help="of training, or of denoising")
-    parser.add_argument("--images", type=int, default=16, help="to draw")
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="fp32",
-        help="of our training, and of both that draw",
-    )
-    parser.add_argument(
-        "--peer-precision",
-        choices=["no", "bf16"],
-        default="no",
-        help="the peer's --mixed_precision",
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--compile", action="store_true", help="our training with --compile")
+    add = parser.add_argument
+    add("--what", choices=BENCHES, help="one of them alone (default: all but growth)")
+    add("--peer-script", metavar="PEER", help="diffusers' script, for training")
+    add("--shape", choices=["tiny", *UNETS], default="tiny")
+    add("--resolution", type=int, default=128)
+    add("--batch-size", type=int, default=8)
+    add("--steps", type=int, default=12, help="of training, or of denoising")
+    add("--images", type=int, default=16, help="to draw")
+    add("--pairs", type=int, default=3)
+    precisions = ["auto", "fp32", "bf16"]
+    help_text = "of our training, and of both that draw"
+    add("--precision", choices=precisions, default="fp32", help=help_text)
+    add("--peer-precision", choices=["no", "bf16"], default="no", help="its --mixed_precision")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--compile", action="store_true", help="our training with --compile")
     args = parser.parse_args()
     if args.what == "training" and not args.peer_script:
         parser.error("--what training needs --peer-script")
-    if args.device == "cuda" and args.what not in ("training", "sampling", "caching"):
-        parser.error(
-            "--device cuda: give --what training, sampling or caching; the other peers run on the CPU"
-        )
-    names = (
-        [args.what]
-        if args.what
-        else [
-            name
-            for name in BENCHES
-            if name != "growth" and (name != "training" or args.peer_script)
-        ]
-    )
-    with contextlib.redirect_stdout(sys.stderr):
-        rows = []
-        for bench in (each for name in names for each in BENCHES[name]):
-            with tempfile.TemporaryDirectory() as place:
-                rows += bench(args, Path(place))
+    if args.device == "cuda" and args.what not in ("training", "sampling", "encoding"):
+        parser.error("--device cuda needs --what training, sampling or encoding")
+    return args
+
+
+def main(args):
+    names = [args.what]
+    if args.what is None:
+        names = [name for name in BENCHES if name != "growth"]
+        if not args.peer_script:
+            names.remove("training")
+    header = ["what", "against", "ratio"]
     if args.what == "growth":
-        rows = [
-            (what, size, f"{seconds:.3g} s", f"{memory:.1f} GB")
-            for what, size, seconds, memory in rows
-        ]
-    header = (
-        ["what", "size", "time", "peak memory"]
-        if args.what == "growth"
-        else ["what", "against", "ratio"]
-    )
-    for line in (header, ["---"] * len(header), *rows):
-        print(f"| {' | '.join(line)} |")
-    print(f"\n{machine(args)}")
+        header = ["what", "size", "time", "peak memory"]
+    rows = []
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in names:
+            for bench in BENCHES[name]:
+                with tempfile.TemporaryDirectory() as place:
+                    rows += bench(args, Path(place))
+    print(f"| {' | '.join(header)} |")
+    print(f"| {' | '.join('---' for _ in header)} |")
+    for row in rows:
+        if args.what == "growth":
+            what, size, seconds, memory = row
+            row = (what, size, f"{seconds:.3g} s", f"{memory:.1f} GB")
+        print(f"| {' | '.join(row)} |")
+    print(f"\n{describe_machine(args)}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:])
+        run_watched(*sys.argv[2:])
     else:
-        main()
+        main(parse_args())
