@@ -591,49 +591,6 @@ class Row:
     split: str = ""
     value_range: tuple = None
 
-    # SHIM: until no reader takes rows for dicts
-    @property
-    def range(self):
-        return self.value_range
-
-    @range.setter
-    def range(self, value):
-        self.value_range = value
-
-    def __getitem__(self, name):
-        try:
-            return getattr(self, name)
-        except AttributeError:
-            raise KeyError(name) from None
-
-    def __setitem__(self, name, value):
-        setattr(self, name, value)
-
-    def __contains__(self, name):
-        return hasattr(self, name)
-
-    def get(self, name, default=None):
-        return getattr(self, name, default)
-
-    def keys(self):
-        return vars(self).keys()
-
-    def __ior__(self, values):
-        for name, value in values.items():
-            setattr(self, name, value)
-        return self
-
-    def __or__(self, values):
-        return Row.of({**vars(self), **values})
-
-    @classmethod
-    def of(cls, values):
-        row = cls(values["path"], values["file_name"])
-        row |= values
-        return row
-
-    # END SHIM
-
 
 def list_images(
     data,
