@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
-from filter import load_selector, measure_reference
+from filter import LIMITS, load_selector, measure_reference
 from lora import load, merged, on_disk, split_weight
 from metrics import (
     Flags,
@@ -108,12 +108,11 @@ def guided_prediction(base, noisy, timestep, negative, positive, settings):
 
 
 def generate_batch(base, noise, negative, positive, generators, settings):
-    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w) and the encoded prompts.
-
-    generators: one per image, for a scheduler that adds noise at each step.
-    """
+    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w) and the encoded prompts."""
     scheduler = make_scheduler(base, settings)
-    options = {"generator": generators} if settings.scheduler == "euler_a" else {}
+    options = {}
+    if settings.scheduler == "euler_a":  # adds noise at each step
+        options["generator"] = generators
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     # the scheduler looks its timesteps up on the CPU, so that no step waits for the GPU
     timesteps = scheduler.timesteps.to(base.device)
@@ -265,16 +264,19 @@ def read_config(folder, name):
         fail(f"{path}: cannot be read ({why})")
 
 
+def read_schedule(folder):
+    """A base's noise schedule; what older files leave out is as every Stable Diffusion has it."""
+    usual = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True)
+    return usual | read_config(folder, "scheduler/scheduler_config.json")
+
+
 def own_resolution(folder):
     """The pixels a base was made for."""
     return read_config(folder, "unet/config.json").get("sample_size", 64) * 8
 
 
 def base_hash(folder, *parts):
-    """Ten letters that change with a base's weights and schedule, or with those of some parts.
-
-    Covers the size of each file and 64 kB at each of 64 places.
-    """
+    """Ten letters that change with the weights and schedule of a base, or of some of its parts."""
     digest = hashlib.sha256()
     for part in sorted(parts or ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")):
         for path in sorted(Path(folder, part).glob("*.*")):
@@ -282,7 +284,7 @@ def base_hash(folder, *parts):
                 size = path.stat().st_size
                 digest.update(str(size).encode())
                 with open(path, "rb") as file:
-                    for place in range(64):
+                    for place in range(64):  # a sample: reading gigabytes takes long
                         file.seek(size * place // 64)
                         digest.update(file.read(2**16))
     return digest.hexdigest()[:10]
@@ -365,9 +367,7 @@ def read_base(name, folder, device, dtype, method):
     tokenizers = []
     for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]:
         tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, subfolder=part))
-    # what older configurations leave out, as every Stable Diffusion has it
-    usual = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True)
-    schedule = usual | read_config(folder, "scheduler/scheduler_config.json")
+    schedule = read_schedule(folder)
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     index = read_config(folder, "model_index.json")
     zero_empty = index.get("force_zeros_for_empty_prompt", False)
@@ -618,8 +618,9 @@ class Adapter:
 
     @property
     def resolution(self):
-        """The pixels it was trained at, 0 where unknown."""
-        return int(self.metadata.get("resolution") or 0)
+        """The pixels it was trained at, None where unknown."""
+        side = str(self.metadata.get("resolution"))
+        return int(side) if side.isdecimal() else None
 
 
 def read_checkpoint(path):
@@ -677,8 +678,6 @@ def use_extra(base, metadata, extra):
     if unet:
         load_state(base.unet, unet, base)
     if projection:
-        if not metadata.get("text_encoder"):
-            fail("the adapter has a text projection but does not name its text encoder")
         use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
     if tokens:
         add_tokens(base, tokens)
@@ -697,8 +696,10 @@ def split_prompts(args):
     texts = []
     formats = []
     for prompt in args.prompt:
-        is_format = args.labels_from or re.search(field, prompt)
-        (formats if is_format else texts).append(prompt)
+        if args.labels_from or re.search(field, prompt):
+            formats.append(prompt)
+        else:
+            texts.append(prompt)
     if len(formats) > 1:
         fail(f'--prompt "{formats[1]}": takes one format of captions')
     if formats and not (args.labels_from or has_table):
@@ -729,24 +730,20 @@ def prompts_of_file(path, caption_format):
         except UnicodeDecodeError:
             fail(f"--prompts {path}: is not a UTF-8 text file")
         return [Row("", "", line) for line in lines if line.strip()]
-    rows = [Row("", "", fields=cells) for cells in read_table(path)]
-    names = rows[0].fields if rows else []
-    columns = {role: find_column(names, role) for role in ("caption", "label")}
+    rows = []
+    columns = {"caption": None}
+    for cells in read_table(path):
+        columns = {role: find_column(cells, role) for role in ("caption", "label")}
+        texts = [cells.get(name, "") for name in columns.values()]
+        rows.append(Row("", f"row {len(rows) + 1}", *texts, fields=cells))
     if not (columns["caption"] or caption_format):
         fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
-    for count, row in enumerate(rows, 1):
-        row.file_name = f"row {count}"
-        row.caption = row.fields.get(columns["caption"], "")
-        row.label = row.fields.get(columns["label"], "")
     fill_captions(path, rows, columns, caption_format)
     return rows
 
 
 def read_prompts(args, adapters):
-    """The captions to draw, each once, as Rows; without any, those of the adapters' runs.
-
-    Label and modality are empty where the rows of a caption differ.
-    """
+    """The captions to draw, each once, as Rows; by default those of the adapters' runs."""
     texts, caption_format = split_prompts(args)
     if not (args.prompt or args.prompts or args.labels_from):
         for adapter in adapters:
@@ -765,7 +762,7 @@ def read_prompts(args, adapters):
         label = args.label or row.label
         facts = {"modality": modality_of(row)}
         prompt = prompts.setdefault(caption, Row("", "", caption, label, fields=facts))
-        if prompt.label != label:
+        if prompt.label != label:  # rows of one caption differ
             prompt.label = ""
         if prompt.fields != facts:
             prompt.fields["modality"] = ""
@@ -788,10 +785,10 @@ def say_what_is_cut(base, texts):
             count -= 1
         if count < len(words):
             cuts.append((text, " ".join(words[count:])))
-    for text, lost in cuts[:3]:
-        print(f'the prompt "{text[:40]}…" is longer than {room} tokens; not read: "{lost[:200]}"')
-    if len(cuts) > 3:
-        print(f"… and {len(cuts) - 3} more prompts are cut")
+    if cuts:
+        text, lost = cuts[0]
+        print(f"{len(cuts)} prompts are longer than the {room} tokens that this base reads;")
+        print(f'of "{text[:40]}…" these words are lost: "{lost[:200]}"')
 
 
 # ---------------------------------------------------------------- files
@@ -805,8 +802,11 @@ MANIFEST = (
 
 @dataclass
 class Drawing:
-    """A picture to draw. stem: its file name without scores and suffix; parameters: its settings in
-    A1111's form; record: its row of manifest.csv; rank: of the process that draws it."""
+    """A picture to draw, by the process `rank`.
+
+    stem: its file name without scores and suffix. parameters: its settings in A1111's form. record:
+    its row of manifest.csv.
+    """
 
     prompt: Row
     number: int
@@ -819,8 +819,7 @@ class Drawing:
 class Manifest:
     """The pictures in a folder, {stem: row}: manifest.csv, refused/manifest.csv and logs.
 
-    Each process logs what it draws. Rank 0 writes the tables from all logs at the end; a
-    killed run leaves its logs to the next.
+    Each process logs what it draws; rank 0 writes the tables at the end, else the next run does.
     """
 
     def __init__(self, folder):
@@ -830,9 +829,6 @@ class Manifest:
         self.records = {}
         self.read()
 
-    def logs(self):
-        return sorted(self.folder.glob("manifest.*.log"))
-
     def read(self):
         """Read tables and logs; rows whose file is gone are dropped."""
         rows = []
@@ -841,7 +837,7 @@ class Manifest:
             if table.exists():
                 for row in read_table(table):
                     rows.append(row | {"file": place + row.get("file", "")})
-        for log in self.logs():
+        for log in sorted(self.folder.glob("manifest.*.log")):
             with open(log, newline="", encoding="utf-8") as file:
                 rows += [dict(zip(MANIFEST, values, strict=False)) for values in csv.reader(file)]
         for row in rows:
@@ -887,20 +883,22 @@ class Manifest:
             write_csv(table, MANIFEST, refused)
 
     def remove_logs(self):
-        for log in self.logs():
+        for log in self.folder.glob("manifest.*.log"):
             log.unlink()
 
 
 def make_stems(captions):
     """The stem of each caption's files: its letters and digits, with a hash where two are alike."""
     stems = {}
+    taken = set()
     for caption in captions:
         plain = unicodedata.normalize("NFKD", caption).encode("ascii", "ignore").decode().lower()
         stem = re.sub("[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")
         if not stem:
             stem = "prompt" if caption else "unconditional"
-        if stem in stems.values():
+        if stem in taken:
             stem += "-" + hashlib.blake2b(caption.encode(), digest_size=4).hexdigest()
+        taken.add(stem)
         stems[caption] = stem
     return stems
 
@@ -915,8 +913,7 @@ def plan(args, settings, base_name, prompts, adapters, control):
         f'Size: {settings.width}x{settings.height}, {model}, Lora hashes: "{" ".join(hashes)}"'
     )
     options = ", Grey" if args.grey else ""
-    if control:
-        options += control.description
+    options += control.description
     if settings.guidance_rescale:
         options += f", Guidance rescale: {settings.guidance_rescale:g}"
     loras = " ".join(f"{each.path}:{each.weight:g}" for each in adapters)
@@ -974,10 +971,9 @@ def save_png(image, path, parameters):
 
 
 def encode_dicom(image, parameters):
-    """An 8-bit DICOM Secondary Capture (PS3.3 A.8.1) that says it is synthetic.
+    """An 8-bit DICOM Secondary Capture (PS3.3 A.8.1), marked as synthetic.
 
-    Each picture is its own patient, study and series, since no two show one person; the identifiers
-    come from its settings and pixels alone.
+    Each is its own patient, study and series; identifiers come from settings and pixels alone.
     """
     from pydicom import Dataset, dcmwrite
     from pydicom.dataset import FileMetaDataset
@@ -1042,18 +1038,18 @@ def contact_sheet(images, captions, columns=8):
 
 # ---------------------------------------------------------------- quality control
 
-REFERENCE_LIMITS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
-
 
 class Control:
     """What judges pictures while they are drawn: a selector of filter.py, a reference, or both.
 
-    size: pixels at which they see pictures. description: for the settings inside the pictures.
+    size: pixels at which they see pictures, 0 where there is neither. description: for the settings
+    inside the pictures.
     """
 
     def __init__(self, args, settings, prompts, device):
         self.selector = None
         self.reference = None
+        self.size = 0
         self.selector_limits = (args.min_quality, args.min_alignment)
         self.description = ""
         if args.selector:
@@ -1065,30 +1061,27 @@ class Control:
             rows = list_images(args.reference)
             if self.selector is None:
                 self.size = max(64, min(pick_resolution(rows), settings.height, settings.width))
-            self.reference, rows = self.measure(rows, device, args)
+            rows, pixels = load_pixels(rows, self.size)
+            limits = {name: getattr(args, name) for name in LIMITS}
+            if set(limits.values()) <= {None, False}:
+                limits["calibrate"] = 0.05
+            self.reference = measure_reference(rows, pixels, device, **limits)
+            if RANK == 0:
+                print("\n".join(self.reference.summary))
             self.description += f", Reference: {set_hash(rows)[:10]}"
-        for name in ("min_quality", "min_alignment", *REFERENCE_LIMITS):
+        for name in ("min_quality", "min_alignment", *LIMITS):
             value = getattr(args, name)
             if value not in (None, False):
                 self.description += f", {name.replace('_', ' ').capitalize()}: {value}"
 
-    def measure(self, rows, device, args):
-        """Measure the reference; returns it and its readable rows."""
-        limits = {name: getattr(args, name) for name in REFERENCE_LIMITS}
-        if set(limits.values()) <= {None, False}:
-            limits["calibrate"] = 0.05
-        rows, pixels = load_pixels(rows, self.size)
-        reference = measure_reference(rows, pixels, device, **limits)
-        if RANK == 0:
-            print("\n".join(reference.summary))
-        return reference, rows
-
     def judge(self, images, prompts):
         """Why each image is refused ("" if it passes), and the selector's scores {name: (N,)}."""
-        squares = [np.array(fit_square(image.convert("RGB"), self.size)) for image in images]
-        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         reasons = [""] * len(images)
         scores = {}
+        if not self.size:
+            return reasons, scores
+        squares = [np.array(fit_square(image.convert("RGB"), self.size)) for image in images]
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         if self.reference:
             reasons, _ = self.reference.judge(pixels, prompts)
         if self.selector:
@@ -1101,13 +1094,10 @@ class Control:
 
 
 def draw(base, todo, count, settings, adapters, control, manifest, args):
-    """Draw and write pictures; `count` includes those of other processes and earlier runs.
-
-    What `control` refuses is drawn again from other noise, until --max-attempts.
-    """
+    """Draw and write pictures, of `count` planned ones; what is refused is drawn again."""
     share = -(-count // WORLD)
     batch_size = -(-share // -(-share // args.batch_size))  # all batches of one size
-    group_size = max(64, batch_size) if control else batch_size
+    group_size = max(64, batch_size) if control.size else batch_size
     pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
     with merged(base.parts(), pairs), ThreadPoolExecutor(4) as pool:
         for attempt in range(1, args.max_attempts + 1):
@@ -1151,10 +1141,7 @@ def draw_once(base, todo, attempt, batch_size, settings, args):
 
 def judge_group(control, group, images, attempt):
     """Why each image is refused, "" where it passes; sets attempts and scores in the records."""
-    reasons = [""] * len(group)
-    scores = {}
-    if control:
-        reasons, scores = control.judge(images, [drawing.prompt for drawing in group])
+    reasons, scores = control.judge(images, [drawing.prompt for drawing in group])
     for i, drawing in enumerate(group):
         drawing.record["attempts"] = attempt
         for name, values in scores.items():
@@ -1176,13 +1163,6 @@ def write_picture(image, drawing, reason, manifest, args):
     record["file"] = f"{name}.{args.format}"
     record["sha256"] = hashlib.sha256(content).hexdigest()
     manifest.add(drawing.stem, record, content)
-
-
-def wait_for_other_ranks(planned, manifest, args):
-    """Wait until the logs cover all pictures; torchrun ends this if a process dies."""
-    while not all(manifest.has(drawing, args.max_attempts) for drawing in planned):
-        time.sleep(1)
-        manifest.read()
 
 
 # ---------------------------------------------------------------- flags
@@ -1306,9 +1286,7 @@ def main(args):
     base_name = pick_base(args, adapters)
     settings = make_settings(args, adapters, base_name)
     prompts = read_prompts(args, adapters)
-    control = None
-    if args.selector or args.reference:
-        control = Control(args, settings, prompts, device)
+    control = Control(args, settings, prompts, device)
     planned = plan(args, settings, base_name, prompts, adapters, control)
     manifest = Manifest(args.out)
     unfinished = find_unfinished(planned, manifest, args)
@@ -1323,8 +1301,9 @@ def main(args):
                 captions = [prompt.caption for prompt in prompts]
                 say_what_is_cut(base, [*captions, args.negative_prompt])
             draw(base, todo, len(planned), settings, adapters, control, manifest, args)
-        if RANK == 0:
-            wait_for_other_ranks(planned, manifest, args)
+        while RANK == 0 and not all(manifest.has(each, args.max_attempts) for each in planned):
+            time.sleep(1)  # for the other processes; torchrun ends this if one dies
+            manifest.read()
     finally:
         if RANK == 0:
             manifest.write()

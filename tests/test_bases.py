@@ -1,4 +1,4 @@
-"""Every kind of base: it trains, its pictures are those of diffusers' own pipeline, and its adapter opens there."""
+"""Every kind of base: it trains, and diffusers' own pipeline draws its pictures and adapters."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from PIL import Image
 import lora
 import sample
 import train
+from metrics import generator
 
 CPU = torch.device("cpu")
 KINDS = ["base", "sd21", "sdxl"]
@@ -26,18 +27,23 @@ def pipeline(folder):
     """diffusers' own pipeline of a base, with DDIM as it is configured there."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(
-        folder, **({} if "sdxl" in folder else {"safety_checker": None})
-    )
+    options = {} if "sdxl" in folder else {"safety_checker": None}
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def ours(base, prompt, negative=""):
+    """Our picture of a prompt, number 0."""
+    settings = sample.Settings(steps=5, guidance_scale=5, negative_prompt=negative)
+    return next(sample.generate(base, [(prompt, 0)], settings))
+
+
 def theirs(pipe, prompt, **flags):
-    noise = torch.randn(4, 8, 8, generator=sample.generator(0, "sample", prompt, 0))[None]
-    return pipe(
-        prompt, num_inference_steps=5, guidance_scale=5, latents=noise, height=64, width=64, **flags
-    ).images[0]
+    """The picture of diffusers' pipeline from the same noise."""
+    noise = torch.randn(4, 8, 8, generator=generator(0, "sample", prompt, 0))[None]
+    how = {"num_inference_steps": 5, "guidance_scale": 5, "height": 64, "width": 64, **flags}
+    return pipe(prompt, latents=noise, **how).images[0]
 
 
 def difference(one, other):
@@ -48,14 +54,9 @@ def difference(one, other):
 @pytest.mark.parametrize("negative", ["", "blurry"])
 def test_a_picture_is_that_of_diffusers_own_pipeline(kind, negative, request):
     folder = request.getfixturevalue(kind)
-    ours = next(
-        sample.generate(
-            sample.load_base(folder, CPU), [("a film", 0)], 5, 5, negative_prompt=negative
-        )
-    )
-    assert (
-        difference(ours, theirs(pipeline(folder), "a film", negative_prompt=negative or None)) <= 1
-    )
+    picture = ours(sample.load_base(folder, CPU), "a film", negative)
+    expected = theirs(pipeline(folder), "a film", negative_prompt=negative or None)
+    assert difference(picture, expected) <= 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,71 +65,36 @@ def test_an_adapter_of_unet_and_text_encoders_trains_and_opens_in_diffusers(
 ):
     pytest.importorskip("peft")
     folder = request.getfixturevalue(kind)
-    run(
-        train,
-        "--base",
-        folder,
-        "--data",
-        images,
-        "--prompt",
-        "a {label} foot",
-        "--steps",
-        8,
-        "--rank",
-        2,
-        "--lr",
-        0.03,
-        "--text-lora",
-        "--val-samples",
-        1,
-        "--val-steps",
-        1,
-        "--out",
-        tmp_path,
-    )
-    base, pipe = sample.load_base(folder, CPU), pipeline(folder)
-    plain = next(sample.generate(base, [("a sore foot", 0)], 5, 5))
+    flags = ["--base", folder, "--data", images, "--prompt", "a {label} foot", "--steps", 8]
+    flags += ["--rank", 2, "--lr", 0.03, "--text-lora", "--val-samples", 1, "--val-steps", 1]
+    run(train, *flags, "--out", tmp_path)
+    base = sample.load_base(folder, CPU)
+    pipe = pipeline(folder)
+    plain = ours(base, "a sore foot")
     pairs, _, _ = lora.load(tmp_path / "lora.safetensors")
-    assert {name.split(".")[0] for name in pairs} == set(base.parts())
     with lora.merged(base.parts(), [(pairs, 1.0)]):
-        ours = next(sample.generate(base, [("a sore foot", 0)], 5, 5))
+        adapted = ours(base, "a sore foot")
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
-    assert difference(ours, theirs(pipe, "a sore foot")) <= 2 < difference(ours, plain)
+    assert {name.split(".")[0] for name in pairs} == set(base.parts())
+    assert difference(adapted, theirs(pipe, "a sore foot")) <= 2
+    assert difference(adapted, plain) > 2
 
 
 def test_all_targets_reach_linear_and_convolution_layers_and_open_in_diffusers(
     base, images, tmp_path, run
 ):
     pytest.importorskip("peft")
-    run(
-        train,
-        "--base",
-        base,
-        "--data",
-        images,
-        "--prompt",
-        "a foot",
-        "--steps",
-        6,
-        "--rank",
-        2,
-        "--lr",
-        0.03,
-        "--targets",
-        "all",
-        "--val-samples",
-        0,
-        "--out",
-        tmp_path,
-    )
+    flags = ["--base", base, "--data", images, "--prompt", "a foot", "--steps", 6, "--rank", 2]
+    flags += ["--lr", 0.03, "--targets", "all", "--val-samples", 0]
+    run(train, *flags, "--out", tmp_path)
     pairs, _, _ = lora.load(tmp_path / "lora.safetensors")
-    assert {a.ndim for a, _ in pairs.values()} == {2, 4} and any(
-        "resnets" in name for name in pairs
-    )
-    ours, pipe = sample.load_base(base, CPU), pipeline(base)
-    with lora.merged(ours.parts(), [(pairs, 1.0)]):
-        picture = next(sample.generate(ours, [("a foot", 0)], 5, 5))
+    loaded = sample.load_base(base, CPU)
+    pipe = pipeline(base)
+    with lora.merged(loaded.parts(), [(pairs, 1.0)]):
+        picture = ours(loaded, "a foot")
     pipe.load_lora_weights(str(tmp_path), weight_name="lora.safetensors")
+    assert {a.ndim for a, _ in pairs.values()} == {2, 4}
+    assert any("resnets" in name for name in pairs)
     assert difference(picture, theirs(pipe, "a foot")) <= 2
 
 
@@ -147,68 +113,64 @@ def test_what_cannot_work_is_refused(base, sd21, images, tmp_path, refused):
     assert "pure noise" in refused(train, *flags, "--base", broken)
 
 
-@pytest.mark.parametrize(
-    "part, damage",
-    [
-        ("text_encoder/model.safetensors", lambda data: data[:500]),
-        ("unet/config.json", lambda data: b"{"),
-        (
-            "tokenizer/tokenizer_config.json",
-            lambda data: data.replace(b"<|endoftext|>", b"<|endoftoxt|>"),
-        ),
-        ("scheduler/scheduler_config.json", lambda data: data.replace(b"1000", b"0")),
-        ("scheduler/scheduler_config.json", lambda data: data.replace(b'"epsilon"', b'"sample"')),
-        ("unet/config.json", lambda data: b"[1]"),
-        ("unet/config.json", lambda data: data.replace(b"sample_size", b"size")),
-        ("unet/diffusion_pytorch_model.safetensors", lambda data: b""),
-        ("vae/config.json", lambda data: b"[]"),
-    ],
-)
-def test_a_damaged_base_is_one_line(part, damage, base, tmp_path, refused):
+KINDS_OF_OTHERS = [
+    ("scheduler", {"num_train_timesteps": 0}),
+    ("scheduler", {"num_train_timesteps": 500}),
+    ("scheduler", {"prediction_type": "sample"}),
+    ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
+    ("scheduler", {"_class_name": "EDMEulerScheduler"}),
+    ("vae", {"latents_mean": [0.0] * 4}),
+]
+
+
+@pytest.mark.parametrize("part, values", KINDS_OF_OTHERS)
+def test_a_base_of_another_kind_is_refused(part, values, base, tmp_path, refused):
+    other = changed(base, tmp_path / "base", part, **values)
+    assert "--base" in refused(sample, "--base", other, "--prompt", "x", "--out", tmp_path / "out")
+
+
+DAMAGES = [
+    ("text_encoder/model.safetensors", 500),
+    ("unet/config.json", 1),
+    ("unet/diffusion_pytorch_model.safetensors", 0),
+]
+
+
+@pytest.mark.parametrize("part, length", DAMAGES)
+def test_a_damaged_base_is_one_line(part, length, base, tmp_path, refused):
     shutil.copytree(base, tmp_path / "base")
-    (tmp_path / "base" / part).write_bytes(damage((tmp_path / "base" / part).read_bytes()))
-    refused(
-        sample,
-        "--base",
-        tmp_path / "base",
-        "--prompt",
-        "x",
-        "--steps",
-        1,
-        "--out",
-        tmp_path / "out",
-    )
+    path = tmp_path / "base" / part
+    path.write_bytes(path.read_bytes()[:length])
+    flags = ["--base", tmp_path / "base", "--prompt", "x", "--steps", 1]
+    refused(sample, *flags, "--out", tmp_path / "out")
 
 
 def test_a_tokenizer_that_knows_no_length_reads_as_much_as_its_text_encoder(base, tmp_path):
-    for length in (10**30, []):  # what transformers writes then, and damage
-        endless = changed(base, tmp_path / str(length), "tokenizer", model_max_length=length)
-        loaded = sample.load_base(endless, CPU)
-        assert sample.encode_text(loaded, ["a film"])["encoder_hidden_states"].shape[1] == 77
-        sample.say_what_is_cut(loaded, ["a film"])
+    length = 10**30  # what transformers writes then
+    endless = changed(base, tmp_path / "endless", "tokenizer", model_max_length=length)
+    loaded = sample.load_base(endless, CPU)
+    states = sample.encode_text(loaded, ["a film " * 100])["encoder_hidden_states"]
+    assert states.shape[1] == 77
+    sample.say_what_is_cut(loaded, ["a film"])
 
 
 def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_had_says_what_to_do(
     refused, monkeypatch, capsys
 ):
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **_: f"/downloaded/{name}"
-    )
-    assert (
-        sample.find_base("runwayml/stable-diffusion-v1-5") == f"/downloaded/{sample.BASES['sd15']}"
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"/downloaded/{name}")
+        folder = sample.find_base("runwayml/stable-diffusion-v1-5")
+    assert folder == f"/downloaded/{sample.BASES['sd15']}"
     assert "is gone from the Hub" in capsys.readouterr().out
-    monkeypatch.undo()
-    line = refused(
-        sample, "--base", "some-owner/some-model", "--prompt", "x"
-    )  # the tests run with HF_HUB_OFFLINE=1
+    # the tests run with HF_HUB_OFFLINE=1
+    line = refused(sample, "--base", "some-owner/some-model", "--prompt", "x")
     assert "hf download some-owner/some-model" in line
 
 
 def test_in_fp16_the_vae_of_sdxl_stays_fp32_for_it_overflows(base, sdxl):
-    found = [sample.load_base(name, torch.device("cpu"), "fp16") for name in (base, sdxl)]
-    assert [each.unet.dtype for each in found] == [torch.float16] * 2
-    assert [each.vae.dtype for each in found] == [torch.float16, torch.float32]
+    loaded = [sample.load_base(folder, CPU, "fp16") for folder in (base, sdxl)]
+    assert [each.unet.dtype for each in loaded] == [torch.float16, torch.float16]
+    assert [each.vae.dtype for each in loaded] == [torch.float16, torch.float32]
 
 
 # ---- at real size
@@ -223,24 +185,22 @@ PUBLISHED = {
 
 
 def typed(script, *flags):
-    """Run a script as a user does; say what it took."""
+    """Run a script as a user does; print what it took."""
     began = time.time()
     process = subprocess.Popen([sys.executable, bench.ROOT / script, *map(str, flags)])
     _, status, used = os.wait4(process.pid, 0)
-    print(
-        f"{script} {flags[0]}: {time.time() - began:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of the processor, "
-        f"{used.ru_maxrss / 1e6:.1f} GB",
-        flush=True,
-    )
+    seconds = time.time() - began
+    memory = used.ru_maxrss / 1e6
+    cpu = used.ru_utime + used.ru_stime
+    print(f"{script}: {seconds:.0f} s, {cpu:.0f} s of the processor, {memory:.1f} GB", flush=True)
     assert status == 0
 
 
 def real_base(shape, room):
     """bench.make_base in a process of its own, whose memory no script inherits."""
     made = "import sys, bench; bench.make_base(*sys.argv[1:])"
-    subprocess.run(
-        [sys.executable, "-c", made, shape, room / "base"], cwd=bench.ROOT / "tests", check=True
-    )
+    command = [sys.executable, "-c", made, shape, room / "base"]
+    subprocess.run(command, cwd=bench.ROOT / "tests", check=True)
     return room / "base"
 
 
@@ -250,6 +210,14 @@ def room(tmp_path):
     shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
 
 
+def count_weights(pipe):
+    """The weights of the UNet and of each text encoder."""
+    models = [pipe.unet, pipe.text_encoder]
+    if hasattr(pipe, "text_encoder_2"):
+        models.append(pipe.text_encoder_2)
+    return [sum(w.numel() for w in model.parameters()) for model in models]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", PUBLISHED)
 def test_a_base_of_real_size_trains_draws_and_its_adapter_opens_in_diffusers_and_survives_kohya(
@@ -257,131 +225,37 @@ def test_a_base_of_real_size_trains_draws_and_its_adapter_opens_in_diffusers_and
 ):
     from diffusers import DDIMScheduler, DiffusionPipeline
 
-    folder, adapter, drawn = (
-        real_base(shape, room),
-        room / "run" / "lora.safetensors",
-        room / "drawn",
-    )
+    folder = real_base(shape, room)
+    adapter = room / "run" / "lora.safetensors"
+    kohya = room / "kohya.safetensors"
+    again = room / "again.safetensors"
     bench.make_images(room / "images", 4, 128)
-    typed(
-        "train.py",
-        "--base",
-        folder,
-        "--data",
-        room / "images",
-        "--resolution",
-        128,
-        "--steps",
-        1,
-        "--batch-size",
-        2,
-        "--lr",
-        0.1,
-        "--precision",
-        "bf16",
-        "--text-lora",
-        "--val-split",
-        0,
-        "--val-samples",
-        0,
-        "--out",
-        adapter.parent,
-    )
-    typed(
-        "sample.py",
-        "--lora",
-        adapter,
-        "--prompt",
-        "a film",
-        "--num-images",
-        1,
-        "--steps",
-        2,
-        "--precision",
-        "bf16",
-        "--out",
-        drawn,
-    )
-    typed("lora.py", "convert", adapter, "--to", "kohya", "--out", room / "kohya.safetensors")
-    typed(
-        "lora.py",
-        "convert",
-        room / "kohya.safetensors",
-        "--to",
-        "diffusers",
-        "--out",
-        room / "again.safetensors",
-    )
-    (before, _, _), (after, _, _) = (
-        lora.load(path) for path in (adapter, room / "again.safetensors")
-    )
+    flags = ["--base", folder, "--data", room / "images", "--resolution", 128, "--steps", 1]
+    flags += ["--batch-size", 2, "--lr", 0.1, "--precision", "bf16", "--text-lora"]
+    flags += ["--val-split", 0, "--val-samples", 0]
+    typed("train.py", *flags, "--out", adapter.parent)
+    flags = ["--lora", adapter, "--prompt", "a film", "--num-images", 1, "--steps", 2]
+    typed("sample.py", *flags, "--precision", "bf16", "--out", room / "drawn")
+    typed("lora.py", "convert", adapter, "--to", "kohya", "--out", kohya)
+    typed("lora.py", "convert", kohya, "--to", "diffusers", "--out", again)
+    before, _, _ = lora.load(adapter)
+    after, _, _ = lora.load(again)
     assert list(before) == list(after)
-    assert all(torch.equal(a, b) for name in before for a, b in zip(before[name], after[name]))
+    for name in before:
+        for a, b in zip(before[name], after[name], strict=True):
+            assert torch.equal(a, b)
 
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    assert [
-        sum(w.numel() for w in model.parameters())
-        for model in (
-            pipe.unet,
-            pipe.text_encoder,
-            *filter(None, [getattr(pipe, "text_encoder_2", None)]),
-        )
-    ] == PUBLISHED[shape]
+    assert count_weights(pipe) == PUBLISHED[shape]
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    noise = torch.randn(4, 16, 16, generator=sample.generator(0, "sample", "a film", 0))[
-        None
-    ].bfloat16()
-
-    def drawn_by_pipe():
-        found = pipe(
-            "a film",
-            num_inference_steps=2,
-            guidance_scale=7.5,
-            latents=noise,
-            height=128,
-            width=128,
-        )
-        return np.asarray(found.images[0], float)
-
-    plain = drawn_by_pipe()
+    noise = torch.randn(4, 16, 16, generator=generator(0, "sample", "a film", 0))[None].bfloat16()
+    how = {"num_inference_steps": 2, "guidance_scale": 7.5, "height": 128, "width": 128}
+    plain = pipe("a film", latents=noise, **how).images[0]
     pipe.load_lora_weights(str(adapter.parent), weight_name=adapter.name)
-    ours, same = np.asarray(Image.open(next(drawn.glob("a-film*.png"))), float), drawn_by_pipe()
-    near, far = abs(ours - same).mean(), abs(ours - plain).mean()
-    print(
-        f"{shape}: {near:.2f} grey levels from diffusers' picture, {far:.2f} from that without the adapter"
-    )
-    assert (
-        near < 0.2 * far
-    )  # in bf16 it matters that they add the adapter to outputs, we to weights
-
-
-@pytest.mark.slow
-def test_an_adapter_is_extracted_from_a_model_of_real_size(room):
-    from safetensors.torch import load_file, save_file
-
-    weights = real_base("sd15", room) / "unet" / "diffusion_pytorch_model.safetensors"
-    shutil.copytree(room / "base", room / "tuned")
-    tuned = {name: w.float() for name, w in load_file(weights).items()}
-    for name, w in tuned.items():
-        if w.ndim > 1:  # in every layer a change of rank 4
-            w += 0.1 * (
-                torch.randn(len(w), 4) @ torch.randn(4, w[0].numel()) / w[0].numel() ** 0.5
-            ).view_as(w)
-    save_file(tuned, room / "tuned" / weights.relative_to(room / "base"))
-    typed(
-        "lora.py",
-        "extract",
-        room / "tuned",
-        room / "base",
-        "--rank",
-        4,
-        "--out",
-        room / "out.safetensors",
-    )
-    base = load_file(weights)
-    for name, (a, b) in lora.load(room / "out.safetensors")[0].items():
-        name = name.removeprefix("unet.") + ".weight"
-        change = tuned[name] - base[name].float()
-        assert (lora.delta(a, b) - change).norm() < 1e-3 * change.norm()
-        base.pop(name)
-    assert not any(w.ndim > 1 for w in base.values())  # every such layer was found
+    adapted = pipe("a film", latents=noise, **how).images[0]
+    drawn = np.asarray(Image.open(next((room / "drawn").glob("a-film*.png"))), float)
+    near = abs(drawn - np.asarray(adapted, float)).mean()
+    far = abs(drawn - np.asarray(plain, float)).mean()
+    print(f"{shape}: {near:.2f} grey levels from diffusers' picture, {far:.2f} without the adapter")
+    # in bf16 it matters that they add the adapter to outputs, we to weights
+    assert near < 0.2 * far
