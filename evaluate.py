@@ -15,22 +15,18 @@ report for any browser (--out) and the same figures for programs (--json):
 labels "subgroups". share is in percent, low and high hold 95 %; what does not apply is null.
 """
 
-import collections
 import html
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
-from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import special
 from scipy.stats import binom
 from torch import nn
@@ -153,8 +149,8 @@ def units_of(groups):
 
 def can_stay_whole(groups, n, m):
     """Whether permutations can keep groups whole: five or more, none over half of a set."""
-    sizes = collections.Counter(name for name in groups if name)
-    return len(sizes) >= 5 and 2 * max(sizes.values()) <= min(n, m)
+    sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
+    return len(sizes) >= 5 and 2 * max(sizes) <= min(n, m)
 
 
 def permutation_draws(n, m, count, seed, groups=None):
@@ -180,8 +176,10 @@ def permutation_draws(n, m, count, seed, groups=None):
 
 
 def half_draws(n, m, count, seed, groups=None):
-    """Two int8 (count, n + m) of equal sizes: a random half of the real set against the other half,
-    and the same half against as many generated images."""
+    """A random half of the real set against the other, and against as many generated images.
+
+    Two int8 (count, n + m), all sides of equal size.
+    """
     half = min(n, m) // 2
     real_groups = groups[:n] if groups else None
     splits = permutation_draws(half, n - half, count, (seed, "halves"), real_groups)[1:]
@@ -202,8 +200,7 @@ def half_draws(n, m, count, seed, groups=None):
 
 
 def pooled(real, fake, standardise):
-    """Both sets' features, (N, D) and (M, D), as float64 (N + M, D), standardised all together:
-    by the real set's own deviation it would look better than it is."""
+    """Both sets' features, (N, D) and (M, D), as float64 (N + M, D), standardised together."""
     features = np.concatenate([real, fake], dtype=np.float64)
     if standardise:
         features -= features.mean(0)
@@ -249,8 +246,7 @@ def gram_frechet(gram, i, j):
 
 
 def pair_means(matrix, draws):
-    """Means of a symmetric matrix over pairs of two images, (draws,) each: within the first set,
-    the second, between them."""
+    """Mean of a symmetric matrix over pairs within the first set, the second, and between them."""
     first, second = (draws == 1).T.astype(float), (draws == -1).T.astype(float)  # (n + m, draws)
     n, m, diagonal = first.sum(0), second.sum(0), matrix.diagonal()
     to_second = matrix @ second
@@ -283,10 +279,7 @@ def nearest_draws(matrix, draws):
 
 
 def inception_draws(logits, draws):
-    """Inception Score (Salimans et al. 2016) of the second set of each draw, in one split.
-
-    logits: (n + m, 1008), without bias, all columns, as torch-fidelity has them.
-    """
+    """Inception Score (Salimans et al. 2016) of the second set; logits (n + m, 1008), no bias."""
     shares = special.softmax(logits, 1)
     second = (draws == -1) / (draws == -1).sum(1, keepdims=True)
     return np.exp(special.entr(second @ shares).sum(1) - second @ special.entr(shares).sum(1))
@@ -308,9 +301,6 @@ METRICS = {
     "lpips_pairs": (lambda lpips, draws: pair_means(lpips, draws)[1], False, "lpips"),
     "inception_score": (inception_draws, False, "logits"),
 }
-
-
-# ---------------------------------------------------------------- the sets
 
 
 @dataclass
@@ -339,11 +329,6 @@ class ImageSet:
     all_features: np.ndarray = None  # also those of images that were not drawn
 
 
-def measure_file(image):
-    """The size and the grain of a PIL image as stored."""
-    return image.size, stored_grain(image)
-
-
 def load_set(path, rows, resolution, tools):
     """Read at most --max-images of a set, drawn by the seed; of the others, only the features."""
     limit = tools.args.max_images
@@ -351,9 +336,8 @@ def load_set(path, rows, resolution, tools):
     others = [rows[i] for i in order[limit:]]
     if others:
         print(f"{path}: {limit} of {len(rows)} images are drawn; the Frechet value is of all")
-    rows, pixels = load_pixels(
-        [rows[i] for i in sorted(order[:limit])], resolution, measure=measure_file
-    )
+    rows = [rows[i] for i in sorted(order[:limit])]
+    rows, pixels = load_pixels(rows, resolution, measure=lambda x: (x.size, stored_grain(x)))
     if len(rows) < 2:
         fail(f"{path}: {len(rows)} readable image; a comparison needs at least 2")
     features = [tools.extract(pixels)]
@@ -381,6 +365,14 @@ def list_real(args):
     if args.train_data:
         known = share_range(list_images(args.train_data))
     return rows, known
+
+
+def list_generated(args):
+    """[(path, rows)] of the generated sets; those of checkpoints are drawn first."""
+    sets = [(path, list_images(path)) for path in args.generated]
+    if args.checkpoint:
+        sets += draw_checkpoints(args)
+    return [(path, share_range(rows)) for path, rows in sets]
 
 
 def draw_checkpoints(args):
@@ -517,8 +509,10 @@ def subgroup_masks(rows, column):
 
 
 def measure_subgroups(features, real_rows, fake_rows, column, least=10):
-    """KID by subgroup, as rows of the JSON: to generated images of the same one (to all, where they
-    name none), and of its real images to the other real ones, which says how special they are."""
+    """KID of each subgroup to generated ones of it (all, where they name none), as in the JSON.
+
+    real_vs_rest: KID of its real images to the other real ones, how special they are.
+    """
     real, fake = features[: len(real_rows)], features[len(real_rows) :]
     fake_masks = subgroup_masks(fake_rows, column)
     found = []
@@ -551,8 +545,7 @@ def evaluate_set(real, fake, known, tools):
         if name == "kid":
             figure.error = kid(features[:n], features[n:])[1]
         if name == "frechet" and len(real.all_features) + len(fake.all_features) > n + m:
-            everything = pooled(real.all_features, fake.all_features, network.standardise)
-            figure.value = frechet(*np.split(everything, [len(real.all_features)]))
+            figure.value = frechet_of_all(real, fake, network.standardise)
         if name == "frechet" and network.published and network.head is not None:
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
@@ -561,6 +554,12 @@ def evaluate_set(real, fake, known, tools):
         entry.utility = measure_utility(real, known, fake, tools)
     entry.section = set_section(entry, known, args)
     return entry
+
+
+def frechet_of_all(real, fake, standardise):
+    """The Frechet distance of all images of both sets, drawn or not."""
+    features = pooled(real.all_features, fake.all_features, standardise)
+    return frechet(*np.split(features, [len(real.all_features)]))
 
 
 def band(limits, figure):
@@ -576,10 +575,7 @@ def band(limits, figure):
 
 
 def small_cnn(images, targets, steps, seed):
-    """Train three convolutions and a linear layer; returns images -> scores (N, classes).
-
-    images (N, 3, 64, 64), targets (N, classes) in {0, 1}; as many steps whatever N is.
-    """
+    """Train a network on (N, 3, 64, 64), (N, classes) in {0, 1}; returns images -> scores."""
     layers = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "init").initial_seed())
@@ -611,9 +607,10 @@ def linear_probe(features, targets):
 
 
 def utility_sets(real, known, fake, tools, least=5):
-    """Training, test and generated images with what the classifiers need: `features`, `small`
-    (N, 3, 64, 64) and `targets` (N, classes): findings that `least` images of each show, and as
-    many real ones lack."""
+    """Training, test and generated images with `features`, `small` and `targets` (N, classes).
+
+    A class is a finding that `least` images of each show, and as many real ones lack.
+    """
     sets = [known, real, fake]
     if not tools.args.split:
         split_rows(real.rows, 0.3)
@@ -630,7 +627,9 @@ def utility_sets(real, known, fake, tools, least=5):
         fail(f"--utility: no label that {counts} have and others lack: {', '.join(masks[0])[:200]}")
     for images, part in zip(sets, masks, strict=True):
         images.targets = np.stack([part[name] for name in classes], 1).astype(float)
-        images.small = F.interpolate(images.pixels.to(tools.device) / 64 - 2, (64, 64), mode="area")
+        images.small = nn.functional.interpolate(
+            images.pixels.to(tools.device) / 64 - 2, (64, 64), mode="area"
+        )
         if images.features is None:
             images.features = tools.extract(images.pixels)
     return sets
@@ -643,10 +642,9 @@ def subset(images, mask):
 
 
 def fit_classifiers(train, test, fake, seed, steps=200):
-    """{classifier: {share: [(positive, negative) for each class]}}, means over seeds.
+    """How often pairs of test images are ordered right, whose mean is the AUROC, over all seeds.
 
-    For each pair of a positive and a negative test image, how often it is ordered right: the mean
-    is the AUROC.
+    {classifier: {share: [(positive, negative) images of each class]}}
     """
     found = {"linear probe": {}, "small CNN": {}}
     classes = train.targets.shape[1]
@@ -734,9 +732,6 @@ def dose_sentence(doses, values):
     return text
 
 
-# ---------------------------------------------------------------- words
-
-
 def digits(value, count=3, sign=""):
     """A figure for a table: `count` significant digits, no exponent for everyday sizes."""
     if value is None or not np.isfinite(value):
@@ -772,40 +767,36 @@ def verdict(entry):
     much_worse = {name for name, figure in entry.metrics.items() if figure.p_high <= 0.01}
     values = f"{main} is {digits(figure.excess + figure.null)}, chance alone gives "
     values += f"{digits(figure.null)} (p_high {figure.p_high:.2g})"
-    sentences = []
-    if may_be_copies(entry) and figure.p_low <= 0.01:
-        text = f"These images lie closer to the real ones than fresh ones would: {values}."
-        sentences += [text, "They may be copies: look at the nearest pairs."]
+    text = []
+    if not may_be_copies(entry) and main not in worse:
+        text.append("At this number of images they cannot be told from the real ones:")
+        text.append(values + ".")
+    elif may_be_copies(entry) and figure.p_low <= 0.01:
+        text.append(f"They may be copies, closer to the real ones than fresh images are: {values}.")
     elif may_be_copies(entry):
-        sentences.append("Too many of these images lie closer to a real one than fresh ones would:")
-        sentences.append("they may be copies, look at the nearest pairs.")
-    elif main not in worse:
-        text = "At this number of images they cannot be told from the real ones"
-        sentences.append(f"{text}: {values}.")
+        text.append("They may be copies: too many lie closer to a real one than fresh images do.")
     if main in worse:  # only then: of ten figures one is often low by chance
-        sentences.append(f"These images can be told from the real ones: {values}.")
+        text.append(f"These images can be told from the real ones: {values}.")
         if "precision" in worse:
-            sentences.append("Many of them look like no real image (precision).")
+            text.append("Many of them look like no real image (precision).")
         if worse & {"recall", "coverage"}:
-            sentences.append("They show less variety than the real ones (recall).")
+            text.append("They show less variety than the real ones (recall).")
     if "colour" in much_worse:
-        sentences.append("Their colours differ from the real ones'.")
+        text.append("Their colours differ from the real ones'.")
     if "grain" in much_worse:
-        sentences.append(
-            "Their sharpness, noise or JPEG blocks differ from the real ones' as stored."
-        )
+        text.append("Their sharpness, noise or JPEG blocks differ from the real ones' as stored.")
     if entry.utility:
-        sentences.append(f"Do they help a classifier? {'; '.join(entry.utility[1])}.")
-    sentences.append(entry.copies.sentence)
+        text.append(f"Do they help a classifier? {'; '.join(entry.utility[1])}.")
+    text.append(entry.copies.sentence)
     if min(len(entry.real.rows), len(entry.fake.rows)) < 50:
-        sentences.append("With fewer than 50 images only gross differences show.")
-    return " ".join(sentences)
+        text.append("With fewer than 50 images only gross differences show.")
+    return " ".join(text)
 
 
 def rank_key(entry):
     """For sorting: copies last, then the excess of the first metric, turned so that low is good."""
     figure = next(iter(entry.metrics.values()))
-    return may_be_copies(entry), figure.excess if figure.lower_is_better else -figure.excess
+    return may_be_copies(entry), figure.excess * (1 if figure.lower_is_better else -1)
 
 
 def ranking(entries):
@@ -815,9 +806,9 @@ def ranking(entries):
     of one size meet the same halves of the real one, so that differences are paired.
     """
     rows = []
-    first = next(iter(entries[0].metrics.values()))
+    name, first = next(iter(entries[0].metrics.items()))
     for entry in entries:
-        figure, *others = entry.metrics.values()
+        figure = entry.metrics[name]
         note = "noise: not told apart from the first"
         if may_be_copies(entry):
             note = "may be copies"
@@ -826,10 +817,8 @@ def ranking(entries):
         elif abs(figure.excess - first.excess) > 1.96 * np.std(figure.steps - first.steps):
             note = "worse"
         excess = f"{digits(figure.excess, sign='+')} ± {digits(1.96 * np.std(figure.steps), 2)}"
-        others = [digits(other.excess, sign="+") for other in others]
-        rows.append([entry.fake.path, len(entry.fake.rows), excess, note, *others])
-    names = list(entries[0].metrics)
-    return ["set", "images", f"{names[0]}: excess ± 95 %", "", *names[1:]], rows
+        rows.append([entry.fake.path, len(entry.fake.rows), excess, note])
+    return ["set", "images", f"{name}: excess ± 95 %", ""], rows
 
 
 def caveats(settings):
@@ -874,27 +863,12 @@ and of generated images to one another. <b>band</b>: by a fixed table; compare i
 images score against one another (real halves).</p>"""
 
 
-def pictures(left, right, lines):
-    """HTML: two uint8 pictures (3, H, W) side by side, with lines of text under them."""
-    caption = "<br>".join(html.escape(line) for line in lines)
-    pair = thumbnail(left, 128) + thumbnail(right, 128)
-    return f'<figure><div class="grid">{pair}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def utility_section(doses_of, sentences):
-    """HTML: dose curve and tables of --utility."""
-    parts = ["<h3>Do they help a classifier?</h3>"]
-    parts += [f"<p>{html.escape(sentence)}.</p>" for sentence in sentences]
-    lines = {}
-    for name, doses in doses_of.items():
-        lines[name] = [(dose["share"], dose["auroc"]) for dose in doses]
-        rows = []
-        for dose in doses:
-            row = "{share} %|{auroc:.3f} [{low:.3f} – {high:.3f}]|{gain:+.3f} "
-            row += "[{gain_low:+.3f} – {gain_high:+.3f}]"
-            rows.append(row.format(**dose).split("|"))
-        parts.append(table([name, "AUROC [95 %]", "gain [99 %]"], rows))
-    return [*parts, curve(lines, "generated images added, % of the real ones", "AUROC")]
+def records_table(records):
+    """HTML: a table of dicts with the same keys, as in the JSON."""
+    rows = []
+    for record in records:
+        rows.append([cell if isinstance(cell, str) else digits(cell) for cell in record.values()])
+    return table(records[0], rows)
 
 
 def set_section(entry, known, args):
@@ -904,51 +878,51 @@ def set_section(entry, known, args):
     parts.append(f'<p class="verdict">{html.escape(verdict(entry))}</p>')
     parts.append(table(HEADER, figure_rows(entry, args.permutations)))
     if entry.utility:
-        parts += utility_section(*entry.utility)
+        doses, sentences = entry.utility
+        parts.append(
+            f"<h3>Do they help a classifier?</h3><p>{html.escape('; '.join(sentences))}</p>"
+        )
+        lines = {}
+        for name in doses:
+            lines[name] = [(dose["share"], dose["auroc"]) for dose in doses[name]]
+            parts.append(f"<p>{name}; 95 % of the AUROC, 99 % of the gain</p>")
+            parts.append(records_table(doses[name]))
+        parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
     parts.append("<h3>Generated left, its nearest image right</h3><p>“No sign” is no guarantee of")
     parts.append("privacy. p: how often a fresh image would be as near.</p>")
     for pair, (i, j) in zip(entry.copies.pairs, entry.copies.numbers, strict=True):
-        left, right = fake.pixels[i], known.pixels[j]
-        text = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}"
-        parts.append(pictures(left, right, [text, pair["generated"], pair["train"]]))
+        both = thumbnail(fake.pixels[i], 128) + thumbnail(known.pixels[j], 128)
+        text = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}<br>"
+        text += html.escape(pair["generated"]) + "<br>" + html.escape(pair["train"])
+        parts.append(
+            f'<figure><div class="grid">{both}</div><figcaption>{text}</figcaption></figure>'
+        )
     for title, images in (("Real", real), ("Generated", fake)):
         order = torch.randperm(len(images.rows), generator=generator(args.seed, "shown")).tolist()
         shown = [thumbnail(images.pixels[i], 128) for i in sorted(order[:24])]
         parts.append(f"<h3>{title}: {len(shown)} of {len(images.rows)}</h3>")
         parts.append(f'<div class="grid">{"".join(shown)}</div>')
     if entry.subgroups:
-        rows = []
-        for row in entry.subgroups:
-            value = f"{digits(row['kid'])} ± {digits(row['error'], 2)}"
-            rest = digits(row["real_vs_rest"])
-            rows.append([row["group"], row["real"], row["generated"], value, rest])
-        header = [args.by or "label", "real", "generated", "kid", "kid to the other real ones"]
-        parts += ["<h3>By subgroup</h3>", table(header, rows)]
+        parts.append(f"<h3>By {html.escape(args.by or 'label')}</h3>")
+        parts.append(records_table(entry.subgroups))
     return "\n".join(parts)
 
 
 def methods(args, settings, entries):
     """The paragraph for a paper or an ethics board."""
     groups = [row.group for row in entries[0].real.rows]
-    patients = "patients not known"
+    patients = "patients unknown or too few to be kept whole"
     if can_stay_whole(groups, len(groups), min(len(entry.fake.rows) for entry in entries)):
         patients = "whole patients kept together"
-    elif any(groups):
-        patients = "patients too few to be kept whole"
     utility = ""
     if args.utility:
         held_out = "" if args.split else " (30 %, which the generator may know: no --split)"
         utility = UTILITY_METHODS.format(seeds=SEEDS, held_out=held_out)
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
-    return METHODS.format(
-        real=described(entries[0].real),
-        generated="; ".join(described(entry.fake) for entry in entries),
-        patients=patients,
-        halves=HALVES,
-        caveats=caveats(settings),
-        utility=utility,
-        **settings | {"versions": versions},
-    )
+    words = {"real": described(entries[0].real), "patients": patients, "utility": utility}
+    words["generated"] = "; ".join(described(entry.fake) for entry in entries)
+    words |= {"halves": HALVES, "caveats": caveats(settings), "versions": versions}
+    return METHODS.format(**settings | words)
 
 
 def described(images):
@@ -969,6 +943,14 @@ def write_report(args, settings, entries):
     body.append(f"<p>{html.escape(methods(args, settings, entries))}</p>")
     body.append(f'<p class="soft">{html.escape(command("evaluate.py", *sys.argv[1:]))}</p>')
     write_file(args.out, page("Generated against real images", "\n".join(body)))
+
+
+def print_entry(entry, args):
+    """Print the figures of a generated set and what they say."""
+    counts = f"{len(entry.fake.rows)} generated against {len(entry.real.rows)} real images"
+    print(f"\n{entry.fake.path}: {counts}")
+    print_table(HEADER, figure_rows(entry, args.permutations))
+    print(verdict(entry) + "\n")
 
 
 def print_table(header, rows):
@@ -1011,39 +993,26 @@ def write_json(args, settings, entries):
 
 def metric_names(text):
     """An argument type: a comma list of metrics; fid is another word for frechet."""
-    names = []
-    for word in text.split(","):
-        name = word.strip().replace("-", "_")
-        if name == "fid":
-            name = "frechet"
+    words = text.replace(" ", "").replace("-", "_").split(",")
+    names = ["frechet" if word == "fid" else word for word in words]
+    for name in names:
         if name not in METRICS:
-            raise ArgumentTypeError(f"no metric {name!r}; there are {', '.join(METRICS)}")
-        names.append(name)
+            fail(f"--metrics: no metric {name!r}; there are {', '.join(METRICS)}")
     return list(dict.fromkeys(names))
 
 
 def bands_table(path):
     """An argument type: a CSV of metric,excellent,good,fair as {metric: three limits}."""
     bands = {}
-    for row in read_table(path):
-        try:
-            name = row["metric"].replace("-", "_")
-            bands[name] = [float(row[word]) for word in ("excellent", "good", "fair")]
-        except (KeyError, ValueError):
-            fail(f"--bands {path}: needs metric,excellent,good,fair, the last three numbers")
-        if name not in ("fid", *METRICS):
-            fail(f"--bands {path}: no metric {name!r}; there are fid, {', '.join(METRICS)}")
-    if "frechet" in bands:
-        bands.setdefault("fid", bands["frechet"])
-    return bands
-
-
-def output_file(path):
-    """An argument type: a file that can be written, known before an hour of work."""
-    folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or os.path.isdir(folder) and not os.access(folder, os.W_OK):
-        raise ArgumentTypeError(f"{path}: is a directory, or in one that cannot be written to")
-    return path
+    try:
+        for row in read_table(path):
+            limits = [float(row[word]) for word in ("excellent", "good", "fair")]
+            bands[row["metric"].replace("-", "_")] = limits
+    except (KeyError, ValueError):
+        fail(f"--bands {path}: needs metric,excellent,good,fair, the last three numbers")
+    for name in bands.keys() - {"fid", *METRICS}:
+        fail(f"--bands {path}: no metric {name!r}; there are fid, {', '.join(METRICS)}")
+    return {"fid": bands.get("frechet")} | bands
 
 
 def parse_args():
@@ -1051,51 +1020,48 @@ def parse_args():
     add = parser.add_argument_group("data").add_argument
     add("real", metavar="REAL", type=data_set, help="real images: a folder or a table")
     add("generated", metavar="GENERATED", type=data_set, nargs="*", help="folders or tables")
-    add("--checkpoint", metavar="PATH|DIR", help="draw from a checkpoint, or from each of a folder")
+    add("--checkpoint", help="draw from a checkpoint, or from each of a folder")
     add("--num-samples", type=number(2, 10**6), default=200, help="images from each checkpoint")
     add("--steps", type=number(1, 999), default=50, help="denoising steps for --checkpoint")
     add("--guidance-scale", type=number(0.0, 1000), default=7.5, help="for --checkpoint")
-    add("--train-data", metavar="DIR", type=data_set, help="searched for copies instead of REAL")
-    add("--split", metavar="CSV", type=existing_file, help="of the run: its held-out part is REAL")
+    add("--train-data", type=data_set, help="searched for copies instead of REAL")
+    add("--split", type=existing_file, help="of the run: its held-out part is REAL")
     add("--group-column", help="column of REAL that names the patient (default: found by name)")
     add("--max-images", type=number(2, 5000), default=1000, help="of a set, drawn by the seed")
     add("--resolution", type=number(64, 4096), help="default: smallest stored side, 64 to 256")
     add = parser.add_argument_group("numbers").add_argument
     usual = [name for name in METRICS if name != "inception_score"]
-    listed = "comma list (default: all but inception_score)"
-    add("--metrics", type=metric_names, default=usual, help=listed)
-    networks = "auto, texture, inception, HUB-ID, FOLDER, PATH; auto: inception if in the cache"
-    add("--features", default="auto", help=networks)
+    add("--metrics", type=metric_names, default=usual, help="default: all but inception_score")
+    names = "texture, inception, HUB-ID, FOLDER or PATH; auto: inception if in the cache"
+    add("--features", default="auto", help=names)
     add("--resize", choices=("legacy", "clean"), default="legacy", help="as pytorch-fid, clean-fid")
     nets = ("auto", "none", "alex", "vgg", "squeeze")
     add("--lpips", choices=nets, default="auto", help="auto: alex if its weights are in the cache")
-    columns = "metric,excellent,good,fair (default: a built-in table)"
-    add("--bands", metavar="CSV", type=bands_table, default=BANDS, help=columns)
+    columns = "table metric,excellent,good,fair instead of the default"
+    add("--bands", type=bands_table, default=BANDS, help=columns)
     add("--utility", action="store_true", help="do the images help a classifier? needs labels")
-    add("--by", metavar="COLUMN", help="subgroups: a column such as sex or age (default: label)")
+    add("--by", help="subgroups: a column such as sex or age (default: label)")
     add("--permutations", type=number(99, 10**6), default=999, help="draws of the null")
     add("--batch-size", type=number(1, 10**6), default=32, help="images a forward pass")
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=output_file, default="report.html", help="the report")
-    group.add_argument("--json", type=output_file, help="the figures for programs")
+    group.add_argument("--out", default="report.html", help="the report")
+    group.add_argument("--json", help="the figures for programs")
     add_common_flags(group)
     args = parser.parse_args()
+    for path in (args.out, args.json or ""):  # known before an hour of work
+        if os.path.isdir(path):
+            fail(f"{path}: is a directory; give a file to write to")
     if not args.generated and not args.checkpoint:
         fail("nothing to compare REAL with: give GENERATED, one or more folders, or --checkpoint")
     return args
 
 
-# ---------------------------------------------------------------- the whole
-
-
 def load_tools(args):
     """Metrics and networks; LPIPS is left out where its weights are not there."""
     names, net, features = args.metrics, args.lpips, args.features
-    if net == "auto":
-        net = "alex"
-        if not has_lpips("alex"):
-            net = "none"
-            print("LPIPS is left out: its weights are not in the cache (--lpips alex names them)")
+    if net == "auto" and not has_lpips("alex"):
+        net = "none"
+        print("LPIPS is left out: its weights are not in the cache (--lpips alex names them)")
     if net == "none":
         names = [name for name in names if METRICS[name][2] != "lpips"]
     if not names:
@@ -1107,7 +1073,7 @@ def load_tools(args):
     if "inception_score" in names and network.head is None:
         fail("--metrics inception_score: needs --features inception or its weight file")
     wanted = any(METRICS[name][2] == "lpips" for name in names)
-    lpips = load_lpips(net, device) if wanted else None
+    lpips = load_lpips("alex" if net == "auto" else net, device) if wanted else None
     return Tools(names, network, lpips, device, args)
 
 
@@ -1118,53 +1084,41 @@ def describe(tools, resolution, entries):
     native = all(row.measured[0] == (resolution, resolution) for row in rows)  # none was resized
     published = native and args.precision in ("auto", "fp32") and tools.network.published
     lpips = tools.lpips.name if tools.lpips else None
-    settings = {"features": tools.network.name, "lpips": lpips, "resolution": resolution}
-    for name in ("resize", "precision", "permutations", "seed", "max_images"):
-        settings[name] = getattr(args, name)
-    settings["metrics"] = tools.names
-    settings["comparable"] = {"features": published, "lpips": lpips is not None}
-    settings["device"] = str(tools.device)
     versions = {"torch": torch.__version__, "numpy": np.__version__}
-    settings["versions"] = {"python": platform.python_version()} | versions
+    settings = {name: getattr(args, name) for name in ("resize", "precision", "permutations")}
+    settings |= {"seed": args.seed, "max_images": args.max_images, "metrics": tools.names}
+    settings |= {"features": tools.network.name, "lpips": lpips, "resolution": resolution}
+    settings["comparable"] = {"features": published, "lpips": lpips is not None}
+    settings["versions"] = {"python": sys.version.split()[0]} | versions
+    settings["device"] = str(tools.device)
     return settings | {"real_hash": set_hash(entries[0].real.rows)}
 
 
 def main(args):
     tools = load_tools(args)
     real_rows, known_rows = list_real(args)
-    sets = [(path, list_images(path)) for path in args.generated]
-    if args.checkpoint:
-        sets += draw_checkpoints(args)
+    sets = list_generated(args)
     for path, rows in [(args.real, real_rows), *sets]:
         if args.utility and not any(row.label for row in rows):
             fail(f"--utility: no labels in {path}: it needs a column label, or class folders")
-
-    rows_of_sets = [share_range(rows) for _, rows in sets]
-    resolution = args.resolution or pick_resolution(real_rows, *rows_of_sets)
+    resolution = args.resolution or pick_resolution(real_rows, *(rows for _, rows in sets))
     real = load_set(args.real, real_rows, resolution, tools)
     known = real
     if known_rows is not real_rows or len(known_rows) > args.max_images:
         size = resolution if args.utility else min(80, resolution)  # copies are searched small
         known = ImageSet(args.real, *load_pixels(known_rows, size))
     print(f"{len(real.rows)} real images at {resolution} px")
-
     entries = []
     for path, rows in sets:
         fake = load_set(path, rows, resolution, tools)
-        entry = evaluate_set(real, fake, known, tools)
-        counts = f"{len(fake.rows)} generated against {len(real.rows)} real images"
-        print(f"\n{path}: {counts}")
-        print_table(HEADER, figure_rows(entry, args.permutations))
-        print(verdict(entry))
-        entries.append(entry)
+        entries.append(evaluate_set(real, fake, known, tools))
+        print_entry(entries[-1], args)
     entries.sort(key=rank_key)
     if len(entries) > 1:
-        print("\nranking:")
-        header, rows = ranking(entries)
-        print_table(header[:4], [row[:4] for row in rows])
+        print_table(*ranking(entries))
 
     settings = describe(tools, resolution, entries)
-    print(f"\n{caveats(settings)}")
+    print(caveats(settings))
     write_report(args, settings, entries)
     print(f"report: {os.path.abspath(args.out)}")
     if args.json:
