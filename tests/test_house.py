@@ -136,7 +136,7 @@ def test_our_files_are_imported_at_the_top_alone(name):
         ours = imported_modules(node) & set(MAY_IMPORT)
         if ours and node not in top:
             late.append(f"{name}.py:{node.lineno} imports {', '.join(ours)}")
-    assert late == []
+    assert not late, "\n".join(late)
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
@@ -151,7 +151,7 @@ def test_no_function_is_long(name):
         is_loop = name == "train" and function_name == "fit"
         if size > MAX_TOKENS and not is_loop and not adds_flags(node):
             long.append(f"{name}.py:{node.lineno} {function_name} has {size} tokens")
-    assert long == []
+    assert not long, "\n".join(long)
 
 
 def test_the_code_is_formatted():
