@@ -1522,6 +1522,9 @@ def fresh_store():
 @contextmanager
 def lock(out):
     """Hold the run's folder by a kernel lock, which dies with its process; refuse a second run."""
+    if RANK > 0:
+        yield
+        return
     Path(out, "checkpoints").mkdir(parents=True, exist_ok=True)
     with open(Path(out, ".lock"), "a+b") as file:
         try:
@@ -1592,8 +1595,10 @@ def add_data_flags(group):
     add(
         "--preview", metavar="DIR", help="describe the data, write them as the model sees them, end"
     )
-    add("--skip-bad", dest="strict", action="store_false", help="skip unreadable images up to 5 %%")
     add("--strict", "--no-skip-bad", action="store_true", help="stop at an unreadable image")
+    add(
+        "--skip-bad", dest="strict", action="store_false", help="skip up to 5 %% of unreadable ones"
+    )
 
 
 def add_model_flags(group):
@@ -1782,13 +1787,11 @@ def run(args, device):
 
 def main(args):
     device = start_processes(args)
-    if args.preview:
-        preview(args)
-    elif RANK == 0:
+    if not args.preview:
         with lock(args.out):
             run(args, device)
-    else:
-        run(args, device)
+    elif RANK == 0:
+        preview(args)
     if WORLD > 1:
         dist.destroy_process_group()
 
