@@ -751,8 +751,6 @@ def list_table(table, records, columns, strict):
         path = os.path.normpath(os.path.join(folder, file_name))
         if not os.path.exists(path):  # maybe written on Windows
             path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))
-        if not os.path.isabs(file_name) and not Path(path).is_relative_to(folder):
-            fail(f"{table}: {file_name}: write absolute paths, or put the table above its images")
         if os.path.isfile(path):
             texts = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
             rows.append(Row(path, file_name, fields=fields, **texts))
