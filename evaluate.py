@@ -823,13 +823,12 @@ def ranking(entries):
 
 def caveats(settings):
     """Which networks the figures rest on, and whether published figures may stand next to them."""
-    lines = []
-    for kind in ("features", "lpips"):
-        if settings[kind] and settings["comparable"][kind]:
-            lines.append(f"{kind} {settings[kind]}")
-        elif settings[kind]:
-            lines.append(f"{kind} {settings[kind]} (not comparable with published figures)")
-    return "; ".join(lines)
+    text = f"features {settings['features']}"
+    if not settings["comparable"]["features"]:
+        text += " (not comparable with published figures)"
+    if settings["lpips"]:
+        text += f"; lpips {settings['lpips']}"
+    return text
 
 
 METHODS = """Real images: {real}. Generated images: {generated}. All were cropped to their central
@@ -950,7 +949,7 @@ def print_entry(entry, args):
     counts = f"{len(entry.fake.rows)} generated against {len(entry.real.rows)} real images"
     print(f"\n{entry.fake.path}: {counts}")
     print_table(HEADER, figure_rows(entry, args.permutations))
-    print(verdict(entry) + "\n")
+    print(verdict(entry))
 
 
 def print_table(header, rows):
@@ -1115,10 +1114,11 @@ def main(args):
         print_entry(entries[-1], args)
     entries.sort(key=rank_key)
     if len(entries) > 1:
+        print("\nranking:")
         print_table(*ranking(entries))
 
     settings = describe(tools, resolution, entries)
-    print(caveats(settings))
+    print(f"\n{caveats(settings)}")
     write_report(args, settings, entries)
     print(f"report: {os.path.abspath(args.out)}")
     if args.json:
