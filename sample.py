@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
-from filter import LIMITS, load_selector, measure_reference
+from filter import load_selector, measure_reference
 from lora import load, merged, on_disk, split_weight
 from metrics import (
     Flags,
@@ -1038,6 +1038,8 @@ def contact_sheet(images, captions, columns=8):
 
 # ---------------------------------------------------------------- quality control
 
+LIMITS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
+
 
 class Control:
     """What judges pictures while they are drawn: a selector of filter.py, a reference, or both.
@@ -1063,7 +1065,7 @@ class Control:
                 self.size = max(64, min(pick_resolution(rows), settings.height, settings.width))
             rows, pixels = load_pixels(rows, self.size)
             limits = {name: getattr(args, name) for name in LIMITS}
-            if set(limits.values()) <= {None, False}:
+            if list(limits.values()) == [None, None, None, False]:
                 limits["calibrate"] = 0.05
             self.reference = measure_reference(rows, pixels, device, **limits)
             if RANK == 0:
@@ -1071,7 +1073,7 @@ class Control:
             self.description += f", Reference: {set_hash(rows)[:10]}"
         for name in ("min_quality", "min_alignment", *LIMITS):
             value = getattr(args, name)
-            if value not in (None, False):
+            if value is not None and value is not False:
                 self.description += f", {name.replace('_', ' ').capitalize()}: {value}"
 
     def judge(self, images, prompts):

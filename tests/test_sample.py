@@ -933,3 +933,11 @@ def test_quality_control_that_cannot_be_is_one_line(change, message, refusal, tm
     (tmp_path / "BAD").write_bytes(b"no selector")
     change = [tmp_path / word if word in ("S", "SEVERAL", "BAD") else word for word in change]
     assert message in refusal(tmp_path / "out", "--prompt", "a foot", *change)
+
+
+def test_a_limit_of_zero_is_a_limit(draw, refusal, tmp_path):
+    selector = write_selector(tmp_path / "s.safetensors")
+    flags = [*FOOT, "--num-images", 2, "--selector", selector, "--max-attempts", 1]
+    draw(tmp_path / "out", *flags, "--min-quality", 0)
+    assert len(manifest(tmp_path / "out")) == 2
+    assert "other settings" in refusal(tmp_path / "out", *flags)

@@ -34,7 +34,8 @@ def generated(base, jobs, **settings):
 
 
 def drawn(kinds, seed):
-    return [phantoms.draw(kind, seed + i)[0] for i, kind in enumerate(kinds)]
+    arrays = [phantoms.draw(kind, seed + i)[0] for i, kind in enumerate(kinds)]
+    return [Image.fromarray(array) for array in arrays]
 
 
 def a_judge():
