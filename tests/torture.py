@@ -494,9 +494,10 @@ def mislead_jobs(good, place, count, draw):
         if draw.random() < 0.9:  # the others show that the job itself does not fail
             damage(path, other, draw)
             allowed = [0, 2]
-        copy = Path(tempfile.mkdtemp(prefix="torture-")) / path.name
-        shutil.copy(path, copy)  # the job may change it
+        content = path.read_bytes()  # the job may change the file
         for fault in faults_of(attempt(command, place), allowed):
+            copy = Path(tempfile.mkdtemp(prefix="torture-")) / path.name
+            copy.write_bytes(content)
             faults.append(f"{command} with {path.relative_to(place)} as {copy}: {fault}")
         if number % 100 == 0 or number == count:
             yield f"damaged files up to {number}", (number - 1) % 100 + 1, faults
