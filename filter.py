@@ -25,6 +25,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from scipy import linalg, special, stats
+from scipy import special, stats
 
 from metrics import (
     Flags,
@@ -70,7 +71,6 @@ from metrics import (
     share_range,
     squared_distances,
     ssim_matrix,
-    table,
     text_key,
     thumbnail,
     write_csv,
@@ -186,14 +186,14 @@ def measure_reference(
         return extract(images, network, device, batch_size, precision)
 
     blocks = {
-        "texture": Block(texture_of, pixels, texture_scale if network.standardise else None),
+        "texture": Block(texture_of, pixels, robust_scale),
         "colour": Block(colour_and_layout, pixels, colour_scale),
-        "grain": Block(grain, pixels, grain_scale),
+        "grain": Block(grain, pixels, partial(robust_scale, floor=0.2)),  # of logarithms: a fifth
     }
     vectors = {name: block.real for name, block in blocks.items()}
     squares = squared_distances(vectors["texture"], vectors["texture"])
-    repeated = squares <= 1e-6 * np.median(squares)  # stored twice, a picture would hide its copies
-    same_patient = same_unit([row.group for row in rows]) | repeated
+    same_patient = same_unit([row.group for row in rows])
+    same_patient |= squares <= 1e-6 * np.median(squares)  # stored twice
     if same_patient.all(1).any():
         fail("--reference: all its images are of one patient; it takes several")
     comparisons, limits = compare_pairs(pixels, device, max_lpips, min_ssim, lpips, batch_size)
@@ -205,8 +205,8 @@ def measure_reference(
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
         reference.copies = copy_distances(pixels, pixels)
-        share = f"all but {copy_limit(len(rows)):.1%} of fresh ones are"
-        reference.summary.append(f"a copy is what is nearer to a real image than {share}")
+        limit = copy_limit(len(rows))
+        reference.summary.append(f"a copy is nearer to a real image than all but {limit:.1%} are")
     if calibrate is not None:
         set_thresholds(reference, rows, calibrate)
     return reference
@@ -237,6 +237,10 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
 def set_thresholds(reference, rows, alpha):
     """The largest rank that passes: of any image, and of each label with enough real images."""
     worst = reference.rank(reference.real_scores).max(0)
+    if reference.copies is not None:  # those refused as copies are part of alpha
+        others = np.where(reference.same_patient, np.inf, reference.copies)
+        chances = copy_chances(reference.copies, others, reference.same_patient)
+        worst[chances <= copy_limit(len(rows))] = worst.max()
     reference.thresholds[""] = conformal_threshold(worst, alpha)
     names = ", ".join(reference.real_scores)
     share = f"about {1 - alpha:.0%} of unseen real ones would pass"
@@ -249,15 +253,12 @@ def set_thresholds(reference, rows, alpha):
             reference.summary.append(f'label "{label}" has its own threshold')
 
 
-def conformal_threshold(worst, alpha):
-    """The rank that 1 - alpha of unseen real images stay within; infinite for under 1/alpha - 1.
-
-    worst (n,): the largest rank of each, for cutting several scores at alpha would refuse too many.
-    """
-    place = int(np.ceil((1 - alpha) * (len(worst) + 1) - 1e-9))
-    if place > len(worst):
+def conformal_threshold(ranks, alpha):
+    """The rank that 1 - alpha of unseen images stay within; infinite for too few ranks (n,)."""
+    place = int(np.ceil((1 - alpha) * (len(ranks) + 1) - 1e-9))
+    if place > len(ranks):
         return float("inf")
-    return float(np.sort(worst)[place - 1])
+    return float(np.sort(ranks)[place - 1])
 
 
 # ---------------------------------------------------------------- three blocks of descriptors
@@ -266,18 +267,14 @@ def conformal_threshold(worst, alpha):
 class Block:
     """Descriptors of one kind: vectors (N, D) in units of the real images' spread."""
 
-    def __init__(self, describe, real_pixels, make_scale=None):
-        """describe: function of pixels; make_scale: function of the real descriptors, or None."""
+    def __init__(self, describe, real_pixels, make_scale):
         self.describe = describe
-        self.real = describe(real_pixels)
-        self.scale = None
-        if make_scale:
-            self.scale = make_scale(self.real)
-            self.real = self.scale(self.real)
+        descriptors = describe(real_pixels)
+        self.scale = make_scale(descriptors)
+        self.real = self.scale(descriptors)
 
     def vectors(self, pixels):
-        vectors = self.describe(pixels)
-        return self.scale(vectors) if self.scale else vectors
+        return self.scale(self.describe(pixels))
 
 
 def neighbours(vectors, real, forbidden, count):
@@ -292,23 +289,15 @@ def neighbours(vectors, real, forbidden, count):
     return np.concatenate(indices), np.concatenate(distances)
 
 
-def robust_scale(real, floor):
-    """A function: vectors less the real ones' median, over their median absolute deviation.
+def robust_scale(real, floor=1e-6):
+    """A function: descriptors less the real ones' median, over their median absolute deviation.
 
     floor: the least deviation, so that what hardly differs among real images decides nothing.
     """
     middle = np.median(real, axis=0)
     spread = 1.4826 * np.median(np.abs(real - middle), axis=0)
     spread = np.maximum(spread, max(floor, 0.2 * np.median(spread)))
-    return lambda vectors: (vectors - middle) / spread
-
-
-def texture_scale(real):
-    return robust_scale(real, floor=1e-6)
-
-
-def grain_scale(real):
-    return robust_scale(real, floor=0.2)  # of logarithms: a fifth
+    return lambda descriptors: (descriptors - middle) / spread
 
 
 def colour_and_layout(pixels):
@@ -325,12 +314,12 @@ def colour_and_layout(pixels):
 
 
 def colour_scale(real):
-    """The scale of colour_and_layout: both count alike, a colour as at most three deviations.
+    """The scale of colour_and_layout: a colour counts as at most three deviations.
 
     Otherwise one tinted film among grey ones would hide all differences of layout.
     """
     tint_scale = robust_scale(real[:, :8], floor=0.01)  # two or three grey levels
-    layout_spread = np.linalg.norm(real[:, 8:].std(0)) + 1e-6
+    layout_spread = 0.8 * np.linalg.norm(real[:, 8:].std(0)) + 1e-6
 
     def scale(vectors):
         tint = 3 * np.tanh(tint_scale(vectors[:, :8]) / 3) / 8**0.5
@@ -435,8 +424,8 @@ def load_selector(path):
 
 # ---------------------------------------------------------------- which images stay
 
-LIMITS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
-HOW = ("features", "lpips", "batch_size", "precision")
+REFERENCE_FLAGS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
+REFERENCE_FLAGS += ("features", "lpips", "batch_size", "precision")
 
 
 def filter_images(args):
@@ -445,39 +434,30 @@ def filter_images(args):
     check_folders(out, args)
     selector = load_selector(args.selector) if args.selector else None
     real_rows, real, all_rows, rows, pixels = read_sets(selector, args)
-    mixed = list_real(args.mix, args) if args.mix else []
     wanted = args.keep or len(rows)
+    mixed = []
     if args.mix:
+        mixed = list_real(args.mix, args)
         share = args.share or 25
         wanted = min(wanted, round(share / (100 - share) * len(mixed)))
-    flags = {name: getattr(args, name) for name in LIMITS + HOW}
+    flags = {name: getattr(args, name) for name in REFERENCE_FLAGS}
     reference = measure_reference(real_rows, real, pick_device(args.device), **flags)
     reasons, scores, summary = decide(reference, selector, rows, pixels, wanted, args)
-    kept = []
-    for row, reason, quality in zip(rows, reasons, scores["quality"], strict=True):
+    for row, quality in zip(rows, scores["quality"], strict=True):
         row.quality = f"{quality:.4g}"
-        if not reason:
-            kept.append(row)
-    if args.mix:
-        summary.append(f"mixed: {len(kept)} generated of {wanted} wanted, {len(mixed)} real images")
-    entries = [(name_below("generated" if args.mix else "", row.file_name), row) for row in kept]
-    entries += [(name_below("real", row.file_name), row) for row in mixed]
-
-    remove_old_copies(out, {name for name, _ in entries})
+    kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+    copies = name_copies(kept, mixed)
+    if not args.dry_run:
+        remove_old_copies(out, copies)
     write_decisions(out, real_rows, all_rows, rows, reasons, scores)
     if not args.dry_run:
-        copy_images(out, entries)
-    kinds = [re.sub(r" (of .*|\(.*|\d.*)", "", reason) or "kept" for reason in reasons]
-    counts = Counter(kinds).most_common()
-    report = show_decisions(rows, pixels, real, reasons, scores["nearest"], args.seed)
-    lines = "".join(f"<p>{html.escape(line)}</p>" for line in summary)
-    body = table(["decision", "images"], counts) + lines + report
+        copy_images(out, copies)
+    if args.mix:
+        summary.append(f"mixed: {len(kept)} generated of {wanted} wanted, {len(mixed)} real images")
+    body = report(rows, pixels, real, reasons, scores["nearest"], summary, args.seed)
     write_file(out / "filter.html", page("What the filter kept", body))
-    print(*summary, "; ".join(f"{kind}: {count}" for kind, count in counts), sep="\n")
-    print(f"kept {len(kept)} of {len(rows)} images: {args.out} (why: decisions.csv, filter.html)")
-    if not kept:
-        print("nothing is kept: is --reference of the same kind? filter.html shows why")
-    elif args.mix:
+    print(*summary, f"kept {len(kept)} of {len(rows)} images: {args.out}", sep="\n")
+    if args.mix:
         print("next: " + command("train.py", "--data", args.out))
     else:
         print("next: " + command("evaluate.py", args.reference, args.generated, args.out))
@@ -543,6 +523,8 @@ def decide(reference, selector, rows, pixels, wanted, args):
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
         summary.append(f"the best and most diverse {wanted} of {len(passed)} that pass")
+    kinds = Counter(re.sub(r" (of .*|\(.*|\d.*)", "", reason) or "kept" for reason in reasons)
+    summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds.most_common()))
     return reasons, scores, summary
 
 
@@ -550,13 +532,11 @@ def refuse_duplicates(reasons, rows, vectors, quality, closest):
     """Of images nearer than `closest` to one another refuse all but the best, in place."""
     order = np.array([i for i, reason in enumerate(reasons) if not reason], int)
     order = order[np.argsort(-quality[order], kind="stable")]
-    for start in range(0, len(order), 1000):  # never all pairs at once
-        end = start + 1000
-        squares = squared_distances(vectors[order[start:end]], vectors[order[:end]])
-        for later, earlier in np.argwhere(squares <= closest**2):
-            i, j = order[start + later], order[earlier]
-            if earlier < start + later and not reasons[i] and not reasons[j]:
-                reasons[i] = f"duplicate of {rows[j].file_name}"
+    near = squared_distances(vectors[order], vectors[order]) <= closest**2
+    for place, i in enumerate(order):
+        better = [j for j in order[:place][near[place, :place]] if not reasons[j]]
+        if better:
+            reasons[i] = f"duplicate of {rows[better[0]].file_name}"
 
 
 def best_and_diverse(vectors, quality, count):
@@ -587,22 +567,35 @@ def best_and_diverse(vectors, quality, count):
 
 
 def name_below(folder, file_name):
-    """A name below `folder`: tables may say ./a.png, ../a.png, /data/a.png or img\\a.png."""
+    """A name below `folder`: tables may say ./a.png, /data/a.png or img\\a.png."""
     parts = PurePosixPath(file_name.replace("\\", "/")).parts
     return str(PurePosixPath(folder, *[part for part in parts if part not in ("/", "..")]))
 
 
-def remove_old_copies(out, wanted):
-    """Remove the copies that an earlier filtering left in `out`, except the names in `wanted`.
+def name_copies(kept, mixed):
+    """[(name of the copy below --out, row)]: a mix has a folder for each kind."""
+    folder = "generated" if mixed else ""
+    entries = [(name_below(folder, row.file_name), row) for row in kept]
+    entries += [(name_below("real", row.file_name), row) for row in mixed]
+    paths = {}
+    for name, row in entries:
+        if paths.setdefault(name, row.path) != row.path:
+            fail(f"{row.path}: another image would be called {name} too; rename one")
+    return entries
 
-    Only names that its decisions.csv lists as those of generated images are touched.
+
+def remove_old_copies(out, entries):
+    """Remove the generated images that an earlier filtering copied to `out`, except these entries.
+
+    Such a file stands both in its decisions.csv and in its metadata.csv; no other is touched.
     """
-    if not (out / "decisions.csv").is_file():
+    if not (out / "metadata.csv").is_file():
         return
+    copies = {row["file_name"] for row in read_table(out / "metadata.csv")}
+    copies -= {name for name, _ in entries}
     for row in read_table(out / "decisions.csv"):
-        for folder in ("", "generated"):
-            name = name_below(folder, row["file"])
-            if name not in wanted:
+        for name in (name_below("", row["file"]), name_below("generated", row["file"])):
+            if name in copies:
                 (out / name).unlink(missing_ok=True)
 
 
@@ -623,29 +616,26 @@ def write_decisions(out, real_rows, all_rows, rows, reasons, scores):
 
 
 def copy_images(out, entries):
-    """Copy images to `out` and write their metadata.csv; entries: [(name below out, row)]."""
+    """Copy images to `out` and write their metadata.csv."""
     header = ["file_name", "text", "label", "patient_id", "synthetic", "quality"]
     extra = {}
-    sources = {}
-    for name, row in entries:
-        if sources.setdefault(name, row.path) != row.path:
-            fail(f"{row.path}: another image would be called {name} too; rename one")
+    for _, row in entries:
         roles = [find_column(row.fields, role) for role in ("image", "caption", "label", "group")]
         for column in row.fields:
             if column not in roles and column.lower() not in header:
                 extra[column] = True
     lines = []
     for name, row in entries:
-        quality = getattr(row, "quality", "")  # only generated images have one
+        quality = getattr(row, "quality", "")  # real images have none
         values = [row.fields.get(column, "") for column in extra]
         synthetic = int(quality != "")
         lines.append([name, row.caption, row.label, row.group, synthetic, quality, *values])
-    for name, path in sources.items():
+    for name, path in {name: row.path for name, row in entries}.items():  # a table may repeat one
         copy_file(path, out / name)
     write_csv(out / "metadata.csv", header + list(extra), lines)
 
 
-def show_decisions(rows, pixels, real, reasons, nearest_real, seed):
+def report(rows, pixels, real, reasons, nearest_real, summary, seed):
     """HTML: kept and refused images, each next to its nearest real image with the reason."""
     figures = {"Kept": [], "Refused": []}
     for i in draw_order(len(rows), seed, "shown"):
@@ -656,12 +646,12 @@ def show_decisions(rows, pixels, real, reasons, nearest_real, seed):
         caption = f"{html.escape(rows[i].file_name)}<br>{html.escape(reasons[i])}"
         caption = f"<figcaption>{caption}</figcaption>"
         column.append((i, f'<figure><div class="grid">{pair}</div>{caption}</figure>'))
-    parts = ["<p>Each next to its nearest real image; up to 60 of a kind.</p>"]
+    parts = [f"<p>{html.escape(line)}</p>" for line in summary]
+    parts.append("<p>Each next to its nearest real image; up to 60 of a kind.</p>")
     parts.append('<div style="display:grid;gap:1rem;grid-template-columns:1fr 1fr">')
     for title, column in figures.items():
-        parts.append(f"<div><h2>{title}</h2>")
-        parts.extend(figure for _, figure in sorted(column))
-        parts.append("</div>")
+        shown = "".join(figure for _, figure in sorted(column))
+        parts.append(f"<div><h2>{title}</h2>{shown}</div>")
     return "".join(parts) + "</div>"
 
 
@@ -680,7 +670,7 @@ class Rating:
     """What one expert said of one image."""
 
     path: str
-    rating: float  # 1 bad, 2 usable, 3 good
+    rating: int  # 1 bad, 2 usable, 3 good
     expert_level: float  # how much this expert's ratings count
     expert: str
     modality: str
@@ -697,19 +687,18 @@ def read_ratings(paths):
         for line, row in enumerate(read_table(path), 2):
             if not row.get("image_path") or "rating" not in row:
                 fail(f"{path}: a ratings file has at least the columns image_path and rating")
-            try:
-                rating = float(row["rating"])
-                level = float(row.get("expert_level") or 3)
-            except ValueError:
-                fail(f"{path}: row {line}: rating and expert_level must be numbers")
-            if rating not in (1, 2, 3) or not level > 0:
-                fail(f"{path}: row {line}: rating must be 1, 2 or 3, expert_level above 0")
+            level = row.get("expert_level") or "3"
+            if not re.fullmatch(r"[123](\.0*)?", row["rating"]):
+                fail(f"{path}: row {line}: rating must be 1, 2 or 3, not {row['rating']!r}")
+            if not re.fullmatch(r"[1-9]\d*(\.\d*)?", level):
+                fail(f"{path}: row {line}: expert_level must be a number from 1, not {level!r}")
             place = os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])
             if not os.path.exists(place):
                 place = place.replace("\\", "/")  # written on Windows
             texts = [row.get(name, "") for name in ("modality", "prompt", "group", "guess", "real")]
             expert = row.get("expert") or Path(path).stem
-            ratings.append(Rating(os.path.normpath(place), rating, level, expert, *texts))
+            scores = (int(row["rating"][0]), float(level))
+            ratings.append(Rating(os.path.normpath(place), *scores, expert, *texts))
     if paths and not ratings:
         fail(f"{paths[0]}: no ratings in it")
     return ratings
@@ -816,7 +805,7 @@ if (state) show();
 
 
 def write_rating_page(args):
-    """One HTML file with the images in it: keys 1 2 3, kept by the browser, saved as CSV."""
+    """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings.csv."""
     rated = {os.path.realpath(rating.path) for rating in read_ratings(args.rated)}
     rows = list_images(args.generated)
     real_rows = list_real(args.blind, args) if args.blind else []
@@ -827,26 +816,30 @@ def write_rating_page(args):
     mixed = [row for row in mixed if os.path.realpath(row.path) not in rated]
     mixed, real = load_pixels(mixed[: max(1, round(len(chosen) / 4))], size)
 
-    shown = [rows[i] for i in chosen] + mixed
     facts = []
-    for place, row in enumerate(shown):
+    for place, row in enumerate([rows[i] for i in chosen] + mixed):
         is_real = int(place >= len(chosen)) if args.blind else ""
         facts.append([row.path, row.caption, modality_of(row), row.group, is_real])
+    body = rating_page(facts, torch.cat([pixels[chosen], real]), bool(args.blind))
+    write_file(args.rating_page, page("Rate", body))
+    print(f"{args.rating_page}: {len(chosen)} generated, {len(mixed)} real images, {size} pixels")
+    print("open it in a browser\nnext: " + command("filter.py", "--fit", "ratings.csv"))
+
+
+def rating_page(facts, pixels, blind):
+    """The body of a rating page; facts: [path, caption, modality, group, is real] of each image."""
     facts = json.dumps(facts).encode()
-    # one encoding for all, so that none gives itself away
-    images = [thumbnail(x, size, quality=95, subsampling=0) for x in [*pixels[chosen], *real]]
     constants = {
         "PAGE": hashlib.sha256(facts).hexdigest()[:16],
         "COLUMNS": RATING_COLUMNS,
-        "BLIND": bool(args.blind),
+        "BLIND": blind,
         "FACTS": base64.b64encode(facts).decode(),
-        "IMAGES": images,
+        # one encoding for all, so that none gives itself away
+        "IMAGES": [thumbnail(x, pixels.shape[-1], quality=95, subsampling=0) for x in pixels],
     }
     lines = [f"const {name} = {json.dumps(value)};\n" for name, value in constants.items()]
     script = "<script>" + "".join(lines) + "</script>" + RATING_SCRIPT
-    write_file(args.rating_page, page("Rate", RATING_STYLE + RATING_BODY + script))
-    print(f"{args.rating_page}: {len(chosen)} generated, {len(mixed)} real images, {size} pixels")
-    print("open it in a browser\nnext: " + command("filter.py", "--fit", "ratings.csv"))
+    return RATING_STYLE + RATING_BODY + script
 
 
 def choose_images(rows, pixels, rated, args):
@@ -858,9 +851,7 @@ def choose_images(rows, pixels, rated, args):
         blind = args.suggest // 5 if args.blind else 0
         count = min(count, args.suggest - blind)
     if not 0 < count <= 500:
-        fail(
-            f"{args.generated}: {count} images to rate; --suggest 60 picks some, --rated leaves out"
-        )
+        fail(f"{args.generated}: {count} images to rate (--suggest picks some)")
     if not args.suggest:
         return remaining
     quality = None
@@ -869,7 +860,7 @@ def choose_images(rows, pixels, rated, args):
         _, scores = selector.judge(load_pixels(rows, selector.size)[1], rows)
         quality = scores["quality"]
     vectors = describe(pixels)
-    return suggest(vectors / np.maximum(vectors.std(0), 1e-9), quality, done, count)
+    return suggest(vectors / (vectors.std(0) + 1e-9), quality, done, count)
 
 
 def suggest(vectors, quality, done, count):
@@ -949,7 +940,7 @@ def describe_agreement(both, names, seed):
 
 # ---------------------------------------------------------------- ratings teach a selector
 
-PENALTIES = np.logspace(-2, 2, 7)  # the features of an image have a squared length near 3
+PENALTIES = np.logspace(-1, 1.5, 6)  # the features of an image have a squared length near 3
 PERMUTATIONS = 199
 
 
@@ -969,10 +960,10 @@ def fit(args):
     ratings = read_ratings(args.fit)
     good = args.good or 3
     rated = gather(ratings, good)
-    warnings = objections(ratings, rated)
-    refuse_fit(warnings, args)
     if len(set(rated.groups)) < 2:
         fail(f"{args.fit[0]}: rates one image or group alone; others are needed to test it on")
+    warnings = objections(ratings, rated)
+    refuse_fit(warnings, args)
     size = args.resolution or pick_resolution(rated.rows)
     _, pixels = load_pixels(rated.rows, size, strict=True)
     descriptors = describe(pixels)
@@ -985,20 +976,24 @@ def fit(args):
     if not (measured["p"] <= 0.05 and low > 0.5):
         warnings.append(f"the ratings do not predict quality better than chance ({figures})")
     refuse_fit(warnings, args)
-
-    real_rows, features = [], np.zeros((0, len(mean)))
-    if args.reference:
-        real_rows, real = load_pixels(list_real(args.reference, args), size)
-        features = (describe(real) - mean) / spread
-    classes, class_weights, measured["label_accuracy"] = fit_classes(real_rows, features, args.seed)
-    modalities = sorted(set(rated.modalities.tolist()))
-    settings = (size, good, 0.5, modalities, classes, warnings, measured)
-    save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
     print(f"{len(ratings)} ratings of {len(rated.rows)} images: {figures}")
     for warning in warnings:
         print(f"warning: {warning}")
-    if classes:
-        print(f"{measured['label_accuracy']:.0%} of real images left out show their label")
+
+    classes, class_weights = [], np.zeros((len(mean) + 1, 0))
+    if args.reference:
+        real_rows, real = load_pixels(list_real(args.reference, args), size)
+        classes, class_weights = fit_classes(real_rows, (describe(real) - mean) / spread, args.seed)
+    settings = (
+        size,
+        good,
+        0.5,
+        sorted(set(rated.modalities.tolist())),
+        classes,
+        warnings,
+        measured,
+    )
+    save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
     flags = ["GENERATED", "--reference", "REAL", "--selector", args.out]
     print("next: " + command("filter.py", *flags))
 
@@ -1058,10 +1053,8 @@ def cramers_v(first, second):
     """How far one name tells the other, 0 to 1, corrected for chance (Bergsma 2013)."""
     n = len(first)
     counts = stats.contingency.crosstab(first, second).count
-    rows, columns = counts.shape
     chi2 = stats.chi2_contingency(counts, correction=False).statistic
-    if n < 3:
-        return 0.0
+    rows, columns = counts.shape
     phi = max(0, chi2 / n - (rows - 1) * (columns - 1) / (n - 1))
     least = min(side - (side - 1) ** 2 / (n - 1) for side in counts.shape) - 1
     return np.sqrt(phi / least) if least > 1e-9 else 0.0
@@ -1082,15 +1075,6 @@ def fit_quality(features, rated, seed):
     logits, penalties = cross_validate(features, labels, rated.weights, rated.groups, seed)
     good = labels >= 0.5
     values = auroc(logits, good, rated.modalities)
-
-    names, numbers = np.unique(rated.groups, return_inverse=True)
-    members = [np.flatnonzero(numbers == number) for number in range(len(names))]
-    draws = torch.randint(len(names), (500, len(names)), generator=generator(seed, "interval"))
-    resampled = []
-    for draw in draws:
-        drawn = np.concatenate([members[number] for number in draw])
-        resampled.append(auroc(logits[drawn, :1], good[drawn, :1], rated.modalities[drawn])[0])
-
     weights = fit_logistic(features, rated.labels, rated.weights, penalties[0])
     # the logits of images left out calibrate it (Platt 1999)
     slope, offset = fit_logistic(logits[:, :1], rated.labels, rated.weights, 0.1)[:, 0]
@@ -1098,9 +1082,21 @@ def fit_quality(features, rated, seed):
     weights[-1] += offset
     return weights, {
         "auroc": float(values[0]),
-        "interval": np.nanpercentile(resampled, (2.5, 97.5)).tolist(),
+        "interval": auroc_interval(logits[:, :1], good[:, :1], rated, seed),
         "p": (1 + int((values[1:] >= values[0]).sum())) / (1 + PERMUTATIONS),
     }
+
+
+def auroc_interval(logits, good, rated, seed):
+    """95 % of the AUROC over 500 draws of the groups, each with all its images."""
+    names, numbers = np.unique(rated.groups, return_inverse=True)
+    members = [np.flatnonzero(numbers == n) for n in range(len(names))]
+    draws = torch.randint(len(names), (500, len(names)), generator=generator(seed, "interval"))
+    values = []
+    for draw in draws.tolist():
+        drawn = np.concatenate([members[n] for n in draw])
+        values.append(auroc(logits[drawn], good[drawn], rated.modalities[drawn])[0])
+    return np.nanpercentile(values, (2.5, 97.5)).tolist()
 
 
 def auroc(scores, good, strata):
@@ -1149,41 +1145,38 @@ def fit_logistic(features, labels, weights, penalty):
 
     Minimises the weighted log loss + penalty / 2 |w|^2; the last weight, the intercept, is free.
     Newton's method with the bound X'X / 4 on the Hessian (Boehning and Lindsay 1988), so that one
-    factorisation serves all columns.
+    inverse serves all columns and steps.
     """
     x = np.hstack([features, np.ones((len(features), 1))])
     ridge = np.full((x.shape[1], 1), penalty)
     ridge[-1] = 1e-6
     weights = (weights / weights.mean())[:, None]
-    factor = linalg.cho_factor(x.T @ (weights * x) / 4 + np.diag(ridge[:, 0]))
+    inverse = np.linalg.inv(x.T @ (weights * x) / 4 + np.diag(ridge[:, 0]))
     fitted = np.zeros((x.shape[1], labels.shape[1]))
-    for _ in range(300):
+    for _ in range(500):
         residuals = weights * (labels - special.expit(x @ fitted))
-        step = linalg.cho_solve(factor, x.T @ residuals - ridge * fitted)
+        step = inverse @ (x.T @ residuals - ridge * fitted)
         fitted += step
-        if np.abs(step).max() < 1e-4:
+        if np.abs(step).max() < 1e-3:
             break
     return fitted
 
 
 def fit_classes(rows, features, seed):
-    """What tells the labels of 8 and more real images apart: one logistic regression for each.
-
-    features: (n, D). Returns the labels, weights (D + 1, classes), and the share of images of
-    patients left out that look most like their own label.
-    """
+    """One logistic regression for each label of 8 real images or more: (labels, (D + 1, m))."""
     keys = np.array([text_key(row.label or row.caption) for row in rows], object)
     counts = Counter(keys)
     classes = sorted(name for name in counts if name and counts[name] >= 8)
     used = np.isin(keys, classes)
     groups = np.array([row.group or row.path for row in rows])[used]
     if len(classes) < 2 or len(set(groups)) < 2:
-        return [], np.zeros((features.shape[1] + 1, 0)), None
+        return [], np.zeros((features.shape[1] + 1, 0))
     labels = (keys[used, None] == classes).astype(float)
     ones = np.ones(len(labels))
     logits, penalties = cross_validate(features[used], labels, ones, groups, seed)
-    weights = fit_logistic(features[used], labels, ones, np.median(penalties))
-    return classes, weights, float(np.mean(logits.argmax(1) == labels.argmax(1)))
+    right = np.mean(logits.argmax(1) == labels.argmax(1))
+    print(f"{len(classes)} labels; {right:.0%} of real images left out look most like their own")
+    return classes, fit_logistic(features[used], labels, ones, np.median(penalties))
 
 
 # ---------------------------------------------------------------- flags
@@ -1218,15 +1211,17 @@ def parse_args(argv=None):
         type=number(0.1, 99.9),
         help="per cent of a --mix that is generated (default: 25)",
     )
-    add = parser.add_argument_group("experts' ratings").add_argument
-    add("--rating-page", metavar="HTML", help="write a page on which an expert rates GENERATED")
+    rate = parser.add_argument_group("experts' ratings")
+    add = rate.add_argument
     add("--suggest", type=number(1, 500), metavar="N", help="only N, those that teach most")
     add("--blind", type=data_set, metavar="REAL", help="mix real images in, one in five")
     add("--rated", nargs="+", type=existing_file, default=[], metavar="CSV", help="leave these out")
-    add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
-    add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
     add("--good", type=int, choices=[2, 3], help="least rating of a good image (default: 3)")
     add("--force", action="store_true", help="write a selector in spite of objections, marked")
+    add = rate.add_mutually_exclusive_group().add_argument
+    add("--rating-page", metavar="HTML", help="write a page on which an expert rates GENERATED")
+    add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
+    add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
     how = parser.add_argument_group("how")
     add = how.add_argument
     add(
@@ -1250,15 +1245,13 @@ def parse_args(argv=None):
 
 def check_args(args):
     """What flags mean together."""
-    modes = [name for name in ("rating_page", "agreement", "fit") if getattr(args, name)]
-    if len(modes) > 1:
-        fail(f"{flag_of(modes[0])} and {flag_of(modes[1])} are two commands: give one")
-    if modes and modes != ["rating_page"] and args.generated:
-        fail(f"{flag_of(modes[0])}: takes no GENERATED, such as {args.generated}")
-    if modes == ["rating_page"] and not args.generated:
-        fail("--rating-page needs GENERATED, a folder of images")
-    if not modes and not (args.generated and args.reference):
-        fail("give GENERATED, a folder of images, and --reference, the real ones")
+    filters = not (args.rating_page or args.agreement or args.fit)
+    if args.generated and (args.agreement or args.fit):
+        fail(f"--agreement and --fit take no GENERATED, such as {args.generated}")
+    if not args.generated and (args.rating_page or filters):
+        fail("give GENERATED, a folder of images")
+    if filters and not args.reference:
+        fail("give --reference, the real images")
     needs = {
         "selector": ("min_quality", "min_alignment"),
         "mix": ("share",),
@@ -1268,17 +1261,13 @@ def check_args(args):
     for needed, names in needs.items():
         for name in names:
             if getattr(args, name) not in (None, False, []) and not getattr(args, needed):
-                fail(f"{flag_of(name)}: needs {flag_of(needed)}")
+                fail(f"--{name}: needs --{needed}".replace("_", "-"))
     if args.max_lpips is not None and args.lpips == "none":
         fail("--max-lpips: needs another --lpips than none")
     rules = ("calibrate", "drop_copies", "drop_duplicates", "selector", "keep", "mix")
-    limits = (args.max_lpips, args.min_ssim)
-    if not modes and limits == (None, None) and not any(getattr(args, name) for name in rules):
+    limited = args.max_lpips is not None or args.min_ssim is not None
+    if filters and not limited and not any(getattr(args, name) for name in rules):
         fail("nothing to filter by: give --calibrate 0.05, --drop-copies, --selector or --keep")
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
 
 
 def main(args):
