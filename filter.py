@@ -178,8 +178,6 @@ def measure_reference(
     less real than all but this share of real images. max_lpips, min_ssim: limits to the nearest.
     Real images that are too few for that, or all of one patient, are an error.
     """
-    if calibrate is not None and len(rows) < np.ceil(1 / calibrate - 1e-9) - 1:
-        fail(f"--calibrate {calibrate:g}: {len(rows)} real images are too few, see --reference")
     network = load_features(features, device)
 
     def texture_of(images):
@@ -242,6 +240,8 @@ def set_thresholds(reference, rows, alpha):
         chances = copy_chances(reference.copies, others, reference.same_patient)
         worst[chances <= copy_limit(len(rows))] = worst.max()
     reference.thresholds[""] = conformal_threshold(worst, alpha)
+    if np.isinf(reference.thresholds[""]):
+        fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")
     names = ", ".join(reference.real_scores)
     share = f"about {1 - alpha:.0%} of unseen real ones would pass"
     reference.summary.append(f"calibrated on {len(rows)} real images by {names}: {share}")
@@ -435,16 +435,13 @@ def filter_images(args):
     selector = load_selector(args.selector) if args.selector else None
     real_rows, real, all_rows, rows, pixels = read_sets(selector, args)
     wanted = args.keep or len(rows)
-    mixed = []
+    mixed = list_real(args.mix, args) if args.mix else []
     if args.mix:
-        mixed = list_real(args.mix, args)
         share = args.share or 25
         wanted = min(wanted, round(share / (100 - share) * len(mixed)))
     flags = {name: getattr(args, name) for name in REFERENCE_FLAGS}
     reference = measure_reference(real_rows, real, pick_device(args.device), **flags)
     reasons, scores, summary = decide(reference, selector, rows, pixels, wanted, args)
-    for row, quality in zip(rows, scores["quality"], strict=True):
-        row.quality = f"{quality:.4g}"
     kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     copies = name_copies(kept, mixed)
     if not args.dry_run:
@@ -452,15 +449,17 @@ def filter_images(args):
     write_decisions(out, real_rows, all_rows, rows, reasons, scores)
     if not args.dry_run:
         copy_images(out, copies)
-    if args.mix:
-        summary.append(f"mixed: {len(kept)} generated of {wanted} wanted, {len(mixed)} real images")
     body = report(rows, pixels, real, reasons, scores["nearest"], summary, args.seed)
     write_file(out / "filter.html", page("What the filter kept", body))
     print(*summary, f"kept {len(kept)} of {len(rows)} images: {args.out}", sep="\n")
+    following = ["evaluate.py", args.reference, args.generated, args.out]
     if args.mix:
-        print("next: " + command("train.py", "--data", args.out))
+        print(f"mixed with {len(mixed)} real images, {wanted} generated ones wanted")
+        following = ["train.py", "--data", args.out]
+    if kept:
+        print("next: " + command(*following))
     else:
-        print("next: " + command("evaluate.py", args.reference, args.generated, args.out))
+        print("nothing is kept: is --reference of the same kind? filter.html shows why")
 
 
 def check_folders(out, args):
@@ -502,7 +501,7 @@ def read_sets(selector, args):
 
 
 def decide(reference, selector, rows, pixels, wanted, args):
-    """All decisions: reasons ("" keeps an image), scores, and lines that say what was done."""
+    """Reasons ("" keeps an image), scores, and lines that say what was done; sets row.quality."""
     reasons, scores = reference.judge(pixels, rows)
     summary = [f"all are compared at {pixels.shape[-1]} pixels a side", *reference.summary]
     if selector:
@@ -511,6 +510,8 @@ def decide(reference, selector, rows, pixels, wanted, args):
         more, judged = selector.judge(pixels, rows, args.min_quality, args.min_alignment)
         reasons = [first or second for first, second in zip(reasons, more, strict=True)]
         scores.update(judged)
+    for row, quality in zip(rows, scores["quality"], strict=True):
+        row.quality = f"{quality:.4g}"
     texture = reference.blocks["texture"]
     vectors = texture.vectors(pixels)
     if args.drop_duplicates:
@@ -709,22 +710,18 @@ RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--
 #picture img{margin:.5rem auto;width:min(94vw,62vh)}
 button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--line);
 border-radius:.4rem;padding:.6rem 1rem;margin:.2rem;min-height:3rem}
-button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}
-progress{width:min(94vw,62vh)}#guesses,#marks{display:inline-block}
-[hidden]{display:none!important}#note{width:min(94vw,62vh)}</style>"""
+button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}[hidden]{display:none!important}
+progress,#note{width:min(94vw,62vh)}#guesses,#marks{display:inline-block}</style>"""
 RATING_BODY = """<form id="start"><p>Your name <input id="name" required> <select id="level">
 <option value="3">specialist<option value="2">resident<option value="1">student</select></p>
 <button>Start</button></form>
 <main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div>
 <div id="picture"></div><p id="text"></p>
-<div id="guesses"><button data-key="r">real (r)</button>
-<button data-key="g">generated (g)</button></div>
-<div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
-<button data-key="3">3 good</button></div>
-<input id="note" placeholder="note (n), Enter ends it"><div>
-<button data-key="u">undo (u)</button>
-<button data-key="s">skip (s)</button><button id="save">save ratings.csv</button>
-<button id="next">another rater</button></div></main>"""
+<div id="guesses"><button data-key="r">real (r)</button><button data-key="g">generated (g)</button>
+</div><div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
+<button data-key="3">3 good</button></div><input id="note" placeholder="note (n), Enter ends it">
+<div><button data-key="u">undo (u)</button><button data-key="s">skip (s)</button>
+<button id="save">save ratings.csv</button><button id="next">another rater</button></div></main>"""
 RATING_SCRIPT = r"""<script>
 const $ = id => document.getElementById(id), store = "medlora-" + PAGE;
 const bytes = Uint8Array.from(atob(FACTS), c => c.charCodeAt(0));
@@ -745,8 +742,7 @@ function show() {
   $("start").hidden = true; $("rate").hidden = false;
   $("bar").max = facts.length; $("bar").value = state.at;
   $("where").textContent = (i === undefined ? "Done" : `${state.at + 1} of ${facts.length}`)
-    + `, ${rated.length} rated`
-    + (safe ? "" : "; this browser keeps nothing: save before you close");
+    + `, ${rated.length} rated` + (safe ? "" : "; this browser keeps nothing: save before closing");
   for (const id of ["picture", "text", "guesses", "marks", "note"])
     $(id).hidden = i === undefined || id == "guesses" && !BLIND;
   if (i === undefined) return;
@@ -776,8 +772,8 @@ function table() {
   return [COLUMNS.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
 }
 document.addEventListener("keydown", e => {
-  if (e.target.id == "note" && e.key != "Enter" && e.key != "Escape") return;
-  if (e.target.id == "name") return;
+  const typing = e.target.id == "note" && e.key != "Enter" && e.key != "Escape";
+  if (typing || e.target.id == "name") return;
   if (e.repeat || e.ctrlKey || e.metaKey || e.altKey || !state) return;
   const key = e.key == "Backspace" ? "u" : e.key.toLowerCase();
   if (e.target.id == "note") $("note").blur();
@@ -884,10 +880,10 @@ def suggest(vectors, quality, done, count):
 
 def kappa(first, second):
     """Quadratically weighted kappa of two raters' ratings of the same images, (n,) each."""
-    by_chance = np.square(np.subtract.outer(first, second)).mean()
+    by_chance = np.square(np.subtract.outer(first, second)).sum() / max(1, len(first))
     if by_chance == 0:
         return float("nan")
-    return 1 - np.square(np.subtract(first, second)).mean() / by_chance
+    return 1 - np.square(first - second).sum() / by_chance
 
 
 def shared_ratings(ratings):
@@ -927,8 +923,6 @@ def agreement(args):
 def describe_agreement(both, names, seed):
     """Weighted kappa of ratings (n, 2) with its bootstrap interval, in words."""
     count = len(both)
-    if count < 2:
-        return f"{count} shared images, too few"
     value = kappa(*both.T)
     if np.isnan(value):
         return f"one and the same rating for all {count} shared images: no kappa"
@@ -984,15 +978,8 @@ def fit(args):
     if args.reference:
         real_rows, real = load_pixels(list_real(args.reference, args), size)
         classes, class_weights = fit_classes(real_rows, (describe(real) - mean) / spread, args.seed)
-    settings = (
-        size,
-        good,
-        0.5,
-        sorted(set(rated.modalities.tolist())),
-        classes,
-        warnings,
-        measured,
-    )
+    modalities = sorted(set(rated.modalities.tolist()))
+    settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
     flags = ["GENERATED", "--reference", "REAL", "--selector", args.out]
     print("next: " + command("filter.py", *flags))
@@ -1121,12 +1108,7 @@ def cross_validate(features, labels, weights, groups, seed):
     Returns logits (n, m) and the penalties (m,).
     """
     names, numbers = np.unique(groups, return_inverse=True)
-    sizes = np.zeros(5)
-    fold_of = np.zeros(len(names), int)
-    for group in draw_order(len(names), seed, "folds"):
-        fold_of[group] = sizes.argmin()
-        sizes[fold_of[group]] += (numbers == group).sum()
-    folds = fold_of[numbers]
+    folds = draw_order(len(names), seed, "folds")[numbers] % 5
     u, scale, _ = np.linalg.svd(features, full_matrices=False)
     x = u * scale  # the same fit in at most n dimensions
     logits = np.zeros((len(PENALTIES), *labels.shape))
