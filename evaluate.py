@@ -11,8 +11,11 @@ report for any browser (--out) and the same figures for programs (--json):
 {"format": 1, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "pairs": [{"generated", "train", "distance", "p"}]},
-"utility": [{"share", "auroc", "low", "high"}]}]}; with --utility also "classifiers", with --by or
-labels "subgroups". share is in percent, low and high hold 95 %; what does not apply is null.
+"subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
+"gain_high"}]}]}
+
+"utility" is of the linear probe, "classifiers" of both. share is in percent, low and high hold
+95 %, those of the gain 99 %; what does not apply is null or absent.
 """
 
 import html
@@ -41,7 +44,6 @@ from metrics import (
     command,
     copy_chances,
     copy_distances,
-    curve,
     data_set,
     existing_file,
     extract,
@@ -51,6 +53,7 @@ from metrics import (
     generator,
     has_lpips,
     kid,
+    label_list,
     list_images,
     load_features,
     load_lpips,
@@ -81,6 +84,7 @@ from metrics import (
 HALVES = 20  # random halves of the real set
 SHARES = (0, 10, 25, 50, 100, 200)  # percent of generated images added for --utility
 SEEDS = 5  # of the classifiers of --utility
+BAND_WORDS = ("excellent", "good", "fair")
 BANDS = {
     "fid": (30, 50, 100),
     "ssim_nearest": (0.8, 0.7, 0.6),
@@ -105,7 +109,7 @@ class Figure:
     lower_is_better: bool
     real_vs_real: float = None  # one half of the real images against the other, median
     same_size: float = None  # as many generated images against a half, median
-    steps: np.ndarray = np.nan  # the second less the first, (HALVES,)
+    half_gaps: np.ndarray = np.nan  # same_size less real_vs_real, half by half, (HALVES,)
     error: float = None
     band: str = None
 
@@ -131,7 +135,7 @@ def measure(name, joint, draws, halves):
         against_fake = function(joint[need], halves[1])
         figure.real_vs_real = np.median(against_real)
         figure.same_size = np.median(against_fake)
-        figure.steps = against_fake - against_real
+        figure.half_gaps = against_fake - against_real
     return figure
 
 
@@ -147,18 +151,14 @@ def units_of(groups):
     return list(units.values())
 
 
-def can_stay_whole(groups, n, m):
-    """Whether permutations can keep groups whole: five or more, none over half of a set."""
-    sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
-    return len(sizes) >= 5 and 2 * max(sizes) <= min(n, m)
-
-
-def permutation_draws(n, m, count, seed, groups=None):
+def permutation_draws(n, m, count, seed, groups=()):
     """int8 (1 + count, n + m): the sets as they are, then the pooled images divided again.
 
-    groups: a name for each image; a group stays together, an image that no longer fits is left out.
+    groups: a name for each image. Groups stay whole if there are five or more and none is over half
+    of a set; an image that no longer fits is left out.
     """
-    if groups is None or not can_stay_whole(groups, n, m):
+    sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
+    if len(sizes) < 5 or 2 * max(sizes) > min(n, m):
         groups = [""] * (n + m)
     units = units_of(groups)
     draws = np.zeros((1 + count, n + m), np.int8)
@@ -175,14 +175,13 @@ def permutation_draws(n, m, count, seed, groups=None):
     return draws
 
 
-def half_draws(n, m, count, seed, groups=None):
+def half_draws(n, m, count, seed, groups=()):
     """A random half of the real set against the other, and against as many generated images.
 
     Two int8 (count, n + m), all sides of equal size.
     """
     half = min(n, m) // 2
-    real_groups = groups[:n] if groups else None
-    splits = permutation_draws(half, n - half, count, (seed, "halves"), real_groups)[1:]
+    splits = permutation_draws(half, n - half, count, (seed, "halves"), groups[:n])[1:]
     against_real, against_fake = np.zeros((2, count, n + m), np.int8)
     for row, split in enumerate(splits):
         real = torch.randperm(n, generator=generator(seed, "half of the first set", row)).numpy()
@@ -204,7 +203,7 @@ def pooled(real, fake, standardise):
     features = np.concatenate([real, fake], dtype=np.float64)
     if standardise:
         features -= features.mean(0)
-        spread = np.sqrt(np.einsum("nd,nd->d", features, features) / len(features))
+        spread = features.std(0)
         features /= np.where(spread > 1e-9, spread, 1)
     return features
 
@@ -303,6 +302,9 @@ METRICS = {
 }
 
 
+# ---------------------------------------------------------------- what is compared
+
+
 @dataclass
 class Tools:
     """What figures are computed with."""
@@ -327,6 +329,8 @@ class ImageSet:
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     features: np.ndarray = None  # (N, D)
     all_features: np.ndarray = None  # also those of images that were not drawn
+    targets: np.ndarray = None  # (N, classes) in {0, 1}, for --utility
+    small: torch.Tensor = None  # (N, 3, 64, 64), for --utility
 
 
 def load_set(path, rows, resolution, tools):
@@ -352,7 +356,7 @@ def list_real(args):
     """The real rows to compare with, and those that are searched for copies."""
     rows = known = share_range(list_images(args.real, group_column=args.group_column))
     columns = list(rows[0].fields)
-    if args.by not in (None, "label", *columns):
+    if args.by not in ("label", *columns):
         fail(f"--by {args.by}: {args.real} has no such column (it has: {', '.join(columns)})")
     if args.split:
         read_split(rows, args.split)
@@ -365,14 +369,6 @@ def list_real(args):
     if args.train_data:
         known = share_range(list_images(args.train_data))
     return rows, known
-
-
-def list_generated(args):
-    """[(path, rows)] of the generated sets; those of checkpoints are drawn first."""
-    sets = [(path, list_images(path)) for path in args.generated]
-    if args.checkpoint:
-        sets += draw_checkpoints(args)
-    return [(path, share_range(rows)) for path, rows in sets]
 
 
 def draw_checkpoints(args):
@@ -400,7 +396,7 @@ def draw_checkpoints(args):
             sys.exit(status)
         rows = list_images(folder)  # a run of the same name may have left other prompts' images
         rows = [row for row in rows if row.caption in prompts]
-        sets.append((folder, rows[: args.num_samples]))
+        sets.append((folder, share_range(rows[: args.num_samples])))
     return sets
 
 
@@ -409,13 +405,13 @@ def draw_checkpoints(args):
 
 @dataclass
 class Copies:
-    """Generated images as near to a training image as few fresh ones would be."""
+    """Generated images as near to a real image as few fresh ones would be."""
 
     count: int | None  # None: they were not looked for
     chance: float  # of so many or more, binomial
     sentence: str
     pairs: list  # the 12 nearest, as in the JSON
-    numbers: list  # (generated, training) image of each pair
+    numbers: list  # (generated, known) image of each pair
 
 
 @dataclass
@@ -424,11 +420,41 @@ class Entry:
 
     fake: ImageSet
     real: ImageSet
+    known: ImageSet  # what was searched for copies
     metrics: dict  # name: Figure
     copies: Copies
-    subgroups: list
-    utility: dict = None
-    section: str = ""  # HTML
+    subgroups: list  # as in the JSON
+    utility: dict = None  # classifier: list of doses, as in the JSON
+
+
+def evaluate_set(real, fake, known, tools):
+    """The Entry of a generated set."""
+    args, network = tools.args, tools.network
+    copies = find_copies(known, fake)  # the largest matrices come and go first
+    joint = collect_matrices(real, fake, tools)
+    n, m = len(real.rows), len(fake.rows)
+    groups = [row.group for row in real.rows + fake.rows]
+    draws = permutation_draws(n, m, args.permutations, args.seed, groups)
+    halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
+    features = joint["features"]["features"]
+    figures = {}
+    for name in tools.names:
+        figure = measure(name, joint, draws, halves)
+        if name == "kid":
+            figure.error = kid(features[:n], features[n:])[1]
+        if name == "frechet" and len(real.all_features) + len(fake.all_features) > n + m:
+            every = pooled(real.all_features, fake.all_features, network.standardise)
+            count = len(real.all_features)
+            figure.value = frechet(every[:count], every[count:])
+        if name == "frechet" and network.published and network.head is not None:
+            name = "fid"
+        figure.band = band(args.bands.get(name), figure)
+        figures[name] = figure
+    subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
+    entry = Entry(fake, real, known, figures, copies, subgroups)
+    if args.utility:
+        entry.utility = measure_utility(real, known, fake, tools)
+    return entry
 
 
 def collect_matrices(real, fake, tools):
@@ -439,11 +465,9 @@ def collect_matrices(real, fake, tools):
     if "lpips" in needs:  # first: it takes the most memory
         joint["lpips"] = lpips_matrix(pixels, tools.lpips, tools.device, tools.args.batch_size)
     joint["features"] = joint_matrices(real.features, fake.features, tools.network.standardise)
-    if "colour" in needs:
-        joint["colour"] = {"features": pooled(colour(real.pixels), colour(fake.pixels), True)}
-    if "grain" in needs:
-        measured = [np.array([row.measured[1] for row in images.rows]) for images in (real, fake)]
-        joint["grain"] = {"features": pooled(*measured, True)}
+    joint["colour"] = {"features": pooled(colour(real.pixels), colour(fake.pixels), True)}
+    grains = [[row.measured[1] for row in images.rows] for images in (real, fake)]
+    joint["grain"] = {"features": pooled(*grains, True)}
     if "ssim" in needs:
         joint["ssim"] = ssim_matrix(pixels, pixels, tools.device)
     if "logits" in needs:
@@ -451,31 +475,42 @@ def collect_matrices(real, fake, tools):
     return joint
 
 
-def find_copies(known, fake, kind):
-    """Generated images nearer to a training image than those of two patients are to one another."""
+def band(limits, figure):
+    """excellent, good, fair or poor; None without limits."""
+    if limits is None:
+        return None
+    sign = 1 if figure.lower_is_better else -1
+    for word, limit in zip(BAND_WORDS, limits, strict=True):
+        if sign * figure.value <= sign * limit:
+            return word
+    return "poor"
+
+
+def find_copies(known, fake):
+    """Generated images nearer to a known image than those of two patients are to one another."""
     same = same_unit([row.group for row in known.rows])
     for i, j, _ in near_duplicates(known.pixels):  # a picture stored twice is one
         same[i, j] = same[j, i] = True
     n, m = len(known.rows), len(fake.rows)
     if n < 3 or same.all(1).any():
-        text = "Copies were not looked for: it takes training images of three patients or more."
+        text = "Copies were not looked for: it takes real images of three patients or more."
         return Copies(None, 1.0, text, [], [])
     distances = copy_distances(fake.pixels, known.pixels)
     p = copy_chances(copy_distances(known.pixels, known.pixels), distances, same)
     limit = max(0.01, 2 / (n + 1))
     count = int((p <= limit).sum())
     chance = binom.sf(count - 1, m, limit)
-    text = f"{count} of {m} generated images lie as near to one of {n} {kind} images as 1 in "
-    text += f"{1 / limit:.0f} fresh ones would; {digits(limit * m, 2)} expected "
-    text += f"(p {digits(chance, 2)}): "
-    text += "likely copies, look at the pairs." if chance <= 0.01 else "no sign of copying."
-    copies = Copies(count, chance, text, [], [])
+    expected = f"{digits(limit * m, 2)} expected, p {digits(chance, 2)}"
+    advice = "likely copies, look at the pairs" if chance <= 0.01 else "no sign of copying"
+    text = f"{count} of {m} generated images lie as near to one of {n} real images as 1 in "
+    text += f"{1 / limit:.0f} fresh ones would ({expected}): {advice}."
     index, distance = nearest(distances)
-    for i in np.lexsort((distance, p))[:12]:
-        pair = {"generated": fake.rows[i].file_name, "train": known.rows[index[i]].file_name}
-        copies.pairs.append(pair | {"distance": float(distance[i]), "p": p[i]})
-        copies.numbers.append((i, index[i]))
-    return copies
+    numbers = [(i, index[i]) for i in np.lexsort((distance, p))[:12]]
+    pairs = []
+    for i, j in numbers:
+        names = {"generated": fake.rows[i].file_name, "train": known.rows[j].file_name}
+        pairs.append(names | {"distance": float(distance[i]), "p": p[i]})
+    return Copies(count, chance, text, pairs, numbers)
 
 
 def may_be_copies(entry):
@@ -493,10 +528,10 @@ def may_be_copies(entry):
 def subgroups_of(row, column):
     """The subgroups of an image: its findings one by one, an age as its decade."""
     text = row.label if column == "label" else row.fields.get(column, "")
-    if column.lower() == "age":
-        decades = [int(years) // 10 * 10 for years in re.findall("[0-9]+", text)[:1]]
-        return [f"{decade}–{decade + 9}" for decade in decades]
-    return [part.strip() for part in text.split("|") if part.strip()]
+    if column.lower() != "age":
+        return label_list(text)
+    decades = [int(years) // 10 * 10 for years in re.findall("[0-9]+", text)]
+    return [f"{decade}–{decade + 9}" for decade in decades[:1]]
 
 
 def subgroup_masks(rows, column):
@@ -515,9 +550,10 @@ def measure_subgroups(features, real_rows, fake_rows, column, least=10):
     """
     real, fake = features[: len(real_rows)], features[len(real_rows) :]
     fake_masks = subgroup_masks(fake_rows, column)
+    all_or_none = np.full(len(fake), not fake_masks)
     found = []
     for name, inside in subgroup_masks(real_rows, column).items():
-        same = fake_masks.get(name, np.full(len(fake), not fake_masks))
+        same = fake_masks.get(name, all_or_none)
         if min(inside.sum(), same.sum()) < least:
             continue
         value, error = kid(real[inside], fake[same])
@@ -527,51 +563,87 @@ def measure_subgroups(features, real_rows, fake_rows, column, least=10):
     return found
 
 
-def evaluate_set(real, fake, known, tools):
-    """The Entry of a generated set; known: the set that is searched for copies."""
-    args, network = tools.args, tools.network
-    kind = "training" if args.split or args.train_data else "real"
-    copies = find_copies(known, fake, kind)  # the largest matrices come and go first
-    joint = collect_matrices(real, fake, tools)
-    n, m = len(real.rows), len(fake.rows)
-    groups = [row.group for row in real.rows + fake.rows]
-    draws = permutation_draws(n, m, args.permutations, args.seed, groups)
-    halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
-    features = joint["features"]["features"]
-    by = measure_subgroups(features, real.rows, fake.rows, args.by or "label")
-    entry = Entry(fake, real, {}, copies, by)
-    for name in tools.names:
-        figure = measure(name, joint, draws, halves)
-        if name == "kid":
-            figure.error = kid(features[:n], features[n:])[1]
-        if name == "frechet" and len(real.all_features) + len(fake.all_features) > n + m:
-            figure.value = frechet_of_all(real, fake, network.standardise)
-        if name == "frechet" and network.published and network.head is not None:
-            name = "fid"
-        figure.band = band(args.bands.get(name), figure)
-        entry.metrics[name] = figure
-    if args.utility:
-        entry.utility = measure_utility(real, known, fake, tools)
-    entry.section = set_section(entry, known, args)
-    return entry
-
-
-def frechet_of_all(real, fake, standardise):
-    """The Frechet distance of all images of both sets, drawn or not."""
-    features = pooled(real.all_features, fake.all_features, standardise)
-    return frechet(*np.split(features, [len(real.all_features)]))
-
-
-def band(limits, figure):
-    """excellent, good, fair or poor; None without limits."""
-    for word, limit in zip(("excellent", "good", "fair"), limits or (), strict=bool(limits)):
-        gap = figure.value - limit
-        if gap <= 0 if figure.lower_is_better else gap >= 0:
-            return word
-    return "poor" if limits else None
-
-
 # ---------------------------------------------------------------- do they help a classifier?
+
+
+def measure_utility(real, known, fake, tools):
+    """What each dose of generated images does to a classifier: {classifier: doses of the JSON}."""
+    train, test, fake = utility_sets(real, known, fake, tools)
+    weights = resamples(test.rows, tools.args.seed)
+    results = {}
+    for name, found in fit_classifiers(train, test, fake, weights, tools.args.seed).items():
+        results[name] = []
+        for share, auroc in found.items():
+            gain = auroc - found[0]
+            low, high = np.nanquantile(auroc[1:], (0.025, 0.975))
+            dose = {"share": share, "auroc": auroc[0], "low": low, "high": high, "gain": gain[0]}
+            low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
+            results[name].append(dose | {"gain_low": low, "gain_high": high})
+    return results
+
+
+def utility_sets(real, known, fake, tools, least=5):
+    """Training, test and generated images with `features`, `small` and `targets`.
+
+    A class is a finding that `least` images of each show, and as many real ones lack.
+    """
+    sets = [known, real, fake]
+    if not tools.args.split:
+        split_rows(real.rows, 0.3)
+        held_out = np.array([row.split == "val" for row in real.rows])
+        sets = [subset(real, ~held_out), subset(real, held_out), fake]
+    masks = [subgroup_masks(images.rows, "label") for images in sets]
+    classes = []
+    for name in masks[0]:
+        if all(name in part and part[name].sum() >= least for part in masks):
+            if all((~part[name]).sum() >= least for part in masks[:2]):
+                classes.append(name)
+    if not classes:
+        counts = f"{least} training, {least} held-out and {least} generated images"
+        fail(f"--utility: no label that {counts} have and others lack: {', '.join(masks[0])[:200]}")
+    for images, part in zip(sets, masks, strict=True):
+        images.targets = np.stack([part[name] for name in classes], 1).astype(float)
+        pixels = images.pixels.to(tools.device) / 64 - 2
+        images.small = nn.functional.interpolate(pixels, (64, 64), mode="area")
+        if images.features is None:
+            images.features = tools.extract(images.pixels)
+    return sets
+
+
+def subset(images, mask):
+    """The images of a set where the mask is True."""
+    rows = [images.rows[i] for i in np.flatnonzero(mask)]
+    return ImageSet(images.path, rows, images.pixels[mask], images.features[mask])
+
+
+def fit_classifiers(train, test, fake, weights, seed, steps=200):
+    """{classifier: {share: AUROC under each row of weights (B,), mean over SEEDS}}."""
+    shares = [share for share in SHARES if share * len(train.rows) <= 100 * len(fake.rows)]
+    zeros = np.zeros(len(weights))
+    found = {name: dict.fromkeys(shares, zeros) for name in ("linear probe", "small CNN")}
+    for repeat in tqdm(range(SEEDS), desc="utility", disable=None):
+        order = torch.randperm(len(fake.rows), generator=generator(seed, "added", repeat))
+        for share in shares:
+            added = order[: share * len(train.rows) // 100]
+            features = np.concatenate([train.features, fake.features[added]])
+            small = torch.cat([train.small, fake.small[added]])
+            targets = np.concatenate([train.targets, fake.targets[added]])
+            probe = linear_probe(features, targets)
+            cnn = small_cnn(small, targets, steps, (seed, repeat))
+            scores = {"linear probe": probe(test.features), "small CNN": cnn(test.small)}
+            for name in found:
+                auroc = aurocs(scores[name], test.targets, weights)
+                found[name][share] = found[name][share] + auroc / SEEDS
+    return found
+
+
+def linear_probe(features, targets):
+    """Ridge regression on z-scored features (N, D); returns features -> scores (M, classes)."""
+    mean, spread = features.mean(0), features.std(0) + 1e-6
+    x = (features - mean) / spread
+    gram = x.T @ x + x.shape[1] * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, x.T @ (targets - targets.mean(0)))
+    return lambda other: (other - mean) / spread @ weights
 
 
 def small_cnn(images, targets, steps, seed):
@@ -597,139 +669,32 @@ def small_cnn(images, targets, steps, seed):
     return lambda x: torch.cat([net(part) for part in x.split(256)]).double().cpu().numpy()
 
 
-def linear_probe(features, targets):
-    """Ridge regression on z-scored features (N, D); returns features -> scores (M, classes)."""
-    mean, spread = features.mean(0), features.std(0) + 1e-6
-    x = (features - mean) / spread
-    gram = x.T @ x + x.shape[1] * np.eye(x.shape[1])
-    weights = np.linalg.solve(gram, x.T @ (targets - targets.mean(0)))
-    return lambda other: (other - mean) / spread @ weights
-
-
-def utility_sets(real, known, fake, tools, least=5):
-    """Training, test and generated images with `features`, `small` and `targets` (N, classes).
-
-    A class is a finding that `least` images of each show, and as many real ones lack.
-    """
-    sets = [known, real, fake]
-    if not tools.args.split:
-        split_rows(real.rows, 0.3)
-        held_out = np.array([row.split == "val" for row in real.rows])
-        sets = [subset(real, ~held_out), subset(real, held_out), fake]
-    masks = [subgroup_masks(images.rows, "label") for images in sets]
-    classes = []
-    for name in masks[0]:
-        if all(name in part and part[name].sum() >= least for part in masks):
-            if all((~part[name]).sum() >= least for part in masks[:2]):
-                classes.append(name)
-    if not classes:
-        counts = f"{least} training, {least} held-out and {least} generated images"
-        fail(f"--utility: no label that {counts} have and others lack: {', '.join(masks[0])[:200]}")
-    for images, part in zip(sets, masks, strict=True):
-        images.targets = np.stack([part[name] for name in classes], 1).astype(float)
-        images.small = nn.functional.interpolate(
-            images.pixels.to(tools.device) / 64 - 2, (64, 64), mode="area"
-        )
-        if images.features is None:
-            images.features = tools.extract(images.pixels)
-    return sets
-
-
-def subset(images, mask):
-    """The images of a set where the mask is True."""
-    rows = [images.rows[i] for i in np.flatnonzero(mask)]
-    return ImageSet(images.path, rows, images.pixels[mask], images.features[mask])
-
-
-def fit_classifiers(train, test, fake, seed, steps=200):
-    """How often pairs of test images are ordered right, whose mean is the AUROC, over all seeds.
-
-    {classifier: {share: [(positive, negative) images of each class]}}
-    """
-    found = {"linear probe": {}, "small CNN": {}}
-    classes = train.targets.shape[1]
-    for repeat in tqdm(range(SEEDS), desc="utility", disable=None):
-        order = torch.randperm(len(fake.rows), generator=generator(seed, "added", repeat))
-        for share in SHARES:
-            count = share * len(train.rows) // 100
-            if share * len(train.rows) > 100 * len(fake.rows):
-                break
-            features = np.concatenate([train.features, fake.features[order[:count]]])
-            small = torch.cat([train.small, fake.small[order[:count]]])
-            targets = np.concatenate([train.targets, fake.targets[order[:count]]])
-            probe = linear_probe(features, targets)
-            cnn = small_cnn(small, targets, steps, (seed, repeat))
-            scores = {"linear probe": probe(test.features), "small CNN": cnn(test.small)}
-            for name, values in scores.items():
-                ordered = found[name].setdefault(share, [0] * classes)
-                for k, positive in enumerate(test.targets.T > 0):
-                    gap = values[positive, k][:, None] - values[~positive, k]
-                    ordered[k] = ordered[k] + np.heaviside(gap, 0.5) / SEEDS
-    return found
-
-
-def aurocs(ordered, targets, weights):
-    """The AUROC, averaged over classes that have both kinds, under each row of weights: (B,)."""
+def aurocs(scores, targets, weights):
+    """AUROC of scores (N, classes), mean over classes, under each row of weights (B, N): (B,)."""
     total, count = np.zeros((2, len(weights)))
-    for pairs, positive in zip(ordered, targets.T > 0, strict=True):
+    for score, positive in zip(scores.T, targets.T > 0, strict=True):
+        ordered = np.heaviside(score[positive][:, None] - score[~positive], 0.5)
         a, b = weights[:, positive], weights[:, ~positive]
         weight = a.sum(1) * b.sum(1)
-        total += ((a @ pairs) * b).sum(1) / np.maximum(weight, 1)
-        count += weight > 0
+        total += ((a @ ordered) * b).sum(1) / np.maximum(weight, 1)
+        count += weight > 0  # of classes that have both kinds
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def resamples(rows, seed, count=1000):
     """(1 + count, N): how often each image counts; all once, then bootstraps of whole patients."""
     units = units_of([row.group for row in rows])
+    unit_of = np.zeros(len(rows), int)
+    for k, unit in enumerate(units):
+        unit_of[unit] = k
     drawn = torch.randint(len(units), (count, len(units)), generator=generator(seed, "bootstrap"))
     weights = np.ones((1 + count, len(rows)))
     for weight, picked in zip(weights[1:], drawn.numpy(), strict=True):
-        times = np.bincount(picked, minlength=len(units))
-        for unit, count in zip(units, times, strict=True):
-            weight[unit] = count
+        weight[:] = np.bincount(picked, minlength=len(units))[unit_of]
     return weights
 
 
-def measure_utility(real, known, fake, tools):
-    """What generated images add to a classifier: {classifier: rows of the JSON} and sentences."""
-    train, test, fake = utility_sets(real, known, fake, tools)
-    weights = resamples(test.rows, tools.args.seed)
-    results, sentences = {}, []
-    for classifier, shares in fit_classifiers(train, test, fake, tools.args.seed).items():
-        values = {
-            share: aurocs(ordered, test.targets, weights) for share, ordered in shares.items()
-        }
-        doses = []
-        for share, auroc in values.items():
-            low, high = np.nanquantile(auroc[1:], (0.025, 0.975))
-            dose = {"share": share, "auroc": auroc[0], "low": low, "high": high}
-            gain = auroc - values[0]
-            low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
-            doses.append(dose | {"gain": gain[0], "gain_low": low, "gain_high": high})
-        results[classifier] = doses
-        sentences.append(f"{classifier}: {dose_sentence(doses, values)}")
-    return results, sentences
-
-
-def dose_sentence(doses, values):
-    """Whether any dose helps, and where more of it stops helping, by intervals of 99 %."""
-    if len(doses) == 1:
-        return "too few generated images for a dose"
-    alone = f"{doses[0]['auroc']:.3f}"
-    best = max(doses[1:], key=lambda dose: dose["gain"])
-    reached = f"{best['auroc']:.3f} with {best['share']} % generated images"
-    if best["gain_low"] <= 0:
-        text = f"no gain (AUROC {alone} on real images alone, at best {reached}, within chance)"
-        harmful = [dose["share"] for dose in doses[1:] if dose["gain_high"] < 0]
-        return text + f"; from {harmful[0]} % on they do harm" if harmful else text
-    interval = f"99 % interval {best['gain_low']:.3f} to {best['gain_high']:.3f}"
-    text = f"AUROC rises from {alone} to {reached} (gain {best['gain']:.3f}, {interval})"
-    for dose in doses[1:-1]:
-        more = values[best["share"]] - values[dose["share"]]
-        if np.nanquantile(more, 0.005) <= 0:
-            return text + f"; more than {dose['share']} % adds nothing: stop at {dose['share']} %"
-    return text
+# ---------------------------------------------------------------- in words
 
 
 def digits(value, count=3, sign=""):
@@ -746,36 +711,37 @@ HEADER = ["metric", "better", "value", "band", "by chance: median [95 %]", "exce
 HEADER += ["p_low", "real halves", "same size"]
 
 
-def figure_rows(entry, permutations):
+def figure_rows(entry):
     """The figures as text, under HEADER."""
     rows = []
     for name, f in entry.metrics.items():
-        error = f" ± {digits(f.error, 2)}" if f.error is not None else ""
+        value = digits(f.value, 4)
+        if f.error is not None:
+            value += f" ± {digits(f.error, 2)}"
         chance = f"{digits(f.null)} [{digits(f.null_low)} – {digits(f.null_high)}]"
-        row = [name, "lower" if f.lower_is_better else "higher", digits(f.value, 4) + error]
-        row += [f.band or "–", chance, digits(f.excess, sign="+")]
-        for p in (f.p_high, f.p_low):
-            row.append(f"≤{p:.2g}" if p <= 1 / (1 + permutations) else f"{p:.2g}")
+        better = "lower" if f.lower_is_better else "higher"
+        row = [name, better, value, f.band or "–", chance, digits(f.excess, sign="+")]
+        row += [f"{f.p_high:.2g}", f"{f.p_low:.2g}"]
         rows.append([*row, digits(f.real_vs_real), digits(f.same_size)])
     return rows
 
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    main, figure = next(iter(entry.metrics.items()))
+    first, figure = next(iter(entry.metrics.items()))
     worse = {name for name, figure in entry.metrics.items() if figure.p_high <= 0.05}
     much_worse = {name for name, figure in entry.metrics.items() if figure.p_high <= 0.01}
-    values = f"{main} is {digits(figure.excess + figure.null)}, chance alone gives "
-    values += f"{digits(figure.null)} (p_high {figure.p_high:.2g})"
+    drawn_value = figure.null + figure.excess  # figure.value may be of more images
+    values = f"{first} is {digits(drawn_value)}, chance alone gives {digits(figure.null)}"
+    values += f" (p_high {figure.p_high:.2g})"
     text = []
-    if not may_be_copies(entry) and main not in worse:
-        text.append("At this number of images they cannot be told from the real ones:")
-        text.append(values + ".")
-    elif may_be_copies(entry) and figure.p_low <= 0.01:
+    if may_be_copies(entry) and figure.p_low <= 0.01:
         text.append(f"They may be copies, closer to the real ones than fresh images are: {values}.")
     elif may_be_copies(entry):
         text.append("They may be copies: too many lie closer to a real one than fresh images do.")
-    if main in worse:  # only then: of ten figures one is often low by chance
+    elif first not in worse:
+        text.append(f"They cannot be told from the real ones at this number of images: {values}.")
+    if first in worse:  # only then: of ten figures one is often low by chance
         text.append(f"These images can be told from the real ones: {values}.")
         if "precision" in worse:
             text.append("Many of them look like no real image (precision).")
@@ -785,12 +751,25 @@ def verdict(entry):
         text.append("Their colours differ from the real ones'.")
     if "grain" in much_worse:
         text.append("Their sharpness, noise or JPEG blocks differ from the real ones' as stored.")
-    if entry.utility:
-        text.append(f"Do they help a classifier? {'; '.join(entry.utility[1])}.")
+    for classifier, doses in (entry.utility or {}).items():
+        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
     text.append(entry.copies.sentence)
-    if min(len(entry.real.rows), len(entry.fake.rows)) < 50:
-        text.append("With fewer than 50 images only gross differences show.")
     return " ".join(text)
+
+
+def dose_sentence(doses):
+    """Whether any dose helps, by its interval of 99 %, and the best one."""
+    if len(doses) == 1:
+        return "too few generated images for a dose"
+    best = max(doses[1:], key=lambda dose: dose["gain"])
+    text = f"AUROC rises from {doses[0]['auroc']:.3f} to {best['auroc']:.3f}"
+    text += f" with {best['share']} % generated images"
+    text += f" (99 % of the gain: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
+    if best["gain_low"] <= 0:
+        return f"no gain ({text} at best, within chance)"
+    if best is not doses[-1]:
+        text += "; stop there, more adds nothing"
+    return text
 
 
 def rank_key(entry):
@@ -809,57 +788,60 @@ def ranking(entries):
     name, first = next(iter(entries[0].metrics.items()))
     for entry in entries:
         figure = entry.metrics[name]
+        gap = abs(figure.excess - first.excess)
         note = "noise: not told apart from the first"
         if may_be_copies(entry):
             note = "may be copies"
         elif figure is first:
             note = "the first"
-        elif abs(figure.excess - first.excess) > 1.96 * np.std(figure.steps - first.steps):
+        elif gap > 1.96 * np.std(figure.half_gaps - first.half_gaps):
             note = "worse"
-        excess = f"{digits(figure.excess, sign='+')} ± {digits(1.96 * np.std(figure.steps), 2)}"
+        error = 1.96 * np.std(figure.half_gaps)
+        excess = f"{digits(figure.excess, sign='+')} ± {digits(error, 2)}"
         rows.append([entry.fake.path, len(entry.fake.rows), excess, note])
     return ["set", "images", f"{name}: excess ± 95 %", ""], rows
 
 
-def caveats(settings):
-    """Which networks the figures rest on, and whether published figures may stand next to them."""
-    text = f"features {settings['features']}"
-    if not settings["comparable"]["features"]:
-        text += " (not comparable with published figures)"
-    if settings["lpips"]:
-        text += f"; lpips {settings['lpips']}"
-    return text
-
-
-METHODS = """Real images: {real}. Generated images: {generated}. All were cropped to their central
-square and resized to {resolution} pixels (Lanczos); {resize} resizing before the network.
-{caveats}. SSIM at 64 pixels, grey; grain of the files as stored. Precision and recall with 3
-neighbours, density and coverage with 5; Inception Score in one split. Copies: correlation of
-16-pixel thumbnails over mirror images and 90 % crops, conformal p-values of the distance and of its
-ratio to the second nearest. Null: {permutations} permutations of the pooled images, {patients},
-seed {seed}; excess is the value less the null's median. Of a set with more than {max_images} images
-so many were drawn by the seed; the Frechet value alone is that of all. “Real halves” is the median
-over {halves} random halves of the real set against each other, “same size” that of as many
-generated images against a half: these two may be compared; the ranking's intervals come from the
-spread over these halves.{utility} {versions}, on {device}. Not for diagnosis."""
-UTILITY_METHODS = """ Utility: ridge regression on the features and a convolutional network of three
-layers (200 steps of 32 images at 64 pixels, whatever the dose), {seeds} paired seeds, tested on
-held-out real images{held_out}; intervals from 1000 bootstraps of whole patients."""
+def print_table(header, rows):
+    """Print a table as plain text."""
+    rows = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
 
 
 # ---------------------------------------------------------------- the report
 
 GUIDE = """<h2>How to read the table</h2><p>Two samples of the same patients' images never score
-zero: at a hundred images chance alone moves every figure. So each value stands next to what chance
-gives when both sets are pooled and divided again, whole patients together. <b>excess</b> is what is
-left. <b>p_high</b> is how often chance is as bad or worse: under 0.05, the sets differ.
-<b>p_low</b> is how often chance is as good or better: under 0.01, the images are closer than fresh
-ones would be, as copies are. <b>frechet, kid</b>: distance of the two sets; <b>colour</b>: the same
-of their colours, <b>grain</b> of the files as stored: sharpness, noise, JPEG's blocks (another
-format or size shows here). <b>precision, density</b>: generated images that look real. <b>recall,
+zero: at a hundred images chance alone moves every figure, and with fewer than 50 only gross
+differences show. So each value stands next to what chance gives when both sets are pooled and
+divided again. <b>excess</b> is what is left. <b>p_high</b> is how often chance is as bad or worse:
+under 0.05, the sets differ. <b>p_low</b> is how often chance is as good or better: under 0.01, the
+images are closer than fresh ones would be, as copies are. <b>frechet, kid</b>: distance of the two
+sets; <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored: sharpness,
+noise, JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>recall,
 coverage</b>: real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest real image,
 and of generated images to one another. <b>band</b>: by a fixed table; compare it with what the real
 images score against one another (real halves).</p>"""
+
+METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central square and resized to
+{resolution} pixels (Lanczos); {resize} resizing before the network {features}, LPIPS {lpips}, SSIM
+at 64 pixels, grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception
+Score in one split. Copies: correlation of 16-pixel thumbnails over mirror images and 90 % crops,
+conformal p-values of the distance and of its ratio to the second nearest. Null: {permutations}
+permutations, patients whole where there are five or more and none has over half of a set, seed
+{seed}; excess is the value less the null's median. Of more than {max_images} images so many were
+drawn; the Frechet value alone is of all. Real halves: median over 20 random halves of the real set
+against each other; same size: of as many generated images against a half. Utility: ridge regression
+on the features and a network of three layers (200 steps of 32 images at 64 pixels), 5 paired seeds,
+tested on the held-out images of --split (no --split: on 30 % of the real ones, which the generator
+may know); 1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
+
+
+def paragraph(text, kind=""):
+    """HTML: a paragraph of plain text."""
+    return f'<p class="{kind}">{html.escape(text)}</p>'
 
 
 def records_table(records):
@@ -870,95 +852,45 @@ def records_table(records):
     return table(records[0], rows)
 
 
-def set_section(entry, known, args):
+def set_section(entry, args):
     """HTML: one generated set's part of the report."""
     real, fake = entry.real, entry.fake
-    parts = [f"<h2>{html.escape(fake.path)}</h2>"]
-    parts.append(f'<p class="verdict">{html.escape(verdict(entry))}</p>')
-    parts.append(table(HEADER, figure_rows(entry, args.permutations)))
+    parts = [f"<h2>{html.escape(fake.path)}</h2>", paragraph(verdict(entry), "verdict")]
+    parts.append(table(HEADER, figure_rows(entry)))
     if entry.utility:
-        doses, sentences = entry.utility
-        parts.append(
-            f"<h3>Do they help a classifier?</h3><p>{html.escape('; '.join(sentences))}</p>"
-        )
-        lines = {}
-        for name in doses:
-            lines[name] = [(dose["share"], dose["auroc"]) for dose in doses[name]]
-            parts.append(f"<p>{name}; 95 % of the AUROC, 99 % of the gain</p>")
-            parts.append(records_table(doses[name]))
-        parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
-    parts.append("<h3>Generated left, its nearest image right</h3><p>“No sign” is no guarantee of")
-    parts.append("privacy. p: how often a fresh image would be as near.</p>")
+        parts.append("<h3>Do they help a classifier?</h3>")
+        for name, doses in entry.utility.items():
+            parts.append(paragraph(f"{name}; 95 % of the AUROC, 99 % of the gain"))
+            parts.append(records_table(doses))
+    parts.append("<h3>Generated left, its nearest image right</h3>")
+    parts.append(paragraph("No guarantee of privacy. p: how often a fresh image would be as near."))
     for pair, (i, j) in zip(entry.copies.pairs, entry.copies.numbers, strict=True):
-        both = thumbnail(fake.pixels[i], 128) + thumbnail(known.pixels[j], 128)
+        both = thumbnail(fake.pixels[i], 128) + thumbnail(entry.known.pixels[j], 128)
         text = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}<br>"
         text += html.escape(pair["generated"]) + "<br>" + html.escape(pair["train"])
-        parts.append(
-            f'<figure><div class="grid">{both}</div><figcaption>{text}</figcaption></figure>'
-        )
+        caption = f"<figcaption>{text}</figcaption>"
+        parts.append(f'<figure><div class="grid">{both}</div>{caption}</figure>')
     for title, images in (("Real", real), ("Generated", fake)):
         order = torch.randperm(len(images.rows), generator=generator(args.seed, "shown")).tolist()
         shown = [thumbnail(images.pixels[i], 128) for i in sorted(order[:24])]
         parts.append(f"<h3>{title}: {len(shown)} of {len(images.rows)}</h3>")
         parts.append(f'<div class="grid">{"".join(shown)}</div>')
     if entry.subgroups:
-        parts.append(f"<h3>By {html.escape(args.by or 'label')}</h3>")
+        parts.append(f"<h3>By {html.escape(args.by)}</h3>")
         parts.append(records_table(entry.subgroups))
     return "\n".join(parts)
 
 
-def methods(args, settings, entries):
-    """The paragraph for a paper or an ethics board."""
-    groups = [row.group for row in entries[0].real.rows]
-    patients = "patients unknown or too few to be kept whole"
-    if can_stay_whole(groups, len(groups), min(len(entry.fake.rows) for entry in entries)):
-        patients = "whole patients kept together"
-    utility = ""
-    if args.utility:
-        held_out = "" if args.split else " (30 %, which the generator may know: no --split)"
-        utility = UTILITY_METHODS.format(seeds=SEEDS, held_out=held_out)
-    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
-    words = {"real": described(entries[0].real), "patients": patients, "utility": utility}
-    words["generated"] = "; ".join(described(entry.fake) for entry in entries)
-    words |= {"halves": HALVES, "caveats": caveats(settings), "versions": versions}
-    return METHODS.format(**settings | words)
-
-
-def described(images):
-    """A set in words: path, number of images and patients, hash."""
-    patients = len({row.group for row in images.rows if row.group}) or "unknown"
-    digest = set_hash(images.rows)[:12]
-    return f"{images.path}, {len(images.rows)} of {patients} patients (SHA-256 {digest})"
-
-
 def write_report(args, settings, entries):
     """Write --out: ranking where there are several sets, a section for each set, guide, methods."""
-    body = [f'<p class="soft">{html.escape(caveats(settings))}</p>']
+    body = [paragraph(caveats(settings), "soft")]
     if len(entries) > 1:
         body.append("<h2>Ranking, by excess over chance; copies last</h2>")
         body.append(table(*ranking(entries)))
-    body += [entry.section for entry in entries]
-    body += [GUIDE, "<h2>How it was made</h2>"]
-    body.append(f"<p>{html.escape(methods(args, settings, entries))}</p>")
-    body.append(f'<p class="soft">{html.escape(command("evaluate.py", *sys.argv[1:]))}</p>')
+    body += [set_section(entry, args) for entry in entries]
+    body += [GUIDE, "<h2>How it was made</h2>", paragraph(METHODS.format(**settings))]
+    body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
     write_file(args.out, page("Generated against real images", "\n".join(body)))
-
-
-def print_entry(entry, args):
-    """Print the figures of a generated set and what they say."""
-    counts = f"{len(entry.fake.rows)} generated against {len(entry.real.rows)} real images"
-    print(f"\n{entry.fake.path}: {counts}")
-    print_table(HEADER, figure_rows(entry, args.permutations))
-    print(verdict(entry))
-
-
-def print_table(header, rows):
-    """Print a table as plain text."""
-    rows = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
 
 
 JSON_KEYS = "value null null_low null_high excess p_high p_low real_vs_real band".split()
@@ -968,18 +900,15 @@ def write_json(args, settings, entries):
     """Write --json, in the form that the docstring gives."""
     generated = []
     for entry in entries:
-        result = {"path": entry.fake.path, "n": len(entry.fake.rows), "metrics": {}}
+        figures = {}
         for name, figure in entry.metrics.items():
-            result["metrics"][name] = {key: getattr(figure, key) for key in JSON_KEYS}
-        pairs = entry.copies.pairs
-        result["memorisation"] = {"likely_copies": entry.copies.count, "pairs": pairs}
+            figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
+        copies = {"likely_copies": entry.copies.count, "pairs": entry.copies.pairs}
+        result = {"path": entry.fake.path, "n": len(entry.fake.rows), "metrics": figures}
+        result |= {"memorisation": copies, "subgroups": entry.subgroups}
         if entry.utility:
-            result["classifiers"] = entry.utility[0]
-            keys = ("share", "auroc", "low", "high")
-            doses = entry.utility[0]["linear probe"]
-            result["utility"] = [{key: dose[key] for key in keys} for dose in doses]
-        if entry.subgroups:
-            result["subgroups"] = entry.subgroups
+            result["utility"] = entry.utility["linear probe"]
+            result["classifiers"] = entry.utility
         generated.append(result)
     real = {"path": args.real, "n": len(entries[0].real.rows)}
     content = {"format": 1, "settings": settings, "real": real, "generated": generated}
@@ -1005,7 +934,7 @@ def bands_table(path):
     bands = {}
     try:
         for row in read_table(path):
-            limits = [float(row[word]) for word in ("excellent", "good", "fair")]
+            limits = [float(row[word]) for word in BAND_WORDS]
             bands[row["metric"].replace("-", "_")] = limits
     except (KeyError, ValueError):
         fail(f"--bands {path}: needs metric,excellent,good,fair, the last three numbers")
@@ -1039,7 +968,7 @@ def parse_args():
     columns = "table metric,excellent,good,fair instead of the default"
     add("--bands", type=bands_table, default=BANDS, help=columns)
     add("--utility", action="store_true", help="do the images help a classifier? needs labels")
-    add("--by", help="subgroups: a column such as sex or age (default: label)")
+    add("--by", default="label", help="subgroups: a column such as sex or age")
     add("--permutations", type=number(99, 10**6), default=999, help="draws of the null")
     add("--batch-size", type=number(1, 10**6), default=32, help="images a forward pass")
     group = parser.add_argument_group("output")
@@ -1058,11 +987,11 @@ def parse_args():
 def load_tools(args):
     """Metrics and networks; LPIPS is left out where its weights are not there."""
     names, net, features = args.metrics, args.lpips, args.features
-    if net == "auto" and not has_lpips("alex"):
-        net = "none"
-        print("LPIPS is left out: its weights are not in the cache (--lpips alex names them)")
+    if net == "auto":
+        net = "alex" if has_lpips("alex") else "none"
     if net == "none":
         names = [name for name in names if METRICS[name][2] != "lpips"]
+        print("LPIPS is left out; --lpips alex says which weights it needs")
     if not names:
         fail("--metrics: only LPIPS is asked for, and it is left out")
     if features == "auto":
@@ -1071,32 +1000,41 @@ def load_tools(args):
     network = load_features(features, device, args.resize)
     if "inception_score" in names and network.head is None:
         fail("--metrics inception_score: needs --features inception or its weight file")
-    wanted = any(METRICS[name][2] == "lpips" for name in names)
-    lpips = load_lpips("alex" if net == "auto" else net, device) if wanted else None
+    lpips = None
+    if any(METRICS[name][2] == "lpips" for name in names):
+        lpips = load_lpips(net, device)
     return Tools(names, network, lpips, device, args)
 
 
 def describe(tools, resolution, entries):
     """The settings that the report and --json name."""
     args = tools.args
-    rows = sum((entry.fake.rows for entry in entries), entries[0].real.rows)
-    native = all(row.measured[0] == (resolution, resolution) for row in rows)  # none was resized
+    size = (resolution, resolution)
+    rows = [row for entry in entries for row in entry.real.rows + entry.fake.rows]
+    native = all(row.measured[0] == size for row in rows)  # none was resized
     published = native and args.precision in ("auto", "fp32") and tools.network.published
     lpips = tools.lpips.name if tools.lpips else None
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    settings = {name: getattr(args, name) for name in ("resize", "precision", "permutations")}
-    settings |= {"seed": args.seed, "max_images": args.max_images, "metrics": tools.names}
-    settings |= {"features": tools.network.name, "lpips": lpips, "resolution": resolution}
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
+    settings = vars(args) | {"metrics": tools.names, "features": tools.network.name, "lpips": lpips}
+    settings |= {"resolution": resolution, "device": str(tools.device), "versions": versions}
     settings["comparable"] = {"features": published, "lpips": lpips is not None}
-    settings["versions"] = {"python": sys.version.split()[0]} | versions
-    settings["device"] = str(tools.device)
     return settings | {"real_hash": set_hash(entries[0].real.rows)}
+
+
+def caveats(settings):
+    """Which networks the figures rest on, and whether published figures may stand next to them."""
+    text = f"features {settings['features']}, lpips {settings['lpips']}"
+    if not settings["comparable"]["features"]:
+        text += "; not comparable with published figures"
+    return text
 
 
 def main(args):
     tools = load_tools(args)
     real_rows, known_rows = list_real(args)
-    sets = list_generated(args)
+    sets = [(path, share_range(list_images(path))) for path in args.generated]
+    if args.checkpoint:
+        sets += draw_checkpoints(args)
     for path, rows in [(args.real, real_rows), *sets]:
         if args.utility and not any(row.label for row in rows):
             fail(f"--utility: no labels in {path}: it needs a column label, or class folders")
@@ -1110,8 +1048,11 @@ def main(args):
     entries = []
     for path, rows in sets:
         fake = load_set(path, rows, resolution, tools)
-        entries.append(evaluate_set(real, fake, known, tools))
-        print_entry(entries[-1], args)
+        entry = evaluate_set(real, fake, known, tools)
+        entries.append(entry)
+        print(f"\n{path}: {len(fake.rows)} images")
+        print_table(HEADER, figure_rows(entry))
+        print(verdict(entry))
     entries.sort(key=rank_key)
     if len(entries) > 1:
         print("\nranking:")
