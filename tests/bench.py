@@ -283,7 +283,7 @@ def watch_steps(report):
     update = tqdm.std.tqdm.update
 
     def update_and_note(bar, n=1):
-        if bar.unit == "step" or bar.desc.startswith("Steps"):
+        if bar.desc.startswith(("training", "Steps")):  # ours, the peer's
             if torch.cuda.is_initialized():  # ours only queues its work on the GPU
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
