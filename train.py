@@ -213,9 +213,8 @@ def out_of_patience(state, args):
 def deferred_signals():
     """A list to which SIGINT and SIGTERM are added, instead of interrupting a step."""
     arrived = []
-    handlers = {}
-    for name in (signal.SIGINT, signal.SIGTERM):
-        handlers[name] = signal.signal(name, lambda name, _: arrived.append(name))
+    names = (signal.SIGINT, signal.SIGTERM)
+    handlers = {name: signal.signal(name, lambda *_: arrived.append(True)) for name in names}
     try:
         yield arrived
     finally:
@@ -225,8 +224,8 @@ def deferred_signals():
 
 def progress_bar(state, args):
     seconds = 0.5 if sys.stderr.isatty() else 30
-    how = {"desc": "training", "unit": "step", "mininterval": seconds, "disable": RANK > 0}
-    return tqdm(total=args.steps, initial=state.step, **how)
+    options = {"desc": "training", "mininterval": seconds, "disable": RANK > 0}
+    return tqdm(total=args.steps, initial=state.step, **options)
 
 
 # ---------------------------------------------------------------- what a step is made of
@@ -251,6 +250,7 @@ def make_batch(base, data, step, slots, args):
     Every draw is keyed by purpose, step and slot: the same whatever the number of processes and of
     forward passes.
     """
+    count = len(data.rows)
     size = data.mean.shape[1:]
 
     def on_device(values):
@@ -261,11 +261,8 @@ def make_batch(base, data, step, slots, args):
         return torch.stack([make(size, generator=key) for key in keys])
 
     rows = on_device(torch.tensor(pick_rows(data, step, slots, args)))
-    pictures = rows
-    variants = len(data.mean) // len(data.rows)
-    if variants > 1:
-        variant = on_device(draw("variant", partial(torch.randint, variants)))
-        pictures = variant * len(data.rows) + rows
+    variants = on_device(draw("variant", partial(torch.randint, len(data.mean) // count)))
+    pictures = variants * count + rows
     noise = on_device(draw("noise", torch.randn, *size))
     if args.noise_offset:
         offset = draw("noise-offset", torch.randn, size[0], 1, 1)
@@ -393,7 +390,11 @@ def load_perceptual(base, args):
 
 def vgg_features(base):
     """A function: latents -> VGG-16 conv3_3 after its ReLU (as Johnson et al. 2016)."""
-    trunk = trunk_of("vgg16", load_weights(find_weights(LPIPS["vgg"][2]))).to(base.device)
+    name = LPIPS["vgg"][2]
+    path = find_weights(name)
+    if path is None:
+        fail(f"--perceptual vgg: needs {name} in the cache; --perceptual vae needs no file")
+    trunk = trunk_of("vgg16", load_weights(path)).to(base.device)
     mean, std = torch.tensor(IMAGENET_SCALE, device=base.device)[:, :, None, None]
 
     def features(latents):
@@ -431,7 +432,7 @@ class State:
     ema: dict  # name -> its exponential moving average
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    made_of: dict  # what must not change while a run goes on -> its hash
+    made_of: dict  # what must not change while a run goes on: fixed_settings
     images: int = 0  # in the training set
     step: int = 0
     best: dict = field(default_factory=lambda: {"step": 0})  # the best entry of history
@@ -509,20 +510,29 @@ def point(name, path):
         copy_file(path, name)
 
 
-def fingerprints(train_rows, val_rows, args):
-    """What must not change while a run goes on: {name: hash}."""
-    made_of = {"--base": base_hash(find_base(args.base))}
+def fixed_settings(train_rows, val_rows, args):
+    """What must not change while a run goes on: {name: value or hash}."""
+    settings = {}
+    for name, value in vars(args).items():
+        if name not in MAY_CHANGE:
+            settings[f"--{name.replace('_', '-')}"] = value
+    settings["the base's files"] = base_hash(find_base(args.base))
+    settings["--batch-size × --accumulate × processes"] = effective_batch(args)
     if args.init_lora:
-        made_of["--init-lora"] = content_hash(args.init_lora)
+        settings["the content of --init-lora"] = content_hash(args.init_lora)
     for name, rows in (("the training data", train_rows), ("the validation data", val_rows)):
         digest = hashlib.sha256()
         for row in rows:
             text = f"{hash_of(row.path)}{row.slice}{row.caption}{row.label}{row.weight}"
             digest.update(text.encode())
-        made_of[name] = digest.hexdigest()
-    return made_of
+        settings[name] = digest.hexdigest()
+    return settings
 
 
+# flags on which what is learnt does not depend, or which fixed_settings replaces
+MAY_CHANGE = """steps epochs out resume device precision save_every keep_last log_every val_prompts
+    validate_every val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
+    val_data class_data patience tensorboard wandb compile gradient_checkpointing""".split()
 hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 
@@ -537,7 +547,7 @@ def checkpoint_path(args):
 def read_checkpoint(made_of, args):
     """The checkpoint that --resume means, or None to start afresh. Nothing is unpickled.
 
-    One that was made with other flags, another effective batch or other data is refused.
+    One that was made with other flags or other data is refused.
     """
     path = checkpoint_path(args)
     if args.resume == "auto" and not path.exists():
@@ -552,28 +562,13 @@ def read_checkpoint(made_of, args):
     if not is_ours:
         fail(f"{path}: damaged, or not of train.py; --resume an older one, or give another --out")
     changed = []
-    for name, value in vars(args).items():
-        before = checkpoint["args"].get(name)
-        if before != value and name not in HARMLESS:
-            changed.append(f"--{name.replace('_', '-')} {before} there, {value} here")
+    for name, value in made_of.items():
+        before = checkpoint["made_of"].get(name)
+        if before != value:
+            changed.append(f"{name}: {before} there, {value} here")
     if changed:
-        fail(f"{path} was made with other flags: {'; '.join(changed)}; give another --out")
-    before, batch = checkpoint["effective_batch"], effective_batch(args)
-    if before != batch:
-        fail(
-            f"{path}: the effective batch was {before}, now it is {batch} = --batch-size "
-            f"{args.batch_size} × --accumulate {args.accumulate} × {WORLD} processes"
-        )
-    for name, digest in made_of.items():
-        if checkpoint["made_of"].get(name) != digest:
-            fail(f"{path}: the content or order of {name} changed since; give another --out")
+        fail(f"{path} was made with other settings: {'; '.join(changed)}; give another --out")
     return checkpoint
-
-
-# flags that may change when a run goes on: what is learnt does not depend on them
-HARMLESS = """steps epochs out resume device precision save_every keep_last log_every validate_every
-    val_prompts val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
-    val_data class_data patience tensorboard wandb compile gradient_checkpointing""".split()
 
 
 def write_args(args, finished=None):
@@ -658,12 +653,15 @@ def list_data(args):
                 f"{split}; add images or give --val-split 0"
             )
     if args.val_data:
+        val_rows = list_rows(args.val_data, args)
         names = {row.file_name for row in rows}
-        for row in list_rows(args.val_data, args):
+        patients = {row.group for row in rows} & {row.group for row in val_rows} - {""}
+        warn(sorted(patients), "patients on both sides of the split", "take them out of one")
+        for row in val_rows:
             row.split = "val"
             if row.file_name in names:  # split.csv names each row once
                 row.file_name = row.path
-            rows.append(row)
+        rows += val_rows
     share_range(rows, args.range)
     add_weights(rows, args)
     check_rows(rows, args)
@@ -687,41 +685,34 @@ def refuse_output_in_data(rows, args):
 
 
 def add_weights(rows, args):
-    """Set row.weight of training rows to the number in --weight-column, None where it is empty."""
+    """Set row.weight: the number in --weight-column over its mean in training rows, else 1."""
     column = args.weight_column
+    weighted = []
     for row in rows:
-        row.weight = None
+        row.weight = 1.0
         if not column or row.split != "train":
             continue
         if column not in row.fields:
             fail(f"--weight-column {column}: {args.data} has no such column")
-        cell = row.fields[column].strip()
-        if cell:
+        if row.fields[column].strip():
+            weighted.append(row)
             try:
-                row.weight = number(0.0, 1e9)(cell)
+                row.weight = number(0.0, 1e9)(row.fields[column])
             except argparse.ArgumentTypeError as why:
                 fail(f"--weight-column {column}: {row.file_name}: {why}")
-
-
-def relative_weights(rows):
-    """How much the loss of each row counts, (N,): its weight over the mean, 1 where it has none."""
-    known = [row.weight for row in rows if row.weight is not None]
-    mean = sum(known) / len(known) if known else 1.0
-    if mean == 0:
-        fail("--weight-column: the weights of all training images are 0")
-    weights = [mean if row.weight is None else row.weight for row in rows]
-    return torch.tensor(weights) / mean
+    total = sum(row.weight for row in weighted)
+    if weighted and total == 0:
+        fail(f"--weight-column {column}: all weights are 0")
+    for row in weighted:
+        row.weight *= len(weighted) / total
 
 
 def check_rows(rows, args):
-    """Say what is odd about captions, labels and patients."""
+    """Say what is odd about captions and labels."""
     if RANK == 0 and not any(row.caption for row in rows):
         print("no captions: no --prompt and no caption column, so every caption is empty")
     if args.balance and not any(row.label for row in rows):
         fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
-    splits = Counter(group for group, _ in {(row.group, row.split) for row in rows if row.group})
-    across = [group for group, count in sorted(splits.items()) if count > 1]
-    warn(across, "patients on both sides of the split", "take them out of one")
     if "flip" in args.augment:
         sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
         names = [row.file_name for row in rows if sided.search(row.caption)]
@@ -768,7 +759,7 @@ def list_class_images(count, args):
     for row in rows:
         row.caption = args.class_prompt
         row.split = "class"
-        row.weight = None
+        row.weight = 1.0
     return rows
 
 
@@ -881,7 +872,7 @@ def make_data(base, rows, latents, args):
         std=latents[1],
         text={key: torch.cat([part[key] for part in parts]) for key in parts[0]},
         caption=torch.tensor([numbers[row.caption] for row in rows], device=base.device),
-        weight=relative_weights(rows).to(base.device),
+        weight=torch.tensor([row.weight for row in rows], device=base.device),
     )
 
 
@@ -1046,13 +1037,13 @@ def validation_loss(base, data, args):
     timesteps = timesteps[torch.randperm(count, generator=draw)]
     noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
     total = torch.zeros((), dtype=torch.float64, device=base.device)
-    for start in range(RANK * args.batch_size, count, WORLD * args.batch_size):
-        part = torch.arange(start, min(start + args.batch_size, count))
+    for part in torch.arange(count).split(args.batch_size)[RANK::WORLD]:
         rows = (part % len(data.rows)).to(base.device)
         times = timesteps[part].to(base.device)
         text = text_condition(base, data, data.caption[rows], args)
-        noise_part = noise[part].to(base.device)
-        noisy, target, _ = noised_and_target(base, data.mean[rows], noise_part, times)
+        noisy, target, _ = noised_and_target(
+            base, data.mean[rows], noise[part].to(base.device), times
+        )
         error = denoise(base, noisy, times, text) - target
         total += error.square().mean((1, 2, 3)).double().sum()
     return over_processes(total).item() / count
@@ -1145,6 +1136,7 @@ class Log:
 
     def open_mirrors(self, state, args):
         if args.tensorboard:
+            need("tensorboard", "--tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             folder = Path(args.out, "tensorboard")
@@ -1227,11 +1219,9 @@ def describe_run(state, data, validation, args):
     print(f"{state.images} training images, {patients} patients; {held_out} for validation")
     print(f"{weights:,} trainable weights; effective batch {batch}")
     print(f"{args.steps} steps, {state.step} of them done", flush=True)
-    classes = Counter(data.classes)
-    for name, count in classes.most_common():
-        times = state.images / count / len(classes)
-        label = name or "(no label)"
-        print(f"balance: {label}: {count} images, each drawn {times:.2f} times an epoch")
+    for name, count in Counter(data.classes).most_common():
+        times = state.images / count / len(set(data.classes))
+        print(f"balance: {name}: {count} images, each drawn {times:.2f} times an epoch")
 
 
 def finish(state, data, args):
@@ -1380,13 +1370,10 @@ def write_report(state, args):
 
 
 def mean_points(steps, key):
-    """At most some 200 points of a curve, each the mean of several steps."""
-    width = max(1, len(steps) // 200)
-    points = []
-    for start in range(0, len(steps), width):
-        part = steps[start : start + width]
-        points.append((part[-1]["step"], sum(line[key] for line in part) / len(part)))
-    return points
+    """At most 200 points of a curve, each the mean of several steps."""
+    values = np.array([(line["step"], line[key]) for line in steps]).reshape(-1, 2)
+    parts = np.array_split(values, min(200, max(1, len(values))))
+    return [part.mean(0).tolist() for part in parts if len(part)]
 
 
 # ---------------------------------------------------------------- the data doctor
@@ -1419,29 +1406,23 @@ def describe_data(rows):
     """Print counts, sizes, patients and labels; warn of labels with few images."""
     splits = Counter(row.split for row in rows)
     widths, heights, whites = zip(*[row.measured for row in rows], strict=True)
-    suffixes = Counter(Path(row.path).suffix.lower() for row in rows)
-    patients = Counter(row.group for row in rows if row.group)
+    sides = widths + heights
+    patients = {row.group for row in rows} - {""}
     print(
         f"{len(rows)} images: {splits['train']} to train on, {splits['val']} for validation, "
-        f"{splits['test']} for a test; "
-        + ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+        f"{splits['test']} for a test"
     )
-    print(
-        f"sides from {min(widths + heights)} to {max(widths + heights)} pixels; the lightest grey "
-        f"value of an image is from {min(whites)} to {max(whites)}"
-    )
-    most = max(patients.values(), default="unknown")
-    print(f"patients: {len(patients)}, images of one at most: {most}")
-    members = {}
+    print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {len(patients) or 'unknown'}")
+    print(f"the lightest grey value of an image is from {min(whites)} to {max(whites)}")
+    groups = {}
     for row in rows:
         for label in split_labels(row):
-            members.setdefault(label or "(no label)", []).append(row.group)
+            groups.setdefault(label or "(no label)", []).append(row.group)
     few = []
-    for label, groups in sorted(members.items(), key=lambda item: -len(item[1])):
-        known = len(set(groups) - {""}) or "-"
-        print(f"  {label:<32} {len(groups):>6} images {known:>6} patients")
-        if len(groups) < 10 and len(members) > 1:
-            few.append(f"{label}: {len(groups)}")
+    for label, names in sorted(groups.items()):
+        print(f"  {label:<32} {len(names):>6} images {len(set(names) - {''}):>6} patients")
+        if len(names) < 10 and len(groups) > 1:
+            few.append(f"{label}: {len(names)}")
     what = "classes of fewer than 10 images, which a model learns by heart"
     warn(few, what, "add images, join classes or leave them out")
 
@@ -1547,14 +1528,6 @@ def lock(out):
 # ---------------------------------------------------------------- flags
 
 
-class LastWins(argparse.Action):
-    """--steps and --epochs: the one given last counts, so that it can override a recipe."""
-
-    def __call__(self, parser, args, value, flag=None):
-        args.steps = args.epochs = None
-        setattr(args, self.dest, value)
-
-
 def interval(text):
     """An argument type: LO,HI as two numbers."""
     low, high = map(float, text.split(","))  # argparse names the flag where this raises ValueError
@@ -1634,8 +1607,8 @@ def add_training_flags(group):
     add(
         "--perceptual", choices=["vgg", "vae"], default="vae", help="VGG-16's or the VAE's features"
     )
-    add("--steps", type=positive, action=LastWins, help="optimizer steps (default: 1000)")
-    add("--epochs", type=factor, action=LastWins, help="passes over the data, instead of --steps")
+    add("--steps", type=positive, default=1000, help="optimizer steps")
+    add("--epochs", type=factor, default=0.0, help="passes over the data, instead of --steps")
     add("--batch-size", type=positive, default=8, help="images a pass, on each process")
     add("--accumulate", type=positive, default=1, help="passes a step")
     add("--lr", type=number(1e-12, 10.0), default=1e-4, help="peak learning rate")
@@ -1680,8 +1653,6 @@ def parse_args():
     add_training_flags(parser.add_argument_group("training"))
     add_output_flags(parser.add_argument_group("watching and keeping"))
     args = parser.parse_args()
-    if not args.steps and not args.epochs:
-        args.steps = 1000
     if args.alpha is None:
         args.alpha = float(args.rank)
     if args.variants is None:
@@ -1704,10 +1675,8 @@ def check_flags(args):
         fail('--method dreambooth needs --class-prompt, such as "a skin lesion"')
     if args.method != "dreambooth" and args.class_prompt and RANK == 0:
         print("--class-prompt and --class-data are not used: they go with --method dreambooth")
-    if len(args.token.split()) != 1:
-        fail(f'--token "{args.token}": give one word, such as <lesion>')
-    if args.method == "textual-inversion" and args.token not in (args.prompt or ""):
-        fail(f'--method textual-inversion needs --prompt with the new word: "a {args.token}"')
+    if args.method == "textual-inversion" and args.token not in (args.prompt or "").split():
+        fail(f'--prompt needs the new word, --token "{args.token}", alone, as in "a <lesion>"')
     if args.method in ("full", "textual-inversion") and (args.text_lora or args.init_lora):
         fail("--text-lora and --init-lora go with --method lora or dreambooth")
     if args.text_encoder and (args.text_lora or args.method != "lora"):
@@ -1719,28 +1688,21 @@ def with_defaults(args, rows):
     """A copy of the flags in which the base and the rows fill in what was left open."""
     captions = Counter(row.caption for row in rows).most_common(4)
     values = dict(vars(args))
-    values["steps"] = args.steps or math.ceil(args.epochs * len(rows) / effective_batch(args))
+    if args.epochs:
+        values["steps"] = math.ceil(args.epochs * len(rows) / effective_batch(args))
     values["resolution"] = args.resolution or own_resolution(find_base(args.base))
     values["val_prompts"] = args.val_prompts or [caption for caption, _ in captions]
     return argparse.Namespace(**values)
 
 
-def check_needs(val_rows, args):
-    """What the flags need: validation images, packages and weights. Now, not after an hour."""
+def check_validation(val_rows, args):
+    """What the flags ask of the validation. Now, not after an hour."""
     if args.select_by != "val-loss" and len(val_rows) < 50:
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}")
     if args.patience and not (val_rows and args.validate_every):
         fail("--patience counts validations: give --val-split or --val-data, and --validate-every")
-    for package in ("tensorboard", "wandb"):
-        if getattr(args, package):
-            need(package, f"--{package}")
-    if args.optimizer == "adamw8bit":
-        need("bitsandbytes", "--optimizer adamw8bit")
     if args.select_by == "fid" and find_weights(FID_WEIGHTS) is None:
         fail(f"--select-by fid: needs {FID_WEIGHTS} in the cache; --select-by kid needs no file")
-    vgg = LPIPS["vgg"][2]
-    if args.perceptual_weight and args.perceptual == "vgg" and find_weights(vgg) is None:
-        fail(f"--perceptual vgg: needs {vgg} in the cache; --perceptual vae needs no file")
 
 
 # ---------------------------------------------------------------- main
@@ -1752,9 +1714,9 @@ def run(args, device):
     train_rows = [row for row in rows if row.split == "train"]
     val_rows = [row for row in rows if row.split == "val"]
     args = with_defaults(args, train_rows)
-    check_needs(val_rows, args)
+    check_validation(val_rows, args)
     class_rows = list_class_images(len(train_rows), args)
-    made_of = fingerprints(train_rows, val_rows, args)
+    made_of = fixed_settings(train_rows, val_rows, args)
     checkpoint = read_checkpoint(made_of, args)
     if is_finished(checkpoint, args):
         if RANK == 0:
@@ -1764,17 +1726,16 @@ def run(args, device):
     base = prepare_base(args, device)
     perceptual = load_perceptual(base, args)
     state = start(base, args, made_of, checkpoint)  # before captions are encoded: adds new words
+    log = Log(state, args)
     streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
     state.images = len(streams[0].rows)
     release_memory(base, args)
-
-    log = Log(state, args)
     if RANK == 0:
         lines = [[row.file_name, row.group, row.split] for row in rows]
         write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
         write_args(args)
         describe_run(state, streams[0], validation, args)
-        if checkpoint and args.resume not in ("auto", "latest"):
+        if checkpoint:  # --resume may name another one
             point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
     if checkpoint and is_due(state.step, args.validate_every, args):
         draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid

@@ -289,7 +289,7 @@ def test_a_run_goes_on_only_with_the_same_data_flags(flags, tmp_path, run, refus
     )
     assert all(
         word in said
-        for word in ("--augment blur", "--variants 2", "--balance False", "--crop center")
+        for word in ("--augment: blur", "--variants: 2", "--balance: False", "--crop: center")
     )
 
 

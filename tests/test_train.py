@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_selector
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -343,9 +344,9 @@ def test_learning_rate_warms_up_and_ends_near_zero_and_a_long_warm_up_is_capped(
     assert [train.learning_rate(step, args) for step in (0, 1)] == [1.0, 2.0]
 
 
-def test_of_steps_and_epochs_the_last_given_wins(setup):
+def test_epochs_say_how_many_steps_even_where_a_recipe_says_steps(setup):
+    assert setup("--steps", 5)[0].steps == 5
     assert setup("--steps", 5, "--epochs", 2)[0].steps == 6  # two passes over 24 images by 8
-    assert setup("--epochs", 2, "--steps", 5)[0].steps == 5
 
 
 def test_validation_loss_is_the_same_each_time_and_uses_the_average(setup):
@@ -814,15 +815,11 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(flags, images, tmp_
     run(train, *flags, "--val-data", tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     (tmp_path / "c" / "calm" / "0.png").unlink()
-    assert "order of the validation data changed" in refused(
-        train, *flags, "--val-data", tmp_path / "c"
-    )
+    assert "the validation data: " in refused(train, *flags, "--val-data", tmp_path / "c")
     (tmp_path / "a" / "metadata.csv").write_text(
         "\n".join(["file_name,label", *(f"{name},x" for name in names[::-1])])
     )
-    assert "order of the training data changed" in refused(
-        train, *flags, "--val-data", tmp_path / "b"
-    )
+    assert "the training data: " in refused(train, *flags, "--val-data", tmp_path / "b")
 
 
 def test_two_sets_with_the_same_names_are_told_apart_in_the_split(flags, images, tmp_path, run):
@@ -992,13 +989,13 @@ def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(
     ]
     more = [*flags, "--out", tmp_path, "--steps", 20]
     assert "--val-split" in refused(train, *more, "--val-split", 0.5)
-    assert "--rank 2 there, 4 here" in refused(train, *more, "--rank", 4)
+    assert "--rank: 2 there, 4 here" in refused(train, *more, "--rank", 4)
     assert "--base" in refused(train, *more, "--base", "tiny")
-    assert "effective batch was 8, now it is 6" in refused(train, *more, "--batch-size", 6)
+    assert "processes: 8 there, 6 here" in refused(train, *more, "--batch-size", 6)
     assert "no-such.pt" in refused(train, *more, "--resume", "no-such.pt")
     shutil.copytree(flags[3], tmp_path / "more")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "more" / "sore" / "new.png")
-    assert "changed since" in refused(train, *more, "--data", tmp_path / "more")
+    assert "the training data: " in refused(train, *more, "--data", tmp_path / "more")
     assert [
         *results(tmp_path),
         (tmp_path / "split.csv").read_bytes(),
@@ -1517,7 +1514,7 @@ def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
     "change, said",
     [
         (["--method", "dreambooth"], "--class-prompt"),
-        (["--method", "textual-inversion"], "--prompt with the new word"),
+        (["--method", "textual-inversion"], "--prompt needs the new word"),
         (["--method", "full", "--text-lora"], "go with --method lora"),
         (["--text-lora", "--text-encoder", "x"], "without --text-lora"),
         (["--text-encoder", "no/such/encoder"], "no/such/encoder"),
@@ -1531,7 +1528,7 @@ def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
         ),
         (
             ["--method", "textual-inversion", "--prompt", "a my thing", "--token", "my thing"],
-            "give one word",
+            "needs the new word",
         ),
         (
             ["--method", "textual-inversion", "--prompt", "a <concept>", "--init-word", " "],
@@ -1545,3 +1542,36 @@ def test_contradictions_and_missing_parts_are_one_line(
 ):
     monkeypatch.setattr(train, "find_weights", lambda name: None)
     assert said in refused(train, *flags, "--out", tmp_path / "out", *change)
+
+
+def test_refining_draws_keeps_trains_and_evaluates_in_each_round(base, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lines = ["file_name,text"]
+    for i in range(10):
+        Image.effect_noise((64, 64), 20 + 9 * i).convert("RGB").save(folder / f"{i}.png")
+        lines.append(f"{i}.png,a {('calm', 'sore')[i % 2]} foot")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    settings = {
+        "SELECTOR": str(write_selector(tmp_path / "selector.safetensors", min_quality=0.0)),
+        "BASE": base,
+        "DATA": str(folder),
+        "OUT": str(tmp_path / "out"),
+        "ROUNDS": "1",
+        "NUM_IMAGES": "4",
+        "STEPS": "2",
+        "SAMPLE": "--steps 2",
+        "TRAIN": "--rank 2 --val-samples 0",
+        "OMP_NUM_THREADS": "1",
+    }
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "env": {**os.environ, **settings}}
+    refined = subprocess.run(["sh", "tests/refine.sh"], **how)
+    assert refined.returncode == 0, refined.stderr
+    for place in ("round-0", "round-1"):
+        report = json.loads((tmp_path / "out" / place / "report.json").read_text())
+        assert report["generated"][0]["n"] == 8
+    rows = train.list_images(str(tmp_path / "out" / "round-1" / "kept"))
+    assert {row.fields["synthetic"] for row in rows} == {"1", "0"}
+    args = json.loads((tmp_path / "out" / "round-1" / "train" / "args.json").read_text())["args"]
+    assert args["weight_column"] == "quality" and args["data"].endswith("round-1/kept")
+    assert (tmp_path / "out" / "round-1" / "train" / "lora.safetensors").exists()
