@@ -374,9 +374,9 @@ def list_real(args):
 def draw_checkpoints(args):
     """Draw --num-samples images from each checkpoint with sample.py: [(folder, rows), …]."""
     place = Path(args.checkpoint)
-    checkpoints = sorted([*place.glob("step-*.pt"), *place.glob("checkpoints/step-*.pt")])
-    if place.is_file():
-        checkpoints = [place]
+    checkpoints = [place]
+    if not place.is_file():
+        checkpoints = sorted(place.rglob("step-*.pt"))
     if not checkpoints:
         fail(f"--checkpoint {place}: no checkpoint there; give a file or a run's folder")
     sets = []
@@ -407,11 +407,11 @@ def draw_checkpoints(args):
 class Copies:
     """Generated images as near to a real image as few fresh ones would be."""
 
-    count: int | None  # None: they were not looked for
-    chance: float  # of so many or more, binomial
     sentence: str
-    pairs: list  # the 12 nearest, as in the JSON
-    numbers: list  # (generated, known) image of each pair
+    count: int = None  # None: they were not looked for
+    chance: float = 1.0  # of so many or more, binomial
+    pairs: list = ()  # the 12 nearest, as in the JSON
+    numbers: list = ()  # (generated, known) image of each pair
 
 
 @dataclass
@@ -425,6 +425,10 @@ class Entry:
     copies: Copies
     subgroups: list  # as in the JSON
     utility: dict = None  # classifier: list of doses, as in the JSON
+
+    def first(self):
+        """Name and Figure of the first metric, by which sets are called alike and ranked."""
+        return next(iter(self.metrics.items()))
 
 
 def evaluate_set(real, fake, known, tools):
@@ -493,8 +497,7 @@ def find_copies(known, fake):
         same[i, j] = same[j, i] = True
     n, m = len(known.rows), len(fake.rows)
     if n < 3 or same.all(1).any():
-        text = "Copies were not looked for: it takes real images of three patients or more."
-        return Copies(None, 1.0, text, [], [])
+        return Copies("Copies were not looked for: it takes images of three patients or more.")
     distances = copy_distances(fake.pixels, known.pixels)
     p = copy_chances(copy_distances(known.pixels, known.pixels), distances, same)
     limit = max(0.01, 2 / (n + 1))
@@ -508,9 +511,9 @@ def find_copies(known, fake):
     numbers = [(i, index[i]) for i in np.lexsort((distance, p))[:12]]
     pairs = []
     for i, j in numbers:
-        names = {"generated": fake.rows[i].file_name, "train": known.rows[j].file_name}
-        pairs.append(names | {"distance": float(distance[i]), "p": p[i]})
-    return Copies(count, chance, text, pairs, numbers)
+        pairs.append({"generated": fake.rows[i].file_name, "train": known.rows[j].file_name})
+        pairs[-1] |= {"distance": float(distance[i]), "p": p[i]}
+    return Copies(text, count, chance, pairs, numbers)
 
 
 def may_be_copies(entry):
@@ -558,8 +561,8 @@ def measure_subgroups(features, real_rows, fake_rows, column, least=10):
             continue
         value, error = kid(real[inside], fake[same])
         rest = kid(real[inside], real[~inside])[0] if (~inside).sum() > 2 else None
-        row = {"group": name, "real": int(inside.sum()), "generated": int(same.sum())}
-        found.append(row | {"kid": value, "error": error, "real_vs_rest": rest})
+        found.append({"group": name, "real": int(inside.sum()), "generated": int(same.sum())})
+        found[-1] |= {"kid": value, "error": error, "real_vs_rest": rest}
     return found
 
 
@@ -599,8 +602,8 @@ def utility_sets(real, known, fake, tools, least=5):
             if all((~part[name]).sum() >= least for part in masks[:2]):
                 classes.append(name)
     if not classes:
-        counts = f"{least} training, {least} held-out and {least} generated images"
-        fail(f"--utility: no label that {counts} have and others lack: {', '.join(masks[0])[:200]}")
+        found = ", ".join(masks[0])[:200]
+        fail(f"--utility: no label that {least} images of each set have and others lack: {found}")
     for images, part in zip(sets, masks, strict=True):
         images.targets = np.stack([part[name] for name in classes], 1).astype(float)
         pixels = images.pixels.to(tools.device) / 64 - 2
@@ -728,17 +731,15 @@ def figure_rows(entry):
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    first, figure = next(iter(entry.metrics.items()))
+    first, figure = entry.first()
     worse = {name for name, figure in entry.metrics.items() if figure.p_high <= 0.05}
     much_worse = {name for name, figure in entry.metrics.items() if figure.p_high <= 0.01}
     drawn_value = figure.null + figure.excess  # figure.value may be of more images
     values = f"{first} is {digits(drawn_value)}, chance alone gives {digits(figure.null)}"
     values += f" (p_high {figure.p_high:.2g})"
     text = []
-    if may_be_copies(entry) and figure.p_low <= 0.01:
-        text.append(f"They may be copies, closer to the real ones than fresh images are: {values}.")
-    elif may_be_copies(entry):
-        text.append("They may be copies: too many lie closer to a real one than fresh images do.")
+    if may_be_copies(entry):
+        text.append("They may be copies: they lie closer to the real ones than fresh images do.")
     elif first not in worse:
         text.append(f"They cannot be told from the real ones at this number of images: {values}.")
     if first in worse:  # only then: of ten figures one is often low by chance
@@ -762,19 +763,18 @@ def dose_sentence(doses):
     if len(doses) == 1:
         return "too few generated images for a dose"
     best = max(doses[1:], key=lambda dose: dose["gain"])
-    text = f"AUROC rises from {doses[0]['auroc']:.3f} to {best['auroc']:.3f}"
-    text += f" with {best['share']} % generated images"
-    text += f" (99 % of the gain: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
+    text = f"AUROC from {doses[0]['auroc']:.3f} to {best['auroc']:.3f} with {best['share']} %"
+    text += f" added (99 % of the gain: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
     if best["gain_low"] <= 0:
-        return f"no gain ({text} at best, within chance)"
+        return f"no gain beyond chance, at best {text}"
     if best is not doses[-1]:
-        text += "; stop there, more adds nothing"
-    return text
+        text += "; stop there, larger doses gain less"
+    return f"a gain, {text}"
 
 
 def rank_key(entry):
     """For sorting: copies last, then the excess of the first metric, turned so that low is good."""
-    figure = next(iter(entry.metrics.values()))
+    _, figure = entry.first()
     return may_be_copies(entry), figure.excess * (1 if figure.lower_is_better else -1)
 
 
@@ -785,7 +785,7 @@ def ranking(entries):
     of one size meet the same halves of the real one, so that differences are paired.
     """
     rows = []
-    name, first = next(iter(entries[0].metrics.items()))
+    name, first = entries[0].first()
     for entry in entries:
         figure = entry.metrics[name]
         gap = abs(figure.excess - first.excess)
@@ -826,7 +826,7 @@ and of generated images to one another. <b>band</b>: by a fixed table; compare i
 images score against one another (real halves).</p>"""
 
 METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central square and resized to
-{resolution} pixels (Lanczos); {resize} resizing before the network {features}, LPIPS {lpips}, SSIM
+{resolution} pixels (Lanczos); {resize} resizing before the network; {networks}. SSIM
 at 64 pixels, grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception
 Score in one split. Copies: correlation of 16-pixel thumbnails over mirror images and 90 % crops,
 conformal p-values of the distance and of its ratio to the second nearest. Null: {permutations}
@@ -852,9 +852,17 @@ def records_table(records):
     return table(records[0], rows)
 
 
+def gallery(title, images, seed):
+    """HTML: 24 images of a set, drawn by the seed."""
+    order = torch.randperm(len(images.rows), generator=generator(seed, "shown")).tolist()
+    shown = [thumbnail(images.pixels[i], 128) for i in sorted(order[:24])]
+    heading = f"<h3>{title}: {len(shown)} of {len(images.rows)}</h3>"
+    return f'{heading}<div class="grid">{"".join(shown)}</div>'
+
+
 def set_section(entry, args):
     """HTML: one generated set's part of the report."""
-    real, fake = entry.real, entry.fake
+    fake = entry.fake
     parts = [f"<h2>{html.escape(fake.path)}</h2>", paragraph(verdict(entry), "verdict")]
     parts.append(table(HEADER, figure_rows(entry)))
     if entry.utility:
@@ -870,11 +878,7 @@ def set_section(entry, args):
         text += html.escape(pair["generated"]) + "<br>" + html.escape(pair["train"])
         caption = f"<figcaption>{text}</figcaption>"
         parts.append(f'<figure><div class="grid">{both}</div>{caption}</figure>')
-    for title, images in (("Real", real), ("Generated", fake)):
-        order = torch.randperm(len(images.rows), generator=generator(args.seed, "shown")).tolist()
-        shown = [thumbnail(images.pixels[i], 128) for i in sorted(order[:24])]
-        parts.append(f"<h3>{title}: {len(shown)} of {len(images.rows)}</h3>")
-        parts.append(f'<div class="grid">{"".join(shown)}</div>')
+    parts.append(gallery("Generated", fake, args.seed))
     if entry.subgroups:
         parts.append(f"<h3>By {html.escape(args.by)}</h3>")
         parts.append(records_table(entry.subgroups))
@@ -883,11 +887,12 @@ def set_section(entry, args):
 
 def write_report(args, settings, entries):
     """Write --out: ranking where there are several sets, a section for each set, guide, methods."""
-    body = [paragraph(caveats(settings), "soft")]
+    body = [paragraph(settings["networks"], "soft")]
     if len(entries) > 1:
         body.append("<h2>Ranking, by excess over chance; copies last</h2>")
         body.append(table(*ranking(entries)))
     body += [set_section(entry, args) for entry in entries]
+    body.append(gallery("Real", entries[0].real, args.seed))
     body += [GUIDE, "<h2>How it was made</h2>", paragraph(METHODS.format(**settings))]
     body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
     write_file(args.out, page("Generated against real images", "\n".join(body)))
@@ -926,7 +931,7 @@ def metric_names(text):
     for name in names:
         if name not in METRICS:
             fail(f"--metrics: no metric {name!r}; there are {', '.join(METRICS)}")
-    return list(dict.fromkeys(names))
+    return names
 
 
 def bands_table(path):
@@ -1018,15 +1023,10 @@ def describe(tools, resolution, entries):
     settings = vars(args) | {"metrics": tools.names, "features": tools.network.name, "lpips": lpips}
     settings |= {"resolution": resolution, "device": str(tools.device), "versions": versions}
     settings["comparable"] = {"features": published, "lpips": lpips is not None}
+    settings["networks"] = f"features {tools.network.name}, lpips {lpips}"
+    if not published:
+        settings["networks"] += "; not comparable with published figures"
     return settings | {"real_hash": set_hash(entries[0].real.rows)}
-
-
-def caveats(settings):
-    """Which networks the figures rest on, and whether published figures may stand next to them."""
-    text = f"features {settings['features']}, lpips {settings['lpips']}"
-    if not settings["comparable"]["features"]:
-        text += "; not comparable with published figures"
-    return text
 
 
 def main(args):
@@ -1059,7 +1059,7 @@ def main(args):
         print_table(*ranking(entries))
 
     settings = describe(tools, resolution, entries)
-    print(f"\n{caveats(settings)}")
+    print(f"\n{settings['networks']}")
     write_report(args, settings, entries)
     print(f"report: {os.path.abspath(args.out)}")
     if args.json:

@@ -711,18 +711,18 @@ def figure(excess=1.0, null=1.0, p_high=0.5, p_low=0.5, lower_is_better=True, ha
 
 def entry(figures, n=60, copies=None):
     if copies is None:
-        copies = evaluate.Copies(None, 1.0, "", [], [])
+        copies = evaluate.Copies("")
     rows = [row() for _ in range(n)]
     images = evaluate.ImageSet("x", rows, None)
     return evaluate.Entry(images, images, images, figures, copies, [])
 
 
 def test_copies_make_the_verdict_where_they_are_many():
-    copies = evaluate.Copies(300, 1e-9, "300 copies.", [], [])
+    copies = evaluate.Copies("300 copies.", 300, 1e-9)
     found = entry({"kid": figure(p_high=0.001, p_low=0.9)}, 1000, copies)
     assert evaluate.may_be_copies(found)
     text = evaluate.verdict(found)
-    assert "too many lie closer to a real one" in text
+    assert "they lie closer to the real ones" in text
     assert text.endswith("300 copies.")
 
 
@@ -858,7 +858,7 @@ def test_a_class_without_negatives_says_nothing_of_the_auroc():
         ((0, 0.001, 0.005, -0.002), "no gain", "stop there"),
         ((0, 0.08, 0.2, 0.15), "from 0.700 to 0.900 with 100 %", "no gain"),
         ((0, 0.08, 0.2, 0.15), "stop there", "no gain"),
-        ((0, 0.08, 0.14, 0.2), "AUROC rises", "stop there"),
+        ((0, 0.08, 0.14, 0.2), "a gain, AUROC from 0.700", "stop there"),
     ],
 )
 def test_the_dose_sentence_says_gain_no_gain_and_stop(gains, said, not_said):
