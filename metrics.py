@@ -12,7 +12,6 @@ All other scripts import from this file; it imports none of them. Its sections:
 
 import argparse
 import base64
-import collections
 import contextlib
 import csv
 import dataclasses
@@ -20,7 +19,6 @@ import functools
 import glob
 import hashlib
 import html
-import importlib
 import importlib.util
 import io
 import itertools
@@ -35,14 +33,14 @@ import string
 import sys
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -62,15 +60,10 @@ def note(message):
 
 
 class BadImage(Exception):
-    """An image that cannot be read: `path` says which one, `why` says why."""
+    """An image that cannot be read, and why."""
 
     def __init__(self, path, why):
-        super().__init__(path, why)
-        self.path = str(path)
-        self.why = str(why)
-
-    def __str__(self):
-        return f"{self.path}: {self.why}"
+        super().__init__(f"{path}: {why}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -153,11 +146,9 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        # torch.save hides the OSError of a full disk in a RuntimeError
-        cause = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(cause, OSError) and cause.errno:
-            name = cause.filename or str(path)
-            raise OSError(cause.errno, cause.strerror, name) from None
+        # torch.save hides the OSError of a full disk
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise
 
 
@@ -207,60 +198,41 @@ LESS_MEMORY = "a smaller --batch-size or --resolution, --gradient-checkpointing,
 def run_script(main, parse_args):
     """Run main(parse_args()): errors of input, disk or memory are one line, bugs a traceback."""
     sys.stdout.reconfigure(errors="replace")  # never fail on an unprintable character
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(parse_args())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BadImage as error:
+    except (BadImage, OSError) as error:
         fail(error)
-    except UnicodeDecodeError:
-        fail("a text file, such as an @file of flags, is not UTF-8: save it as such")
+    except UnicodeError as error:
+        fail(f"a text file, such as an @file of flags, or the name of a file is not UTF-8: {error}")
     except (RuntimeError, MemoryError) as error:
-        is_full = re.search("out of memory|can't allocate memory", str(error))
-        if not is_full and isinstance(error, RuntimeError):
+        text = str(error)
+        if isinstance(error, RuntimeError) and "memory" not in text:
             raise
         fail(f"the memory is full: try {LESS_MEMORY}")
-    except OSError as error:
-        if error.strerror and error.filename:
-            fail(f"{error.strerror}: {error.filename}")
-        fail(error)
 
 
 def pick_device(name):
     """The torch.device of auto|cpu|cuda|cuda:N; auto: the GPU with most free memory, or the CPU."""
-    if name == "cpu":
-        return torch.device("cpu")
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     if name == "auto":
         free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
-        return torch.device(max(free, key=free.get, default="cpu"))
-    if name in gpus or (name == "cuda" and gpus):
-        return torch.device(name)
-    fail(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
+        name = max(free, key=free.get, default="cpu")
+    if name not in ["cpu", *gpus] and not (name == "cuda" and gpus):
+        fail(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------- reading one image
 
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses to open an image
-TOO_LARGE = "has more than 178 megapixels"
 # never EPS: Pillow starts ghostscript to read it
 FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-WINDOWS = {  # (centre, width) in Hounsfield units
-    "lung": (-600, 1500),
-    "soft": (40, 400),
-    "mediastinum": (50, 350),
-    "brain": (40, 80),
-    "stroke": (35, 30),
-    "subdural": (75, 215),
-    "bone": (400, 1800),
-    "liver": (60, 160),
-    "angio": (300, 600),
-}
-PIXEL_ELEMENTS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# (centre, width) in Hounsfield units
+WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "brain": (40, 80), "bone": (400, 1800)}
 # how a DICOM file without the 128-byte preamble starts: its first tag
 BARE_DICOM = (b"\2\0\0\0", b"\b\0\0\0", b"\b\0\5\0", b"\b\0\b\0", b"\b\0\x16\0", b"\b\0\x18\0")
 for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
@@ -268,39 +240,33 @@ for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, pati
     logging.getLogger(package).setLevel(logging.CRITICAL)
 
 
-def read_image(path, slice=None, window=None, value_range=None, allow_burned_in=False):
+@np.errstate(all="ignore")  # damaged files hold numbers that overflow
+def read_image(
+    path, slice=None, window=None, value_range=None, allow_burned_in=False, keep_grey=False
+):
     """Read an image of any kind as an upright 8-bit PIL image of mode "RGB", or raise BadImage.
 
     slice: frame of a multi-frame DICOM or axial slice of a volume; the middle one by default.
     window: (centre, width) in the file's units, as a pair, a text or a name of WINDOWS, which only
     CTs and volumes obey. value_range: (black, white) where no window is given, beyond 8 bits. The
-    default is a DICOM file's own window, else percentiles.
+    default is a DICOM file's own window, else percentiles. keep_grey: mode "L" for grey images, a
+    third of the work for what follows.
     """
-    return read_upright(path, slice, window, value_range, allow_burned_in).convert("RGB")
-
-
-@np.errstate(all="ignore")  # damaged files hold numbers that overflow
-def read_upright(path, slice=None, window=None, value_range=None, allow_burned_in=False):
-    """As read_image, but grey images keep mode "L": a third of the work for what follows."""
     try:
-        if os.path.getsize(path) == 0:
-            raise BadImage(path, "is empty")
         if str(path).lower().endswith(VOLUME_SUFFIXES):
-            return read_volume(path, slice, window, value_range)
-        if looks_like_dicom(path):
-            return read_dicom(path, slice, window, value_range, allow_burned_in)
-        return read_raster(path, value_range)
+            image = read_volume(path, slice, window, value_range)
+        elif looks_like_dicom(path):
+            image = read_dicom(path, slice, window, value_range, allow_burned_in)
+        else:
+            image = read_raster(path, value_range)
     except BadImage:
         raise
     except ImportError as error:
-        why = f"needs the package {error.name}: pip install {error.name}"
-    except UnidentifiedImageError:
-        why = "is not an image"
-    except Image.DecompressionBombError:
-        why = TOO_LARGE
+        raise BadImage(path, f"needs the package {error.name}: pip install {error.name}") from None
     except Exception as error:  # not its text: pydicom quotes the header
-        why = getattr(error, "strerror", None) or f"is damaged ({type(error).__name__})"
-    raise BadImage(path, why)
+        why = getattr(error, "strerror", None) or f"is damaged or no image ({type(error).__name__})"
+        raise BadImage(path, why) from None
+    return image if keep_grey else image.convert("RGB")
 
 
 def read_raster(path, value_range):
@@ -313,10 +279,7 @@ def read_raster(path, value_range):
         if is_deep(image):  # convert() would clip these at 255
             values = np.asarray(image).astype(np.float64)
             low, high = value_range or percentile_range(values, 0, 100)
-            grey = grey_image(values, low, high)
-            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
-                return ImageOps.invert(grey)  # Pillow does this for 8 bits itself
-            return grey
+            return grey_image(values, low, high)
         if image.has_transparency_data:
             black = Image.new("RGBA", image.size, "black")
             return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
@@ -374,7 +337,7 @@ def square_pixels(image, row_spacing, column_spacing):
     if not row_spacing or not column_spacing:
         return image
     ratio = float(row_spacing) / float(column_spacing)
-    if abs(ratio - 1) < 0.01 or not 0.02 < ratio < 50:
+    if abs(ratio - 1) < 0.01:
         return image
     width = round(image.width * max(1, 1 / ratio))
     height = round(image.height * max(1, ratio))
@@ -403,10 +366,6 @@ def open_dicom(path, **how):
 def read_dicom(path, slice, window, value_range, allow_burned_in):
     """One frame, grey or in colour, with square pixels (DICOM PS3.3 C.7.6.3 and C.11)."""
     data = open_dicom(path)
-    if not any(name in data for name in PIXEL_ELEMENTS):
-        raise BadImage(path, "is a DICOM file without pixels")
-    if data.Rows * data.Columns > MAX_PIXELS:
-        raise BadImage(path, TOO_LARGE)
     if str(data.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
         raise BadImage(path, "has text burnt in, maybe a name: refused without --allow-burned-in")
     count = int(data.get("NumberOfFrames") or 1)
@@ -472,8 +431,7 @@ def own_window(data):
     with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError):  # absent or empty
         centre = float(np.ravel(data.WindowCenter)[0])
         width = float(np.ravel(data.WindowWidth)[0])
-        is_continuous = data.get("VOILUTFunction") in ("LINEAR_EXACT", "SIGMOID")
-        if width >= 1 or (width > 0 and (is_continuous or "PixelData" not in data)):
+        if width > 0:
             return centre, width
     return None
 
@@ -492,21 +450,20 @@ def range_of_frames(path, modified):
 
 def dicom_grey(data, values, padding, window, value_range):
     """Rescaled (H, W) values to mode "L": as asked for, else as the file says, else percentiles."""
-    function = data.get("VOILUTFunction")
     if not window and value_range is None:
-        window = own_window(data)
         if data.get("VOILUTSequence"):
             values, value_range = look_up(values, data.VOILUTSequence[0])
-            window = None
-        elif window and function == "SIGMOID":
-            values = 1 / (1 + np.exp(-4 * (values - window[0]) / window[1]))
-            value_range = 0, 1
-            window = None
-    if window:
+        else:
+            window = own_window(data)
+    function = data.get("VOILUTFunction")
+    if window and function == "SIGMOID":
+        values = 1 / (1 + np.exp(-4 * (values - window[0]) / window[1]))
+        value_range = 0, 1
+    elif window:
         centre, width = window
         # LINEAR counts whole grey levels (PS3.3 C.11.2.1.2.1)
-        step = 0 if function == "LINEAR_EXACT" or "PixelData" not in data else 1
-        value_range = centre - width / 2, centre + width / 2 - step
+        is_exact = function == "LINEAR_EXACT" or width < 1 or "PixelData" not in data
+        value_range = centre - width / 2, centre + width / 2 - (0 if is_exact else 1)
     low, high = value_range or percentile_range(values[~padding].astype(np.float64), 0.5, 99.5)
     image = grey_image(values.astype(np.float64), low, high)
     if data.PhotometricInterpretation == "MONOCHROME1":
@@ -608,15 +565,14 @@ def list_images(
     or all, a row each, of volumes and multi-frame DICOM. Missing files are reported and skipped;
     more than 5 % of them, or any with strict, is an error.
     """
-    if not os.path.exists(data):
-        fail(f"{data}: no such file or folder")
     tables = [data, *(os.path.join(data, name) for name in TABLES)]
     table = next(filter(os.path.isfile, tables), None)
     records = read_table(table, caption_column) if table else []
     names = list(records[0]) if records else []
-    wanted = {"image": image_column, "caption": caption_column}
-    wanted |= {"label": label_column, "group": group_column}
-    columns = {role: pick_column(data, names, role, wanted[role]) for role in COLUMNS}
+    wanted = (image_column, caption_column, label_column, group_column)
+    columns = {}
+    for role, name in zip(COLUMNS, wanted, strict=True):
+        columns[role] = pick_column(data, names, role, name)
     rows = list_table(table, records, columns, strict) if table else list_folder(data)
     if not rows:
         fail(f"{data}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
@@ -629,19 +585,14 @@ def list_folder(folder):
     rows = []
     for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # skips hidden files
         path = os.path.abspath(os.path.join(folder, name))
-        if looks_like_image(path):
-            file_name = Path(name).as_posix()
-            label = file_name.split("/")[0] if "/" in file_name else ""
-            rows.append(Row(path, file_name, label=label))
+        if os.path.isfile(path) and looks_like_image(path):
+            label = os.path.dirname(name).split(os.sep)[0]
+            rows.append(Row(path, name, label=label))
     return rows
 
 
 def looks_like_image(path):
     """True by a file's suffix, or by the content where it is named by numbers, as scanners do."""
-    if not os.path.isfile(path):
-        return False
-    if re.search(r"[\ud800-\udfff]", path):
-        fail(f"{path!a}: the name is not UTF-8: rename the file")
     if path.lower().endswith(IMAGE_SUFFIXES):
         return True
     suffix = os.path.splitext(path)[1].strip(".0123456789").lower()
@@ -665,22 +616,19 @@ def read_table(path, caption_column=None):
 
 
 def read_jsonl(path, text):
-    """The JSON object of each line that is not blank, its values as texts."""
+    """The JSON object of each line that is not blank, its values as texts, lists as A|B."""
     records = []
     for line in filter(str.strip, text.split("\n")):
         try:
             cells = json.loads(line).items()
         except (ValueError, AttributeError):
             fail(f"{path}: not a JSON object: {line[:80]}")
-        records.append({name: cell_text(cell) for name, cell in cells})
+        record = {}
+        for name, cell in cells:
+            parts = cell if isinstance(cell, list) else [cell]
+            record[name] = "|".join(str(part).strip() for part in parts if part is not None)
+        records.append(record)
     return records
-
-
-def cell_text(cell):
-    """A value of JSON as text: a list as A|B, null as nothing."""
-    if isinstance(cell, list):
-        return "|".join(cell_text(part) for part in cell)
-    return "" if cell is None else str(cell).strip()
 
 
 def read_csv(path, text, caption_column):
@@ -690,17 +638,12 @@ def read_csv(path, text, caption_column):
     """
     text = re.sub(r"\A(sep=.|\s)*\n", "", text)  # blank lines, and the one that Excel writes first
     mark = max(",;\t", key=text.partition("\n")[0].count)
-    quotes_after_space = f'{mark} "' in text
-    lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter=mark, skipinitialspace=quotes_after_space)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     try:
         header, *rows = [cells for cells in reader if any(cells)] or [[]]
     except csv.Error as error:
         fail(f"{path}: {error}")
     header = [name.strip() for name in header]
-    for name in filter(None, header):
-        if header.count(name) > 1:
-            fail(f"{path}: two columns are called {name}: rename one")
     caption = caption_column or find_column(header, "caption")
     start = header.index(caption) if caption in header else len(header)
     records = []
@@ -748,9 +691,8 @@ def list_table(table, records, columns, strict):
     missing = []
     for fields in records:
         file_name = fields[columns["image"]]
-        path = os.path.normpath(os.path.join(folder, file_name))
-        if not os.path.exists(path):  # maybe written on Windows
-            path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))
+        name = file_name.replace("\\", "/")  # maybe written on Windows
+        path = os.path.normpath(os.path.join(folder, name))
         if os.path.isfile(path):
             texts = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
             rows.append(Row(path, file_name, fields=fields, **texts))
@@ -796,29 +738,29 @@ def fill_captions(data, rows, columns, prompt):
     """Set the captions by the format string `prompt`, if any; report rows that lack its fields."""
     if prompt is None and not columns.get("caption"):
         return
+    form = "{caption}" if prompt is None else prompt
     try:
-        pieces = list(string.Formatter().parse("{caption}" if prompt is None else prompt))
+        names = [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
     except ValueError as error:
         fail(f"--prompt {prompt!r}: {error} (write {{label}} for a field, {{{{ }}}} for braces)")
     lacking = []
     for row in rows:
-        known = dict.fromkeys(("caption", "text"), row.caption)
-        known |= dict.fromkeys(("label", "labels"), row.label)
+        known = {"caption": row.caption, "text": row.caption}
+        known |= {"label": row.label, "labels": row.label}
         known |= {name.lower(): value for name, value in row.fields.items()}
         texts = {}
-        for _, name, _, _ in pieces:
-            if name is not None and name.lower() not in known:
-                names = ", ".join(row.fields) or "only label and caption"
-                fail(f"--prompt: no field {{{name}}} in {data}; there are: {names}")
-            texts[name] = in_english(known[name.lower()]) if name else ""
-        if not all(texts[name] for name in texts if name):
+        for name in names:
+            if name.lower() not in known:
+                there = ", ".join(row.fields) or "only label and caption"
+                fail(f"--prompt: no field {{{name}}} in {data}; there are: {there}")
+            texts[name] = in_english(known[name.lower()])
+        if not all(texts.values()):
             lacking.append(row.file_name)
         if prompt is not None:
-            row.caption = "".join(literal + texts[name] for literal, name, _, _ in pieces).strip()
+            row.caption = prompt.format_map(texts).strip()
     if lacking:
-        wanted = " or ".join(sorted(name for name in texts if name))
         count = f"{len(lacking)} of {len(rows)} rows"
-        message = f"{data}: {count} have no {wanted}, such as {lacking[0]}"
+        message = f"{data}: {count} have no {' or '.join(sorted(texts))}, such as {lacking[0]}"
         if prompt is not None and len(lacking) == len(rows):
             fail(message)
         note(message)
@@ -830,27 +772,28 @@ def check_dicoms(data, rows):
     The group is 16 bits of a hash of the id, too few to tell who it is.
     """
     kept = []
-    patients = {}
+    named = []
     for row in rows:
         header = dicom_header(row.path)
         if header is None:
             kept.append(row)
-        elif "Rows" in header and "LOCALIZER" not in (header.get("ImageType") or ()):
-            kept.append(row)
-            if header.get("PatientID") and not row.group:
-                patients[row.path] = str(header.PatientID).strip()
+            continue
+        if "Rows" not in header or "LOCALIZER" in (header.get("ImageType") or ()):
+            continue
+        kept.append(row)
+        if header.get("PatientID") and not row.group:
+            digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
+            row.group = f"patient-{digest.hexdigest()}"
+            named.append(row)
     if len(kept) < len(rows):
         skipped = len(rows) - len(kept)
         note(f"{data}: {skipped} of {len(rows)} files skipped: DICOM reports, plans and localizers")
     if not kept:
         fail(f"{data}: no images left")
-    if len(patients) > 1 and len(set(patients.values())) == 1:
+    if len(named) > 1 and len({row.group for row in named}) == 1:
         note(f"{data}: all DICOM files have one patient's id, as after anonymisation: ignored")
-        patients = {}
-    for row in kept:
-        if row.path in patients:
-            digest = hashlib.blake2b(patients[row.path].encode(), digest_size=2)
-            row.group = f"patient-{digest.hexdigest()}"
+        for row in named:
+            row.group = ""
     return kept
 
 
@@ -923,22 +866,6 @@ def split_rows(rows, val_share, test_share=0.0):
             row.split = "val"
         else:
             row.split = "test"
-    if val_share + test_share > 0:
-        report_series(rows)
-
-
-def report_series(rows):
-    """Report file names that look as if patients had several images, where no group says so."""
-    series = collections.defaultdict(list)
-    for row in rows:
-        match = re.fullmatch(r"(.*\d.*?)[-_. ]+(\d{1,3}|[A-Za-z]{1,5})", Path(row.file_name).stem)
-        if match and not row.group:
-            series[match[1]].append(row.file_name)
-    several = [names for names in series.values() if len(names) > 1]
-    if len(several) > 1:
-        example = " and ".join(several[0][:2])
-        patients = f"{len(several)} patients with several images, such as {example}"
-        note(f"file names look like {patients}: a column patient_id keeps each in one split")
 
 
 def read_split(rows, path):
@@ -1008,64 +935,54 @@ def pick_resolution(*row_lists):
 
 
 def share_range(rows, given=None):
-    """Set row.value_range: `given`, or one range for all images of 16 bits, one for all floats."""
-    found = {"16 bits": [], "floats": []}
-    for row in rows:
+    """Set row.value_range: `given`, or one range for all images of more than 8 bits."""
+    ranges = {}
+    for n, row in enumerate(rows):
         row.value_range = given
-        if given is not None:
-            continue
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
-            if is_deep(image):
-                kind = "floats" if image.mode == "F" else "16 bits"
-                found[kind].append((row, *percentile_range(np.asarray(image), 0, 100)))
-    for kind, images in found.items():
-        if images:
-            low = float(min(low for _, low, _ in images))
-            high = float(max(high for _, _, high in images))
-            for row, _, _ in images:
-                row.value_range = low, high
-            note(f"{len(images)} images of {kind}: {low:g} is black, {high:g} white in all of them")
+            if given is None and is_deep(image):
+                ranges[n] = percentile_range(np.asarray(image), 0, 100)
+    if ranges:
+        lows, highs = zip(*ranges.values(), strict=True)
+        low = float(min(lows))
+        high = float(max(highs))
+        for n in ranges:
+            rows[n].value_range = low, high
+        note(f"{len(ranges)} images of more than 8 bits: {low:g} is black, {high:g} white in all")
     return rows
 
 
-def load_pixels(
-    rows,
-    resolution,
-    crop="center",
-    strict=False,
-    window=None,
-    value_range=None,
-    allow_burned_in=False,
-    seed=0,
-    measure=None,
-):
+def load_pixels(rows, resolution, crop="center", strict=False, seed=0, measure=None, **options):
     """Read the images of rows: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
-    window, value_range, allow_burned_in: as read_image; row.value_range, which share_range sets
-    where nothing else does, goes first. seed: of crop "random". measure: a function of the PIL
-    image before it is cropped, for row.measured. Unreadable files are reported and skipped; more
-    than 5 % of them, or any with strict, is an error.
+    options: window, value_range and allow_burned_in of read_image; a row's own value_range, which
+    share_range sets where nothing else does, goes first. seed: of crop "random". measure: a
+    function of the PIL image before it is cropped, for row.measured. Unreadable files are reported
+    and skipped; more than 5 % of them, or any with strict, is an error.
     """
-    pick_window(window)  # a wrong one is an error of the flags
-    if value_range is None and not any(row.value_range for row in rows):
-        share_range(rows)
+    pick_window(options.get("window"))  # a wrong one is an error of the flags
+    value_range = options.pop("value_range", None)
+    if not any(row.value_range for row in rows):
+        share_range(rows, value_range)
     pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
 
     def load(i):
         row = rows[i]
-        ends = row.value_range or value_range
+        how = {"value_range": row.value_range, "keep_grey": True, **options}
         try:
-            image = read_upright(row.path, row.slice, window, ends, allow_burned_in)
+            image = read_image(row.path, row.slice, **how)
         except BadImage as error:
             return error
         if measure:
             row.measured = measure(image)
-        gen = generator(seed, "crop", row.file_name, row.slice) if crop == "random" else None
+        gen = generator(seed, "crop", row.file_name, row.slice)
         square = np.array(fit_square(image, resolution, crop, gen))
-        pixels[i] = torch.from_numpy(square if square.ndim == 2 else square.transpose(2, 0, 1))
+        pixels[i] = torch.from_numpy(np.atleast_3d(square)).permute(2, 0, 1)
         return None
 
-    errors = map_threads(load, range(len(rows)))
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
+        results = pool.imap(load, range(len(rows)))
+        errors = list(tqdm(results, "reading", len(rows), leave=False, disable=None))
     bad = [error for error in errors if error]
     for error in bad:
         note(f"skipped: {error}")
@@ -1073,15 +990,6 @@ def load_pixels(
         fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
     readable = [i for i, error in enumerate(errors) if not error]
     return [rows[i] for i in readable], pixels[readable] if bad else pixels
-
-
-def map_threads(function, items):
-    """[function(item), ...] by a few threads, with a progress bar on a terminal."""
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        contextlib.closing(pool.map(function, items)) as results,  # cancels the rest on Ctrl-C
-    ):
-        return list(tqdm(results, "reading", len(items), leave=False, disable=None))
 
 
 def picture(pixels):
@@ -1099,16 +1007,20 @@ def near_duplicates(pixels, alike=0.95):
     parts = [F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)]
     thumbnails = torch.cat(parts)
     hashes = difference_hash(thumbnails)
-    pairs = {}
-    for kind, others in (("near", hashes), ("flipped", difference_hash(thumbnails.flip(2)))):
-        for start in range(0, len(pixels), 1024):
-            close = hashes[start : start + 1024] @ others.T > alike
-            for i, j in (close.nonzero() + torch.tensor([start, 0])).tolist():
-                if i < j and kind == "near" and torch.equal(pixels[i], pixels[j]):
-                    pairs[i, j] = "exact"
-                elif i < j:
-                    pairs.setdefault((i, j), kind)
-    return [(i, j, kind) for (i, j), kind in sorted(pairs.items())]
+    mirrored = difference_hash(thumbnails.flip(2))
+    pairs = []
+    for start in range(0, len(pixels), 1024):
+        near = hashes[start : start + 1024] @ hashes.T > alike
+        flipped = hashes[start : start + 1024] @ mirrored.T > alike
+        for row, j in (near | flipped).triu(start + 1).nonzero().tolist():
+            i = start + row
+            if not near[row, j]:
+                pairs.append((i, j, "flipped"))
+            elif torch.equal(pixels[i], pixels[j]):
+                pairs.append((i, j, "exact"))
+            else:
+                pairs.append((i, j, "near"))
+    return pairs
 
 
 def difference_hash(grey):
@@ -1288,13 +1200,12 @@ def load_features(name, device, resize="legacy"):
     if name == "texture":
         return Network("texture-1", texture_in_parts, standardise=True)
     if name == "inception":
-        path = find_weights(FID_WEIGHTS)
-        if path is None:
+        name = find_weights(FID_WEIGHTS)
+        if name is None:
             source = "github.com/mseitzer/pytorch-fid, release fid_weights"
             fail(f"--features inception: no such file: put {FID_WEIGHTS} ({source}) into {CACHE}")
-        return load_inception(path, load_weights(path, FID_SHA256), device, resize)
     if os.path.isfile(name):
-        return load_inception(name, load_weights(name), device, resize)
+        return load_inception(name, device, resize)
     return load_vision_model(name, device)
 
 
@@ -1306,10 +1217,10 @@ def texture_in_parts(pixels):
     return torch.cat([texture(part) for part in pixels.split(count)])
 
 
-def load_inception(path, state, device, resize):
-    """The Network of FID's Inception with the state dict that a file holds."""
+def load_inception(path, device, resize):
+    """The Network of FID's Inception with the weights of a file."""
     try:
-        net = fid_inception(state).to(device)
+        net = fid_inception(load_weights(path)).to(device)
     except RuntimeError:
         fail(f"{path}: is not the weights of FID's Inception")
 
@@ -1328,8 +1239,7 @@ def load_inception(path, state, device, resize):
 
 
 def clean_resize(pixels, side):
-    """uint8 (B, 3, H, W) -> float (B, 3, side, side) in [0, 255], as clean-fid (Parmar et al. 2022)
-    does; plain bilinear, as in pytorch-fid, leaves out pixels when it shrinks."""
+    """As clean-fid (Parmar et al. 2022): uint8 (B, 3, H, W) -> float (B, 3, side, side) to 255."""
     images = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
     return images.clamp(0, 255)
 
@@ -1366,21 +1276,14 @@ def fid_inception(state):
 
 
 def load_vision_model(name, device):
-    """The Network of a vision model of transformers: CLIP's image embedding, else the CLS token.
-
-    Safetensors only; the model's own image processor prepares the images.
-    """
+    """The Network of a vision model of transformers: CLIP's image embedding, else the CLS token."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
         processor = transformers.AutoImageProcessor.from_pretrained(name)
-        kind = transformers.AutoModel
-        if config.model_type.startswith("clip"):
-            kind = transformers.CLIPVisionModelWithProjection
-        model = kind.from_pretrained(name, use_safetensors=True)
+        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0][:120]
         fail(f"--features {name}: no such weight file or vision model ({reason})")
@@ -1391,15 +1294,15 @@ def load_vision_model(name, device):
 
     def function(pixels):
         images = processor(images=list(pixels.cpu()), return_tensors="pt")["pixel_values"]
-        output = model(images.to(device))
-        if "image_embeds" in output:
-            return output.image_embeds
-        states = output.last_hidden_state
+        images = images.to(device)
+        if model.config.model_type == "clip":
+            return model.visual_projection(model.vision_model(images).pooler_output)
+        states = model(images).last_hidden_state
         if states.ndim == 4:  # of a convolutional network
             return states.mean((2, 3))
         return states[:, 0]
 
-    return Network(f"{config.model_type}-{digest.hexdigest()[:16]}", function)
+    return Network(f"{model.config.model_type}-{digest.hexdigest()[:16]}", function)
 
 
 def extract(pixels, network, device, batch_size=32, precision="auto"):
@@ -1451,11 +1354,10 @@ def read_vector(path):
 
 def write_vector(path, vector):
     """Write a cache file, atomically but without waiting for the disk; a full disk does no harm."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.npy")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.save(file, vector)
+        np.save(temporary, vector)
         os.replace(temporary, path)
 
 
@@ -1500,12 +1402,11 @@ def taps(trunk, images, indices):
 
 def lpips_files(net):
     """The paths of LPIPS's trunk and of its linear layers (in the package lpips), each or None."""
-    linear = find_weights(f"lpips-{net}.pth")
+    linear = None
     package = importlib.util.find_spec("lpips")
-    if linear is None and package:
-        packed = Path(package.submodule_search_locations[0], "weights", "v0.1", f"{net}.pth")
-        if packed.is_file():
-            linear = str(packed)
+    if package:
+        folder = package.submodule_search_locations[0]
+        linear = os.path.join(folder, "weights", "v0.1", f"{net}.pth")
     return find_weights(LPIPS[net][2]), linear
 
 
@@ -1558,25 +1459,21 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     result = np.zeros((len(pixels), len(others)))
 
     def vectors(part):
-        return network.function(part.to(device))
+        return torch.cat([network.function(batch.to(device)) for batch in part.split(batch_size)])
 
-    def square(part):
+    def squares(part):
         return torch.linalg.vector_norm(part, dim=1).square()
 
     with torch.inference_mode(), without_tf32():
-        bytes_a_batch = 4 * batch_size * vectors(pixels[:1]).shape[1]
-        width = max(1, memory // bytes_a_batch) * batch_size
+        width = max(1, memory // (4 * vectors(pixels[:1]).shape[1]))
         starts = range(0, len(pixels), width)
         for i in tqdm(starts, desc=f"LPIPS {network.name}", leave=False, disable=None):
-            first = torch.cat([vectors(part) for part in pixels[i : i + width].split(batch_size)])
-            square_first = square(first)[:, None]
-            for j in range(i if symmetric else 0, len(others), batch_size):
-                if symmetric and j < i + width:
-                    second = first[j - i : j - i + batch_size]
-                else:
-                    second = vectors(others[j : j + batch_size])
-                distances = square_first + square(second) - 2 * (first @ second.T)
-                result[i : i + len(first), j : j + len(second)] = distances.cpu()
+            first = vectors(pixels[i : i + width])
+            for j in range(i if symmetric else 0, len(others), width):
+                is_same = symmetric and i == j
+                second = first if is_same else vectors(others[j : j + width])
+                distances = squares(first)[:, None] + squares(second) - 2 * (first @ second.T)
+                result[i : i + width, j : j + width] = distances.cpu()
     if symmetric:  # by construction: a product a @ a.T is not so to the last bit on every machine
         result = np.triu(result, 1)
         result += result.T
@@ -1807,10 +1704,8 @@ def copy_chances(real, fake, same):
 
 # ---------------------------------------------------------------- the page
 
-STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;
---mark:#0b62c4;--two:#c2410c;--three:#15803d;--four:#7e22ce}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#343b43;--paper:#0e1116;
---mark:#6cb0ff;--two:#fb923c;--three:#4ade80;--four:#c084fc}}
+STYLE = """:root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--mark:#0b62c4;
+--two:#c2410c;--three:#15803d;--four:#7e22ce}
 *{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,
 sans-serif;overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}
 h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
@@ -1864,32 +1759,32 @@ def curve(series, x_label="", y_label=""):
     """An inline SVG line chart; series: name -> list of (x, y). Only finite points are drawn."""
     finite = {}
     for name, points in series.items():
-        finite[name] = [point for point in points if np.isfinite(point).all()]
-    every = np.array(sum(finite.values(), []), float)
+        points = np.array(points, float).reshape(-1, 2)
+        finite[name] = points[np.isfinite(points).all(1)]
+    every = np.concatenate(list(finite.values()))
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
     low = every.min(0)
-    high = every.max(0)
-    span = np.where(high > low, high - low, np.maximum(np.abs(low), 1e-12))
+    span = np.ptp(every, 0)
+    span[span == 0] = 1
 
-    def position(point):  # the axes cross at (70, 220)
-        x, y = (np.asarray(point, float) - low) / span
-        return f"{70 + 540 * x:.1f},{220 - 192 * y:.1f}"
+    def positions(points):  # the axes cross at (70, 220)
+        return (points - low) / span * (540, -192) + (70, 220)
 
     def text(x, y, content, more=""):
         return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(content)}</text>'
 
     parts = ['<path d="M70 20V220H625" fill="none" stroke="var(--line)"/>']
-    for share in (0, 0.5, 1):
-        x, y = low + share * span
-        parts.append(text(70 + 540 * share, 238, f"{x:.4g}", 'text-anchor="middle"'))
-        parts.append(text(64, 224 - 192 * share, f"{y:.4g}", 'text-anchor="end"'))
+    for value in (low, low + span / 2, low + span):
+        x, y = positions(value)
+        parts.append(text(x, 238, f"{value[0]:.4g}", 'text-anchor="middle"'))
+        parts.append(text(64, y + 4, f"{value[1]:.4g}", 'text-anchor="end"'))
     for n, (name, points) in enumerate(finite.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
-        line = " ".join(map(position, points[:1] + points))  # the first twice: one alone is a dot
-        width = 2 if len(points) > 1 else 7
-        style = f'stroke="{colour}" stroke-width="{width}" stroke-linecap="round"'
-        parts.append(f'<polyline points="{line}" fill="none" {style}/>')
+        words = [f"{x:.1f},{y:.1f}" for x, y in positions(points)]
+        line = " ".join(words[:1] + words)  # the first twice: one alone is a dot
+        style = f'fill="none" stroke="{colour}" stroke-width="3" stroke-linecap="round"'
+        parts.append(f'<polyline points="{line}" {style}/>')
         parts.append(text(80 + 140 * n, 12, name, f'fill="{colour}"'))
     parts.append(text(340, 256, x_label, 'text-anchor="middle"'))
     parts.append(text(0, 12, y_label))

@@ -727,4 +727,4 @@ def test_a_thumbnail_is_no_larger_than_asked_and_takes_pixels_or_pictures():
 
 def test_a_curve_without_a_finite_point_says_so_and_one_point_is_a_dot():
     assert "nothing to draw" in metrics.curve({"loss": [(0, float("nan"))]})
-    assert 'stroke-width="7"' in metrics.curve({"loss": [(0, 1.0)]})
+    assert 'points="70.0,220.0 70.0,220.0"' in metrics.curve({"loss": [(0, 1.0)]})
