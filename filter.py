@@ -592,10 +592,11 @@ def remove_old_copies(out, entries):
     """
     if not (out / "metadata.csv").is_file():
         return
-    copies = {row["file_name"] for row in read_table(out / "metadata.csv")}
+    copies = {row.get("file_name") for row in read_table(out / "metadata.csv")}
     copies -= {name for name, _ in entries}
     for row in read_table(out / "decisions.csv"):
-        for name in (name_below("", row["file"]), name_below("generated", row["file"])):
+        for folder in ("", "generated"):
+            name = name_below(folder, row.get("file", ""))
             if name in copies:
                 (out / name).unlink(missing_ok=True)
 
@@ -693,7 +694,8 @@ def read_ratings(paths):
                 fail(f"{path}: row {line}: rating must be 1, 2 or 3, not {row['rating']!r}")
             if not re.fullmatch(r"[1-9]\d*(\.\d*)?", level):
                 fail(f"{path}: row {line}: expert_level must be a number from 1, not {level!r}")
-            place = os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])
+            name = row["image_path"].replace("\0", "?")  # in no file's name
+            place = os.path.join(os.path.dirname(os.path.abspath(path)), name)
             if not os.path.exists(place):
                 place = place.replace("\\", "/")  # written on Windows
             texts = [row.get(name, "") for name in ("modality", "prompt", "group", "guess", "real")]
