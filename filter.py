@@ -719,8 +719,9 @@ RATING_BODY = """<form id="start"><p>Your name <input id="name" required> <selec
 <button>Start</button></form>
 <main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div>
 <div id="picture"></div><p id="text"></p>
-<div id="guesses"><button data-key="r">real (r)</button><button data-key="g">generated (g)</button>
-</div><div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
+<div id="guesses"><button data-key="r">real (r)</button>
+<button data-key="g">generated (g)</button></div>
+<div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
 <button data-key="3">3 good</button></div><input id="note" placeholder="note (n), Enter ends it">
 <div><button data-key="u">undo (u)</button><button data-key="s">skip (s)</button>
 <button id="save">save ratings.csv</button><button id="next">another rater</button></div></main>"""
