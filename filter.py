@@ -713,7 +713,8 @@ RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--
 button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--line);
 border-radius:.4rem;padding:.6rem 1rem;margin:.2rem;min-height:3rem}
 button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}
-[hidden]{display:none!important}progress,#note{width:min(94vw,62vh)}#guesses,#marks{display:inline-block}</style>"""
+[hidden]{display:none!important}progress,#note{width:min(94vw,62vh)}
+#guesses,#marks{display:inline-block}</style>"""
 RATING_BODY = """<form id="start"><p>Your name <input id="name" required> <select id="level">
 <option value="3">specialist<option value="2">resident<option value="1">student</select></p>
 <button>Start</button></form>
