@@ -826,15 +826,15 @@ and of generated images to one another. <b>band</b>: by a fixed table; compare i
 images score against one another (real halves).</p>"""
 
 METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central square and resized to
-{resolution} pixels (Lanczos); {resize} resizing before the network; {networks}. SSIM
-at 64 pixels, grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception
-Score in one split. Copies: correlation of 16-pixel thumbnails over mirror images and 90 % crops,
-conformal p-values of the distance and of its ratio to the second nearest. Null: {permutations}
-permutations, patients whole where there are five or more and none has over half of a set, seed
-{seed}; excess is the value less the null's median. Of more than {max_images} images so many were
-drawn; the Frechet value alone is of all. Real halves: median over 20 random halves of the real set
-against each other; same size: of as many generated images against a half. Utility: ridge regression
-on the features and a network of three layers (200 steps of 32 images at 64 pixels), 5 paired seeds,
+{resolution} pixels (Lanczos); {resize} resizing before the network; {networks}. SSIM at 64 pixels,
+grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception Score in one
+split. Copies: correlation of 16-pixel thumbnails over mirror images and 90 % crops, conformal
+p-values of the distance and of its ratio to the second nearest. Null: {permutations} permutations,
+patients whole where there are five or more and none has over half of a set, seed {seed}; excess is
+the value less the null's median. Of more than {max_images} images so many were drawn; the Frechet
+value alone is of all. Real halves: median over {halves} random halves of the real set against each
+other; same size: of as many generated images against a half. Utility: ridge regression on the
+features and a network of three layers (200 steps of 32 images at 64 pixels), {seeds} paired seeds,
 tested on the held-out images of --split (no --split: on 30 % of the real ones, which the generator
 may know); 1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
 
@@ -893,7 +893,8 @@ def write_report(args, settings, entries):
         body.append(table(*ranking(entries)))
     body += [set_section(entry, args) for entry in entries]
     body.append(gallery("Real", entries[0].real, args.seed))
-    body += [GUIDE, "<h2>How it was made</h2>", paragraph(METHODS.format(**settings))]
+    methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
+    body += [GUIDE, "<h2>How it was made</h2>", paragraph(methods)]
     body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
     write_file(args.out, page("Generated against real images", "\n".join(body)))
 
