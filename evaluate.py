@@ -44,6 +44,7 @@ from metrics import (
     command,
     copy_chances,
     copy_distances,
+    curve,
     data_set,
     existing_file,
     extract,
@@ -162,7 +163,8 @@ def permutation_draws(n, m, count, seed, groups=()):
         groups = [""] * (n + m)
     units = units_of(groups)
     draws = np.zeros((1 + count, n + m), np.int8)
-    draws[0] = [1] * n + [-1] * m
+    draws[0, :n] = 1
+    draws[0, n:] = -1
     for row in range(1, 1 + count):
         room = {1: n, -1: m}
         order = torch.randperm(len(units), generator=generator(seed, "permutation", row))
@@ -434,7 +436,8 @@ class Entry:
 def evaluate_set(real, fake, known, tools):
     """The Entry of a generated set."""
     args, network = tools.args, tools.network
-    copies = find_copies(known, fake)  # the largest matrices come and go first
+    kind = "training" if args.split or args.train_data else "real"
+    copies = find_copies(known, fake, kind)  # the largest matrices come and go first
     joint = collect_matrices(real, fake, tools)
     n, m = len(real.rows), len(fake.rows)
     groups = [row.group for row in real.rows + fake.rows]
@@ -490,7 +493,7 @@ def band(limits, figure):
     return "poor"
 
 
-def find_copies(known, fake):
+def find_copies(known, fake, kind):
     """Generated images nearer to a known image than those of two patients are to one another."""
     same = same_unit([row.group for row in known.rows])
     for i, j, _ in near_duplicates(known.pixels):  # a picture stored twice is one
@@ -505,7 +508,7 @@ def find_copies(known, fake):
     chance = binom.sf(count - 1, m, limit)
     expected = f"{digits(limit * m, 2)} expected, p {digits(chance, 2)}"
     advice = "likely copies, look at the pairs" if chance <= 0.01 else "no sign of copying"
-    text = f"{count} of {m} generated images lie as near to one of {n} real images as 1 in "
+    text = f"{count} of {m} generated images lie as near to one of {n} {kind} images as 1 in "
     text += f"{1 / limit:.0f} fresh ones would ({expected}): {advice}."
     index, distance = nearest(distances)
     numbers = [(i, index[i]) for i in np.lexsort((distance, p))[:12]]
@@ -768,7 +771,7 @@ def dose_sentence(doses):
     if best["gain_low"] <= 0:
         return f"no gain beyond chance, at best {text}"
     if best is not doses[-1]:
-        text += "; stop there, larger doses gain less"
+        text += "; larger doses gained less"
     return f"a gain, {text}"
 
 
@@ -867,9 +870,12 @@ def set_section(entry, args):
     parts.append(table(HEADER, figure_rows(entry)))
     if entry.utility:
         parts.append("<h3>Do they help a classifier?</h3>")
+        lines = {}
         for name, doses in entry.utility.items():
+            lines[name] = [(dose["share"], dose["auroc"]) for dose in doses]
             parts.append(paragraph(f"{name}; 95 % of the AUROC, 99 % of the gain"))
             parts.append(records_table(doses))
+        parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
     parts.append("<h3>Generated left, its nearest image right</h3>")
     parts.append(paragraph("No guarantee of privacy. p: how often a fresh image would be as near."))
     for pair, (i, j) in zip(entry.copies.pairs, entry.copies.numbers, strict=True):

@@ -169,7 +169,7 @@ def test_of_a_large_set_some_are_drawn_and_only_the_frechet_value_is_of_all(
     assert after["frechet"]["value"] == pytest.approx(before["frechet"]["value"], rel=1e-6)
     assert after["kid"]["value"] != pytest.approx(before["kid"]["value"], rel=1e-3)
     assert after["frechet"]["null"] > before["frechet"]["null"]
-    assert "the Frechet value" in (tmp_path / "report.html").read_text()
+    assert "the Frechet value" in " ".join((tmp_path / "report.html").read_text().split())
 
 
 def test_figures_do_not_depend_on_batch_size_and_follow_the_seed(tmp_path, monkeypatch):
@@ -678,7 +678,7 @@ def test_what_chance_gives_of_copies_is_counted_of_the_generated_ones():
     known = random_set(50, [""] * 50)
     fake = random_set(20, [""] * 20, 1)
     fake.pixels[:2] = known.pixels[:2]
-    found = evaluate.find_copies(known, fake)
+    found = evaluate.find_copies(known, fake, "real")
     p = 2 / 51
     none_or_one = (1 - p) ** 20 + 20 * p * (1 - p) ** 19
     assert found.count == 2
@@ -692,12 +692,12 @@ def test_films_of_one_patient_do_not_excuse_copies():
     known.pixels[1::2] = two_alike.byte()
     fake = random_set(10, [""] * 10, 1)
     fake.pixels[:5] = (0.7 * known.pixels[:10:2] + 0.3 * fake.pixels[:5]).byte()
-    assert evaluate.find_copies(known, fake).count >= 5
+    assert evaluate.find_copies(known, fake, "real").count >= 5
 
 
 def test_copies_are_not_looked_for_among_two_patients():
     known = random_set(4, ["a"] * 4)
-    found = evaluate.find_copies(known, random_set(4, [""] * 4, 1))
+    found = evaluate.find_copies(known, random_set(4, [""] * 4, 1), "real")
     assert found.count is None
     assert "not looked for" in found.sentence
 
@@ -855,10 +855,10 @@ def test_a_class_without_negatives_says_nothing_of_the_auroc():
 @pytest.mark.parametrize(
     "gains, said, not_said",
     [
-        ((0, 0.001, 0.005, -0.002), "no gain", "stop there"),
+        ((0, 0.001, 0.005, -0.002), "no gain", "gained less"),
         ((0, 0.08, 0.2, 0.15), "from 0.700 to 0.900 with 100 %", "no gain"),
-        ((0, 0.08, 0.2, 0.15), "stop there", "no gain"),
-        ((0, 0.08, 0.14, 0.2), "a gain, AUROC from 0.700", "stop there"),
+        ((0, 0.08, 0.2, 0.15), "gained less", "no gain"),
+        ((0, 0.08, 0.14, 0.2), "a gain, AUROC from 0.700", "gained less"),
     ],
 )
 def test_the_dose_sentence_says_gain_no_gain_and_stop(gains, said, not_said):
