@@ -657,7 +657,7 @@ def test_copies_of_training_images_are_counted_and_shown(tmp_path, monkeypatch, 
     assert 5 <= found["likely_copies"] <= 7
     nearest = {(pair["generated"], pair["train"]) for pair in found["pairs"][:5]}
     assert nearest == {(f"{n:03}.png",) * 2 for n in range(5)}
-    assert "of 60 real images" in capsys.readouterr().out
+    assert "of 60 training images" in capsys.readouterr().out
 
 
 def test_copies_are_sought_among_all_real_images(tmp_path, monkeypatch, capsys):
