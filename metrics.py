@@ -209,8 +209,8 @@ def run_script(main, parse_args):
     except UnicodeError as error:
         fail(f"a text file, such as an @file of flags, or the name of a file is not UTF-8: {error}")
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and "memory" not in text:
+        is_full = re.search("out of memory|can't allocate memory", str(error))
+        if not is_full and isinstance(error, RuntimeError):
             raise
         fail(f"the memory is full: try {LESS_MEMORY}")
 
@@ -679,8 +679,8 @@ def list_table(table, records, columns, strict):
         name = file_name.replace("\\", "/")  # maybe written on Windows
         path = os.path.normpath(os.path.join(folder, name))
         if os.path.isfile(path):
-            texts = {role: fields.get(columns[role], "") for role in ("caption", "label", "group")}
-            rows.append(Row(path, file_name, fields=fields, **texts))
+            texts = [fields.get(columns[role], "") for role in ("caption", "label", "group")]
+            rows.append(Row(path, file_name, *texts, fields))
         else:
             missing.append(file_name or "(no name)")
     if missing:
@@ -953,9 +953,9 @@ def load_pixels(rows, resolution, crop="center", strict=False, seed=0, measure=N
 
     def load(i):
         row = rows[i]
-        how = {"value_range": row.value_range, "keep_grey": True, **options}
+        ends = row.value_range
         try:
-            image = read_image(row.path, row.slice, **how)
+            image = read_image(row.path, row.slice, value_range=ends, keep_grey=True, **options)
         except BadImage as error:
             return error
         if measure:
@@ -1133,10 +1133,9 @@ def grey_grain(grey):
 def stored_grain(image):
     """`grain` of a PIL image's middle 512 pixels, (11,): a resize would hide JPEG and noise."""
     left, top = (max(0, side - 512) // 16 * 8 for side in image.size)  # on JPEG's grid of 8 pixels
-    box = left, top, min(left + 512, image.width), min(top + 512, image.height)
-    values = np.asarray(image.crop(box).convert("RGB"))
-    missing = [(0, max(0, 16 - side)) for side in values.shape[:2]]
-    values = np.pad(values, [*missing, (0, 0)], "edge")
+    right = max(16, min(left + 512, image.width))
+    bottom = max(16, min(top + 512, image.height))
+    values = np.array(image.crop((left, top, right, bottom)).convert("RGB"))
     return grain(torch.from_numpy(values).permute(2, 0, 1)[None])[0]
 
 
@@ -1451,14 +1450,15 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
 
     with torch.inference_mode(), without_tf32():
         width = max(1, memory // (4 * vectors(pixels[:1]).shape[1]))
+        step = width if symmetric else batch_size
         starts = range(0, len(pixels), width)
         for i in tqdm(starts, desc=f"LPIPS {network.name}", leave=False, disable=None):
             first = vectors(pixels[i : i + width])
-            for j in range(i if symmetric else 0, len(others), width):
+            for j in range(i if symmetric else 0, len(others), step):
                 is_same = symmetric and i == j
-                second = first if is_same else vectors(others[j : j + width])
+                second = first if is_same else vectors(others[j : j + step])
                 distances = squares(first)[:, None] + squares(second) - 2 * (first @ second.T)
-                result[i : i + width, j : j + width] = distances.cpu()
+                result[i : i + width, j : j + step] = distances.cpu()
     if symmetric:  # by construction: a product a @ a.T is not so to the last bit on every machine
         result = np.triu(result, 1)
         result += result.T
