@@ -377,6 +377,9 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
             window = None
         if window and data.get("Modality") == "CT" and "RescaleSlope" not in data:
             raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units")
+        has_own = own_window(data) or data.get("VOILUTSequence")
+        if count > 1 and not (window or value_range or has_own):
+            value_range = range_of_frames(path, os.path.getmtime(path))
         image = dicom_grey(data, values, padding, pick_window(window), value_range)
     spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing")
     spacing = spacing or data.get("PixelAspectRatio")
@@ -431,6 +434,18 @@ def own_window(data):
         if width > 0:
             return centre, width
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def range_of_frames(path, modified):
+    """Percentiles over up to 16 frames of a file without a window; modified: for the cache."""
+    data = open_dicom(path)
+    count = int(data.NumberOfFrames)
+    samples = []
+    for frame in range(0, count, 1 + count // 16):
+        values, padding = dicom_frame(path, data, frame)
+        samples.append(values[~padding])
+    return percentile_range(np.concatenate(samples), 0.5, 99.5)
 
 
 def dicom_grey(data, values, padding, window, value_range):
