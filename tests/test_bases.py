@@ -110,7 +110,7 @@ def test_what_cannot_work_is_refused(base, sd21, images, tmp_path, refused):
     flags = ["--data", images, "--prompt", "x", "--out", tmp_path / "out", "--steps", 2]
     assert "overflows in fp16" in refused(train, *flags, "--base", sd21, "--precision", "fp16")
     broken = changed(base, tmp_path / "ztsnr", "scheduler", rescale_betas_zero_snr=True)
-    assert "pure noise" in refused(train, *flags, "--base", broken)
+    assert "rescale_betas_zero_snr" in refused(train, *flags, "--base", broken)
 
 
 KINDS_OF_OTHERS = [
@@ -155,13 +155,12 @@ def test_a_tokenizer_that_knows_no_length_reads_as_much_as_its_text_encoder(base
 
 
 def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_had_says_what_to_do(
-    refused, monkeypatch, capsys
+    refused, monkeypatch
 ):
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"/downloaded/{name}")
         folder = sample.find_base("runwayml/stable-diffusion-v1-5")
     assert folder == f"/downloaded/{sample.BASES['sd15']}"
-    assert "is gone from the Hub" in capsys.readouterr().out
     # the tests run with HF_HUB_OFFLINE=1
     line = refused(sample, "--base", "some-owner/some-model", "--prompt", "x")
     assert "hf download some-owner/some-model" in line
