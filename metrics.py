@@ -70,7 +70,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the description as written, and every default that is informative."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, "", []) or "default" in (action.help or ""):
+        is_unset = action.default is None or action.default is False
+        if is_unset or action.default in ("", []) or "default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 
@@ -231,8 +232,17 @@ def pick_device(name):
 # never EPS: Pillow starts ghostscript to read it
 FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-# (centre, width) in Hounsfield units
-WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "brain": (40, 80), "bone": (400, 1800)}
+WINDOWS = {  # (centre, width) in Hounsfield units
+    "lung": (-600, 1500),
+    "soft": (40, 400),
+    "mediastinum": (50, 350),
+    "brain": (40, 80),
+    "stroke": (35, 30),
+    "subdural": (75, 215),
+    "bone": (400, 1800),
+    "liver": (60, 160),
+    "angio": (300, 600),
+}
 # how a DICOM file without the 128-byte preamble starts: its first tag
 BARE_DICOM = (b"\2\0\0\0", b"\b\0\0\0", b"\b\0\5\0", b"\b\0\b\0", b"\b\0\x16\0", b"\b\0\x18\0")
 for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
@@ -279,7 +289,10 @@ def read_raster(path, value_range):
         if is_deep(image):  # convert() would clip these at 255
             values = np.asarray(image).astype(np.float64)
             low, high = value_range or percentile_range(values, 0, 100)
-            return grey_image(values, low, high)
+            grey = grey_image(values, low, high)
+            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
+                return ImageOps.invert(grey)  # Pillow does this for 8 bits itself
+            return grey
         if image.has_transparency_data:
             black = Image.new("RGBA", image.size, "black")
             return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
@@ -337,7 +350,7 @@ def square_pixels(image, row_spacing, column_spacing):
     if not row_spacing or not column_spacing:
         return image
     ratio = float(row_spacing) / float(column_spacing)
-    if abs(ratio - 1) < 0.01:
+    if abs(ratio - 1) < 0.01 or not 0.02 < ratio < 50:
         return image
     width = round(image.width * max(1, 1 / ratio))
     height = round(image.height * max(1, ratio))
@@ -638,12 +651,17 @@ def read_csv(path, text, caption_column):
     """
     text = re.sub(r"\A(sep=.|\s)*\n", "", text)  # blank lines, and the one that Excel writes first
     mark = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+    lines = io.StringIO(text, newline="")
+    spaced = f'{mark} "' in text  # a quoted cell after a space
+    reader = csv.reader(lines, delimiter=mark, skipinitialspace=spaced)
     try:
         header, *rows = [cells for cells in reader if any(cells)] or [[]]
     except csv.Error as error:
         fail(f"{path}: {error}")
     header = [name.strip() for name in header]
+    names = [name for name in header if name]
+    if len(set(names)) < len(names):
+        fail(f"{path}: two columns have the same name: {', '.join(names)}")
     caption = caption_column or find_column(header, "caption")
     start = header.index(caption) if caption in header else len(header)
     records = []
@@ -1704,8 +1722,11 @@ def copy_chances(real, fake, same):
 
 # ---------------------------------------------------------------- the page
 
-STYLE = """:root{--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;--mark:#0b62c4;
+STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;
+--mark:#0b62c4;
 --two:#c2410c;--three:#15803d;--four:#7e22ce}
+@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#343b43;--paper:#0e1116;
+--mark:#6cb0ff;--two:#fb923c;--three:#4ade80;--four:#c084fc}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,
 sans-serif;overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}
 h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
