@@ -40,7 +40,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -60,10 +60,12 @@ def note(message):
 
 
 class BadImage(Exception):
-    """An image that cannot be read, and why."""
+    """An image that cannot be read: .path says which, .why says why."""
 
     def __init__(self, path, why):
         super().__init__(f"{path}: {why}")
+        self.path = str(path)
+        self.why = why
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -273,8 +275,10 @@ def read_image(
         raise
     except ImportError as error:
         raise BadImage(path, f"needs the package {error.name}: pip install {error.name}") from None
+    except UnidentifiedImageError:
+        raise BadImage(path, "is not an image, or empty") from None
     except Exception as error:  # not its text: pydicom quotes the header
-        why = getattr(error, "strerror", None) or f"is damaged or no image ({type(error).__name__})"
+        why = getattr(error, "strerror", None) or f"is damaged ({type(error).__name__})"
         raise BadImage(path, why) from None
     return image if keep_grey else image.convert("RGB")
 

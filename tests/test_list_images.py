@@ -149,6 +149,7 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path, capsys):
         ("name,text\na.png,x\n", {}, "--image-column"),
         ("file_name,finding\na.png,one, two\n", {}, "row a.png has more cells"),
         ("file_name,text,patient\na.png,one,two,p1\n", {}, "row a.png has more cells"),
+        ("file_name,label,label\na.png,A,\n", {}, "two columns have the same name"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_line(tmp_path, capsys, text, how, message):
@@ -189,6 +190,14 @@ def test_quotes_keep_delimiters_and_lines_together(tmp_path):
     pictures(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.csv").write_text('file,text\na.png,"two\nlines, ""quoted"""\n')
     assert captions(tmp_path) == ['two\nlines, "quoted"']
+
+
+def test_cells_quoted_after_a_space_are_read(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    text = 'file_name, text\na.png, "one, two"\nb.png, three\n'
+    (tmp_path / "metadata.csv").write_text(text)
+
+    assert captions(tmp_path) == ["one, two", "three"]
 
 
 def test_lines_before_a_header_and_empty_rows_are_skipped(tmp_path, capsys):
@@ -461,7 +470,7 @@ def test_unreadable_images_are_reported_and_too_many_are_an_error(tmp_path, caps
     assert len(rows) == 29
     assert pixels.shape == (29, 3, 16, 16)
     assert pixels[7, 0, 8, 8] == 8
-    assert f"skipped: {tmp_path / '07.png'}: is damaged" in capsys.readouterr().err
+    assert f"skipped: {tmp_path / '07.png'}: is not an image, or empty" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         load_pixels(list_images(tmp_path), 16, strict=True)
     (tmp_path / "09.png").write_bytes(b"x")

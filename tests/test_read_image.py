@@ -62,6 +62,15 @@ def test_transparent_pixels_are_black(tmp_path):
         assert found[0, 0] == 255 and found.sum() == 255
 
 
+def test_tiffs_that_store_white_as_zero_are_inverted(tmp_path):
+    ramp = np.tile(np.arange(0, 60000, 1000, dtype=np.uint16), (8, 1))
+    Image.fromarray(ramp).save(tmp_path / "white.tif", tiffinfo={262: 0})
+
+    row = values(tmp_path / "white.tif")[0]
+
+    assert (row == 255 - np.round(ramp[0] / 59000 * 255)).all()
+
+
 def test_tiffs_that_lie_on_their_side_are_turned_upright(tmp_path):
     lying = Image.fromarray(np.array([[0, 40, 80], [120, 160, 200]], np.uint16) * 256)
     lying.save(tmp_path / "lying.tif", tiffinfo={274: 6})
@@ -119,10 +128,10 @@ def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
     Image.open(tmp_path / "whole.png").save(tmp_path / "whole.jpg")
     place = len(whole) - 3000
     cases = {
-        "empty.png": (b"", "is damaged"),
-        "text.png": (b"hello " * 99, "is damaged or no image"),
+        "empty.png": (b"", "is not an image, or empty"),
+        "text.png": (b"hello " * 99, "is not an image"),
         "half.png": (whole[: len(whole) // 2], "is damaged"),
-        "note.pdf": (b"%PDF-1.4\n%stub\n", "is damaged or no image"),
+        "note.pdf": (b"%PDF-1.4\n%stub\n", "is not an image"),
         "bad_crc.png": (
             whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :],
             "is damaged",
@@ -133,7 +142,7 @@ def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
         ),  # of the last pixels
         "half.jpg": ((tmp_path / "whole.jpg").read_bytes()[:900], "is damaged"),
         "bomb.png": (png_claiming(60000, 60000), "DecompressionBombError"),
-        "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
+        "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     }
     for name, (content, why) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -235,7 +244,7 @@ def test_no_name_of_a_patient_is_in_a_message(tmp_path, capsys, recwarn, monkeyp
     )
     assert "Doe" not in said and "secret" not in said
     monkeypatch.setattr(metrics, "dicom_frame", lambda *_: int("Doe^Jane"))
-    with pytest.raises(BadImage, match=r"is damaged or no image \(ValueError\)$"):
+    with pytest.raises(BadImage, match=r"is damaged \(ValueError\)$"):
         read_image(tmp_path / "a.dcm")
 
 
