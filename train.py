@@ -8,9 +8,6 @@
 The same command typed again continues a run that was stopped, bit for bit. Written into --out:
 lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
 samples/, log.jsonl, args.json, split.csv, report.html and README.md, a model card.
-
-From sample: what a base is, and drawing from it; from lora: adapters; from metrics: flags, reading
-images, keyed randomness, distances, the page.
 """
 
 import argparse
@@ -68,14 +65,12 @@ from metrics import (
     need,
     number,
     page,
-    pick_window,
     picture,
     replacing,
     run_script,
     share_range,
     split_labels,
     split_rows,
-    table,
     taps,
     thumbnail,
     trunk_of,
@@ -180,10 +175,7 @@ def fit(base, streams, perceptual, validation, state, args, log):
                 bar.set_postfix(loss=log.write_steps(state, args))
             if state.bad_steps >= 3:
                 bar.close()
-                fail(
-                    f"step {state.step}: three steps in a row gave NaN or infinity; try a smaller "
-                    f"--lr or --precision fp32; {args.out}/checkpoints are from before"
-                )
+                fail(f"step {state.step}: NaN in three steps; lower --lr or use --precision fp32")
             is_best = validating and validate(base, validation, state, args, log)
             if saving or is_best or stop or out_of_patience(state, args):
                 save_checkpoint(state, args, is_best)
@@ -224,8 +216,8 @@ def deferred_signals():
 
 def progress_bar(state, args):
     seconds = 0.5 if sys.stderr.isatty() else 30
-    options = {"desc": "training", "mininterval": seconds, "disable": RANK > 0}
-    return tqdm(total=args.steps, initial=state.step, **options)
+    how = {"desc": "training", "mininterval": seconds, "disable": RANK > 0}
+    return tqdm(total=args.steps, initial=state.step, **how)
 
 
 # ---------------------------------------------------------------- what a step is made of
@@ -233,23 +225,18 @@ def progress_bar(state, args):
 
 @dataclass
 class Batch:
-    """What one forward pass sees: latents and noise (B, 4, h, w), the UNet's text arguments, the
-    weight of the loss (B,), all on the device; timesteps (B,) on the CPU, so that choosing by them
-    makes no GPU wait."""
+    """What one forward pass sees. timesteps: on the CPU: choosing by them makes no GPU wait."""
 
-    latents: torch.Tensor
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    text: dict
-    weight: torch.Tensor
+    latents: torch.Tensor  # (B, 4, h, w)
+    noise: torch.Tensor  # (B, 4, h, w)
+    timesteps: torch.Tensor  # (B,)
+    text: dict  # the UNet's text arguments
+    weight: torch.Tensor  # (B,) of the loss
 
 
 def make_batch(base, data, step, slots, args):
-    """The batch of a step at the positions `slots` of the global batch.
-
-    Every draw is keyed by purpose, step and slot: the same whatever the number of processes and of
-    forward passes.
-    """
+    """The batch of a step at the positions `slots` of the global batch, by which draws are keyed:
+    they do not depend on the number of processes and forward passes."""
     count = len(data.rows)
     size = data.mean.shape[1:]
 
@@ -477,7 +464,6 @@ def save_checkpoint(state, args, is_best=False):
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "effective_batch": effective_batch(args),
-        "schedule": {"lr": learning_rate(state.step, args)},
         "best": state.best,
         "history": state.history,
         "args": vars(args),
@@ -521,11 +507,8 @@ def fixed_settings(train_rows, val_rows, args):
     if args.init_lora:
         settings["the content of --init-lora"] = content_hash(args.init_lora)
     for name, rows in (("the training data", train_rows), ("the validation data", val_rows)):
-        digest = hashlib.sha256()
-        for row in rows:
-            text = f"{hash_of(row.path)}{row.slice}{row.caption}{row.label}{row.weight}"
-            digest.update(text.encode())
-        settings[name] = digest.hexdigest()
+        contents = [(hash_of(row.path), row.slice, row.caption, row.label) for row in rows]
+        settings[name] = digest([contents, [row.weight for row in rows]])
     return settings
 
 
@@ -536,11 +519,16 @@ MAY_CHANGE = """steps epochs out resume device precision save_every keep_last lo
 hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 
+def digest(value):
+    """SHA-256 of a value as Python writes it, in hexadecimal."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
 def checkpoint_path(args):
     """The file that --resume means."""
-    names = {"auto": "latest.pt", "latest": "latest.pt", "best": "best.pt"}
-    if args.resume in names:
-        return Path(args.out, "checkpoints", names[args.resume])
+    if args.resume in ("auto", "latest", "best"):
+        name = args.resume.replace("auto", "latest")
+        return Path(args.out, "checkpoints", f"{name}.pt")
     return Path(args.resume)
 
 
@@ -648,10 +636,7 @@ def list_data(args):
     split_rows(rows, val_share, args.test_split)
     for split, share in (("train", 1.0), ("val", val_share), ("test", args.test_split)):
         if share and not any(row.split == split for row in rows):
-            fail(
-                f"{args.data}: {len(rows)} images are not enough for the split: none fell to "
-                f"{split}; add images or give --val-split 0"
-            )
+            fail(f"{args.data}: {len(rows)} images are not enough for the split: none is {split}")
     if args.val_data:
         val_rows = list_rows(args.val_data, args)
         names = {row.file_name for row in rows}
@@ -664,7 +649,15 @@ def list_data(args):
         rows += val_rows
     share_range(rows, args.range)
     add_weights(rows, args)
-    check_rows(rows, args)
+    if RANK == 0 and not any(row.caption for row in rows):
+        print("no captions: no --prompt and no caption column, so every caption is empty")
+    if args.balance and not any(row.label for row in rows):
+        fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
+    if "flip" in args.augment:
+        sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
+        names = [row.file_name for row in rows if sided.search(row.caption)]
+        what = "captions that say left, right, OD or OS, which a flip makes wrong"
+        warn(names, what, "leave the flips out: they swap no words")
     return rows
 
 
@@ -707,19 +700,6 @@ def add_weights(rows, args):
         row.weight *= len(weighted) / total
 
 
-def check_rows(rows, args):
-    """Say what is odd about captions and labels."""
-    if RANK == 0 and not any(row.caption for row in rows):
-        print("no captions: no --prompt and no caption column, so every caption is empty")
-    if args.balance and not any(row.label for row in rows):
-        fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
-    if "flip" in args.augment:
-        sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
-        names = [row.file_name for row in rows if sided.search(row.caption)]
-        what = "captions that say left, right, OD or OS, which a flip makes wrong"
-        warn(names, what, "leave the flips out: they swap no words")
-
-
 def warn(names, what, advice):
     """One line about these files, patients or classes, if there are any."""
     if names and RANK == 0:
@@ -727,18 +707,17 @@ def warn(names, what, advice):
         print(f"warning: {what}: {len(names)} ({examples}): {advice}")
 
 
-def warn_of_duplicates(rows, pixels, args, kinds=("exact", "near", "flipped")):
-    """Warn of pictures that are there twice, by kind, and of those on both sides of the split."""
+def warn_of_duplicates(rows, pixels, args):
+    """Warn of pictures that are there twice, by kind, or on both sides of the split."""
     alike = 0.98 if args.crop in ("pad", "fundus") else 0.95  # black borders are alike
-    pairs = {f"{kind} duplicates": [] for kind in kinds}
-    across = []
+    pairs = {}
     for i, j, kind in near_duplicates(pixels, alike):
-        pair = f"{rows[i].file_name} = {rows[j].file_name}"
-        if rows[i].split != rows[j].split:
-            across.append(pair)
-        if rows[i].path != rows[j].path and kind in kinds:  # slices of a volume are alike
-            pairs[f"{kind} duplicates"].append(pair)
-    pairs["pictures on both sides of the split: validation looks too good"] = across
+        first, second = rows[i], rows[j]
+        what = f"{kind} duplicates"
+        if first.split != second.split:
+            what = "pictures on both sides of the split: validation looks too good"
+        if first.path != second.path:  # slices of a volume are alike
+            pairs.setdefault(what, []).append(f"{first.file_name} = {second.file_name}")
     for what, names in pairs.items():
         warn(names, what, "delete one of each, or give both one patient_id")
 
@@ -752,9 +731,8 @@ def list_class_images(count, args):
     if os.path.isdir(folder):
         rows = share_range(list_images(folder), args.range)
     if len(rows) < count:
-        what = ("--base", args.base, "--prompt", args.class_prompt, "--num-images", count)
-        size = ("--height", args.resolution, "--width", args.resolution, "--out", folder)
-        draw = command("sample.py", *what, *size)
+        words = ("--prompt", args.class_prompt, "--num-images", count, "--out", folder)
+        draw = command("sample.py", "--base", args.base, *words)
         fail(f"--class-data {folder}: has {len(rows)} images, {count} are needed; type: {draw}")
     for row in rows:
         row.caption = args.class_prompt
@@ -815,7 +793,7 @@ def load_latents(base, rows, args):
         return rows, load_file(path, device=str(base.device))
     readable, pixels = load_rows(rows, args)
     if RANK == 0:
-        warn_of_duplicates(readable, pixels, args, kinds=())
+        warn_of_duplicates(readable, pixels, args)
     latents = {}
     for split in dict.fromkeys(row.split for row in rows):
         places = [i for i, row in enumerate(readable) if row.split == split]
@@ -834,8 +812,7 @@ def cache_path(rows, args):
         parts += [args.variants, args.augment, args.seed]
     for row in rows:
         parts += [hash_of(row.path), row.slice, row.value_range, row.split, row.file_name]
-    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
-    return Path(args.cache or "", digest[:32] + ".safetensors")
+    return Path(args.cache or "", digest(parts)[:32] + ".safetensors")
 
 
 @torch.no_grad()
@@ -1017,10 +994,7 @@ def copy_adapter(weights, args):
         tensors[f"{name}.lora_B.weight"] = b * (args.rank / args.alpha)  # a file has it folded in
     shapes = {lora.on_disk(name): weight.shape for name, weight in weights.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        fail(
-            f"--init-lora {args.init_lora}: its layers or rank are not those of --rank {args.rank} "
-            f"--targets {args.targets} and --text-lora; see python lora.py info"
-        )
+        fail(f"--init-lora {args.init_lora}: has another --rank, --targets or --text-lora")
     for name, weight in weights.items():
         weight.data.copy_(tensors[lora.on_disk(name)])
 
@@ -1100,8 +1074,7 @@ def draw_grid(base, state, args, log):
         return
     with averaged_model(base, state, args):
         images = draw_pictures(base, jobs, args)
-    columns = min(8, max(4, args.val_samples))
-    grid = contact_sheet(images, [prompt for prompt, _ in jobs], columns)
+    grid = contact_sheet(images, [prompt for prompt, _ in jobs])
     save_png(grid, path, "\n".join(args.val_prompts))
     log.add_picture(grid, state.step)
 
@@ -1143,7 +1116,7 @@ class Log:
             self.board = SummaryWriter(folder, purge_step=state.step + 1)
         if args.wandb:
             wandb = need("wandb", "--wandb")
-            name = hashlib.sha256(os.path.abspath(args.out).encode()).hexdigest()[:16]
+            name = digest(os.path.abspath(args.out))[:16]
             how = {"project": "medlora", "name": Path(args.out).name, "dir": args.out}
             try:
                 self.wandb_run = wandb.init(config=vars(args), resume="allow", id=name, **how)
@@ -1179,16 +1152,14 @@ class Log:
             entry |= {"lr": learning_rate(step - 1, args), "grad_norm": grad_norm}
             entry |= {"images_per_second": round(speed, 2), "memory": round(memory / 1e6)}
             entries.append(entry)
-            # fp16's scaler finds its scale by overflowing: there the loss alone counts
-            is_good = math.isfinite(loss) and (
-                math.isfinite(grad_norm) or state.scaler.is_enabled()
-            )
-            if not is_good:
+            if not state.scaler.is_enabled():  # which finds its scale by overflowing
+                loss += grad_norm
+            if not math.isfinite(loss):
                 state.bad_steps += 1
             elif state.bad_steps < 3:
                 state.bad_steps = 0
         self.write(entries)
-        return sum(loss for loss, _ in values) / len(values)
+        return np.mean(values, axis=0)[0]
 
     def restart_clock(self):
         self.clock = time.perf_counter()
@@ -1219,9 +1190,6 @@ def describe_run(state, data, validation, args):
     print(f"{state.images} training images, {patients} patients; {held_out} for validation")
     print(f"{weights:,} trainable weights; effective batch {batch}")
     print(f"{args.steps} steps, {state.step} of them done", flush=True)
-    for name, count in Counter(data.classes).most_common():
-        times = state.images / count / len(set(data.classes))
-        print(f"balance: {name}: {count} images, each drawn {times:.2f} times an epoch")
 
 
 def finish(state, data, args):
@@ -1279,7 +1247,6 @@ def adapter_metadata(state, args):
         "prompt": args.prompt or "",
         "images": state.images,
         "data": state.made_of["the training data"],
-        "format_version": 1,
         "made_by": "medlora",
         "licence": "that of the base; research use, not for diagnosis",
     }
@@ -1344,7 +1311,7 @@ Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
 
 
 def write_report(state, args):
-    """report.html: loss, validation, gradient norm, learning rate, the grids and the flags."""
+    """report.html: loss, validation, gradient norm, learning rate and the grids."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
     all_steps = [line for line in lines if "loss" in line]
     steps = [line for line in all_steps if None not in line.values()]
@@ -1364,8 +1331,6 @@ def write_report(state, args):
     for path in grids[:: max(1, len(grids) // 6)][:-1] + grids[-1:]:
         with Image.open(path) as grid:
             body += f'<p class="soft">{path.stem}</p>{thumbnail(grid, 1000)}'
-    flags = [(f"--{name.replace('_', '-')}", value) for name, value in vars(args).items()]
-    body += "<h2>Flags</h2>" + table(["flag", "value"], flags)
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
@@ -1387,12 +1352,6 @@ def preview(args):
     rows, pixels = load_rows(rows, args, measure=size_and_white)
     describe_data(rows)
     warn_of_duplicates(rows, pixels, args)
-    if args.range is None:
-        deep = [
-            row.file_name for row in rows if row.value_range and 255 < row.value_range[1] < 4096
-        ]
-        advice = "with --range 0,4095 their scale stays when images are added"
-        warn(deep, "16-bit files with 12-bit values", advice)
     write_preview(rows, pixels, folder, args)
     print("next: the same command without --preview, or " + command("train.py", "--data", folder))
 
@@ -1554,9 +1513,7 @@ def add_data_flags(group):
     add("--weight-column", help="a row's loss counts by this number over the mean")
     add("--resolution", type=multiple_of_8, help="pixels (default: the base's own)")
     crops = ["center", "random", "pad", "fundus"]
-    add(
-        "--crop", choices=crops, default="center", help="cut, border with black, or cut to the disc"
-    )
+    add("--crop", choices=crops, default="center", help="cut, black border, or the disc")
     add("--slices", default="middle", help="of volumes: middle, every:N or all")
     add("--window", help="centre,width, or lung, soft, bone, brain, …: CT's black to white")
     add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
@@ -1565,13 +1522,9 @@ def add_data_flags(group):
     add("--variants", type=number(1, 1000), help="of an image, one plain (default: 4 if they vary)")
     add("--balance", action="store_true", help="draw classes equally often, A|B as the rarer one")
     add("--cache", metavar="DIR", help="keep latents here, for runs on the same images and VAE")
-    add(
-        "--preview", metavar="DIR", help="describe the data, write them as the model sees them, end"
-    )
-    add("--strict", "--no-skip-bad", action="store_true", help="stop at an unreadable image")
-    add(
-        "--skip-bad", dest="strict", action="store_false", help="skip up to 5 %% of unreadable ones"
-    )
+    add("--preview", metavar="DIR", help="describe the data and write what the model sees")
+    add("--strict", action="store_true", help="stop at an unreadable image")
+    add("--skip-bad", dest="strict", action="store_false", help="skip up to 5 %% of unreadable")
 
 
 def add_model_flags(group):
@@ -1600,13 +1553,9 @@ def add_training_flags(group):
     schedules = ["cosine", "linear", "constant"]
     add("--snr-gamma", type=factor, default=0.0, help="min-SNR weighting, usually 5 (0: off)")
     add("--noise-offset", type=share, default=0.0, help="usually 0 to 0.05")
-    add(
-        "--prompt-dropout", type=share, default=0.1, help="share of captions replaced by empty ones"
-    )
+    add("--prompt-dropout", type=share, default=0.1, help="share of captions left empty")
     add("--perceptual-weight", type=factor, default=0.0, help="of a loss on features: 0.1")
-    add(
-        "--perceptual", choices=["vgg", "vae"], default="vae", help="VGG-16's or the VAE's features"
-    )
+    add("--perceptual", choices=["vgg", "vae"], default="vae", help="of VGG-16 or the VAE")
     add("--steps", type=positive, default=1000, help="optimizer steps")
     add("--epochs", type=factor, default=0.0, help="passes over the data, instead of --steps")
     add("--batch-size", type=positive, default=8, help="images a pass, on each process")
@@ -1638,11 +1587,7 @@ def add_output_flags(group):
     add("--out", default="runs/train", help="the run's folder")
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
     add("--keep-last", type=count, default=3, help="checkpoints (0: all)")
-    add(
-        "--resume",
-        default="auto",
-        help="auto (continue if there is something), latest, best, a path",
-    )
+    add("--resume", default="auto", help="auto, latest, best or a path")
     add_common_flags(group)
 
 
@@ -1667,21 +1612,18 @@ def check_flags(args):
         if name and name not in AUGMENT:
             fail(f"--augment {name}: give a comma list of {', '.join(AUGMENT)}")
     if (args.variants > 1) != (args.augment != "" or args.crop == "random"):
-        fail(
-            f"--variants {args.variants}: the first is the plain picture, further ones come of "
-            "--augment or --crop random"
-        )
+        fail(f"--variants {args.variants}: above 1 with --augment or --crop random, and only then")
     if args.method == "dreambooth" and not args.class_prompt:
         fail('--method dreambooth needs --class-prompt, such as "a skin lesion"')
     if args.method != "dreambooth" and args.class_prompt and RANK == 0:
         print("--class-prompt and --class-data are not used: they go with --method dreambooth")
-    if args.method == "textual-inversion" and args.token not in (args.prompt or "").split():
-        fail(f'--prompt needs the new word, --token "{args.token}", alone, as in "a <lesion>"')
+    is_used = args.token in (args.prompt or "") and " " not in args.token
+    if args.method == "textual-inversion" and not is_used:
+        fail(f'--prompt needs the new word, --token "{args.token}", as in "a <lesion>"')
     if args.method in ("full", "textual-inversion") and (args.text_lora or args.init_lora):
         fail("--text-lora and --init-lora go with --method lora or dreambooth")
     if args.text_encoder and (args.text_lora or args.method != "lora"):
         fail("--text-encoder goes with --method lora, without --text-lora")
-    pick_window(args.window)
 
 
 def with_defaults(args, rows):

@@ -69,19 +69,17 @@ def test_balance_draws_classes_equally_often_and_their_images_in_turn():
     assert train.epoch_order(0, 3, 75, classes) == again != train.epoch_order(0, 4, 75, classes)
 
 
-def test_a_balanced_run_shows_the_weights_and_needs_labels(flags, tmp_path, run, refused, capsys):
+def test_a_balanced_run_draws_by_labels_and_needs_them(flags, tmp_path, run, refused, monkeypatch):
     for i in range(20):
-        (tmp_path / "data" / "ab"[i % 5 == 0]).mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((64, 64), 99).save(tmp_path / "data" / "ab"[i % 5 == 0] / f"{i}.png")
-    run(train, *flags, "--data", tmp_path / "data", "--balance", "--out", tmp_path / "run")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("balance: ")]
-    assert len(lines) == 2 and all("times an epoch" in line for line in lines)
-    shares = [float(line.split("drawn ")[1].split()[0]) * int(line.split()[2]) for line in lines]
-    assert shares[0] == pytest.approx(shares[1], rel=0.05)
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    Image.new("RGB", (64, 64)).save(flat / "1.png")
-    flags += ["--data", flat, "--prompt", "x", "--val-split", 0, "--balance"]
+        place = tmp_path / "data" / "ab"[i % 5 == 0]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((64, 64), 99).save(place / f"{i}.png")
+    streams = []
+    monkeypatch.setattr(train, "fit", lambda _, data, *more: streams.extend(data) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(train, *flags, "--data", tmp_path / "data", "--balance", "--out", tmp_path / "run")
+    assert list(streams[0].classes) == [row.label for row in streams[0].rows]
+    flags += ["--data", tmp_path / "data" / "a", "--prompt", "x", "--val-split", 0, "--balance"]
     assert "--balance" in refused(train, *flags, "--out", tmp_path / "run")
 
 
@@ -198,7 +196,7 @@ def test_clahe_equals_opencvs_where_regions_are_large(photo):
     [
         (["--augment", "hflop"], "--augment hflop"),
         (["--variants", 3], "--variants 3"),
-        (["--augment", "blur", "--variants", 1], "plain"),
+        (["--augment", "blur", "--variants", 1], "--variants 1"),
         (["--range", "5,1"], "--range"),
         (["--range", "high"], "--range"),
         (["--window", "thorax"], "--window thorax"),
@@ -366,7 +364,7 @@ def test_the_doctor_names_every_planted_fault_without_a_base(
         return sum(all(word in line for word in words) for line in warnings) == 1
 
     assert is_named_once("patients on both sides of the split: 1 (p2)")
-    assert is_named_once("exact duplicates: 2 (", "3.png = copy.png")
+    assert is_named_once("exact duplicates: 1 (3.png = copy.png)")
     assert is_named_once("flipped duplicates", "5.png = mirror.png")
     assert is_named_once("near duplicates", "6.png = again.jpg")
     assert is_named_once("pictures on both sides of the split", "7.png = seen.png")
@@ -384,19 +382,6 @@ def test_the_doctor_has_nothing_to_say_of_sound_data(tmp_path, run, capsys):
             speckled(ord(label) * 100 + i).save(tmp_path / "data" / label / f"{i}.png")
     flags = ["--data", tmp_path / "data", "--prompt", "{label}", "--resolution", 64]
     run(train, *flags, "--preview", tmp_path / "out")
-    assert not warnings_of(capsys)
-
-
-def test_the_doctor_names_12_bit_files_whose_range_is_not_given(tmp_path, run, capsys):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for i in range(12):
-        deep = np.asarray(speckled(i)).astype(np.uint16) * 20
-        Image.fromarray(deep).save(folder / f"{i}.png")
-    flags = ["--data", folder, "--resolution", 64]
-    run(train, *flags, "--preview", tmp_path / "a")
-    assert any("12-bit" in line and "--range 0,4095" in line for line in warnings_of(capsys))
-    run(train, *flags, "--range", "0,4095", "--preview", tmp_path / "b")
     assert not warnings_of(capsys)
 
 

@@ -198,7 +198,6 @@ def test_the_checkpoint_holds_what_it_promises_without_pickled_objects(flags, tm
         "ema",
         "optimizer",
         "scaler",
-        "schedule",
         "best",
         "history",
         "args",
