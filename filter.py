@@ -90,7 +90,7 @@ class Reference:
     same_patient: np.ndarray  # bool (n, n)
     blocks: dict  # name -> Block
     comparisons: dict  # name -> function of pixels (N, 3, S, S) that gives distances (N, n)
-    limits: dict  # name -> (largest score that passes, the flag that says so)
+    limits: list  # (name, largest score that passes, the flag that says so)
     real_scores: dict = field(default_factory=dict)  # name -> (n,), against other patients
     thresholds: dict = field(default_factory=lambda: {"": 1.0})  # label, "" for any -> largest rank
     copies: np.ndarray = None  # (n, n) copy_distances, where copies are refused
@@ -102,56 +102,49 @@ class Reference:
         pixels: uint8 (N, 3, S, S). The first reason that applies is given. scores["nearest"] is the
         number of the nearest real image; scores["quality"], in (0, 1], falls with the worst rank.
         """
-        scores = self.score(pixels, {name: b.vectors(pixels) for name, b in self.blocks.items()})
+        vectors = {name: block.vectors(pixels) for name, block in self.blocks.items()}
+        scores, nearest_real = self.score(pixels, vectors)
+        is_copy = np.zeros(len(rows), bool)
         if self.copies is not None:
-            self.score_copies(pixels, scores)
+            distances = copy_distances(pixels, self.pixels)
+            scores["copy_chance"] = copy_chances(self.copies, distances, self.same_patient)
+            is_copy = scores["copy_chance"] <= copy_limit(len(self.pixels))
+            nearest_real = np.where(is_copy, distances.argmin(1), nearest_real)
         ranks = self.rank(scores)
+        scores["nearest"] = nearest_real
         scores["quality"] = 1 + 1 / (len(self.pixels) + 1) - ranks.max(0)
-        reasons = []
+        reasons = [""] * len(rows)
         for i, row in enumerate(rows):
-            reason = self.broken_limit(scores, i)
+            broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
             threshold = self.thresholds.get(text_key(row.label), self.thresholds[""])
-            if not reason and ranks[:, i].max() > threshold:
+            if is_copy[i]:
+                reasons[i] = f"copy of a real image (chance {scores['copy_chance'][i]:.2g})"
+            elif broken:
+                reasons[i] = broken[0]
+            elif ranks[:, i].max() > threshold:
                 worst = list(self.real_scores)[ranks[:, i].argmax()]
-                reason = f"{worst} unlike the real images"
-            reasons.append(reason)
+                reasons[i] = f"{worst} unlike the real images"
         return reasons, scores
 
-    def broken_limit(self, scores, i):
-        """That image i is a copy, or which fixed limit it breaks; "" where neither holds."""
-        if self.copies is not None and scores["copy_chance"][i] <= copy_limit(len(self.pixels)):
-            return f"copy of a real image (chance {scores['copy_chance'][i]:.2g})"
-        for name, (limit, flag) in self.limits.items():
-            if scores[name][i] > limit:
-                return flag
-        return ""
-
-    def score(self, pixels, vectors, forbidden=None):
-        """Scores of pixels (N, 3, S, S): name -> (N,), large is bad; "nearest" is a number.
+    def score(self, pixels, vectors, forbidden=False):
+        """Scores of pixels (N, 3, S, S), name -> (N,), large is bad; numbers of the nearest, (N,).
 
         vectors: name of a block -> (N, D). forbidden: bool (N, n), real images not to compare with.
         """
-        if forbidden is None:
-            forbidden = np.zeros((len(pixels), len(self.pixels)), bool)
         count = min(NEIGHBOURS, (~self.same_patient).sum(1).min())
         scores = {}
         for name, block in self.blocks.items():
-            index, scores[name] = neighbours(vectors[name], block.real, forbidden, count)
-            scores.setdefault("nearest", index)  # by the first block, texture
+            squares = squared_distances(vectors[name], block.real)
+            squares = np.where(forbidden, np.inf, squares)
+            scores[name] = np.sqrt(np.partition(squares, count - 1, axis=1)[:, count - 1])
+            if name == "texture":
+                nearest_real = squares.argmin(1)
         for name, distances in self.comparisons.items():
             _, scores[name] = nearest(distances(pixels), forbidden)
-        return scores
-
-    def score_copies(self, pixels, scores):
-        """Add the chance that a fresh image is as near; "nearest" of a copy is what it copies."""
-        distances = copy_distances(pixels, self.pixels)
-        chances = copy_chances(self.copies, distances, self.same_patient)
-        is_copy = chances <= copy_limit(len(self.pixels))
-        scores["copy_chance"] = chances
-        scores["nearest"] = np.where(is_copy, distances.argmin(1), scores["nearest"])
+        return scores, nearest_real
 
     def rank(self, scores):
-        """Ranks among the real images' scores: (1 + how many are smaller) / (n + 1)."""
+        """Ranks among the real images' scores, (names, N): (1 + how many are smaller) / (n + 1)."""
         ranks = []
         for name, real in self.real_scores.items():
             smaller = np.searchsorted(np.sort(real), scores[name])
@@ -196,9 +189,8 @@ def measure_reference(
         fail("--reference: all its images are of one patient; it takes several")
     comparisons, limits = compare_pairs(pixels, device, max_lpips, min_ssim, lpips, batch_size)
     reference = Reference(pixels, same_patient, blocks, comparisons, limits)
-    reference.real_scores = reference.score(pixels, vectors, same_patient)
-    del reference.real_scores["nearest"]
-    for name, (limit, flag) in limits.items():
+    reference.real_scores, _ = reference.score(pixels, vectors, same_patient)
+    for name, limit, flag in limits:
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
@@ -213,7 +205,7 @@ def measure_reference(
 def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
     """The comparisons and limits of a Reference by LPIPS, if asked for or there, and by SSIM."""
     comparisons = {}
-    limits = {}
+    limits = []
     if lpips == "auto":
         wanted = max_lpips is not None or has_lpips("alex")
         lpips = "alex" if wanted else "none"
@@ -225,10 +217,10 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
 
         comparisons["lpips"] = perceptual
     if max_lpips is not None:
-        limits["lpips"] = (max_lpips, f"--max-lpips {max_lpips:g}")
+        limits.append(("lpips", max_lpips, f"--max-lpips {max_lpips:g}"))
     if min_ssim is not None:
         comparisons["dissimilarity"] = lambda pixels: 1 - ssim_matrix(pixels, real, device)
-        limits["dissimilarity"] = (1 - min_ssim, f"--min-ssim {min_ssim:g}")
+        limits.append(("dissimilarity", 1 - min_ssim, f"--min-ssim {min_ssim:g}"))
     return comparisons, limits
 
 
@@ -275,18 +267,6 @@ class Block:
 
     def vectors(self, pixels):
         return self.scale(self.describe(pixels))
-
-
-def neighbours(vectors, real, forbidden, count):
-    """Each vector's nearest real one, an index, and its distance to the count-th nearest."""
-    indices = []
-    distances = []
-    for start in range(0, len(vectors), 1000):  # never all pairs at once
-        squares = squared_distances(vectors[start : start + 1000], real)
-        squares[forbidden[start : start + 1000]] = np.inf
-        indices.append(squares.argmin(1))
-        distances.append(np.sqrt(np.partition(squares, count - 1, axis=1)[:, count - 1]))
-    return np.concatenate(indices), np.concatenate(distances)
 
 
 def robust_scale(real, floor=1e-6):
@@ -365,21 +345,14 @@ class Selector:
         alignment = np.full(len(rows), np.nan)
         reasons = [""] * len(rows)
         for i, row in enumerate(rows):
-            name = self.class_of(row)
-            if name:
+            name = name_of(row)
+            if name in self.classes:
                 alignment[i] = chances[i, self.classes.index(name)] / chances[i].sum()
             if quality[i] < min_quality:
                 reasons[i] = f"quality {quality[i]:.2f} below {min_quality:.2f}"
             elif min_alignment is not None and not alignment[i] >= min_alignment:
                 reasons[i] = f"alignment {alignment[i]:.2f} below {min_alignment:.2f}"
         return reasons, {"quality": quality, "alignment": alignment}
-
-    def class_of(self, row):
-        """The class that an image should show by its label, else by its caption; "" if unknown."""
-        for name in (text_key(row.label), text_key(row.caption)):
-            if name in self.classes:
-                return name
-        return ""
 
     def check_rows(self, rows, min_alignment=None):
         """Fail for a modality that was not rated or, with min_alignment, for an unknown label."""
@@ -388,9 +361,14 @@ class Selector:
             if len(self.modalities) > 1 and modality not in self.modalities:
                 rated = ", ".join(self.modalities)
                 fail(f"the selector was fitted on {rated}, not on {modality or 'no modality'}")
-            if min_alignment is not None and not self.class_of(row):
-                name = row.label or row.caption
+            name = name_of(row)
+            if min_alignment is not None and name not in self.classes:
                 fail(f'--min-alignment: the selector knows no label "{name}"; --fit --reference')
+
+
+def name_of(row):
+    """What an image shows by its label, else by its caption."""
+    return text_key(row.label or row.caption)
 
 
 def describe(pixels):
@@ -415,7 +393,7 @@ def load_selector(path):
     """A Selector that `fit` wrote; any other file is an error."""
     try:
         with safe_open(path, "np") as file:
-            settings = json.loads((file.metadata() or {})[FORMAT])
+            settings = json.loads(file.metadata()[FORMAT])
             arrays = {name: file.get_tensor(name).astype(float) for name in ARRAYS}
         return Selector(**settings, **arrays)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
@@ -433,33 +411,32 @@ def filter_images(args):
     out = Path(args.out).resolve()
     check_folders(out, args)
     selector = load_selector(args.selector) if args.selector else None
-    real_rows, real, all_rows, rows, pixels = read_sets(selector, args)
-    wanted = args.keep or len(rows)
-    mixed = list_real(args.mix, args) if args.mix else []
-    if args.mix:
-        share = args.share or 25
-        wanted = min(wanted, round(share / (100 - share) * len(mixed)))
+    real_rows = list_real(args.reference, args)
+    all_rows = list_images(args.generated)
+    size = pick_size(selector, real_rows, all_rows, args)
+    real_rows, real = load_pixels(real_rows, size)
+    rows, pixels = load_pixels(all_rows, size)
     flags = {name: getattr(args, name) for name in REFERENCE_FLAGS}
     reference = measure_reference(real_rows, real, pick_device(args.device), **flags)
+
+    mixed, wanted = plan_mix(len(rows), args)
     reasons, scores, summary = decide(reference, selector, rows, pixels, wanted, args)
     kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-    copies = name_copies(kept, mixed)
-    if not args.dry_run:
-        remove_old_copies(out, copies)
     write_decisions(out, real_rows, all_rows, rows, reasons, scores)
-    if not args.dry_run:
-        copy_images(out, copies)
-    body = report(rows, pixels, real, reasons, scores["nearest"], summary, args.seed)
+    body = report(rows, pixels, real, reasons, scores["nearest"], summary)
     write_file(out / "filter.html", page("What the filter kept", body))
+    if not args.dry_run:
+        copy_images(out, kept, mixed)
     print(*summary, f"kept {len(kept)} of {len(rows)} images: {args.out}", sep="\n")
-    following = ["evaluate.py", args.reference, args.generated, args.out]
-    if args.mix:
-        print(f"mixed with {len(mixed)} real images, {wanted} generated ones wanted")
-        following = ["train.py", "--data", args.out]
-    if kept:
-        print("next: " + command(*following))
-    else:
+    if not kept:
         print("nothing is kept: is --reference of the same kind? filter.html shows why")
+    elif args.dry_run:
+        print("nothing is copied: --dry-run")
+    elif args.mix:
+        print(f"mixed with {len(mixed)} real images, {wanted} generated ones wanted")
+        print("next: " + command("train.py", "--data", args.out))
+    else:
+        print("next: " + command("evaluate.py", args.reference, args.generated, args.out))
 
 
 def check_folders(out, args):
@@ -484,20 +461,24 @@ def list_real(data, args):
     return [row for row in rows if row.split != "test"]
 
 
-def read_sets(selector, args):
-    """The real rows, their pixels, all generated rows, the readable ones, their pixels."""
-    real_rows = list_real(args.reference, args)
-    all_rows = list_images(args.generated)
-    size = args.resolution or pick_resolution(real_rows, all_rows)
-    if selector:
-        size = selector.size
-        if args.resolution not in (None, size):
-            fail(f"--resolution {args.resolution}: the selector judges at {size} pixels")
-        selector.check_rows(all_rows, args.min_alignment)
-    real_rows, real = load_pixels(real_rows, size)
-    if len(real_rows) < 3:
-        fail(f"--reference {args.reference}: {len(real_rows)} readable images are too few")
-    return real_rows, real, all_rows, *load_pixels(all_rows, size)
+def pick_size(selector, real_rows, all_rows, args):
+    """Pixels a side at which images are compared: the selector's, if there is one."""
+    if not selector:
+        return args.resolution or pick_resolution(real_rows, all_rows)
+    if args.resolution not in (None, selector.size):
+        fail(f"--resolution {args.resolution}: the selector judges at {selector.size} pixels")
+    selector.check_rows(all_rows, args.min_alignment)
+    return selector.size
+
+
+def plan_mix(count, args):
+    """The real rows to mix in, and how many of `count` generated images are wanted."""
+    wanted = args.keep or count
+    if not args.mix:
+        return [], wanted
+    mixed = list_real(args.mix, args)
+    share = args.share or 25
+    return mixed, min(wanted, round(share / (100 - share) * len(mixed)))
 
 
 def decide(reference, selector, rows, pixels, wanted, args):
@@ -512,56 +493,57 @@ def decide(reference, selector, rows, pixels, wanted, args):
         scores.update(judged)
     for row, quality in zip(rows, scores["quality"], strict=True):
         row.quality = f"{quality:.4g}"
-    texture = reference.blocks["texture"]
-    vectors = texture.vectors(pixels)
+    vectors = reference.blocks["texture"].vectors(pixels)
     if args.drop_duplicates:
-        # nearer than real images of two patients hardly ever are
-        _, apart = neighbours(texture.real, texture.real, reference.same_patient, 1)
-        refuse_duplicates(reasons, rows, vectors, scores["quality"], np.quantile(apart, 0.01))
+        refuse_duplicates(reference, reasons, rows, vectors, scores["quality"])
     passed = np.array([i for i, reason in enumerate(reasons) if not reason], int)
     if len(passed) > wanted:
         best = best_and_diverse(vectors[passed], scores["quality"][passed], wanted)
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
-        summary.append(f"the best and most diverse {wanted} of {len(passed)} that pass")
-    kinds = Counter(re.sub(r" (of .*|\(.*|\d.*)", "", reason) or "kept" for reason in reasons)
+    # without details: copy, --max-lpips, quality, duplicate, not among the best
+    kinds = Counter(re.split(r" of | \(| \d", reason)[0] or "kept" for reason in reasons)
     summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds.most_common()))
     return reasons, scores, summary
 
 
-def refuse_duplicates(reasons, rows, vectors, quality, closest):
-    """Of images nearer than `closest` to one another refuse all but the best, in place."""
+def refuse_duplicates(reference, reasons, rows, vectors, quality):
+    """Of images nearer than real ones of two patients hardly ever are, refuse all but the best."""
+    texture = reference.blocks["texture"].real
+    _, apart = nearest(squared_distances(texture, texture), reference.same_patient)
     order = np.array([i for i, reason in enumerate(reasons) if not reason], int)
     order = order[np.argsort(-quality[order], kind="stable")]
-    near = squared_distances(vectors[order], vectors[order]) <= closest**2
+    near = squared_distances(vectors[order], vectors[order]) <= np.quantile(apart, 0.01)
     for place, i in enumerate(order):
         better = [j for j in order[:place][near[place, :place]] if not reasons[j]]
         if better:
             reasons[i] = f"duplicate of {rows[better[0]].file_name}"
 
 
-def best_and_diverse(vectors, quality, count):
-    """The numbers of `count` images of high quality in [0, 1] that are unlike one another.
+def best_and_diverse(vectors, quality, count, given=()):
+    """Numbers of `count` images of high quality in [0, 1], unlike one another and those `given`.
 
     The greedy mode of a determinantal point process (Chen et al. 2018) with the kernel
     q_i q_j exp(-|x_i - x_j|^2 / 2s), s the median squared distance. Ties go to the first.
     """
     squares = squared_distances(vectors[:500], vectors[:500])
     scale = np.median(squares[squares > 0]) if squares.any() else 1.0  # equal images tell none
-    x = np.float32((vectors - vectors.mean(0)) / np.sqrt(scale))
-    half_norms = np.square(x).sum(1) / 2
+    x = np.float32((vectors - vectors.mean(0)) / np.sqrt(2 * scale))
     gain = 2 * np.log(np.maximum(quality, 1e-6))
     remaining = np.ones(len(x), np.float32)  # variance that the chosen ones leave unexplained
-    factor = np.zeros((count, len(x)), np.float32)  # of Cholesky's, a row for each chosen one
-    chosen = []
-    for step in range(count):
-        i = int(np.argmax(gain + np.log(remaining)))
-        kernel = np.exp(x @ x[i] - half_norms - half_norms[i])
+    factor = np.zeros(
+        (len(given) + count, len(x)), np.float32
+    )  # of Cholesky's, a row for each chosen one
+    chosen = list(given)
+    for step in range(len(factor)):
+        if step == len(chosen):
+            chosen.append(int(np.argmax(gain + np.log(remaining))))
+        i = chosen[step]
+        kernel = np.exp(-squared_distances(x, x[[i]])[:, 0])
         factor[step] = (kernel - factor[:step, i] @ factor[:step]) / np.sqrt(remaining[i])
         remaining = np.maximum(remaining - factor[step] ** 2, 1e-6)
         gain[i] = -np.inf
-        chosen.append(i)
-    return chosen
+    return chosen[len(given) :]
 
 
 # ---------------------------------------------------------------- what is written
@@ -573,54 +555,29 @@ def name_below(folder, file_name):
     return str(PurePosixPath(folder, *[part for part in parts if part not in ("/", "..")]))
 
 
-def name_copies(kept, mixed):
-    """[(name of the copy below --out, row)]: a mix has a folder for each kind."""
-    folder = "generated" if mixed else ""
-    entries = [(name_below(folder, row.file_name), row) for row in kept]
-    entries += [(name_below("real", row.file_name), row) for row in mixed]
-    paths = {}
-    for name, row in entries:
-        if paths.setdefault(name, row.path) != row.path:
-            fail(f"{row.path}: another image would be called {name} too; rename one")
-    return entries
-
-
-def remove_old_copies(out, entries):
-    """Remove the generated images that an earlier filtering copied to `out`, except these entries.
-
-    Such a file stands both in its decisions.csv and in its metadata.csv; no other is touched.
-    """
-    if not (out / "metadata.csv").is_file():
-        return
-    copies = {row.get("file_name") for row in read_table(out / "metadata.csv")}
-    copies -= {name for name, _ in entries}
-    for row in read_table(out / "decisions.csv"):
-        for folder in ("", "generated"):
-            name = name_below(folder, row.get("file", ""))
-            if name in copies:
-                (out / name).unlink(missing_ok=True)
-
-
 def write_decisions(out, real_rows, all_rows, rows, reasons, scores):
     """decisions.csv: for each generated image whether it is kept, why not, and its scores."""
     names = [name for name in scores if name != "nearest"]
     places = {id(row): i for i, row in enumerate(rows)}
     lines = []
     for row in all_rows:
-        line = [row.file_name, 0, "unreadable", "", *[""] * len(names)]
         i = places.get(id(row))
-        if i is not None:
-            real_name = real_rows[scores["nearest"][i]].file_name
-            values = [f"{scores[name][i]:.6g}" for name in names]
-            line = [row.file_name, int(not reasons[i]), reasons[i], real_name, *values]
-        lines.append(line)
+        if i is None:
+            lines.append([row.file_name, 0, "unreadable", "", *[""] * len(names)])
+            continue
+        real_name = real_rows[scores["nearest"][i]].file_name
+        values = [f"{scores[name][i]:.6g}" for name in names]
+        lines.append([row.file_name, int(not reasons[i]), reasons[i], real_name, *values])
     write_csv(out / "decisions.csv", ["file", "kept", "reason", "nearest", *names], lines)
 
 
-def copy_images(out, entries):
-    """Copy images to `out` and write their metadata.csv."""
+def copy_images(out, kept, mixed):
+    """Copy images to `out`, write metadata.csv; generated ones that only the old one lists go."""
+    folder = "generated" if mixed else ""
+    entries = [(name_below(folder, row.file_name), row) for row in kept]
+    entries += [(name_below("real", row.file_name), row) for row in mixed]
     header = ["file_name", "text", "label", "patient_id", "synthetic", "quality"]
-    extra = {}
+    extra = {}  # the other columns of all tables, in order
     for _, row in entries:
         roles = [find_column(row.fields, role) for role in ("image", "caption", "label", "group")]
         for column in row.fields:
@@ -632,28 +589,30 @@ def copy_images(out, entries):
         values = [row.fields.get(column, "") for column in extra]
         synthetic = int(quality != "")
         lines.append([name, row.caption, row.label, row.group, synthetic, quality, *values])
-    for name, path in {name: row.path for name, row in entries}.items():  # a table may repeat one
+    paths = {name: row.path for name, row in entries}  # a table may repeat one
+    if (out / "metadata.csv").is_file():
+        for old in read_table(out / "metadata.csv"):
+            if old.get("synthetic") == "1" and old["file_name"] not in paths:
+                (out / name_below("", old["file_name"])).unlink(missing_ok=True)
+    for name, path in paths.items():
         copy_file(path, out / name)
     write_csv(out / "metadata.csv", header + list(extra), lines)
 
 
-def report(rows, pixels, real, reasons, nearest_real, summary, seed):
+def report(rows, pixels, real, reasons, nearest_real, summary):
     """HTML: kept and refused images, each next to its nearest real image with the reason."""
-    figures = {"Kept": [], "Refused": []}
-    for i in draw_order(len(rows), seed, "shown"):
-        column = figures["Refused" if reasons[i] else "Kept"]
-        if len(column) == 60:
-            continue
-        pair = thumbnail(pixels[i]) + thumbnail(real[nearest_real[i]])
-        caption = f"{html.escape(rows[i].file_name)}<br>{html.escape(reasons[i])}"
-        caption = f"<figcaption>{caption}</figcaption>"
-        column.append((i, f'<figure><div class="grid">{pair}</div>{caption}</figure>'))
     parts = [f"<p>{html.escape(line)}</p>" for line in summary]
-    parts.append("<p>Each next to its nearest real image; up to 60 of a kind.</p>")
+    parts.append("<p>Each next to its nearest real image; of many only every n-th.</p>")
     parts.append('<div style="display:grid;gap:1rem;grid-template-columns:1fr 1fr">')
-    for title, column in figures.items():
-        shown = "".join(figure for _, figure in sorted(column))
-        parts.append(f"<div><h2>{title}</h2>{shown}</div>")
+    refused = np.array([reason != "" for reason in reasons])
+    for title, shown in (("Kept", np.flatnonzero(~refused)), ("Refused", np.flatnonzero(refused))):
+        parts.append(f"<div><h2>{title}</h2>")
+        for i in shown[:: 1 + len(shown) // 61]:
+            pair = thumbnail(pixels[i]) + thumbnail(real[nearest_real[i]])
+            caption = f"{html.escape(rows[i].file_name)}<br>{html.escape(reasons[i])}"
+            parts.append(f'<figure><div class="grid">{pair}</div>')
+            parts.append(f"<figcaption>{caption}</figcaption></figure>")
+        parts.append("</div>")
     return "".join(parts) + "</div>"
 
 
@@ -664,7 +623,7 @@ def draw_order(count, seed, *key):
 
 # ---------------------------------------------------------------- experts rate
 
-RATING_COLUMNS = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real"
+RATING_TEXTS = ("modality", "prompt", "expert", "group", "guess", "real")
 
 
 @dataclass
@@ -694,14 +653,13 @@ def read_ratings(paths):
                 fail(f"{path}: row {line}: rating must be 1, 2 or 3, not {row['rating']!r}")
             if not re.fullmatch(r"[1-9]\d*(\.\d*)?", level):
                 fail(f"{path}: row {line}: expert_level must be a number from 1, not {level!r}")
-            name = row["image_path"].replace("\0", "?")  # in no file's name
-            place = os.path.join(os.path.dirname(os.path.abspath(path)), name)
+            place = os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])
             if not os.path.exists(place):
                 place = place.replace("\\", "/")  # written on Windows
-            texts = [row.get(name, "") for name in ("modality", "prompt", "group", "guess", "real")]
-            expert = row.get("expert") or Path(path).stem
-            scores = (int(row["rating"][0]), float(level))
-            ratings.append(Rating(os.path.normpath(place), *scores, expert, *texts))
+            texts = {name: row.get(name, "") for name in RATING_TEXTS}
+            texts["expert"] = row.get("expert") or Path(path).stem
+            rating = int(row["rating"][0])
+            ratings.append(Rating(os.path.normpath(place), rating, float(level), **texts))
     if paths and not ratings:
         fail(f"{paths[0]}: no ratings in it")
     return ratings
@@ -734,46 +692,40 @@ let state = null, safe = true;
 function keep() {
   try { localStorage.setItem(store, JSON.stringify(state)); } catch { safe = false; }
 }
-function shuffled(name) {  // the same order for the same name, another for another
-  let seed = 2166136261;
-  for (const c of PAGE + name) seed = Math.imul(seed ^ c.codePointAt(0), 16777619);
-  const next = () => { seed ^= seed << 13; seed ^= seed >>> 17; return seed ^= seed << 5; };
-  return facts.map((_, i) => [next(), i]).sort((a, b) => a[0] - b[0]).map(pair => pair[1]);
-}
 function show() {
-  const i = state.order[state.at], answer = state.answers[i] || {};
+  const i = state.at, done = i >= facts.length, answer = state.answers[i] || {};
   const rated = Object.values(state.answers).filter(a => a.rating);
   $("start").hidden = true; $("rate").hidden = false;
-  $("bar").max = facts.length; $("bar").value = state.at;
-  $("where").textContent = (i === undefined ? "Done" : `${state.at + 1} of ${facts.length}`)
+  $("bar").max = facts.length; $("bar").value = i;
+  $("where").textContent = (done ? "Done" : `${i + 1} of ${facts.length}`)
     + `, ${rated.length} rated` + (safe ? "" : "; this browser keeps nothing: save before closing");
   for (const id of ["picture", "text", "guesses", "marks", "note"])
-    $(id).hidden = i === undefined || id == "guesses" && !BLIND;
-  if (i === undefined) return;
+    $(id).hidden = done || id == "guesses" && !BLIND;
+  if (done) return;
   $("picture").innerHTML = IMAGES[i]; $("text").textContent = BLIND ? "" : facts[i][1];
   $("note").value = answer.comment || "";
   for (const b of document.querySelectorAll("[data-key]")) b.setAttribute("aria-pressed",
     b.dataset.key == answer.rating || b.dataset.key == (answer.guess || "-")[0]);
 }
 function press(key) {
-  const i = state.order[state.at], answer = state.answers[i] || {};
+  const i = state.at, done = i >= facts.length, answer = state.answers[i] || {};
   if (key == "u") {
-    if (state.at) { state.at--; delete (state.answers[state.order[state.at]] || {}).rating; }
-  } else if (i === undefined) return;
+    if (i) { state.at--; delete (state.answers[i - 1] || {}).rating; }
+  } else if (done) return;
   else if (key == "s") { delete answer.rating; state.at++; }
   else if (key == "r" || key == "g") {
     if (BLIND) answer.guess = key == "r" ? "real" : "generated";
   } else { answer.rating = key; state.at++; }
-  if (i !== undefined && key != "u") state.answers[i] = answer;
+  if (key != "u") state.answers[i] = answer;
   keep(); show();
 }
 function table() {
   const cell = t => /[",\n\r]/.test(t) ? '"' + String(t).replaceAll('"', '""') + '"' : t;
-  const lines = state.order.filter(i => (state.answers[i] || {}).rating).map(i => {
-    const a = state.answers[i], f = facts[i];
-    return [f[0], a.rating, f[2], state.level, f[1], state.name, f[3],
-      a.comment || "", a.guess || "", f[4]]; });
-  return [COLUMNS.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
+  const lines = facts.map((f, i) => { const a = state.answers[i] || {};
+    return a.rating && [f[0], a.rating, f[2], state.level, f[1], state.name, f[3],
+      a.comment || "", a.guess || "", f[4]]; }).filter(line => line);
+  const header = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real";
+  return [header.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
 }
 document.addEventListener("keydown", e => {
   const typing = e.target.id == "note" && e.key != "Enter" && e.key != "Escape";
@@ -788,12 +740,9 @@ document.addEventListener("keydown", e => {
 });
 for (const b of document.querySelectorAll("[data-key]"))
   b.onclick = () => { press(b.dataset.key); b.blur(); };
-$("note").oninput = () => {
-  (state.answers[state.order[state.at]] ||= {}).comment = $("note").value; keep();
-};
+$("note").oninput = () => { (state.answers[state.at] ||= {}).comment = $("note").value; keep(); };
 $("start").onsubmit = e => { e.preventDefault(); const name = $("name").value.trim();
-  state = {name, level: $("level").value, order: shuffled(name), at: 0, answers: {}};
-  keep(); show(); };
+  state = {name, level: $("level").value, at: 0, answers: {}}; keep(); show(); };
 $("save").onclick = () => { const a = document.createElement("a");
   a.href = URL.createObjectURL(new Blob([table()], {type: "text/csv"}));
   a.download = "ratings.csv"; a.click(); };
@@ -812,30 +761,33 @@ def write_rating_page(args):
     size = args.resolution or pick_resolution(rows, real_rows)
     rows, pixels = load_pixels(rows, size)
     chosen = choose_images(rows, pixels, rated, args)
-    mixed = [real_rows[i] for i in draw_order(len(real_rows), args.seed, "blind")]
-    mixed = [row for row in mixed if os.path.realpath(row.path) not in rated]
-    mixed, real = load_pixels(mixed[: max(1, round(len(chosen) / 4))], size)
+    real_rows = [row for row in real_rows if os.path.realpath(row.path) not in rated]
+    drawn = draw_order(len(real_rows), args.seed, "blind")[: max(1, round(len(chosen) / 4))]
+    real_rows, real = load_pixels([real_rows[i] for i in drawn], size)
 
     facts = []
-    for place, row in enumerate([rows[i] for i in chosen] + mixed):
-        is_real = int(place >= len(chosen)) if args.blind else ""
+    images = []
+    shown = torch.cat([pixels[chosen], real])
+    shown_rows = [rows[i] for i in chosen] + real_rows
+    for place in draw_order(len(shown), args.seed, "page"):
+        row = shown_rows[place]
+        is_real = int(place >= len(chosen))
         facts.append([row.path, row.caption, modality_of(row), row.group, is_real])
-    body = rating_page(facts, torch.cat([pixels[chosen], real]), bool(args.blind))
-    write_file(args.rating_page, page("Rate", body))
-    print(f"{args.rating_page}: {len(chosen)} generated, {len(mixed)} real images, {size} pixels")
+        # one encoding for all, so that none gives itself away
+        images.append(thumbnail(shown[place], size, quality=95, subsampling=0))
+    write_file(args.rating_page, page("Rate", rating_page(facts, images, bool(args.blind))))
+    print(f"{args.rating_page}: {len(chosen)} generated, {len(real)} real images, {size} pixels")
     print("open it in a browser\nnext: " + command("filter.py", "--fit", "ratings.csv"))
 
 
-def rating_page(facts, pixels, blind):
+def rating_page(facts, images, blind):
     """The body of a rating page; facts: [path, caption, modality, group, is real] of each image."""
     facts = json.dumps(facts).encode()
     constants = {
         "PAGE": hashlib.sha256(facts).hexdigest()[:16],
-        "COLUMNS": RATING_COLUMNS,
         "BLIND": blind,
         "FACTS": base64.b64encode(facts).decode(),
-        # one encoding for all, so that none gives itself away
-        "IMAGES": [thumbnail(x, pixels.shape[-1], quality=95, subsampling=0) for x in pixels],
+        "IMAGES": images,
     }
     lines = [f"const {name} = {json.dumps(value)};\n" for name, value in constants.items()]
     script = "<script>" + "".join(lines) + "</script>" + RATING_SCRIPT
@@ -845,41 +797,21 @@ def rating_page(facts, pixels, blind):
 def choose_images(rows, pixels, rated, args):
     """The numbers of the images to rate: all whose path is not in `rated`, or --suggest of them."""
     done = [i for i, row in enumerate(rows) if os.path.realpath(row.path) in rated]
-    remaining = [i for i in range(len(rows)) if i not in done]
-    count = len(remaining)
+    count = len(rows) - len(done)
     if args.suggest:
         blind = args.suggest // 5 if args.blind else 0
         count = min(count, args.suggest - blind)
     if not 0 < count <= 500:
         fail(f"{args.generated}: {count} images to rate (--suggest picks some)")
     if not args.suggest:
-        return remaining
-    quality = None
+        return [i for i in range(len(rows)) if i not in done]
+    worth = np.ones(len(rows))
     if args.selector:
         selector = load_selector(args.selector)
         _, scores = selector.judge(load_pixels(rows, selector.size)[1], rows)
-        quality = scores["quality"]
+        worth = 1 - np.abs(scores["quality"] - 0.5)  # most where it is least sure
     vectors = describe(pixels)
-    return suggest(vectors / (vectors.std(0) + 1e-9), quality, done, count)
-
-
-def suggest(vectors, quality, done, count):
-    """The numbers of `count` images to rate next, none of `done`.
-
-    Half are those of which the selector is least sure, half lie far from all that are rated.
-    vectors: (N, D); quality: (N,), or None without a selector: then all lie far apart.
-    """
-    remaining = [i for i in range(len(vectors)) if i not in done]
-    chosen = []
-    if quality is not None:
-        chosen = sorted(remaining, key=lambda i: abs(quality[i] - 0.5))[: count // 2]
-    rated = np.vstack([vectors.mean(0), vectors[[*done, *chosen]]])  # the average is as if rated
-    distances = squared_distances(vectors, rated).min(1)
-    while len(chosen) < min(count, len(remaining)):
-        distances[[*done, *chosen]] = -1
-        chosen.append(int(distances.argmax()))
-        distances = np.minimum(distances, squared_distances(vectors, vectors[chosen[-1:]])[:, 0])
-    return chosen
+    return best_and_diverse(vectors / (vectors.std(0) + 1e-9), worth, count, done)
 
 
 def kappa(first, second):
@@ -890,49 +822,40 @@ def kappa(first, second):
     return 1 - np.square(first - second).sum() / by_chance
 
 
-def shared_ratings(ratings):
-    """{(rater, rater): (n, 2) ratings of the images that both rated}."""
-    by_rater = {}
-    for rating in ratings:
-        by_rater.setdefault(rating.expert, {})[rating.path] = rating.rating
-    pairs = {}
-    for (a, first), (b, second) in itertools.combinations(by_rater.items(), 2):
-        both = [(first[path], second[path]) for path in first if path in second]
-        pairs[a, b] = np.array(both).reshape(-1, 2)
-    return pairs
-
-
-def agreement(args):
+def print_agreement(args):
     """Print how far raters agree, and whether they can tell real from generated."""
-    ratings = read_ratings(args.agreement)
+    ratings = {}
     guesses = {}
-    for rating in ratings:
+    for rating in read_ratings(args.agreement):
+        ratings.setdefault(rating.expert, {})[rating.path] = rating.rating
         if rating.real and rating.guess:
             counts = guesses.setdefault(rating.expert, np.zeros((2, 2), int))
             counts[int(rating.real != "1"), int(rating.guess != "real")] += 1
-    pairs = shared_ratings(ratings)
-    if not pairs and not guesses:
-        fail(f"--agreement {args.agreement[0]}: one rater and no guesses: nothing to compare")
-    for names, both in pairs.items():
-        print(f"{', '.join(names)}: {describe_agreement(both, names, args.seed)}")
+    if len(ratings) < 2 and not guesses:
+        fail("--agreement: one rater and no guesses: nothing to compare")
+    for (a, first), (b, second) in itertools.combinations(ratings.items(), 2):
+        shared = [path for path in first if path in second]
+        a_ratings = np.array([first[path] for path in shared])
+        b_ratings = np.array([second[path] for path in shared])
+        gen = generator(args.seed, "kappa", a, b)
+        print(f"{a}, {b}: {describe_agreement(a_ratings, b_ratings, gen)}")
     for rater, counts in guesses.items():
         p = stats.fisher_exact(counts).pvalue
         (hits, misses), (fooled, caught) = counts
-        print(
-            f"{rater}: real taken for real {hits}, for generated {misses}; "
-            f"generated taken for real {fooled}, for generated {caught}; p {p:.2g} of guessing"
-        )
+        of_real = f"real taken for real {hits}, for generated {misses}"
+        of_generated = f"generated taken for real {fooled}, for generated {caught}"
+        print(f"{rater}: {of_real}; {of_generated}; p {p:.2g} of guessing")
 
 
-def describe_agreement(both, names, seed):
-    """Weighted kappa of ratings (n, 2) with its bootstrap interval, in words."""
-    count = len(both)
-    value = kappa(*both.T)
+def describe_agreement(first, second, gen):
+    """Weighted kappa of two raters' ratings, (n,) each, with its bootstrap interval, in words."""
+    count = len(first)
+    value = kappa(first, second)
     if np.isnan(value):
         return f"one and the same rating for all {count} shared images: no kappa"
-    gen = generator(seed, "kappa", *names)
     draws = torch.randint(count, (1000, count), generator=gen).numpy()
-    low, high = np.nanpercentile([kappa(*both[draw].T) for draw in draws], (2.5, 97.5))
+    values = [kappa(first[draw], second[draw]) for draw in draws]
+    low, high = np.nanpercentile(values, (2.5, 97.5))
     return f"weighted kappa {value:.2f}, 95 % {low:.2f} to {high:.2f}, {count} shared images"
 
 
@@ -975,18 +898,13 @@ def fit(args):
         warnings.append(f"the ratings do not predict quality better than chance ({figures})")
     refuse_fit(warnings, args)
     print(f"{len(ratings)} ratings of {len(rated.rows)} images: {figures}")
-    for warning in warnings:
-        print(f"warning: {warning}")
-
-    classes, class_weights = [], np.zeros((len(mean) + 1, 0))
-    if args.reference:
-        real_rows, real = load_pixels(list_real(args.reference, args), size)
-        classes, class_weights = fit_classes(real_rows, (describe(real) - mean) / spread, args.seed)
+    classes, class_weights = fit_classes(size, mean, spread, args)
     modalities = sorted(set(rated.modalities.tolist()))
     settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
-    flags = ["GENERATED", "--reference", "REAL", "--selector", args.out]
-    print("next: " + command("filter.py", *flags))
+    print(
+        "next: " + command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out)
+    )
 
 
 def refuse_fit(warnings, args):
@@ -1000,14 +918,10 @@ def gather(ratings, good):
     by_path = {}
     for rating in ratings:
         by_path.setdefault(rating.path, []).append(rating)
-    missing = [path for path in by_path if not os.path.isfile(path)]
-    if missing:
-        fail(f"{len(missing)} of {len(by_path)} rated images are not there, such as {missing[0]}")
-    highest = max(rating.expert_level for rating in ratings)
     labels = []
     weights = []
     for same in by_path.values():
-        levels = [rating.expert_level / highest for rating in same]
+        levels = [rating.expert_level for rating in same]
         labels.append([np.average([rating.rating >= good for rating in same], weights=levels)])
         weights.append(sum(levels))
     firsts = [same[0] for same in by_path.values()]
@@ -1028,9 +942,6 @@ def objections(ratings, rated):
         v = cramers_v(values, [getattr(rating, name) for rating in ratings])
         if v > 0.6:
             found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
-    for (a, b), both in shared_ratings(ratings).items():
-        if len(both) >= 10 and kappa(*both.T) < 0.2:
-            found.append(f"{a} and {b} do not agree (weighted kappa {kappa(*both.T):.2f})")
     count = len(rated.rows)
     good = int((rated.labels >= 0.5).sum())
     if count < 30:
@@ -1057,12 +968,12 @@ def fit_quality(features, rated, seed):
     Permutations of the ratings, within modalities, go through the whole cross-validation and the
     choice of the penalty. The AUROC's interval is a bootstrap over groups.
     """
-    order = np.tile(np.arange(len(features))[:, None], 1 + PERMUTATIONS)
+    labels = np.tile(rated.labels, 1 + PERMUTATIONS)
     for column in range(1, 1 + PERMUTATIONS):
         for name in np.unique(rated.modalities):
             same = np.flatnonzero(rated.modalities == name)
-            order[same, column] = same[draw_order(len(same), seed, "permuted", column, name)]
-    labels = rated.labels[order, 0]
+            order = draw_order(len(same), seed, "permuted", column, name)
+            labels[same, column] = rated.labels[same[order], 0]
     logits, penalties = cross_validate(features, labels, rated.weights, rated.groups, seed)
     good = labels >= 0.5
     values = auroc(logits, good, rated.modalities)
@@ -1148,21 +1059,22 @@ def fit_logistic(features, labels, weights, penalty):
     return fitted
 
 
-def fit_classes(rows, features, seed):
+def fit_classes(size, mean, spread, args):
     """One logistic regression for each label of 8 real images or more: (labels, (D + 1, m))."""
-    keys = np.array([text_key(row.label or row.caption) for row in rows], object)
-    counts = Counter(keys)
+    rows = list_real(args.reference, args) if args.reference else []
+    counts = Counter(name_of(row) for row in rows)
     classes = sorted(name for name in counts if name and counts[name] >= 8)
-    used = np.isin(keys, classes)
-    groups = np.array([row.group or row.path for row in rows])[used]
+    rows, pixels = load_pixels([row for row in rows if name_of(row) in classes], size)
+    groups = np.array([row.group or row.path for row in rows])
     if len(classes) < 2 or len(set(groups)) < 2:
-        return [], np.zeros((features.shape[1] + 1, 0))
-    labels = (keys[used, None] == classes).astype(float)
-    ones = np.ones(len(labels))
-    logits, penalties = cross_validate(features[used], labels, ones, groups, seed)
+        return [], np.zeros((len(mean) + 1, 0))
+    features = (describe(pixels) - mean) / spread
+    labels = np.array([np.equal(classes, name_of(row)) for row in rows], float)
+    ones = np.ones(len(rows))
+    logits, penalties = cross_validate(features, labels, ones, groups, args.seed)
     right = np.mean(logits.argmax(1) == labels.argmax(1))
     print(f"{len(classes)} labels; {right:.0%} of real images left out look most like their own")
-    return classes, fit_logistic(features[used], labels, ones, np.median(penalties))
+    return classes, fit_logistic(features, labels, ones, np.median(penalties))
 
 
 # ---------------------------------------------------------------- flags
@@ -1171,55 +1083,43 @@ def fit_classes(rows, features, seed):
 def parse_args(argv=None):
     parser = Flags(__doc__)
     add = parser.add_argument
-    add(
-        "generated", nargs="?", type=data_set, metavar="GENERATED", help="folder or table of images"
-    )
-    add("--reference", type=data_set, metavar="REAL", help="the real images, folder or table")
+    add("generated", nargs="?", type=data_set, metavar="GENERATED", help="folder or table")
+    add("--reference", type=data_set, help="the real images, folder or table")
     add("--group-column", help="the real images' column of patients")
     add("--split", type=existing_file, help="split.csv of a run: real test images are left out")
     add("--out", help="default: runs/kept, with --fit selector.safetensors")
     share = number(0.0, 1.0)
     add = parser.add_argument_group("what stays").add_argument
-    add("--calibrate", type=number(0.0001, 0.9), metavar="ALPHA", help="share of real ones refused")
+    add("--calibrate", type=number(0.0001, 0.9), help="share of real ones refused")
     add("--max-lpips", type=number(0.0, 1e6), help="largest distance to the nearest real image")
     add("--min-ssim", type=number(-1.0, 1.0), help="least similarity to the nearest real image")
     add("--drop-copies", action="store_true", help="refuse copies of real images")
     add("--drop-duplicates", action="store_true", help="of near-equal images keep the best")
-    add("--selector", type=existing_file, metavar="FILE", help="judge by what --fit wrote")
+    add("--selector", type=existing_file, help="judge by what --fit wrote")
     add("--min-quality", type=share, help="probability of a good rating (default: the selector's)")
     add("--min-alignment", type=share, help="probability that the image shows its label")
-    add("--keep", type=number(1, 10**9), metavar="N", help="only the best and most diverse N")
+    add("--keep", type=number(1, 10**9), help="only the best and most diverse N")
     add = parser.add_argument_group("how it is left").add_argument
     add("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
-    add("--mix", type=data_set, metavar="REAL", help="put these real images with the kept ones")
-    add(
-        "--share",
-        type=number(0.1, 99.9),
-        help="per cent of a --mix that is generated (default: 25)",
-    )
+    add("--mix", type=data_set, help="put these real images with the kept ones")
+    add("--share", type=number(0.1, 99.9), help="per cent generated in a --mix (default: 25)")
     rate = parser.add_argument_group("experts' ratings")
     add = rate.add_argument
-    add("--suggest", type=number(1, 500), metavar="N", help="only N, those that teach most")
-    add("--blind", type=data_set, metavar="REAL", help="mix real images in, one in five")
+    add("--suggest", type=number(1, 500), help="only N, those that teach most")
+    add("--blind", type=data_set, help="mix real images in, one in five")
     add("--rated", nargs="+", type=existing_file, default=[], metavar="CSV", help="leave these out")
     add("--good", type=int, choices=[2, 3], help="least rating of a good image (default: 3)")
     add("--force", action="store_true", help="write a selector in spite of objections, marked")
     add = rate.add_mutually_exclusive_group().add_argument
-    add("--rating-page", metavar="HTML", help="write a page on which an expert rates GENERATED")
+    add("--rating-page", help="write a page on which an expert rates GENERATED")
     add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
     add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
     how = parser.add_argument_group("how")
     add = how.add_argument
-    add(
-        "--features",
-        default="texture",
-        help="texture, inception, path, Hub id or folder of a model",
-    )
+    add("--features", default="texture", help="texture, inception, path or Hub id of a model")
     nets = ["auto", "alex", "vgg", "squeeze", "none"]
     add("--lpips", choices=nets, default="auto", help="auto: alex where its weights are")
-    add(
-        "--resolution", type=number(64, 4096), help="pixels a side (default: 64 to 256 by the data)"
-    )
+    add("--resolution", type=number(64, 4096), help="pixels a side (default: by the data)")
     add("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
     add_common_flags(how)
     args = parser.parse_args(argv)
@@ -1232,8 +1132,6 @@ def parse_args(argv=None):
 def check_args(args):
     """What flags mean together."""
     filters = not (args.rating_page or args.agreement or args.fit)
-    if args.generated and (args.agreement or args.fit):
-        fail(f"--agreement and --fit take no GENERATED, such as {args.generated}")
     if not args.generated and (args.rating_page or filters):
         fail("give GENERATED, a folder of images")
     if filters and not args.reference:
@@ -1250,9 +1148,10 @@ def check_args(args):
                 fail(f"--{name}: needs --{needed}".replace("_", "-"))
     if args.max_lpips is not None and args.lpips == "none":
         fail("--max-lpips: needs another --lpips than none")
-    rules = ("calibrate", "drop_copies", "drop_duplicates", "selector", "keep", "mix")
-    limited = args.max_lpips is not None or args.min_ssim is not None
-    if filters and not limited and not any(getattr(args, name) for name in rules):
+    rules = ("calibrate", "max_lpips", "min_ssim", "drop_copies", "drop_duplicates")
+    rules += ("selector", "keep", "mix")
+    given = [getattr(args, name) for name in rules]
+    if filters and all(value is None or value is False for value in given):
         fail("nothing to filter by: give --calibrate 0.05, --drop-copies, --selector or --keep")
 
 
@@ -1260,7 +1159,7 @@ def main(args):
     if args.fit:
         fit(args)
     elif args.agreement:
-        agreement(args)
+        print_agreement(args)
     elif args.rating_page:
         write_rating_page(args)
     else:
