@@ -889,13 +889,17 @@ def plan(args, settings, base_name, prompts, adapters, control):
 
 
 def find_unfinished(planned, manifest, args):
-    """The pictures still to draw; without --overwrite, those of other settings are not replaced."""
+    """The pictures still to draw; without --overwrite, files of other settings are not replaced."""
     unfinished = []
     for drawing in planned:
         record = manifest.records.get(drawing.stem)
-        if record and record["settings"] != drawing.record["settings"] and not args.overwrite:
-            file = Path(args.out, record["file"])
-            fail(f"{file}: is of other settings; give another --out, or --overwrite")
+        path = Path(args.out, f"{drawing.stem}.{args.format}")
+        is_foreign = record is None and path.exists()
+        if record and record["settings"] != drawing.record["settings"]:
+            path = Path(args.out, record["file"])
+            is_foreign = True
+        if is_foreign and not args.overwrite:
+            fail(f"{path}: is of other settings; give another --out, or sample.py's --overwrite")
         if not manifest.has(drawing, args.max_attempts):
             unfinished.append(drawing)
     return unfinished

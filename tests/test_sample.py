@@ -408,6 +408,18 @@ def test_another_format_replaces_and_an_overwrite_can_be_interrupted(
     assert (tmp_path / "a-wound-0000.txt").exists()
 
 
+def test_somebody_elses_picture_is_not_overwritten(draw, refusal, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a-wound-0000.png")
+    flags = ["--prompt", "a wound", "--num-images", 1]
+
+    message = refusal(tmp_path, *flags)
+
+    assert "a-wound-0000.png" in message
+    assert Image.open(tmp_path / "a-wound-0000.png").size == (9, 9)
+    draw(tmp_path, *flags, "--overwrite")
+    assert Image.open(tmp_path / "a-wound-0000.png").size == (64, 64)
+
+
 def test_somebody_elses_manifest_is_refused(refusal, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     (tmp_path / "manifest.csv").write_text("file,text\nx.png,a wound\n")
