@@ -589,7 +589,10 @@ def copy_images(out, kept, mixed):
         values = [row.fields.get(column, "") for column in extra]
         synthetic = int(quality != "")
         lines.append([name, row.caption, row.label, row.group, synthetic, quality, *values])
-    paths = {name: row.path for name, row in entries}  # a table may repeat one
+    paths = {}
+    for name, row in entries:  # a table may repeat one
+        if paths.setdefault(name, row.path) != row.path:
+            fail(f"{row.path}: another image would be called {name} too; rename one")
     if (out / "metadata.csv").is_file():
         for old in read_table(out / "metadata.csv"):
             if old.get("synthetic") == "1" and old["file_name"] not in paths:
