@@ -819,9 +819,9 @@ def train_shortly(images, out, processes=1, **changes):
     """(seconds an image, GB) of ten steps with the tiny base."""
     how = dict(base="tiny", data=images, steps=10, log_every=2, out=out, **changes)
     how |= dict(val_split=0, val_samples=0, save_every=NEVER)
-    run_command("train.py", as_flags(how), processes)
+    _, memory = run_command("train.py", as_flags(how), processes)
     line = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    return 1 / line["images_per_second"], line["memory"] / 1e3
+    return 1 / line["images_per_second"], memory
 
 
 def bench_growth(args, place):
