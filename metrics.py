@@ -149,10 +149,11 @@ def replacing(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        # torch.save hides the OSError of a full disk
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+            error = error.__context__  # torch.save hides the OSError of a full disk
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path
+        raise error
 
 
 def write_file(path, content):
@@ -207,7 +208,9 @@ def run_script(main, parse_args):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (BadImage, OSError) as error:
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except BadImage as error:
         fail(error)
     except UnicodeError as error:
         fail(f"a text file, such as an @file of flags, or the name of a file is not UTF-8: {error}")

@@ -148,7 +148,7 @@ def test_what_a_user_did_ends_in_one_line(handlers, capsys):
         raise BadImage("x.png", "is empty")
 
     messages = {
-        lambda args: open("/no/such/place"): "No such file or directory: '/no/such/place'",
+        lambda args: open("/no/such/place"): "/no/such/place: No such file or directory",
         lambda args: b"\xff".decode(): "is not UTF-8",
         full_gpu: "try a smaller --batch-size",
         full_memory: "error: the memory is full",
