@@ -436,8 +436,7 @@ class Entry:
 def evaluate_set(real, fake, known, tools):
     """The Entry of a generated set."""
     args, network = tools.args, tools.network
-    kind = "training" if args.split or args.train_data else "real"
-    copies = find_copies(known, fake, kind)  # the largest matrices come and go first
+    copies = find_copies(known, fake, args)  # the largest matrices come and go first
     joint = collect_matrices(real, fake, tools)
     n, m = len(real.rows), len(fake.rows)
     groups = [row.group for row in real.rows + fake.rows]
@@ -493,7 +492,7 @@ def band(limits, figure):
     return "poor"
 
 
-def find_copies(known, fake, kind):
+def find_copies(known, fake, args):
     """Generated images nearer to a known image than those of two patients are to one another."""
     same = same_unit([row.group for row in known.rows])
     for i, j, _ in near_duplicates(known.pixels):  # a picture stored twice is one
@@ -507,6 +506,7 @@ def find_copies(known, fake, kind):
     count = int((p <= limit).sum())
     chance = binom.sf(count - 1, m, limit)
     expected = f"{digits(limit * m, 2)} expected, p {digits(chance, 2)}"
+    kind = "training" if args.split or args.train_data else "real"
     advice = "likely copies, look at the pairs" if chance <= 0.01 else "no sign of copying"
     text = f"{count} of {m} generated images lie as near to one of {n} {kind} images as 1 in "
     text += f"{1 / limit:.0f} fresh ones would ({expected}): {advice}."

@@ -970,6 +970,7 @@ ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 def contact_sheet(images, captions, columns=8):
     """One image of many, each 160 pixels wide with its caption below."""
     side = 160
+    columns = min(columns, max(4, len(images)))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 20) + 4), "white")
     pen = ImageDraw.Draw(sheet)

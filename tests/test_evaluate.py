@@ -667,6 +667,9 @@ def test_copies_are_sought_among_all_real_images(tmp_path, monkeypatch, capsys):
     assert "of 24 real images" in capsys.readouterr().out
 
 
+ARGS = types.SimpleNamespace(split=None, train_data=None)
+
+
 def random_set(n, groups, seed=0):
     gen = metrics.generator(seed, "set")
     pixels = torch.randint(0, 255, (n, 3, 64, 64), generator=gen, dtype=torch.uint8)
@@ -678,7 +681,7 @@ def test_what_chance_gives_of_copies_is_counted_of_the_generated_ones():
     known = random_set(50, [""] * 50)
     fake = random_set(20, [""] * 20, 1)
     fake.pixels[:2] = known.pixels[:2]
-    found = evaluate.find_copies(known, fake, "real")
+    found = evaluate.find_copies(known, fake, ARGS)
     p = 2 / 51
     none_or_one = (1 - p) ** 20 + 20 * p * (1 - p) ** 19
     assert found.count == 2
@@ -692,12 +695,12 @@ def test_films_of_one_patient_do_not_excuse_copies():
     known.pixels[1::2] = two_alike.byte()
     fake = random_set(10, [""] * 10, 1)
     fake.pixels[:5] = (0.7 * known.pixels[:10:2] + 0.3 * fake.pixels[:5]).byte()
-    assert evaluate.find_copies(known, fake, "real").count >= 5
+    assert evaluate.find_copies(known, fake, ARGS).count >= 5
 
 
 def test_copies_are_not_looked_for_among_two_patients():
     known = random_set(4, ["a"] * 4)
-    found = evaluate.find_copies(known, random_set(4, [""] * 4, 1), "real")
+    found = evaluate.find_copies(known, random_set(4, [""] * 4, 1), ARGS)
     assert found.count is None
     assert "not looked for" in found.sentence
 
