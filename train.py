@@ -16,14 +16,12 @@ import json
 import math
 import os
 import re
-import secrets
-import shlex
 import signal
 import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import product
@@ -155,7 +153,8 @@ def fit(base, streams, perceptual, validation, state, args, log):
     for module in base.parts().values():
         module.train()
     stop = False
-    with deferred_signals() as signals, progress_bar(state, args) as bar:
+    bar = tqdm(desc="training", total=args.steps, initial=state.step, disable=RANK > 0)
+    with bar, deferred_signals() as signals:
         while state.step < args.steps and not stop and not out_of_patience(state, args):
             loss = accumulate_gradients(base, streams, perceptual, state, args)
             loss, stops = sum_over_processes(loss, len(signals), state)
@@ -183,7 +182,7 @@ def fit(base, streams, perceptual, validation, state, args, log):
             if validating and state.step < args.steps:
                 draw_grid(base, state, args, log)
             if logging:
-                log.restart_clock()
+                log.clock = time.perf_counter()  # what came after the step is no training
     if stop or signals:
         if RANK == 0:
             print(f"stopped at step {state.step}, saved; the same command continues from here")
@@ -205,19 +204,13 @@ def out_of_patience(state, args):
 def deferred_signals():
     """A list to which SIGINT and SIGTERM are added, instead of interrupting a step."""
     arrived = []
-    names = (signal.SIGINT, signal.SIGTERM)
-    handlers = {name: signal.signal(name, lambda *_: arrived.append(True)) for name in names}
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: arrived.append(True))
     try:
         yield arrived
     finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-
-
-def progress_bar(state, args):
-    seconds = 0.5 if sys.stderr.isatty() else 30
-    how = {"desc": "training", "mininterval": seconds, "disable": RANK > 0}
-    return tqdm(total=args.steps, initial=state.step, **how)
+        for name in (signal.SIGINT, signal.SIGTERM):  # as run_script has them
+            signal.signal(name, signal.default_int_handler)
 
 
 # ---------------------------------------------------------------- what a step is made of
@@ -257,13 +250,10 @@ def make_batch(base, data, step, slots, args):
     posterior = on_device(draw("posterior", torch.randn, *size))
     dropped = on_device(draw("caption-dropout", torch.rand)) < args.prompt_dropout
     captions = data.caption[rows].masked_fill(dropped, -1)  # the last is the empty one
-    return Batch(
-        latents=data.mean[pictures] + data.std[pictures] * posterior,
-        noise=noise,
-        timesteps=draw("timestep", partial(torch.randint, base.num_timesteps)),
-        text=text_condition(base, data, captions, args),
-        weight=data.weight[rows],
-    )
+    text = text_condition(base, data, captions, args)
+    latents = data.mean[pictures] + data.std[pictures] * posterior
+    timesteps = draw("timestep", partial(torch.randint, base.num_timesteps))
+    return Batch(latents, noise, timesteps, text, data.weight[rows])
 
 
 def text_condition(base, data, captions, args):
@@ -340,10 +330,10 @@ def optimizer_step(state, args):
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
     if args.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(weights, args.max_grad_norm, norm)
-    skips_itself = args.optimizer == "adamw" or state.scaler.is_enabled()
-    if args.optimizer == "adamw" and not state.scaler.is_enabled():
-        state.optimizer.found_inf = (~norm.isfinite()).float()  # skips without the host asking
-    if skips_itself or norm.isfinite():
+    if not state.scaler.is_enabled():  # which skips such a step
+        # torch's fused AdamW skips it where this is 1, so that no number is read from the GPU
+        state.optimizer.found_inf = (~norm.isfinite()).float()
+    if args.optimizer == "adamw" or state.scaler.is_enabled() or norm.isfinite():
         state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
@@ -394,8 +384,7 @@ def vgg_features(base):
 def perceptual_loss(features, blur, clean, batch):
     """Squared distance of the features of predicted and true latents, (B,).
 
-    It is 0 from the timestep `blur` on, where noise outweighs the signal and features would punish
-    that the prediction is blurred.
+    0 from the timestep `blur` on: noise outweighs the signal, and the prediction must be blurred.
     """
     loss = torch.zeros(len(clean), device=clean.device)
     sharp = (batch.timesteps < blur).nonzero().flatten()
@@ -533,27 +522,21 @@ def checkpoint_path(args):
 
 
 def read_checkpoint(made_of, args):
-    """The checkpoint that --resume means, or None to start afresh. Nothing is unpickled.
-
-    One that was made with other flags or other data is refused.
-    """
+    """The checkpoint that --resume means, None to start afresh; refused if other flags made it."""
     path = checkpoint_path(args)
-    if args.resume == "auto" and not path.exists():
-        return None
     if not path.exists():
+        if args.resume == "auto":
+            return None
         fail(f"--resume {args.resume}: there is no {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        is_ours = checkpoint["format"] == 1
+        before = checkpoint["made_of"]
     except Exception:  # truncated, a pickle, another program's: torch.load raises a dozen kinds
-        is_ours = False
-    if not is_ours:
         fail(f"{path}: damaged, or not of train.py; --resume an older one, or give another --out")
     changed = []
     for name, value in made_of.items():
-        before = checkpoint["made_of"].get(name)
-        if before != value:
-            changed.append(f"{name}: {before} there, {value} here")
+        if before.get(name) != value:
+            changed.append(f"{name}: {before.get(name)} there, {value} here")
     if changed:
         fail(f"{path} was made with other settings: {'; '.join(changed)}; give another --out")
     return checkpoint
@@ -561,8 +544,8 @@ def read_checkpoint(made_of, args):
 
 def write_args(args, finished=None):
     """args.json: every flag, what ran it, and the step at which the run ended."""
-    versions = {"torch": torch.__version__, "processes": WORLD}
-    content = {"args": vars(args), "command": sys.argv, **versions, "finished": finished}
+    content = {"args": vars(args), "command": sys.argv, "torch": torch.__version__}
+    content |= {"processes": WORLD, "finished": finished}
     write_file(Path(args.out, "args.json"), json.dumps(content, indent=1, ensure_ascii=False))
 
 
@@ -610,21 +593,16 @@ def release_memory(base, args):
 
 @dataclass
 class Data:
-    """A data set in latents, on the device.
-
-    mean, std: of the posterior, (variants x N, 4, h, w), variant v of row n at v * N + n; text: of
-    each caption, the last the empty one, the encoders' states or, where these learn, the tokens;
-    caption: (N,) index into them; weight: (N,) of each row's loss; name: keys its random draws.
-    """
+    """A data set of N rows in latents, on the device."""
 
     rows: list
-    mean: torch.Tensor
-    std: torch.Tensor
-    text: dict
-    caption: torch.Tensor
-    weight: torch.Tensor
+    mean: torch.Tensor  # of the posterior, (variants x N, 4, h, w): variant v of row n at v * N + n
+    std: torch.Tensor  # of the posterior, likewise
+    text: dict  # of each caption, the last the empty one: tokens if the encoder learns, or states
+    caption: torch.Tensor  # (N,) index into text
+    weight: torch.Tensor  # (N,) of each row's loss
     classes: tuple = ()  # of the rows, with --balance
-    name: str = "data"
+    name: str = "data"  # keys its random draws
     share: float = 1.0  # of the loss
 
 
@@ -656,17 +634,13 @@ def list_data(args):
     if "flip" in args.augment:
         sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
         names = [row.file_name for row in rows if sided.search(row.caption)]
-        what = "captions that say left, right, OD or OS, which a flip makes wrong"
-        warn(names, what, "leave the flips out: they swap no words")
+        warn(names, "captions that say left, right, OD or OS", "a flip swaps no words: leave it out")
     return rows
 
 
 def list_rows(folder, args):
-    columns = {}
-    for role in ("image", "caption", "label", "group"):
-        columns[f"{role}_column"] = getattr(args, f"{role}_column")
-    how = {"prompt": args.prompt, "slices": args.slices, "strict": args.strict}
-    return list_images(folder, **columns, **how)
+    columns = [args.image_column, args.caption_column, args.label_column, args.group_column]
+    return list_images(folder, *columns, args.prompt, args.slices, args.strict)
 
 
 def refuse_output_in_data(rows, args):
@@ -680,31 +654,32 @@ def refuse_output_in_data(rows, args):
 def add_weights(rows, args):
     """Set row.weight: the number in --weight-column over its mean in training rows, else 1."""
     column = args.weight_column
+    if column and column not in rows[0].fields:
+        fail(f"--weight-column {column}: {args.data} has no such column")
     weighted = []
     for row in rows:
         row.weight = 1.0
-        if not column or row.split != "train":
-            continue
-        if column not in row.fields:
-            fail(f"--weight-column {column}: {args.data} has no such column")
-        if row.fields[column].strip():
+        text = row.fields.get(column, "").strip()
+        if text and row.split == "train":
             weighted.append(row)
             try:
-                row.weight = number(0.0, 1e9)(row.fields[column])
+                row.weight = number(0.0, 1e9)(text)
             except argparse.ArgumentTypeError as why:
                 fail(f"--weight-column {column}: {row.file_name}: {why}")
     total = sum(row.weight for row in weighted)
-    if weighted and total == 0:
-        fail(f"--weight-column {column}: all weights are 0")
     for row in weighted:
         row.weight *= len(weighted) / total
 
 
+def count_patients(rows):
+    """The number of patients, or "unknown"."""
+    return len({row.group for row in rows} - {""}) or "unknown"
+
+
 def warn(names, what, advice):
-    """One line about these files, patients or classes, if there are any."""
+    """One line about these files, patients or classes, of which it names three, if any."""
     if names and RANK == 0:
-        examples = ", ".join([*names[:3], "…"][: len(names)])
-        print(f"warning: {what}: {len(names)} ({examples}): {advice}")
+        print(f"warning: {what}: {len(names)} ({', '.join(names[:3])}): {advice}")
 
 
 def warn_of_duplicates(rows, pixels, args):
@@ -781,16 +756,19 @@ def load_data(base, rows, args):
     if args.balance:
         streams[0].classes = rarest_labels(streams[0].rows)
     if args.method == "dreambooth":
-        streams.append(replace(data["class"], name="class", share=args.prior_weight))
+        data["class"].name = "class"
+        data["class"].share = args.prior_weight
+        streams.append(data["class"])
     return streams, data["val"]
 
 
 def load_latents(base, rows, args):
     """The readable rows, and {split: posterior mean and std, (2, variants x N, 4, h, w)}."""
-    path = cache_path(rows, args)
-    found = over_processes(torch.tensor(float(path.is_file()), device=base.device))
-    if found == WORLD:  # each machine may have its own cache
-        return rows, load_file(path, device=str(base.device))
+    if args.cache:
+        path = cache_path(rows, args)
+        found = over_processes(torch.tensor(float(path.is_file()), device=base.device))
+        if found == WORLD:  # each machine may have its own cache
+            return rows, load_file(path, device=str(base.device))
     readable, pixels = load_rows(rows, args)
     if RANK == 0:
         warn_of_duplicates(readable, pixels, args)
@@ -812,7 +790,7 @@ def cache_path(rows, args):
         parts += [args.variants, args.augment, args.seed]
     for row in rows:
         parts += [hash_of(row.path), row.slice, row.value_range, row.split, row.file_name]
-    return Path(args.cache or "", digest(parts)[:32] + ".safetensors")
+    return Path(args.cache, digest(parts)[:32] + ".safetensors")
 
 
 @torch.no_grad()
@@ -843,14 +821,10 @@ def make_data(base, rows, latents, args):
         if not text_learns(args):
             part = text_states(base, part)
         parts.append(part)
-    return Data(
-        rows,
-        mean=latents[0],
-        std=latents[1],
-        text={key: torch.cat([part[key] for part in parts]) for key in parts[0]},
-        caption=torch.tensor([numbers[row.caption] for row in rows], device=base.device),
-        weight=torch.tensor([row.weight for row in rows], device=base.device),
-    )
+    text = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    caption = torch.tensor([numbers[row.caption] for row in rows], device=base.device)
+    weight = torch.tensor([row.weight for row in rows], device=base.device)
+    return Data(rows, latents[0], latents[1], text, caption, weight)
 
 
 def text_learns(args):
@@ -942,7 +916,6 @@ def clahe(grey, limit=2.0, tiles=8):
 def prepare_base(args, device):
     """Load the base as the flags want it."""
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
     base = load_base(args.base, device, args.precision, args.method)
     if args.text_encoder:
         use_text_encoder(base, args.text_encoder, args.text_length)
@@ -1014,10 +987,9 @@ def validation_loss(base, data, args):
     for part in torch.arange(count).split(args.batch_size)[RANK::WORLD]:
         rows = (part % len(data.rows)).to(base.device)
         times = timesteps[part].to(base.device)
+        part_noise = noise[part].to(base.device)
         text = text_condition(base, data, data.caption[rows], args)
-        noisy, target, _ = noised_and_target(
-            base, data.mean[rows], noise[part].to(base.device), times
-        )
+        noisy, target, _ = noised_and_target(base, data.mean[rows], part_noise, times)
         error = denoise(base, noisy, times, text) - target
         total += error.square().mean((1, 2, 3)).double().sum()
     return over_processes(total).item() / count
@@ -1034,16 +1006,15 @@ def set_distance(base, data, args):
     """--select-by kid or fid: from the validation images to as many that are drawn."""
     jobs = [(row.caption, i) for i, row in enumerate(data.rows)]
     drawn = [torch.from_numpy(np.array(image)) for image in draw_pictures(base, jobs, args)]
-    network = load_features("inception" if args.select_by == "fid" else "texture", base.device)
+    name = "inception" if args.select_by == "fid" else "texture"
+    network = load_features(name, base.device)
     real = extract(load_rows(data.rows, args)[1], network, base.device)
     fake = extract(torch.stack(drawn).permute(0, 3, 1, 2), network, base.device)
-    if network.standardise:
-        both = np.concatenate([real, fake])
-        mean, deviation = both.mean(0), np.maximum(both.std(0), 1e-9)
-        real, fake = (real - mean) / deviation, (fake - mean) / deviation
     if args.select_by == "fid":
         return float(frechet(real, fake))
-    return float(kid(real, fake)[0])
+    both = np.concatenate([real, fake])  # texture is compared standardised
+    mean, deviation = both.mean(0), np.maximum(both.std(0), 1e-9)
+    return float(kid((real - mean) / deviation, (fake - mean) / deviation)[0])
 
 
 def validate(base, data, state, args, log):
@@ -1080,7 +1051,7 @@ def draw_grid(base, state, args, log):
 
 
 class Log:
-    """log.jsonl: a line a step and a line a validation; TensorBoard and Weights & Biases mirror it.
+    """log.jsonl: a line a step and a line a validation. --tensorboard and --wandb mirror it.
 
     Losses stay on the device until they are written. Resuming cuts the log back to the checkpoint.
     """
@@ -1088,53 +1059,14 @@ class Log:
     def __init__(self, state, args):
         self.path = Path(args.out, "log.jsonl")
         self.pending = []  # loss and gradient norm of the steps not yet written
-        self.board = None
-        self.wandb_run = None
+        self.mirrors = []
         if RANK == 0:
-            self.cut_back(state, args)
-            self.open_mirrors(state, args)
-        self.restart_clock()
-
-    def cut_back(self, state, args):
-        lines = []
-        if state.step and self.path.exists():
-            for line in self.path.read_text().splitlines(keepends=True):
-                with suppress(ValueError):  # a run that was killed may have torn its last line
-                    if json.loads(line)["step"] <= state.step:
-                        lines.append(line)
-        write_file(self.path, "".join(lines))
-        for grid in Path(args.out, "samples").glob("step-*.png"):
-            if state.step == 0 or int(grid.stem[5:]) > state.step:
-                grid.unlink()
-
-    def open_mirrors(self, state, args):
-        if args.tensorboard:
-            need("tensorboard", "--tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-
-            folder = Path(args.out, "tensorboard")
-            self.board = SummaryWriter(folder, purge_step=state.step + 1)
-        if args.wandb:
-            wandb = need("wandb", "--wandb")
-            name = digest(os.path.abspath(args.out))[:16]
-            how = {"project": "medlora", "name": Path(args.out).name, "dir": args.out}
-            try:
-                self.wandb_run = wandb.init(config=vars(args), resume="allow", id=name, **how)
-            except wandb.Error as why:  # such as no login
-                fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
-
-    def write(self, entries):
-        if RANK > 0:
-            return
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        with open(self.path, "a", newline="\n") as file:
-            file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", text))  # those are no JSON
-        for entry in entries:
-            if self.board:
-                for name, value in entry.items():
-                    self.board.add_scalar(name, value, entry["step"])
-            if self.wandb_run:
-                self.wandb_run.log(entry, step=entry["step"])
+            cut_back(self.path, state, args)
+            if args.tensorboard:
+                self.mirrors.append(open_tensorboard(state, args))
+            if args.wandb:
+                self.mirrors.append(open_wandb(args))
+        self.clock = time.perf_counter()  # when the first pending step began
 
     def add_step(self, loss, grad_norm):
         self.pending.append(torch.stack([loss, grad_norm]))
@@ -1145,7 +1077,7 @@ class Log:
         self.pending = []
         batch = effective_batch(args)
         speed = len(values) * batch / (time.perf_counter() - self.clock)
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        memory = torch.cuda.max_memory_allocated()  # 0 without a GPU
         entries = []
         for step, (loss, grad_norm) in enumerate(values, state.step - len(values) + 1):
             entry = {"step": step, "epoch": round(step * batch / state.images, 3), "loss": loss}
@@ -1161,21 +1093,69 @@ class Log:
         self.write(entries)
         return np.mean(values, axis=0)[0]
 
-    def restart_clock(self):
-        self.clock = time.perf_counter()
+    def write(self, entries):
+        if RANK > 0:
+            return
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        with open(self.path, "a", newline="\n") as file:
+            file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", text))  # those are no JSON
+        for mirror in self.mirrors:
+            for entry in entries:
+                mirror(entry)
 
     def add_picture(self, image, step):
-        if self.board:
-            self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
-        if self.wandb_run:
-            picture = need("wandb", "--wandb").Image(image)
-            self.wandb_run.log({"samples": picture}, step=step)
+        for mirror in self.mirrors:
+            mirror({"step": step}, image)
 
-    def close(self):
-        if self.board:
-            self.board.close()
-        if self.wandb_run:
-            self.wandb_run.finish()
+
+def cut_back(path, state, args):
+    """Take out of the log, and of samples/, what was written after the checkpoint."""
+    lines = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            with suppress(ValueError):  # a run that was killed may have torn its last line
+                if json.loads(line)["step"] <= state.step:
+                    lines.append(line)
+    write_file(path, "".join(lines))
+    for grid in Path(args.out, "samples").glob("step-*.png"):
+        if int(grid.stem[5:]) > state.step:
+            grid.unlink()
+
+
+def open_tensorboard(state, args):
+    """A function that writes an entry of the log, or a grid, for TensorBoard."""
+    need("tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
+
+    def mirror(entry, grid=None):
+        for name, value in entry.items():
+            board.add_scalar(name, value, entry["step"])
+        if grid:
+            board.add_image("samples", np.asarray(grid), entry["step"], dataformats="HWC")
+        board.flush()
+
+    return mirror
+
+
+def open_wandb(args):
+    """A function that sends an entry of the log, or a grid, to Weights & Biases."""
+    wandb = need("wandb", "--wandb")
+    run_id = digest(os.path.abspath(args.out))[:16]
+    how = {"project": "medlora", "dir": args.out, "id": run_id, "resume": "allow"}
+    try:
+        run = wandb.init(name=Path(args.out).name, config=vars(args), **how)
+    except wandb.Error as why:  # such as no login
+        fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
+
+    def mirror(entry, grid=None):
+        step = entry["step"]
+        if grid:
+            entry = {"samples": wandb.Image(grid)}
+        run.log(entry, step=step)
+
+    return mirror
 
 
 # ---------------------------------------------------------------- what a run writes and prints
@@ -1183,33 +1163,28 @@ class Log:
 
 def describe_run(state, data, validation, args):
     """Before anything long starts: print what will be trained on what."""
-    patients = len({row.group for row in data.rows} - {""}) or "unknown"
+    patients = count_patients(data.rows)
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
     batch = f"{effective_batch(args)} = {args.batch_size} × {args.accumulate} × {WORLD}"
     print(f"{state.images} training images, {patients} patients; {held_out} for validation")
-    print(f"{weights:,} trainable weights; effective batch {batch}")
-    print(f"{args.steps} steps, {state.step} of them done", flush=True)
+    print(f"{weights:,} trainable weights; effective batch {batch}; {args.steps - state.step} steps")
 
 
 def finish(state, data, args):
     """Write the results, the report and the card; print where they are and what to type next."""
     result = save_results(state, args)
-    write_report(state, args)
-    write_card(state, data, result, args)
-    write_args(args, state.step)
     flag = "--base" if args.method == "full" else "--lora"
-    words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
+    draw = command("sample.py", flag, result, "--prompt", args.val_prompts[0])
+    write_report(state, args)
+    write_card(state, data, draw, args)
+    write_args(args, state.step)
     print(f"done: {result}; look at {args.out}/report.html")
-    print("next: " + command("sample.py", flag, result, *words))
+    print(f"next: {draw} --num-images 50 --grid")
 
 
 def save_results(state, args):
-    """Write the trained weights; returns the path of what --lora or --base of sample.py takes.
-
-    EMA weights of the best validation, else of the end: lora.safetensors (and lora-last), model/
-    with --method full, embeddings.safetensors with textual-inversion.
-    """
+    """Write the trained weights; returns the path for --lora or --base of sample.py."""
     best = best_weights(state, args)
     if args.method == "full":
         return save_model(best, args)
@@ -1243,13 +1218,10 @@ def adapter_metadata(state, args):
     if args.text_encoder:
         names += ["text_encoder", "text_length"]
     metadata = {name: getattr(args, name) for name in names}
-    return metadata | {
-        "prompt": args.prompt or "",
-        "images": state.images,
-        "data": state.made_of["the training data"],
-        "made_by": "medlora",
-        "licence": "that of the base; research use, not for diagnosis",
-    }
+    metadata |= {"prompt": args.prompt or "", "images": state.images, "made_by": "medlora"}
+    metadata["data"] = state.made_of["the training data"]
+    metadata["licence"] = "that of the base; research use, not for diagnosis"
+    return metadata
 
 
 def save_model(weights, args):
@@ -1266,26 +1238,16 @@ def save_model(weights, args):
     return folder
 
 
-LICENCES = {"sd15": "creativeml-openrail-m"}
-LICENCES |= dict.fromkeys(["sd21-base", "sd21", "sdxl"], "openrail++")
-KINDS = {"full": "A whole UNet", "textual-inversion": "A new word"}
-
-
-def write_card(state, data, result, args):
+def write_card(state, data, draw, args):
     """README.md: a model card with the metadata that the Hub reads, the data, and the limits."""
+    prompt = json.dumps(args.val_prompts[0], ensure_ascii=False)
     base = BASES.get(args.base, args.base)
-    caption = Counter(row.caption for row in data.rows).most_common(1)[0][0]
-    prompt = json.dumps(caption, ensure_ascii=False)
-    patients = len({row.group for row in data.rows} - {""}) or "unknown"
-    flag = "--base" if args.method == "full" else "--lora"
     base_model = ""
     if not os.path.exists(base):
         base_model = f"base_model: {base}\n"
-    best = ""
-    if "val_loss" in state.best:
-        best = f" Best validation loss {state.best['val_loss']:.4f}, step {state.best['step']}."
     text = f"""---
-{base_model}license: {LICENCES.get(args.base, "other")}
+{base_model}license: other
+license_name: that-of-the-base
 library_name: diffusers
 instance_prompt: {prompt}
 tags: [stable-diffusion, diffusers, text-to-image, medical, synthetic, {args.method}]
@@ -1293,12 +1255,11 @@ tags: [stable-diffusion, diffusers, text-to-image, medical, synthetic, {args.met
 
 # {Path(args.out).name}
 
-{KINDS.get(args.method, "An adapter")} for {args.base}, trained with medlora for {state.step} steps
-on {state.images} images of {patients} patients (SHA-256 of the set:
-`{state.made_of["the training data"][:16]}…`) at {args.resolution} px, with captions such as
-{prompt}.{best}
+Trained from {args.base} with medlora (--method {args.method}) for {state.step} steps on
+{state.images} images of {count_patients(data.rows)} patients at {args.resolution} px.
+SHA-256 of the set: `{state.made_of["the training data"]}`
 
-Use: `python sample.py {shlex.join([flag, result.name, "--prompt", caption])}`
+Use: `{draw}`
 
 **Intended use**: research, such as enlarging training sets, after an evaluation against held-out
 real images.
@@ -1313,32 +1274,29 @@ Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
 def write_report(state, args):
     """report.html: loss, validation, gradient norm, learning rate and the grids."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
-    all_steps = [line for line in lines if "loss" in line]
-    steps = [line for line in all_steps if None not in line.values()]
-    summary = f"{state.step} steps"
+    steps = [line for line in lines if "loss" in line]
+    skipped = sum(None in line.values() for line in steps)
+    body = f"<p>{state.step} steps; {skipped} steps changed nothing, for NaN or infinity."
     if "val_loss" in state.best:
-        summary += f", best {state.best['val_loss']:.4f} at step {state.best['step']}"
-    if len(steps) < len(all_steps):
-        skipped = len(all_steps) - len(steps)
-        summary += f"; {skipped} steps changed nothing: their gradients were no numbers"
-    validation = [(entry["step"], entry["val_loss"]) for entry in state.history]
-    losses = {"training": mean_points(steps, "loss"), "validation": validation}
-    body = f"<p>{summary}.</p><h2>Loss</h2>" + curve(losses, "step")
+        body += f" Best: {state.best['val_loss']:.4f} at step {state.best['step']}."
+    losses = {"training": mean_points(steps, "loss")}
+    losses["validation"] = mean_points(state.history, "val_loss")
+    body += "</p><h2>Loss</h2>" + curve(losses, "step")
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
         body += f"<h2>{key}</h2>" + curve({key: mean_points(steps, key)}, "step")
-    body += "<h2>Samples, same noise each time</h2>"
-    grids = sorted(Path(args.out, "samples").glob("step-*.png"))
-    for path in grids[:: max(1, len(grids) // 6)][:-1] + grids[-1:]:
+    body += "<h2>Samples, the newest first, same noise each time</h2>"
+    grids = sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True)
+    for path in grids[:: max(1, len(grids) // 6)]:
         with Image.open(path) as grid:
             body += f'<p class="soft">{path.stem}</p>{thumbnail(grid, 1000)}'
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
-def mean_points(steps, key):
+def mean_points(lines, key):
     """At most 200 points of a curve, each the mean of several steps."""
-    values = np.array([(line["step"], line[key]) for line in steps]).reshape(-1, 2)
-    parts = np.array_split(values, min(200, max(1, len(values))))
-    return [part.mean(0).tolist() for part in parts if len(part)]
+    values = [(line["step"], line[key]) for line in lines]
+    parts = np.array_split(np.array(values, float).reshape(-1, 2), 200)
+    return [part.mean(0) for part in parts if len(part)]
 
 
 # ---------------------------------------------------------------- the data doctor
@@ -1366,12 +1324,9 @@ def describe_data(rows):
     splits = Counter(row.split for row in rows)
     widths, heights, whites = zip(*[row.measured for row in rows], strict=True)
     sides = widths + heights
-    patients = {row.group for row in rows} - {""}
-    print(
-        f"{len(rows)} images: {splits['train']} to train on, {splits['val']} for validation, "
-        f"{splits['test']} for a test"
-    )
-    print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {len(patients) or 'unknown'}")
+    parts = f"{splits['train']} to train on, {splits['val']} for validation"
+    print(f"{len(rows)} images: {parts}, {splits['test']} for a test")
+    print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}")
     print(f"the lightest grey value of an image is from {min(whites)} to {max(whites)}")
     groups = {}
     for row in rows:
@@ -1382,8 +1337,7 @@ def describe_data(rows):
         print(f"  {label:<32} {len(names):>6} images {len(set(names) - {''}):>6} patients")
         if len(names) < 10 and len(groups) > 1:
             few.append(f"{label}: {len(names)}")
-    what = "classes of fewer than 10 images, which a model learns by heart"
-    warn(few, what, "add images, join classes or leave them out")
+    warn(few, "classes of fewer than 10 images, learnt by heart", "add images or join classes")
 
 
 PREVIEW_COLUMNS = ["file_name", "text", "label", "patient_id", "source", "synthetic"]
@@ -1398,14 +1352,14 @@ def write_preview(rows, pixels, folder, args):
     for i, row in enumerate(tqdm(rows, "writing", unit="image", leave=False)):
         if row.split == "test":
             continue
+        group = row.group
+        if not group and args.variants > 1:  # variants stay on one side of a split
+            group = row.file_name
+        synthetic = row.fields.get("synthetic", "")
         for variant in range(args.variants):
             name = f"{i:06d}-{variant}-{Path(row.file_name).stem[:80]}.png"
             with replacing(folder / name) as file:
                 picture(make_variant(row, pixels[i], variant, args)).save(file, "PNG")
-            group = row.group
-            if not group and args.variants > 1:  # variants stay on one side of a split
-                group = row.file_name
-            synthetic = row.fields.get("synthetic", "")
             lines.append([name, row.caption, row.label, group, row.file_name, synthetic])
     write_csv(path, PREVIEW_COLUMNS, lines)
     shown = lines[:: max(1, len(lines) // 48)]
@@ -1429,34 +1383,9 @@ def start_processes(args):
         torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
         # A rank that dies takes the others down through torchrun; a long grid on rank 0 must not.
-        how = {"rank": RANK, "world_size": WORLD, "timeout": timedelta(hours=2)}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=fresh_store(), **how)
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
-
-
-def fresh_store():
-    """A part of torchrun's key-value store that only the processes of this attempt use.
-
-    After a restart the store still holds the addresses of dead processes, and a rank that reads
-    one hangs. So each process writes a name, rank 0 joins the names, and the joined text that all
-    of them have signed is the prefix of the part.
-    """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
-    name = secrets.token_hex(8)
-    store.set(f"medlora-{RANK}", name)
-    signed = set()
-    while True:
-        if RANK == 0:
-            names = [store.get(f"medlora-{rank}").decode() for rank in range(WORLD)]
-            store.set("medlora-all", " ".join(names))
-        joined = store.get("medlora-all").decode()
-        if name in joined and joined not in signed:
-            signed.add(joined)
-            store.add(joined, 1)
-        if joined in signed and store.add(joined, 0) == WORLD:
-            return dist.PrefixStore(joined, store)
-        time.sleep(0.02)
 
 
 @contextmanager
@@ -1529,9 +1458,8 @@ def add_data_flags(group):
 
 def add_model_flags(group):
     add = group.add_argument
-    methods = ["lora", "full", "dreambooth", "textual-inversion"]
     add("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder")
-    add("--method", choices=methods, default="lora")
+    add("--method", choices=["lora", "full", "dreambooth", "textual-inversion"], default="lora")
     add("--rank", type=number(1, 4096), default=16, help="of the adapter's matrices")
     add("--alpha", type=number(1e-6, 1e6), help="the adapter acts with alpha/rank (default: rank)")
     add("--dropout", type=number(0.0, 0.99), default=0.0, help="on the adapter's input")
@@ -1550,7 +1478,6 @@ def add_model_flags(group):
 
 def add_training_flags(group):
     add = group.add_argument
-    schedules = ["cosine", "linear", "constant"]
     add("--snr-gamma", type=factor, default=0.0, help="min-SNR weighting, usually 5 (0: off)")
     add("--noise-offset", type=share, default=0.0, help="usually 0 to 0.05")
     add("--prompt-dropout", type=share, default=0.1, help="share of captions left empty")
@@ -1561,7 +1488,7 @@ def add_training_flags(group):
     add("--batch-size", type=positive, default=8, help="images a pass, on each process")
     add("--accumulate", type=positive, default=1, help="passes a step")
     add("--lr", type=number(1e-12, 10.0), default=1e-4, help="peak learning rate")
-    add("--lr-schedule", choices=schedules, default="cosine")
+    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine")
     add("--warmup", type=count, help="steps (default: a tenth of the run, at most 100)")
     add("--weight-decay", type=share, default=1e-2)
     add("--max-grad-norm", type=factor, default=1.0, help="gradients are clipped to it (0: off)")
@@ -1615,8 +1542,6 @@ def check_flags(args):
         fail(f"--variants {args.variants}: above 1 with --augment or --crop random, and only then")
     if args.method == "dreambooth" and not args.class_prompt:
         fail('--method dreambooth needs --class-prompt, such as "a skin lesion"')
-    if args.method != "dreambooth" and args.class_prompt and RANK == 0:
-        print("--class-prompt and --class-data are not used: they go with --method dreambooth")
     is_used = args.token in (args.prompt or "") and " " not in args.token
     if args.method == "textual-inversion" and not is_used:
         fail(f'--prompt needs the new word, --token "{args.token}", as in "a <lesion>"')
@@ -1685,7 +1610,6 @@ def run(args, device):
     draw_grid(base, state, args, log)
     if RANK == 0:
         finish(state, streams[0], args)
-        log.close()
 
 
 def main(args):

@@ -1199,7 +1199,6 @@ def test_the_loss_of_a_row_counts_by_its_weight(setup, weighted, run, monkeypatc
         (["1", "-0.5"], "1.png: -0.5"),
         (["good", "1"], "0.png: good"),
         (["nan", "1"], "0.png: nan"),
-        (["0", "0"], "are 0"),
     ],
 )
 def test_a_weight_that_is_no_number_from_0_up_is_one_line(cells, said, weighted, tmp_path, refused):
