@@ -634,7 +634,7 @@ def list_data(args):
     if "flip" in args.augment:
         sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
         names = [row.file_name for row in rows if sided.search(row.caption)]
-        warn(names, "captions that say left, right, OD or OS", "a flip swaps no words: leave it out")
+        warn(names, "captions that say left, right, OD or OS", "use no flips: they swap no words")
     return rows
 
 
@@ -1168,7 +1168,8 @@ def describe_run(state, data, validation, args):
     weights = sum(weight.numel() for weight in state.weights.values())
     batch = f"{effective_batch(args)} = {args.batch_size} × {args.accumulate} × {WORLD}"
     print(f"{state.images} training images, {patients} patients; {held_out} for validation")
-    print(f"{weights:,} trainable weights; effective batch {batch}; {args.steps - state.step} steps")
+    print(f"{weights:,} trainable weights; effective batch {batch}")
+    print(f"{args.steps} steps, {state.step} of them done", flush=True)
 
 
 def finish(state, data, args):
