@@ -266,11 +266,11 @@ def text_condition(base, data, captions, args):
 
 def pick_rows(data, step, slots, args):
     """The numbers of the rows which a step sees at these positions of the global batch."""
+    count = len(data.rows)
     rows = []
     for slot in slots:
-        epoch, place = divmod(step * effective_batch(args) + slot, len(data.rows))
-        order = epoch_order((args.seed, data.name), epoch, len(data.rows), data.classes)
-        rows.append(order[place])
+        epoch, place = divmod(step * effective_batch(args) + slot, count)
+        rows.append(epoch_order((args.seed, data.name), epoch, count, data.classes)[place])
     return rows
 
 
@@ -659,11 +659,10 @@ def add_weights(rows, args):
     weighted = []
     for row in rows:
         row.weight = 1.0
-        text = row.fields.get(column, "").strip()
-        if text and row.split == "train":
+        if column and row.split == "train" and row.fields[column].strip():
             weighted.append(row)
             try:
-                row.weight = number(0.0, 1e9)(text)
+                row.weight = number(0.0, 1e9)(row.fields[column])
             except argparse.ArgumentTypeError as why:
                 fail(f"--weight-column {column}: {row.file_name}: {why}")
     total = sum(row.weight for row in weighted)
@@ -1323,10 +1322,10 @@ def size_and_white(image):
 def describe_data(rows):
     """Print counts, sizes, patients and labels; warn of labels with few images."""
     splits = Counter(row.split for row in rows)
-    widths, heights, whites = zip(*[row.measured for row in rows], strict=True)
-    sides = widths + heights
     parts = f"{splits['train']} to train on, {splits['val']} for validation"
     print(f"{len(rows)} images: {parts}, {splits['test']} for a test")
+    widths, heights, whites = zip(*[row.measured for row in rows], strict=True)
+    sides = widths + heights
     print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}")
     print(f"the lightest grey value of an image is from {min(whites)} to {max(whites)}")
     groups = {}
@@ -1396,16 +1395,13 @@ def lock(out):
         yield
         return
     Path(out, "checkpoints").mkdir(parents=True, exist_ok=True)
-    with open(Path(out, ".lock"), "a+b") as file:
+    with open(Path(out, ".lock"), "a") as file:
         try:
-            if os.name == "nt":
-                import msvcrt
+            import fcntl
 
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows: a second run is not noticed
         except OSError:
             fail(f"{out}: another run is writing here; wait for it or give another --out")
         for place in (".", "checkpoints", "samples", "model", "model/*"):
