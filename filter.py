@@ -112,7 +112,7 @@ class Reference:
             nearest_real = np.where(is_copy, distances.argmin(1), nearest_real)
         ranks = self.rank(scores)
         scores["nearest"] = nearest_real
-        scores["quality"] = 1 + 1 / (len(self.pixels) + 1) - ranks.max(0)
+        scores["quality"] = 1.001 - ranks.max(0)
         reasons = [""] * len(rows)
         for i, row in enumerate(rows):
             broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
