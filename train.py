@@ -178,8 +178,7 @@ def fit(base, streams, perceptual, validation, state, args, log):
             is_best = validating and validate(base, validation, state, args, log)
             if saving or is_best or stop or out_of_patience(state, args):
                 save_checkpoint(state, args, is_best)
-            # the last grid is drawn after the loop: a run killed before it draws it when resumed
-            if validating and state.step < args.steps:
+            if validating:
                 draw_grid(base, state, args, log)
             if logging:
                 log.clock = time.perf_counter()  # what came after the step is no training
@@ -1604,7 +1603,6 @@ def run(args, device):
     if checkpoint and is_due(state.step, args.validate_every, args):
         draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
     fit(base, streams, perceptual, validation, state, args, log)
-    draw_grid(base, state, args, log)
     if RANK == 0:
         finish(state, streams[0], args)
 
