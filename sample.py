@@ -840,6 +840,11 @@ class Manifest:
                 rows.append([record.get(column, "") for column in MANIFEST])
         write_csv(self.table, MANIFEST, rows)
 
+    def shorten_log(self):
+        """Keep one line for each picture, once no process draws any more."""
+        lines = [json.dumps(self.records[stem]) + "\n" for stem in sorted(self.records)]
+        write_file(self.log, "".join(lines))
+
 
 def make_stems(captions):
     """The stem of each caption's files: its letters and digits, with a hash where two are alike."""
@@ -1231,6 +1236,7 @@ def main(args):
         if RANK == 0:
             manifest.write()
     if RANK == 0:
+        manifest.shorten_log()
         finish([manifest.records[drawing.stem] for drawing in planned], present, args)
 
 

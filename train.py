@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
@@ -550,10 +551,12 @@ def write_args(args, finished=None):
 
 def is_finished(checkpoint, args):
     """True where a run ended with this checkpoint and wrote its results."""
-    path = Path(args.out, "args.json")
-    if checkpoint is None or checkpoint["step"] < args.steps or not path.exists():
+    if checkpoint is None or checkpoint["step"] < args.steps:
         return False
-    return json.loads(path.read_text(encoding="utf-8"))["finished"] == checkpoint["step"]
+    with suppress(OSError, ValueError, KeyError):  # not there, or edited by hand
+        text = Path(args.out, "args.json").read_text(encoding="utf-8")
+        return json.loads(text)["finished"] == checkpoint["step"]
+    return False
 
 
 @contextmanager
@@ -665,6 +668,8 @@ def add_weights(rows, args):
             except argparse.ArgumentTypeError as why:
                 fail(f"--weight-column {column}: {row.file_name}: {why}")
     total = sum(row.weight for row in weighted)
+    if weighted and total == 0:
+        fail(f"--weight-column {column}: the weights of all training images are 0")
     for row in weighted:
         row.weight *= len(weighted) / total
 
@@ -1111,7 +1116,7 @@ def cut_back(path, state, args):
     lines = []
     if path.exists():
         for line in path.read_text().splitlines(keepends=True):
-            with suppress(ValueError):  # a run that was killed may have torn its last line
+            with suppress(ValueError, KeyError):  # a kill may have torn its last line
                 if json.loads(line)["step"] <= state.step:
                     lines.append(line)
     write_file(path, "".join(lines))
@@ -1382,9 +1387,34 @@ def start_processes(args):
         torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
         # A rank that dies takes the others down through torchrun; a long grid on rank 0 must not.
+        how = {"rank": RANK, "world_size": WORLD, "timeout": timedelta(hours=2)}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        dist.init_process_group(backend, store=fresh_store(), **how)
     return device
+
+
+def fresh_store():
+    """A part of torchrun's key-value store that only the processes of this attempt use.
+
+    After a restart the store still holds the addresses of dead processes, and a rank that reads
+    one hangs. So each process writes a name, rank 0 joins the names, and the joined text that all
+    of them have signed is the prefix of the part.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
+    name = secrets.token_hex(8)
+    store.set(f"medlora-{RANK}", name)
+    signed = set()
+    while True:
+        if RANK == 0:
+            names = [store.get(f"medlora-{rank}").decode() for rank in range(WORLD)]
+            store.set("medlora-all", " ".join(names))
+        joined = store.get("medlora-all").decode()
+        if name in joined and joined not in signed:
+            signed.add(joined)
+            store.add(joined, 1)
+        if joined in signed and store.add(joined, 0) == WORLD:
+            return dist.PrefixStore(joined, store)
+        time.sleep(0.02)
 
 
 @contextmanager

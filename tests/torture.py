@@ -197,9 +197,8 @@ def run_job(command, place, counter, kill_before, room):
         metrics.CACHE = Path("features").resolve()
         script, *flags = shlex.split(command)
         sys.argv = [f"{script}.py", *flags]
-        args = SCRIPTS[script].parse_args()
         sys.addaudithook(watch)
-        metrics.run_script(SCRIPTS[script].main, lambda: args)
+        metrics.run_script(SCRIPTS[script].main, SCRIPTS[script].parse_args)
         return 0
     except SystemExit as stop:
         return stop.code or 0
