@@ -1485,7 +1485,8 @@ def add_data_flags(group):
 def add_model_flags(group):
     add = group.add_argument
     add("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder")
-    add("--method", choices=["lora", "full", "dreambooth", "textual-inversion"], default="lora")
+    methods = ["lora", "full", "dreambooth", "textual-inversion"]
+    add("--method", choices=methods, default="lora", help="what is trained, and how")
     add("--rank", type=number(1, 4096), default=16, help="of the adapter's matrices")
     add("--alpha", type=number(1e-6, 1e6), help="the adapter acts with alpha/rank (default: rank)")
     add("--dropout", type=number(0.0, 0.99), default=0.0, help="on the adapter's input")
@@ -1514,11 +1515,13 @@ def add_training_flags(group):
     add("--batch-size", type=positive, default=8, help="images a pass, on each process")
     add("--accumulate", type=positive, default=1, help="passes a step")
     add("--lr", type=number(1e-12, 10.0), default=1e-4, help="peak learning rate")
-    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine")
+    schedules = ["cosine", "linear", "constant"]
+    add("--lr-schedule", choices=schedules, default="cosine", help="after the warm-up")
     add("--warmup", type=count, help="steps (default: a tenth of the run, at most 100)")
-    add("--weight-decay", type=share, default=1e-2)
+    add("--weight-decay", type=share, default=1e-2, help="of AdamW")
     add("--max-grad-norm", type=factor, default=1.0, help="gradients are clipped to it (0: off)")
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw")
+    optimizers = ["adamw", "adamw8bit"]
+    add("--optimizer", choices=optimizers, default="adamw", help="8bit: less memory on a GPU")
     add("--gradient-checkpointing", action="store_true", help="less memory, a fifth slower")
     add("--compile", action="store_true", help="the UNet: minutes at first, then faster")
     add("--ema", type=number(0.0, 0.9999999), default=0.9999, help="decay, warmed up (0: off)")
@@ -1531,7 +1534,7 @@ def add_output_flags(group):
     add("--val-prompts", action="append", help="of the grid; may be repeated (default: captions)")
     add("--val-samples", type=number(0, 64), default=2, help="images a prompt in the grid")
     add("--val-steps", type=number(1, 999), default=25, help="denoising steps of the grid")
-    add("--val-guidance-scale", type=factor, default=5.0)
+    add("--val-guidance-scale", type=factor, default=5.0, help="of the grid")
     add("--select-by", choices=figures, default="val-loss", help="what makes a checkpoint the best")
     add("--patience", type=count, default=0, help="stop after validations without a better one")
     add("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")

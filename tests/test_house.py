@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import metrics
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "tests" / "ruff.toml"
 # Each script may import the files that stand after it, and no other of ours.
@@ -184,6 +186,22 @@ def test_help_answers(name):
     assert f"python {name}.py" in answer.stdout
     if name != "lora":  # its flags belong to its commands
         assert "(default: " in answer.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_has_a_help_text_and_so_shows_its_default(name, monkeypatch):
+    parsers = []
+
+    def keep(parser, args=None):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(metrics.Flags, "parse_args", keep)
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).parse_args()
+
+    silent = {action.dest for action in parsers[0]._actions if not action.help}
+    assert silent <= {"command"}  # of lora.py, whose commands have help texts of their own
 
 
 @pytest.mark.parametrize("name", COMMANDS)
