@@ -749,8 +749,9 @@ def verdict(entry):
         text.append(f"These images can be told from the real ones: {values}.")
         if "precision" in worse:
             text.append("Many of them look like no real image (precision).")
-        if worse & {"recall", "coverage"}:
-            text.append("They show less variety than the real ones (recall).")
+        narrow = " and ".join(sorted(worse & {"recall", "coverage"}))
+        if narrow:
+            text.append(f"They show less variety than the real ones ({narrow}).")
     if "colour" in much_worse:
         text.append("Their colours differ from the real ones'.")
     if "grain" in much_worse:

@@ -428,12 +428,19 @@ def filter_images(args):
     if not args.dry_run:
         copy_images(out, kept, mixed)
     print(*summary, f"kept {len(kept)} of {len(rows)} images: {args.out}", sep="\n")
+    print_what_is_next(kept, mixed, args)
+
+
+def print_what_is_next(kept, mixed, args):
     if not kept:
         print("nothing is kept: is --reference of the same kind? filter.html shows why")
     elif args.dry_run:
         print("nothing is copied: --dry-run")
     elif args.mix:
-        print(f"mixed with {len(mixed)} real images, {wanted} generated ones wanted")
+        share = len(kept) / (len(kept) + len(mixed))
+        print(f"mixed with {len(mixed)} real images: {share:.0%} of all are generated")
+        if any(row.label and not row.caption for row in mixed):
+            print('some have a label and no caption: train with --prompt "… {labels}"')
         print("next: " + command("train.py", "--data", args.out))
     else:
         print("next: " + command("evaluate.py", args.reference, args.generated, args.out))

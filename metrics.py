@@ -1444,8 +1444,8 @@ def load_lpips(net, device):
     kind, layers, file, digest = LPIPS[net]
     trunk_path, linear_path = lpips_files(net)
     if trunk_path is None or linear_path is None:
-        source = "the linear layers of the package lpips (pip install lpips)"
-        fail(f"--lpips {net}: needs {file} of torchvision in {CACHE} and {source}, or --lpips none")
+        source = f"https://download.pytorch.org/models/{file} in {CACHE}"
+        fail(f"LPIPS ({net}) needs {source}, and its own layers: pip install lpips")
     trunk = trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])).to(device)
     linear = load_weights(linear_path, digest)
     weights = [linear[f"lin{n}.model.1.weight"][0].to(device) for n in range(len(layers))]

@@ -1251,7 +1251,9 @@ def finish(records, present, args):
     print(f"{len(records) - present} images drawn, {present} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)
-        print(f"{len(kept)} passed, of {attempts} drawings; the others are in {args.out}/refused")
+        print(f"{len(kept)} of {len(records)} passed, in {attempts} drawings")
+        if len(kept) < len(records):
+            print(f"the others are in {args.out}/refused")
     if kept:
         print("next: " + command("evaluate.py", args.reference or "REAL", args.out))
 

@@ -1183,6 +1183,8 @@ def finish(state, data, args):
     write_report(state, args)
     write_card(state, data, draw, args)
     write_args(args, state.step)
+    if state.step < args.steps:
+        print(f"ended at step {state.step}: --patience {args.patience} validations were no better")
     print(f"done: {result}; look at {args.out}/report.html")
     print(f"next: {draw} --num-images 50 --grid")
 
@@ -1218,7 +1220,7 @@ def best_weights(state, args):
 
 def adapter_metadata(state, args):
     """What an adapter says of itself: its shape, its base, and how its images were prepared."""
-    names = "base rank alpha targets resolution seed crop window range slices".split()
+    names = "base rank alpha targets resolution seed crop window range slices val_prompts".split()
     if args.text_encoder:
         names += ["text_encoder", "text_length"]
     metadata = {name: getattr(args, name) for name in names}

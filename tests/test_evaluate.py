@@ -224,7 +224,7 @@ FLAGS_AND_ERRORS = [
     (["broken"], "cannot be read"),
     (["fake", "--metrics", "kid,fud"], "no metric 'fud'"),
     (["fake", "--metrics", "lpips-pairs", "--lpips", "none"], "only LPIPS"),
-    (["fake", "--metrics", "lpips-pairs", "--lpips", "alex"], "--lpips alex"),
+    (["fake", "--metrics", "lpips-pairs", "--lpips", "alex"], "LPIPS (alex) needs"),
     (["fake", "--features", "weights.pth"], "weights.pth"),
     (["fake", "--lpips", "best"], "--lpips"),
     (["fake", "--permutations", "5"], "from 99"),

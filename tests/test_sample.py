@@ -844,7 +844,7 @@ def test_what_the_selector_refuses_is_drawn_again_and_filter_agrees(
         assert np.array_equal(ours, theirs)
     refused = names(out / "refused")
     assert len(refused) + len(rows) == 12
-    assert f"{len(rows)} passed" in capsys.readouterr().out
+    assert f"{len(rows)} of 12 passed" in capsys.readouterr().out
     assert all(value >= limit for value in quality_of(out, selector).values())
 
     # the same command draws only what is missing
@@ -865,7 +865,7 @@ def test_pictures_are_compared_with_real_ones_as_filter_does(draw, images, tmp_p
     flags = [*FOOT, "--num-images", 6, "--reference", images, "--out", tmp_path]
     draw(tmp_path, *flags, "--min-ssim", 0.99, "--max-attempts", 1)
     out = capsys.readouterr().out
-    assert "0 passed, of 6 drawings" in out
+    assert "0 of 6 passed, in 6 drawings" in out
     assert "--min-ssim 0.99 would refuse" in out
     assert not manifest(tmp_path)
     draw(tmp_path, *flags, "--min-ssim", -1, "--drop-copies", "--overwrite")
