@@ -35,6 +35,10 @@ while [ "$round" -le "$ROUNDS" ]; do
     here=$OUT/round-$round
     python filter.py "$before/drawn" --reference "$DATA" --selector "$SELECTOR" --drop-copies \
         --mix "$DATA" --share "$SHARE" --out "$here/kept"
+    if [ ! -d "$here/kept/generated" ]; then
+        echo "error: round $round keeps no image, see $here/kept/filter.html; rate more, or draw better ones" >&2
+        exit 2
+    fi
     python train.py --base "$BASE" --data "$here/kept" ${LORA:+--init-lora "$LORA"} --weight-column quality \
         --steps "$STEPS" ${TRAIN:-} --out "$here/train"
     LORA=$here/train/lora.safetensors
