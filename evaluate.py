@@ -66,6 +66,7 @@ from metrics import (
     page,
     pick_device,
     pick_resolution,
+    pooled,
     precision_recall,
     read_split,
     read_table,
@@ -198,16 +199,6 @@ def half_draws(n, m, count, seed, groups=()):
 
 
 # ---------------------------------------------------------------- the metrics
-
-
-def pooled(real, fake, standardise):
-    """Both sets' features, (N, D) and (M, D), as float64 (N + M, D), standardised together."""
-    features = np.concatenate([real, fake], dtype=np.float64)
-    if standardise:
-        features -= features.mean(0)
-        spread = features.std(0)
-        features /= np.where(spread > 1e-9, spread, 1)
-    return features
 
 
 def joint_matrices(real, fake, standardise):

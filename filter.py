@@ -402,8 +402,8 @@ def load_selector(path):
 
 # ---------------------------------------------------------------- which images stay
 
-REFERENCE_FLAGS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
-REFERENCE_FLAGS += ("features", "lpips", "batch_size", "precision")
+LIMITS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
+REFERENCE_FLAGS = (*LIMITS, "features", "lpips", "batch_size", "precision")
 
 
 def filter_images(args):

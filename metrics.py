@@ -1573,6 +1573,16 @@ def ssim_windows(grey, weights, y):
 # ---------------------------------------------------------------- set against set
 
 
+def pooled(real, fake, standardise):
+    """Both sets' features, (N, D) and (M, D), as float64 (N + M, D), standardised together."""
+    features = np.concatenate([real, fake], dtype=np.float64)
+    if standardise:
+        features -= features.mean(0)
+        spread = features.std(0)
+        features /= np.where(spread > 1e-9, spread, 1)
+    return features
+
+
 def frechet(first, second):
     """Fréchet distance of features (N, D), (M, D), N, M >= 2: FID if they are Inception's pool3.
 

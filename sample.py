@@ -34,7 +34,7 @@ import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
-from filter import load_selector, measure_reference
+from filter import LIMITS, load_selector, measure_reference
 from lora import load, merged, on_disk, split_weight
 from metrics import (
     Flags,
@@ -989,8 +989,6 @@ def contact_sheet(images, captions, columns=8):
 
 
 # ---------------------------------------------------------------- quality control
-
-LIMITS = ("calibrate", "max_lpips", "min_ssim", "drop_copies")
 
 
 class Control:

@@ -65,6 +65,7 @@ from metrics import (
     number,
     page,
     picture,
+    pooled,
     replacing,
     run_script,
     share_range,
@@ -1013,11 +1014,11 @@ def set_distance(base, data, args):
     network = load_features(name, base.device)
     real = extract(load_rows(data.rows, args)[1], network, base.device)
     fake = extract(torch.stack(drawn).permute(0, 3, 1, 2), network, base.device)
+    features = pooled(real, fake, network.standardise)
+    real, fake = features[: len(real)], features[len(real) :]
     if args.select_by == "fid":
         return float(frechet(real, fake))
-    both = np.concatenate([real, fake])  # texture is compared standardised
-    mean, deviation = both.mean(0), np.maximum(both.std(0), 1e-9)
-    return float(kid((real - mean) / deviation, (fake - mean) / deviation)[0])
+    return float(kid(real, fake)[0])
 
 
 def validate(base, data, state, args, log):
