@@ -18,6 +18,7 @@ import re
 from collections import defaultdict
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
@@ -31,13 +32,28 @@ class LoRALayer:
     """Mixed in before nn.Linear or nn.Conv2d: y = layer(x) + alpha/rank · B(A(dropout(x)))."""
 
     def forward(self, x):
-        return super().forward(x) + self.lora_B(self.lora_A(self.lora_dropout(x))) * self.lora_scale
+        delta = self.lora_B(self.lora_A(self.lora_dropout(x)))
+        return torch.add(super().forward(x), delta, alpha=self.lora_scale)
 
 
 class LoRALinear(LoRALayer, nn.Linear): ...
 
 
 class LoRAConv2d(LoRALayer, nn.Conv2d): ...
+
+
+class PairLinear(nn.Linear):
+    """fp32 weights that compute in the dtype of the input."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class PairConv2d(nn.Conv2d):
+    """fp32 weights that compute in the dtype of the input."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight.to(x.dtype), None)
 
 
 def inject(
@@ -53,13 +69,13 @@ def inject(
         device = layer.weight.device
         if isinstance(layer, nn.Linear):
             layer.__class__ = LoRALinear
-            layer.lora_A = nn.Linear(layer.in_features, rank, bias=False, device=device)
-            layer.lora_B = nn.Linear(rank, layer.out_features, bias=False, device=device)
+            layer.lora_A = PairLinear(layer.in_features, rank, bias=False, device=device)
+            layer.lora_B = PairLinear(rank, layer.out_features, bias=False, device=device)
         else:
             layer.__class__ = LoRAConv2d
             geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            layer.lora_A = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False, device=device)
-            layer.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device=device)
+            layer.lora_A = PairConv2d(layer.in_channels, rank, *geometry, bias=False, device=device)
+            layer.lora_B = PairConv2d(rank, layer.out_channels, 1, bias=False, device=device)
         # A: U(±1/√fan_in), drawn on the CPU: the same on every device. B: zero
         start = torch.empty(layer.lora_A.weight.shape)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)

@@ -196,15 +196,14 @@ def command(script, *words):
     return shlex.join(["python", path, *map(str, words)])
 
 
-LESS_MEMORY = "a smaller --batch-size or --resolution, --gradient-checkpointing, --precision bf16"
-
-
 def run_script(main, parse_args):
     """Run main(parse_args()): errors of input, disk or memory are one line, bugs a traceback."""
     sys.stdout.reconfigure(errors="replace")  # never fail on an unprintable character
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    args = None
     try:
-        main(parse_args())
+        args = parse_args()
+        main(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -215,21 +214,68 @@ def run_script(main, parse_args):
     except UnicodeError as error:
         fail(f"a text file, such as an @file of flags, or the name of a file is not UTF-8: {error}")
     except (RuntimeError, MemoryError) as error:
-        is_full = re.search("out of memory|can't allocate memory", str(error))
-        if not is_full and isinstance(error, RuntimeError):
+        if isinstance(error, RuntimeError) and not re.search(MEMORY_IS_FULL, str(error)):
             raise
-        fail(f"the memory is full: try {LESS_MEMORY}")
+        fail(f"the memory is full: try {', '.join(less_memory(args)) or 'a machine with more'}")
+
+
+# of torch's two allocators, cuBLAS, cuDNN and NCCL
+MEMORY_IS_FULL = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Failed to CUDA"
+
+
+def less_memory(args):
+    """The flags that would let this command, whose flags are args, do with less memory."""
+    flags = vars(args) if args else {}
+    advice = []
+    if flags.get("batch_size", 1) > 1:
+        advice.append("--batch-size")
+    for name in ("resolution", "height", "width", "max_images"):
+        if name in flags:
+            advice.append("--" + name.replace("_", "-"))
+    if advice:
+        advice = ["a smaller " + ", ".join(advice)]
+    for name in ("low_memory", "gradient_checkpointing"):
+        if flags.get(name) is False:
+            advice.append("--" + name.replace("_", "-"))
+    if flags.get("precision") == "fp32":
+        advice.append("--precision bf16")
+    if flags.get("method") == "full":
+        advice += ["--optimizer adamw8bit", "--ema 0"]
+    return advice
 
 
 def pick_device(name):
-    """The torch.device of auto|cpu|cuda|cuda:N; auto: the GPU with most free memory, or the CPU."""
+    """The torch.device of auto|cpu|cuda|cuda:N|mps, a GPU always with its number.
+
+    Under torchrun each process takes a GPU of its own; else auto and cuda take the one with most
+    free memory. auto is the CPU where there is no GPU.
+    """
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
-    if name == "auto":
-        free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
-        name = max(free, key=free.get, default="cpu")
-    if name not in ["cpu", *gpus] and not (name == "cuda" and gpus):
-        fail(f"--device {name}: this machine has {', '.join(['cpu', *gpus])}")
+    devices = ["cpu", *gpus]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if name == "auto" and not gpus:
+        name = "cpu"
+    if name in ("auto", "cuda") and gpus:
+        name = pick_gpu(gpus)
+    if name not in devices:
+        fail(f"--device {name}: this machine has {', '.join(devices)}")
     return torch.device(name)
+
+
+def pick_gpu(gpus):
+    """The GPU of this process under torchrun, else the one with most free memory."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # Slurm may show each process a single one
+        return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+    if len(gpus) == 1:
+        return gpus[0]
+    free = {}
+    for gpu in gpus:
+        try:
+            free[gpu] = torch.cuda.mem_get_info(gpu)[0]
+        except RuntimeError:  # somebody else filled it
+            free[gpu] = -1
+    return max(free, key=free.get)
 
 
 # ---------------------------------------------------------------- reading one image
@@ -977,13 +1023,15 @@ def share_range(rows, given=None):
     return rows
 
 
-def load_pixels(rows, resolution, crop="center", strict=False, seed=0, measure=None, **options):
+def load_pixels(
+    rows, resolution, crop="center", strict=False, seed=0, measure=None, bad_share=None, **options
+):
     """Read the images of rows: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
     options: window, value_range and allow_burned_in of read_image; a row's own value_range, which
     share_range sets where nothing else does, goes first. seed: of crop "random". measure: a
     function of the PIL image before it is cropped, for row.measured. Unreadable files are reported
-    and skipped; more than 5 % of them, or any with strict, is an error.
+    and skipped; more than bad_share (5 %) of them, or any with strict, is an error.
     """
     pick_window(options.get("window"))  # a wrong one is an error of the flags
     value_range = options.pop("value_range", None)
@@ -1010,8 +1058,8 @@ def load_pixels(rows, resolution, crop="center", strict=False, seed=0, measure=N
         errors = list(tqdm(results, "reading", len(rows), leave=False, disable=None))
     bad = [error for error in errors if error]
     for error in bad:
-        note(f"skipped: {error}")
-    if bad and (strict or len(bad) > BAD_SHARE * len(rows)):
+        print(f"skipped: {error}", file=sys.stderr)
+    if bad and (strict or len(bad) > (bad_share or BAD_SHARE) * len(rows)):
         fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
     readable = [i for i, error in enumerate(errors) if not error]
     return [rows[i] for i in readable], pixels[readable] if bad else pixels

@@ -67,7 +67,6 @@ from metrics import (
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 # ---------------------------------------------------------------- the sampler
@@ -87,16 +86,18 @@ class Settings:
     low_memory: bool = False
 
 
-def guided_prediction(base, noisy, timestep, negative, positive, settings):
-    """The UNet's prediction (B, 4, h, w) by classifier-free guidance (Ho & Salimans 2022)."""
+def guided_prediction(base, noisy, timestep, conds, settings):
+    """The UNet's prediction (B, 4, h, w) by classifier-free guidance (Ho & Salimans 2022).
+
+    conds: what each forward pass reads, as make_conds returns it.
+    """
     if settings.guidance_scale == 1:
-        return denoise(base, noisy, timestep, positive)
+        return denoise(base, noisy, timestep, conds[0])
     if settings.low_memory:
-        without_prompt = denoise(base, noisy, timestep, negative)
-        with_prompt = denoise(base, noisy, timestep, positive)
+        without_prompt = denoise(base, noisy, timestep, conds[0])
+        with_prompt = denoise(base, noisy, timestep, conds[1])
     else:
-        both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
-        prediction = denoise(base, torch.cat([noisy, noisy]), timestep, both)
+        prediction = denoise(base, torch.cat([noisy, noisy]), timestep, conds[0])
         without_prompt, with_prompt = prediction.chunk(2)
     prediction = without_prompt + settings.guidance_scale * (with_prompt - without_prompt)
     share = settings.guidance_rescale
@@ -107,20 +108,38 @@ def guided_prediction(base, noisy, timestep, negative, positive, settings):
     return prediction
 
 
-def generate_batch(base, noise, negative, positive, generators, settings):
+def generate_batch(base, noise, conds, generators, settings):
     """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w) and the encoded prompts."""
     scheduler = make_scheduler(base, settings)
-    options = {}
-    if settings.scheduler == "euler_a":  # adds noise at each step
-        options["generator"] = generators
+    if settings.scheduler == "euler_a":
+        draw_noise_ahead(noise, generators, settings.steps, base.device)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     # the scheduler looks its timesteps up on the CPU, so that no step waits for the GPU
     timesteps = scheduler.timesteps.to(base.device)
     for timestep, unet_timestep in zip(scheduler.timesteps, timesteps, strict=True):
         noisy = scheduler.scale_model_input(latents, timestep)
-        prediction = guided_prediction(base, noisy, unet_timestep, negative, positive, settings)
-        latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+        prediction = guided_prediction(base, noisy, unet_timestep, conds, settings)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
     return latents
+
+
+def draw_noise_ahead(noise, generators, steps, device):
+    """Draw what euler_a adds at each step now: drawn by each step, it would make the GPU wait."""
+    from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_a
+
+    shape = (steps, *noise.shape[1:])
+    drawn = [torch.randn(shape, generator=own) for own in generators]
+    each_step = iter(torch.stack(drawn, 1).to(device))
+    euler_a.randn_tensor = lambda *_, **settings: next(each_step)
+
+
+def make_conds(negative, positive, settings):
+    """What the UNet's forward passes read, a dict each: one for both prompts, or one for each."""
+    if settings.guidance_scale == 1:
+        return [positive]
+    if settings.low_memory:
+        return [negative, positive]
+    return [{key: torch.cat([negative[key], positive[key]]) for key in positive}]
 
 
 @torch.no_grad()
@@ -147,7 +166,8 @@ def generate(base, jobs, settings, batch_size=8, seed=0):
         noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
         positive = encode_all([prompt for prompt, *_ in batch])
         negative = encode_all([settings.negative_prompt for _ in batch])
-        latents = generate_batch(base, noise, negative, positive, generators, settings)
+        conds = make_conds(negative, positive, settings)
+        latents = generate_batch(base, noise, conds, generators, settings)
         if not latents.isfinite().all():
             fail("the UNet returned NaN: give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):
@@ -225,13 +245,6 @@ class Base:
         return dict(zip(names, (self.unet, *self.text_encoders), strict=False))
 
 
-def own_device(name):
-    """The device of this process: as pick_device says, under torchrun one GPU per process."""
-    if WORLD > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{LOCAL_RANK}"
-    return pick_device(name)
-
-
 def find_base(name):
     """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once."""
     place = BASES.get(name, name)
@@ -284,17 +297,14 @@ def base_hash(folder, *parts):
 def pick_dtype(precision, device, folder):
     """The UNet's dtype; auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32.
 
-    SD 2.1-768 overflows in fp16 (its q·k exceeds 65504): there auto is fp32 on an older GPU.
+    SD 2.1-768's q·k exceeds fp16's 65504, but torch's fused attention keeps it in fp32.
     """
-    overflows = read_config(folder, "unet/config.json").get("upcast_attention") is True
-    if precision == "fp16" and overflows:
-        fail("--precision fp16: this base overflows in fp16; give bf16 or fp32")
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return torch.bfloat16
-        return torch.float32 if overflows else torch.float16
+        return torch.float16
     capable = torch.cpu.get_capabilities()
     size = sum(path.stat().st_size for path in Path(folder, "unet").glob("*.safetensors"))
     if size > 2e8 and (capable.get("avx512_bf16") or capable.get("amx_bf16")):
@@ -306,7 +316,8 @@ def load_base(name, device, precision="auto", method=None):
     """Load a base for drawing or, where a training `method` is given, for training.
 
     VAE and text encoders are then in fp32, since their outputs are cached, and so is a UNet that is
-    trained itself (method "full"); a schedule that cannot be trained is refused.
+    trained itself (method "full"). The UNet is left on the CPU, for the latents come first. A
+    schedule that cannot be trained is refused.
     """
     folder = find_base(name)
     dtype = pick_dtype(precision, device, folder)
@@ -319,8 +330,13 @@ def load_base(name, device, precision="auto", method=None):
         # Lin et al. 2024
         fail(f"--base {name}: rescale_betas_zero_snr (pure noise at the end) needs v_prediction")
     for model in (base.unet, base.vae, *base.text_encoders):
-        model.to(device).eval().requires_grad_(False)
-    if device.type == "cuda" or dtype != torch.float32:  # fp32 on a CPU is a sixth slower with it
+        model.eval().requires_grad_(False)
+    for model in (base.vae, *base.text_encoders):
+        model.to(device)
+    if not method:
+        base.unet.to(device)
+    # GPUs have no group norm for it, and fp32 on a CPU is a sixth slower with it
+    if device.type == "cpu" and dtype != torch.float32:
         base.unet.to(memory_format=torch.channels_last)
     return base
 
@@ -383,8 +399,13 @@ def make_scheduler(base, settings):
 
     if settings.scheduler == "pndm" and base.schedule.get("rescale_betas_zero_snr"):
         fail(f"--scheduler pndm: cannot do the zero terminal SNR of {base.name}; give ddim")
-    scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(base.schedule)
+    schedule = dict(base.schedule)
+    if schedule.get("rescale_betas_zero_snr"):  # the first step must see pure noise
+        schedule["timestep_spacing"] = "trailing"
+    scheduler = getattr(diffusers, SCHEDULERS[settings.scheduler]).from_config(schedule)
     scheduler.set_timesteps(settings.steps)
+    if hasattr(scheduler, "set_begin_index"):  # it would search timesteps, which may repeat
+        scheduler.set_begin_index(0)
     return scheduler
 
 
@@ -502,11 +523,12 @@ def text_states(base, tokens):
 
 
 def project(base, states):
-    """What text_states returns → cond, the text arguments of denoise."""
-    if base.text_projection is None:
-        return states
-    projected = base.text_projection(states["encoder_hidden_states"])
-    return {**states, "encoder_hidden_states": projected}
+    """What text_states returns → cond, the text arguments of denoise, in the UNet's dtype."""
+    cond = dict(states)
+    if base.text_projection is not None:
+        hidden = states["encoder_hidden_states"].to(base.text_projection.weight.dtype)
+        cond["encoder_hidden_states"] = base.text_projection(hidden)
+    return {name: values.to(base.dtype) for name, values in cond.items()}
 
 
 @torch.no_grad()
@@ -527,7 +549,8 @@ def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
     target = signal * noise - sigma * latents if base.predicts_v else noise
     weight = torch.ones_like(alphas)
     if snr_gamma:
-        snr = alphas / (1 - alphas)
+        # at least what SD's schedule ends with: at zero terminal SNR the last step is learnt, too
+        snr = (alphas / (1 - alphas)).clamp(min=0.0046)
         weight = snr.clamp(max=snr_gamma) / (snr + 1 if base.predicts_v else snr)
     return signal * latents + sigma * noise, target, (weight / weight.mean())[timesteps]
 
@@ -547,23 +570,42 @@ def blur_timestep(base):
 
 def denoise(base, noisy, timesteps, cond):
     """The UNet's prediction, noise or v, at noisy latents (B, 4, h, w) and timesteps (B,); fp32."""
-    cond = dict(cond)
-    if "text_embeds" in cond:  # SDXL also reads original size, corner of the crop, size wanted
-        height, width = noisy.shape[2] * 8, noisy.shape[3] * 8
-        size = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
-        pooled = cond.pop("text_embeds")
-        cond["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": size.repeat(len(noisy), 1)}
-    with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
-        return base.unet(noisy, timesteps, **cond, return_dict=False)[0].float()
+    arguments = dict(cond)
+    sizes = arguments.pop("time_ids", None)
+    if "text_embeds" in cond:  # SDXL
+        if sizes is None:
+            sizes = whole_images(*noisy.shape[2:], len(noisy), base.device)
+        added = {"text_embeds": arguments.pop("text_embeds"), "time_ids": sizes}
+        arguments["added_cond_kwargs"] = added
+    # a UNet that learns itself is in fp32, and autocast takes the precision from the flags
+    mixed = base.unet.conv_in.weight.dtype != base.dtype
+    with torch.autocast(base.device.type, base.dtype, enabled=mixed):
+        prediction = base.unet(noisy.to(base.dtype), timesteps, **arguments, return_dict=False)[0]
+    return prediction.float()
+
+
+@lru_cache(8)  # a copy to the GPU in each step would make it wait
+def whole_images(height, width, count, device):
+    """SDXL's time_ids (count, 6) of images that were neither enlarged nor cut; latent sizes."""
+    size = [height * 8, width * 8]
+    return torch.tensor([size + [0, 0] + size] * count, device=device)
+
+
+def split_for_vae(batch, pixels):
+    """A batch in parts of about a megapixel, which bound the memory of the VAE."""
+    return batch.split(max(1, 2**20 // pixels))
 
 
 @torch.no_grad()
 def encode(base, pixels):
     """uint8 pixels (B, 3, H, W) → posterior mean and std of the latents, each (B, 4, h, w)."""
-    x = pixels.to(base.device, base.vae.dtype) / 127.5 - 1
-    posterior = base.vae.encode(x).latent_dist
     scale = base.vae.config.scaling_factor
-    return posterior.mean.float() * scale, posterior.std.float() * scale
+    moments = []
+    for part in split_for_vae(pixels, pixels[0, 0].numel()):
+        x = part.to(base.device, base.vae.dtype) / 127.5 - 1
+        posterior = base.vae.encode(x).latent_dist
+        moments.append(torch.stack([posterior.mean.float(), posterior.std.float()]) * scale)
+    return torch.cat(moments, 1).unbind()
 
 
 def decode_with_gradient(base, latents, features=False):
@@ -581,8 +623,11 @@ def decode_with_gradient(base, latents, features=False):
 @torch.no_grad()
 def decode(base, latents):
     """Latents (B, 4, h, w) → uint8 pixels (B, 3, H, W) on the CPU."""
-    x = decode_with_gradient(base, latents)
-    return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    pixels = []
+    for part in split_for_vae(latents, latents[0, 0].numel() * 64):
+        x = decode_with_gradient(base, part)
+        pixels.append((x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+    return torch.cat(pixels)
 
 
 # ---------------------------------------------------------------- adapters
@@ -1203,7 +1248,7 @@ def load_for_drawing(name, device, adapters, args):
 
 
 def main(args):
-    device = own_device(args.device)
+    device = pick_device(args.device)
     if args.format == "dcm":
         need("pydicom", "DICOM files")
     adapters = read_adapters(args)

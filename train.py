@@ -21,12 +21,14 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +36,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 import lora
 from metrics import (
+    BAD_SHARE,
     FID_WEIGHTS,
     IMAGENET_SCALE,
     LPIPS,
@@ -64,6 +68,7 @@ from metrics import (
     need,
     number,
     page,
+    pick_device,
     picture,
     pooled,
     replacing,
@@ -95,7 +100,6 @@ from sample import (
     load_base,
     multiple_of_8,
     noised_and_target,
-    own_device,
     own_resolution,
     predicted_latents,
     project,
@@ -117,7 +121,7 @@ def training_loss(base, batch, perceptual, args):
     noisy, target, snr_weight = noised_and_target(
         base, batch.latents, batch.noise, timesteps, args.snr_gamma
     )
-    prediction = denoise(base, noisy, timesteps, batch.text)
+    prediction = denoise(base, noisy, timesteps, text_condition(base, batch, args))
     loss = (prediction - target).square().mean((1, 2, 3)) * snr_weight
     if perceptual:
         clean = predicted_latents(base, noisy, prediction, timesteps)
@@ -125,21 +129,17 @@ def training_loss(base, batch, perceptual, args):
     return loss * batch.weight
 
 
-def accumulate_gradients(base, streams, perceptual, state, args):
+def accumulate_gradients(base, batches, perceptual, state, args):
     """Leave this process's gradients of one step; returns its share of the loss, on the device."""
     total = torch.zeros((), device=base.device)
     for micro in range(args.accumulate):
-        first = (micro * WORLD + RANK) * args.batch_size
-        slots = range(first, first + args.batch_size)
-        for data in streams:
-            if args.dropout:  # nn.Dropout draws from the global generator
-                key = (args.seed, "dropout", data.name, state.step, micro, RANK)
-                torch.manual_seed(generator(*key).initial_seed())
-            batch = make_batch(base, data, state.step, slots, args)
-            loss = training_loss(base, batch, perceptual, args)
-            loss = data.share * loss.sum() / effective_batch(args)
-            state.scaler.scale(loss).backward()
-            total += loss.detach()
+        if args.dropout:  # nn.Dropout draws from the global generator
+            key = (args.seed, "dropout", state.step, micro, RANK)
+            torch.manual_seed(generator(*key).initial_seed())
+        batch = on_device(next(batches), base.device)
+        loss = training_loss(base, batch, perceptual, args).sum() / effective_batch(args)
+        state.scaler.scale(loss).backward()
+        total += loss.detach()
     for weight in state.weights.values():
         if weight.grad is None:  # SDXL does not read the last layer of a text encoder
             weight.grad = torch.zeros_like(weight)
@@ -155,10 +155,11 @@ def fit(base, streams, perceptual, validation, state, args, log):
     for module in base.parts().values():
         module.train()
     stop = False
+    batches = upcoming_batches(streams, base.num_timesteps, state.step, args)
     bar = tqdm(desc="training", total=args.steps, initial=state.step, disable=RANK > 0)
     with bar, deferred_signals() as signals:
         while state.step < args.steps and not stop and not out_of_patience(state, args):
-            loss = accumulate_gradients(base, streams, perceptual, state, args)
+            loss = accumulate_gradients(base, batches, perceptual, state, args)
             loss, stops = sum_over_processes(loss, len(signals), state)
             grad_norm = optimizer_step(state, args)
             state.step += 1
@@ -217,62 +218,94 @@ def deferred_signals():
 # ---------------------------------------------------------------- what a step is made of
 
 
-@dataclass
-class Batch:
-    """What one forward pass sees. timesteps: on the CPU: choosing by them makes no GPU wait."""
+class Batch(NamedTuple):
+    """What one forward pass sees, or, without the dimension B, what one image gives to it."""
 
     latents: torch.Tensor  # (B, 4, h, w)
     noise: torch.Tensor  # (B, 4, h, w)
-    timesteps: torch.Tensor  # (B,)
-    text: dict  # the UNet's text arguments
+    timesteps: torch.Tensor  # (B,), always on the CPU: choosing by them makes no GPU wait
+    text: dict  # of each caption: tokens if the text encoder learns, or its states
+    sizes: torch.Tensor  # (B, 6), of image_sizes
     weight: torch.Tensor  # (B,) of the loss
 
 
-def make_batch(base, data, step, slots, args):
-    """The batch of a step at the positions `slots` of the global batch, by which draws are keyed:
-    they do not depend on the number of processes and forward passes."""
-    count = len(data.rows)
-    size = data.mean.shape[1:]
+def upcoming_batches(streams, num_timesteps, step, args):
+    """Yield this process's batches from a step on, in host memory.
 
-    def on_device(values):
-        return values.to(data.mean.device, non_blocking=True)
+    Each is made by a thread while the one before it is learnt from.
+    """
+    passes = product(range(step, args.steps), range(args.accumulate))
+    with ThreadPoolExecutor(1) as thread:
+        coming = []
+        for step, micro in passes:
+            first = (micro * WORLD + RANK) * args.batch_size
+            slots = range(first, first + args.batch_size)
+            coming.append(thread.submit(make_batch, streams, num_timesteps, step, slots, args))
+            if len(coming) > 1:
+                yield coming.pop(0).result()
+        for batch in coming:
+            yield batch.result()
+
+
+def make_batch(streams, num_timesteps, step, slots, args):
+    """The batch of a step at the positions `slots` of the global batch of each data set."""
+    items = []
+    for data, slot in product(streams, slots):
+        items.append(make_item(data, num_timesteps, step, slot, args))
+    return default_collate(items)
+
+
+def make_item(data, num_timesteps, step, slot, args):
+    """What one image gives to a batch.
+
+    Draws are keyed by its position in the global batch, and so depend on no number of processes.
+    """
 
     def draw(purpose, make, *size):
-        keys = [generator(args.seed, data.name, purpose, step, slot) for slot in slots]
-        return torch.stack([make(size, generator=key) for key in keys])
+        return make(size, generator=generator(args.seed, data.name, purpose, step, slot))
 
-    rows = on_device(torch.tensor(pick_rows(data, step, slots, args)))
-    variants = on_device(draw("variant", partial(torch.randint, len(data.mean) // count)))
-    pictures = variants * count + rows
-    noise = on_device(draw("noise", torch.randn, *size))
+    row = pick_row(data, step * effective_batch(args) + slot, args)
+    variants = len(data.mean) // len(data.rows)
+    picture = draw("variant", partial(torch.randint, variants)) * len(data.rows) + row
+    size = data.mean[picture].shape
+    noise = draw("noise", torch.randn, *size)
     if args.noise_offset:
-        offset = draw("noise-offset", torch.randn, size[0], 1, 1)
-        noise += args.noise_offset * on_device(offset)
-    posterior = on_device(draw("posterior", torch.randn, *size))
-    dropped = on_device(draw("caption-dropout", torch.rand)) < args.prompt_dropout
-    captions = data.caption[rows].masked_fill(dropped, -1)  # the last is the empty one
-    text = text_condition(base, data, captions, args)
-    latents = data.mean[pictures] + data.std[pictures] * posterior
-    timesteps = draw("timestep", partial(torch.randint, base.num_timesteps))
-    return Batch(latents, noise, timesteps, text, data.weight[rows])
+        noise += args.noise_offset * draw("noise-offset", torch.randn, size[0], 1, 1)
+    latents = data.mean[picture] + data.std[picture] * draw("posterior", torch.randn, *size)
+    timestep = draw("timestep", partial(torch.randint, num_timesteps))
+    caption = data.caption[row]
+    if draw("caption-dropout", torch.rand) < args.prompt_dropout:
+        caption = -1  # the last is the empty one
+    text = {name: values[caption] for name, values in data.text.items()}
+    return Batch(latents, noise, timestep, text, data.sizes[picture], data.weight[row])
 
 
-def text_condition(base, data, captions, args):
-    """The UNet's text arguments for caption numbers (B,), with gradients where the text learns."""
-    text = {key: values[captions] for key, values in data.text.items()}
+def on_device(batch, device):
+    """A batch with all but its timesteps on the device, by copies for which no step waits."""
+
+    def move(values):
+        if device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(device, non_blocking=True)
+
+    moved = {"text": {name: move(values) for name, values in batch.text.items()}}
+    for name in ("latents", "noise", "sizes", "weight"):
+        moved[name] = move(getattr(batch, name))
+    return batch._replace(**moved)
+
+
+def text_condition(base, batch, args):
+    """The UNet's arguments of a batch, with gradients where the text encoder learns."""
+    text = batch.text
     if text_learns(args):
         text = text_states(base, text)
-    return project(base, text)
+    return project(base, text) | {"time_ids": batch.sizes}
 
 
-def pick_rows(data, step, slots, args):
-    """The numbers of the rows which a step sees at these positions of the global batch."""
-    count = len(data.rows)
-    rows = []
-    for slot in slots:
-        epoch, place = divmod(step * effective_batch(args) + slot, count)
-        rows.append(epoch_order((args.seed, data.name), epoch, count, data.classes)[place])
-    return rows
+def pick_row(data, place, args):
+    """The number of the row at this place in the order in which the run sees all images."""
+    epoch, place = divmod(place, len(data.rows))
+    return epoch_order((args.seed, data.name), epoch, len(data.rows), data.classes)[place]
 
 
 @lru_cache(4)
@@ -308,15 +341,30 @@ def over_processes(tensor):
 
 
 def sum_over_processes(loss, signals, state):
-    """Sum gradients, loss and a count over all processes: one all-reduce of one flat buffer."""
+    """Sum gradients, loss and a count over all processes, in few buffers of bounded size."""
     numbers = torch.stack([loss, torch.full_like(loss, signals)])
     if WORLD == 1:
         return numbers
-    tensors = [*(weight.grad for weight in state.weights.values()), numbers]
+    bucket = [numbers]
+    for weight in state.weights.values():
+        bucket.append(weight.grad)
+        if sum(tensor.numel() for tensor in bucket) > BUCKET:
+            sum_bucket(bucket)
+            bucket = []
+    sum_bucket(bucket)
+    return numbers
+
+
+BUCKET = 2**25  # numbers, 128 MB
+
+
+def sum_bucket(tensors):
+    """Sum tensors over all processes, in place, by one all-reduce."""
+    if not tensors:
+        return
     flat = over_processes(torch.cat([tensor.flatten() for tensor in tensors]))
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
-    return numbers
 
 
 def optimizer_step(state, args):
@@ -340,7 +388,8 @@ def optimizer_step(state, args):
     state.optimizer.zero_grad()
     # EMA with a warm-up, without which a short run would keep its untouched start
     decay = min(args.ema, (1 + state.step) / (10 + state.step))
-    torch._foreach_lerp_(list(state.ema.values()), [w.data for w in weights], 1 - decay)
+    if args.ema:
+        torch._foreach_lerp_(list(state.ema.values()), [w.data for w in weights], 1 - decay)
     return norm
 
 
@@ -417,15 +466,16 @@ class State:
     bad_steps: int = 0  # steps with NaN, in a row
 
 
-def start(base, args, made_of, checkpoint=None):
+def start(base, weights, args, made_of, checkpoint=None):
     """The state of a fresh run, or of one that a checkpoint left."""
-    weights = trainable_weights(base, args)
     make = partial(torch.optim.AdamW, fused=True)
     if args.optimizer == "adamw8bit":
         make = need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit
     optimizer = make(weights.values(), lr=args.lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.dtype == torch.float16)
-    ema = {name: weight.detach().clone() for name, weight in weights.items()}
+    ema = {name: weight.detach() for name, weight in weights.items()}
+    if args.ema:  # else the weights are their own average
+        ema = {name: weight.clone() for name, weight in ema.items()}
     state = State(weights, ema, optimizer, scaler, made_of)
     if checkpoint:
         for name, weight in weights.items():
@@ -596,17 +646,17 @@ def release_memory(base, args):
 
 @dataclass
 class Data:
-    """A data set of N rows in latents, on the device."""
+    """A data set of N rows in latents, in host memory: a GPU sees one batch of it at a time."""
 
     rows: list
     mean: torch.Tensor  # of the posterior, (variants x N, 4, h, w): variant v of row n at v * N + n
     std: torch.Tensor  # of the posterior, likewise
+    sizes: torch.Tensor  # of the pictures, likewise (variants x N, 6), of image_sizes
     text: dict  # of each caption, the last the empty one: tokens if the encoder learns, or states
     caption: torch.Tensor  # (N,) index into text
     weight: torch.Tensor  # (N,) of each row's loss
     classes: tuple = ()  # of the rows, with --balance
     name: str = "data"  # keys its random draws
-    share: float = 1.0  # of the loss
 
 
 def list_data(args):
@@ -732,10 +782,10 @@ def rarest_labels(rows):
 # ---------------------------------------------------------------- pixels and latents
 
 
-def load_rows(rows, args, seed=None, measure=None):
+def load_rows(rows, args, seed=None, **how):
     """The readable rows and their pixels, without augmentation; `seed` is that of random crops."""
-    how = {"window": args.window, "value_range": args.range, "measure": measure}
-    how |= {"strict": args.strict, "allow_burned_in": args.allow_burned_in}
+    how |= {"strict": args.strict, "window": args.window, "value_range": args.range}
+    how |= {"allow_burned_in": args.allow_burned_in}
     return load_pixels(rows, args.resolution, args.crop, seed=seed or args.seed, **how)
 
 
@@ -749,40 +799,66 @@ def make_variant(row, pixels, variant, args):
     return pixels
 
 
+def image_sizes(row, variant, args):
+    """SDXL's six numbers (Podell et al. 2023, 2.2): size as stored, corner of the crop, size seen.
+
+    row.measured: (width, height) of the image. A size is height and width in pixels.
+    """
+    width, height = row.measured
+    seen = args.resolution
+    side = min(width, height)
+    place = 0.5 if args.crop == "center" else 0.0
+    if args.crop == "random":  # as fit_square draws it
+        seed = (args.seed, variant) if variant else args.seed
+        place = torch.rand((), generator=generator(seed, "crop", row.file_name, row.slice)).item()
+    top = round((height - side) * place * seen / side)
+    left = round((width - side) * place * seen / side)
+    return [height, width, top, left, seen, seen]
+
+
 def load_data(base, rows, args):
     """([training images and, with dreambooth, class images], validation images or None)."""
     rows, latents = load_latents(base, rows, args)
     data = {"val": None}
-    for split in latents:
+    for split in dict.fromkeys(row.split for row in rows):
         members = [row for row in rows if row.split == split]
-        data[split] = make_data(base, members, latents[split], args)
+        data[split] = make_data(base, members, latents[split], latents[f"{split} sizes"], args)
     streams = [data["train"]]
     if args.balance:
         streams[0].classes = rarest_labels(streams[0].rows)
     if args.method == "dreambooth":
         data["class"].name = "class"
-        data["class"].share = args.prior_weight
+        data["class"].weight *= args.prior_weight
         streams.append(data["class"])
     return streams, data["val"]
 
 
 def load_latents(base, rows, args):
-    """The readable rows, and {split: posterior mean and std, (2, variants x N, 4, h, w)}."""
+    """The readable rows, and of each split its latents and the sizes of its images, by name.
+
+    {"train": posterior mean and std (2, variants x N, 4, h, w), "train sizes": (variants x N, 6)}
+    """
     if args.cache:
         path = cache_path(rows, args)
-        found = over_processes(torch.tensor(float(path.is_file()), device=base.device))
-        if found == WORLD:  # each machine may have its own cache
-            return rows, load_file(path, device=str(base.device))
-    readable, pixels = load_rows(rows, args)
-    if RANK == 0:
-        warn_of_duplicates(readable, pixels, args)
+        is_there = over_processes(torch.tensor(float(path.is_file()), device=base.device))
+        if is_there == WORLD:  # each machine may have its own cache
+            return rows, load_file(path)
+    readable = []
+    thumbnails = []
     latents = {}
     for split in dict.fromkeys(row.split for row in rows):
-        places = [i for i, row in enumerate(readable) if row.split == split]
+        members = [row for row in rows if row.split == split]
+        latents[split], latents[f"{split} sizes"], small, places = encode_rows(base, members, args)
         if not places:
             fail(f"{args.data}: none of the images for {split} can be read")
-        latents[split] = encode_rows(base, [readable[i] for i in places], pixels[places], args)
-    if args.cache and RANK == 0 and len(readable) == len(rows):
+        readable += [members[place] for place in places]
+        thumbnails.append(small)
+    bad = len(rows) - len(readable)
+    if bad > BAD_SHARE * len(rows):
+        fail(f"{bad} of {len(rows)} images cannot be read, see above")
+    if RANK == 0:
+        warn_of_duplicates(readable, torch.cat(thumbnails), args)
+    if args.cache and RANK == 0 and not bad:
         lora.save_tensors(path, latents)
     return readable, latents
 
@@ -794,41 +870,94 @@ def cache_path(rows, args):
         parts += [args.variants, args.augment, args.seed]
     for row in rows:
         parts += [hash_of(row.path), row.slice, row.value_range, row.split, row.file_name]
-    return Path(args.cache, digest(parts)[:32] + ".safetensors")
+    return Path(args.cache, digest(["sizes", *parts])[:32] + ".safetensors")
 
 
 @torch.no_grad()
-def encode_rows(base, rows, pixels, args):
-    """Mean and std of all variants, (2, variants x N, 4, h, w); processes share the work."""
+def encode_rows(base, rows, args):
+    """Encode the images of one split, a few at a time; processes share the work.
+
+    Returns, of the images that can be read, latents (2, variants x N, 4, h, w), sizes
+    (variants x N, 6), thumbnails (N, 3, s, s), and their places in rows.
+    """
     variants = args.variants if rows[0].split == "train" else 1
-    jobs = list(product(range(variants), range(len(rows))))
-    shape = encode(base, pixels[:1])[0].shape[1:]
-    latents = torch.zeros(2, len(jobs), *shape, device=base.device)
-    size = min(8, args.batch_size)
-    starts = range(size * RANK, len(jobs), size * WORLD)
-    for start in tqdm(starts, "encoding", unit="batch", disable=RANK > 0, leave=False):
-        batch = []
-        for variant, i in jobs[start : start + size]:
-            batch.append(make_variant(rows[i], pixels[i], variant, args))
-        latents[:, start : start + size] = torch.stack(encode(base, torch.stack(batch)))
-    return over_processes(latents)
+    side = args.resolution
+    shape = encode(base, torch.zeros(1, 3, side, side, dtype=torch.uint8))[0].shape[1:]
+    small = min(64, side)
+    latents = torch.zeros(2, variants, len(rows), *shape)
+    sizes = torch.zeros(variants, len(rows), 6, dtype=torch.long)
+    thumbnails = torch.zeros(len(rows), 3, small, small, dtype=torch.uint8)
+    is_readable = torch.zeros(len(rows))
+    for places, read, pixels in read_in_parts(rows, args):
+        is_readable[places] = 1
+        thumbnails[places] = F.interpolate(pixels.float(), small, mode="area").to(torch.uint8)
+        for variant in range(variants):
+            pairs = zip(read, pixels, strict=True)
+            seen = torch.stack([make_variant(row, image, variant, args) for row, image in pairs])
+            latents[:, variant, places] = torch.stack(encode(base, seen)).cpu()
+            numbers = [image_sizes(row, variant, args) for row in read]
+            sizes[variant, places] = torch.tensor(numbers)
+    for tensor in (latents, sizes, thumbnails, is_readable):
+        sum_on_host(tensor, base.device)
+    places = is_readable.nonzero().flatten()
+    if len(places) < len(rows):
+        latents = latents[:, :, places]
+        sizes = sizes[:, places]
+        thumbnails = thumbnails[places]
+    return latents.flatten(1, 2), sizes.flatten(0, 1), thumbnails, places.tolist()
 
 
-@torch.no_grad()
-def make_data(base, rows, latents, args):
+def read_in_parts(rows, args):
+    """Yield this process's share of the images that can be read: places, rows, pixels."""
+    count = min(64, math.ceil(len(rows) / WORLD))  # at once: 200 MB at 1024 pixels
+    starts = range(count * RANK, len(rows), count * WORLD)
+    for start in tqdm(starts, "encoding", unit="part", disable=RANK > 0, leave=False):
+        part = rows[start : start + count]
+        for place, row in enumerate(part, start):
+            row.place = place
+        read, pixels = load_rows(part, args, measure=image_size, bad_share=1)
+        if read:
+            yield [row.place for row in read], read, pixels
+
+
+def image_size(image):
+    """Of a PIL image, (width, height)."""
+    return image.size
+
+
+def sum_on_host(tensor, device):
+    """Sum a tensor in host memory over all processes, in place, in parts of bounded size."""
+    if WORLD > 1:
+        for part in tensor.view(-1).split(BUCKET):
+            part.copy_(over_processes(part.to(device)))
+
+
+def make_data(base, rows, latents, sizes, args):
     """A data set of rows of one split and of their latents, with its captions encoded."""
     captions = [*sorted({row.caption for row in rows} - {""}), ""]
     numbers = {caption: i for i, caption in enumerate(captions)}
-    parts = []
-    for start in range(0, len(captions), 64):
+    text = encode_captions(base, captions, args)
+    caption = torch.tensor([numbers[row.caption] for row in rows])
+    weight = torch.tensor([row.weight for row in rows])
+    return Data(rows, latents[0], latents[1], sizes, text, caption, weight)
+
+
+@torch.no_grad()
+def encode_captions(base, captions, args):
+    """Of all captions, in host memory: tokens where the text encoder learns, else its states."""
+    table = {}
+    starts = range(0, len(captions), 64)
+    for start in tqdm(starts, "captions", unit="batch", disable=RANK > 0, leave=False):
         part = tokenize(base, captions[start : start + 64])
         if not text_learns(args):
             part = text_states(base, part)
-        parts.append(part)
-    text = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    caption = torch.tensor([numbers[row.caption] for row in rows], device=base.device)
-    weight = torch.tensor([row.weight for row in rows], device=base.device)
-    return Data(rows, latents[0], latents[1], text, caption, weight)
+        for name, values in part.items():
+            if values.is_floating_point():
+                values = values.to(base.dtype)
+            if name not in table:
+                table[name] = torch.empty(len(captions), *values.shape[1:], dtype=values.dtype)
+            table[name][start : start + 64] = values
+    return table
 
 
 def text_learns(args):
@@ -987,33 +1116,50 @@ def validation_loss(base, data, args):
     timesteps = ((torch.arange(count) + 0.5) * base.num_timesteps / count).long()
     timesteps = timesteps[torch.randperm(count, generator=draw)]
     noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
-    total = torch.zeros((), dtype=torch.float64, device=base.device)
+    total = torch.zeros((), device=base.device)
     for part in torch.arange(count).split(args.batch_size)[RANK::WORLD]:
-        rows = (part % len(data.rows)).to(base.device)
-        times = timesteps[part].to(base.device)
-        part_noise = noise[part].to(base.device)
-        text = text_condition(base, data, data.caption[rows], args)
-        noisy, target, _ = noised_and_target(base, data.mean[rows], part_noise, times)
-        error = denoise(base, noisy, times, text) - target
-        total += error.square().mean((1, 2, 3)).double().sum()
+        rows = part % len(data.rows)
+        text = {name: values[data.caption[rows]] for name, values in data.text.items()}
+        more = (text, data.sizes[rows], data.weight[rows])
+        batch = on_device(Batch(data.mean[rows], noise[part], timesteps[part], *more), base.device)
+        times = batch.timesteps.to(base.device)
+        noisy, target, _ = noised_and_target(base, batch.latents, batch.noise, times)
+        error = denoise(base, noisy, times, text_condition(base, batch, args)) - target
+        total += error.square().mean((1, 2, 3)).sum()
     return over_processes(total).item() / count
 
 
 def draw_pictures(base, jobs, args):
-    """A picture for each job (prompt, number), drawn as --val-steps and its like say."""
+    """A picture for each job (prompt, number), uint8 (N, 3, S, S); processes share the work."""
     size = args.resolution
     settings = Settings(args.val_steps, args.val_guidance_scale, height=size, width=size)
-    return list(generate(base, jobs, settings, batch_size=args.batch_size, seed=args.seed))
+    pixels = torch.zeros(len(jobs), 3, size, size, dtype=torch.uint8)
+    places = range(RANK, len(jobs), WORLD)
+    own = [jobs[place] for place in places]
+    images = generate(base, own, settings, batch_size=args.batch_size, seed=args.seed)
+    for place, image in zip(places, images, strict=True):
+        pixels[place] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    sum_on_host(pixels, base.device)
+    return pixels
 
 
 def set_distance(base, data, args):
-    """--select-by kid or fid: from the validation images to as many that are drawn."""
-    jobs = [(row.caption, i) for i, row in enumerate(data.rows)]
-    drawn = [torch.from_numpy(np.array(image)) for image in draw_pictures(base, jobs, args)]
+    """--select-by kid or fid: from at most 200 validation images to as many that are drawn."""
+    chosen = torch.randperm(len(data.rows), generator=generator(0, "compared"))[:200].tolist()
+    rows = [data.rows[i] for i in chosen]
+    drawn = draw_pictures(base, [(row.caption, i) for i, row in enumerate(rows)], args)
+    distance = torch.zeros((), device=base.device)
+    if RANK == 0:  # all must agree on which checkpoint is the best
+        distance += compare_sets(load_rows(rows, args)[1], drawn, base.device, args)
+    return over_processes(distance).item()
+
+
+def compare_sets(real, drawn, device, args):
+    """KID or FID of two sets of pixels, uint8 (N, 3, S, S)."""
     name = "inception" if args.select_by == "fid" else "texture"
-    network = load_features(name, base.device)
-    real = extract(load_rows(data.rows, args)[1], network, base.device)
-    fake = extract(torch.stack(drawn).permute(0, 3, 1, 2), network, base.device)
+    network = load_features(name, device)
+    real = extract(real, network, device)
+    fake = extract(drawn, network, device)
     features = pooled(real, fake, network.standardise)
     real, fake = features[: len(real)], features[len(real) :]
     if args.select_by == "fid":
@@ -1028,11 +1174,8 @@ def validate(base, data, state, args, log):
     figure = args.select_by.replace("-", "_")
     with averaged_model(base, state, args):
         entry = {"step": state.step, "val_loss": validation_loss(base, data, args)}
-        if figure != "val_loss":  # rank 0 alone draws; all must agree on which is best
-            distance = torch.zeros((), dtype=torch.float64, device=base.device)
-            if RANK == 0:
-                distance += set_distance(base, data, args)
-            entry[figure] = over_processes(distance).item()
+        if figure != "val_loss":
+            entry[figure] = set_distance(base, data, args)
     state.history.append(entry)
     log.write([entry])
     is_best = entry[figure] < state.best.get(figure, math.inf)
@@ -1045,13 +1188,15 @@ def draw_grid(base, state, args, log):
     """samples/step-N.png: the same prompts from the same noise each time."""
     jobs = list(product(args.val_prompts, range(args.val_samples)))
     path = Path(args.out, "samples", f"step-{state.step:08d}.png")
-    if RANK > 0 or not jobs or path.exists():
+    is_missing = torch.tensor(float(RANK == 0 and not path.exists()), device=base.device)
+    if not jobs or not over_processes(is_missing):
         return
     with averaged_model(base, state, args):
-        images = draw_pictures(base, jobs, args)
-    grid = contact_sheet(images, [prompt for prompt, _ in jobs])
-    save_png(grid, path, "\n".join(args.val_prompts))
-    log.add_picture(grid, state.step)
+        pixels = draw_pictures(base, jobs, args)
+    if RANK == 0:
+        grid = contact_sheet([picture(one) for one in pixels], [prompt for prompt, _ in jobs])
+        save_png(grid, path, "\n".join(args.val_prompts))
+        log.add_picture(grid, state.step)
 
 
 class Log:
@@ -1382,16 +1527,19 @@ def write_preview(rows, pixels, folder, args):
 
 def start_processes(args):
     """Under torchrun, join the others; returns this process's device."""
-    device = own_device(args.device)
+    # the same bytes after a restart need kernels that add in one order, and GPUs a workspace
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs thousands of fills a step
+    device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # the same bytes after a restart need kernels that add in one order
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
-        # A rank that dies takes the others down through torchrun; a long grid on rank 0 must not.
+        # a rank that dies takes the others down through torchrun; a slow disk must not
         how = {"rank": RANK, "world_size": WORLD, "timeout": timedelta(hours=2)}
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "gloo"
+        if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
+            backend = "nccl"
         dist.init_process_group(backend, store=fresh_store(), **how)
     return device
 
@@ -1624,11 +1772,16 @@ def run(args, device):
 
     base = prepare_base(args, device)
     perceptual = load_perceptual(base, args)
-    state = start(base, args, made_of, checkpoint)  # before captions are encoded: adds new words
-    log = Log(state, args)
+    weights = trainable_weights(base, args)  # before captions are encoded: adds new words
     streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
-    state.images = len(streams[0].rows)
     release_memory(base, args)
+    base.unet.to(device)  # not before: the VAE needs the memory while it encodes
+    if device.type == "cuda":  # so that the memory in the log is that of training
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    state = start(base, weights, args, made_of, checkpoint)
+    state.images = len(streams[0].rows)
+    log = Log(state, args)
     if RANK == 0:
         lines = [[row.file_name, row.group, row.split] for row in rows]
         write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
