@@ -260,11 +260,10 @@ def read_image(
 ):
     """Read an image of any kind as an upright 8-bit PIL image of mode "RGB", or raise BadImage.
 
-    slice: frame of a multi-frame DICOM or axial slice of a volume; the middle one by default.
-    window: (centre, width) in the file's units, as a pair, a text or a name of WINDOWS, which only
-    CTs and volumes obey. value_range: (black, white) where no window is given, beyond 8 bits. The
-    default is a DICOM file's own window, else percentiles. keep_grey: mode "L" for grey images, a
-    third of the work for what follows.
+    slice: frame of a DICOM file or axial slice of a volume, by default the middle one. window:
+    (centre, width), as a pair, a text or a name of WINDOWS, which only CTs and volumes obey.
+    value_range: (black, white) where no window is given, beyond 8 bits; by default a DICOM file's
+    own window, else percentiles. keep_grey: mode "L" for grey images.
     """
     try:
         if str(path).lower().endswith(VOLUME_SUFFIXES):
@@ -334,7 +333,7 @@ def pick_window(window):
     if not isinstance(window, str):
         return window
     try:
-        centre, width = [float(part) for part in window.split(",")]
+        centre, width = map(float, window.split(","))
     except ValueError:
         width = 0
     if not width > 0:
@@ -571,8 +570,7 @@ def list_images(
     """The rows of a data set: a folder, class folders, a folder with a table, or a table.
 
     prompt: a format string over the columns, instead of the caption column. slices: middle, every:N
-    or all, a row each, of volumes and multi-frame DICOM. Missing files are reported and skipped;
-    more than 5 % of them, or any with strict, is an error.
+    or all of a file, a row each. More than 5 % of files missing, or any with strict, is an error.
     """
     tables = [data, *(os.path.join(data, name) for name in TABLES)]
     table = next(filter(os.path.isfile, tables), None)
@@ -700,8 +698,7 @@ def list_table(table, records, columns, strict):
     missing = []
     for fields in records:
         file_name = fields[columns["image"]]
-        name = file_name.replace("\\", "/")  # maybe written on Windows
-        path = os.path.normpath(os.path.join(folder, name))
+        path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))  # of Windows
         if os.path.isfile(path):
             texts = [fields.get(columns[role], "") for role in ("caption", "label", "group")]
             rows.append(Row(path, file_name, *texts, fields))
@@ -1432,7 +1429,7 @@ def lpips_vectors(images, trunk, layers, weights):
 
     Zhang et al. 2018; the epsilon stands outside the root, as in the package lpips.
     """
-    mean, sd = (torch.tensor(values).to(images)[:, None, None] for values in LPIPS_SCALE)
+    mean, sd = torch.tensor(LPIPS_SCALE).to(images)[:, :, None, None]
     parts = []
     maps_of_layers = taps(trunk, (images - mean) / sd, layers)
     for maps, weight in zip(maps_of_layers, weights, strict=True):
