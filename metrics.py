@@ -124,6 +124,18 @@ def existing_file(text):
     return text
 
 
+def add_comparison_flags(group):
+    """How real and generated images are compared, by evaluate.py and filter.py alike."""
+    group.add_argument("--split", type=existing_file, help="split.csv of a run: what it held out")
+    group.add_argument("--group-column", help="real images' column of patients (default: by name)")
+    nets = ["auto", "none", "alex", "vgg", "squeeze"]
+    group.add_argument("--lpips", choices=nets, default="auto", help="auto: alex if it is there")
+    sides = "pixels a side (default: the smallest stored side, 64 to 256)"
+    group.add_argument("--resolution", type=number(64, 4096), help=sides)
+    group.add_argument("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
+    add_common_flags(group)
+
+
 def add_common_flags(group):
     """--device, --precision and --seed, which mean the same in every script."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
