@@ -60,10 +60,12 @@ def note(message):
 
 
 class BadImage(Exception):
-    """Says which image cannot be read, and why."""
+    """An image that cannot be read: .path says which, .why says why."""
 
     def __init__(self, path, why):
         super().__init__(f"{path}: {why}")
+        self.path = str(path)
+        self.why = why
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
