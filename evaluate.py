@@ -30,8 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import special
-from scipy.stats import binom
+from scipy import special, stats
 from torch import nn
 from tqdm import tqdm
 
@@ -39,14 +38,13 @@ from metrics import (
     FID_WEIGHTS,
     Flags,
     Network,
-    add_common_flags,
+    add_comparison_flags,
     colour,
     command,
     copy_chances,
     copy_distances,
     curve,
     data_set,
-    existing_file,
     extract,
     fail,
     find_weights,
@@ -112,7 +110,6 @@ class Figure:
     real_vs_real: float = None  # one half of the real images against the other, median
     same_size: float = None  # as many generated images against a half, median
     half_gaps: np.ndarray = np.nan  # same_size less real_vs_real, half by half, (HALVES,)
-    error: float = None
     band: str = None
 
 
@@ -202,39 +199,25 @@ def half_draws(n, m, count, seed, groups=()):
 
 
 def joint_matrices(real, fake, standardise):
-    """What the metrics read of two sets' features: `pooled`, Gram matrix, distances, KID kernel."""
+    """What the metrics read of two sets' features: `pooled`, distances, KID kernel.
+
+    points: the features, centred and turned so that N + M numbers an image are enough.
+    """
     features = pooled(real, fake, standardise)
     centred = features - features.mean(0)  # a large common mean costs digits
     return {
         "features": features,
-        "gram": centred @ centred.T,
+        "points": np.linalg.qr(centred.T, mode="r").T,
         "distance": squared_distances(centred, centred),
         "kernel": (features @ features.T / features.shape[1] + 1) ** 3,
     }
 
 
 def frechet_draws(joint, draws):
-    """The Frechet distance of each draw, from the Gram matrix where images are few."""
-    features = joint["features"]
-    distances = []
-    for draw in tqdm(draws, desc="Frechet", leave=False, disable=None):
-        i, j = np.flatnonzero(draw == 1), np.flatnonzero(draw == -1)
-        if "gram" in joint and max(len(i), len(j)) <= features.shape[1]:
-            distances.append(gram_frechet(joint["gram"], i, j))
-        else:
-            distances.append(frechet(features[i], features[j]))
-    return np.array(distances)
-
-
-def gram_frechet(gram, i, j):
-    """`frechet` of the images i and j, by the nuclear norm of a block of their Gram matrix."""
-    a, b, c = gram[np.ix_(i, i)], gram[np.ix_(j, j)], gram[np.ix_(i, j)]
-    traces = (a.trace() - len(i) * a.mean()) / (len(i) - 1)
-    traces += (b.trace() - len(j) * b.mean()) / (len(j) - 1)
-    centred = c - c.mean(0) - c.mean(1, keepdims=True) + c.mean()
-    scale = np.sqrt((len(i) - 1) * (len(j) - 1))
-    nuclear = np.linalg.svd(centred, compute_uv=False).sum() / scale
-    return max(0.0, a.mean() + b.mean() - 2 * c.mean() + traces - 2 * nuclear)
+    """The Frechet distance of each draw."""
+    points = joint["points"]
+    draws = tqdm(draws, desc="Frechet", leave=False, disable=None)
+    return np.array([frechet(points[draw == 1], points[draw == -1]) for draw in draws])
 
 
 def pair_means(matrix, draws):
@@ -259,7 +242,7 @@ def neighbour_draws(which, joint, draws):
     if key not in joint:  # all four are computed together
         joint[key] = []
         for draw in tqdm(draws, desc="neighbours", leave=False, disable=None):
-            i, j = np.flatnonzero(draw == 1), np.flatnonzero(draw == -1)
+            i, j = draw == 1, draw == -1
             blocks = [joint["distance"][np.ix_(*pair)] for pair in ((i, i), (j, j), (i, j))]
             joint[key].append(precision_recall(*blocks, 3)[:2] + precision_recall(*blocks, 5)[2:])
     return np.array(joint[key])[:, which]
@@ -348,17 +331,14 @@ def load_set(path, rows, resolution, tools):
 def list_real(args):
     """The real rows to compare with, and those that are searched for copies."""
     rows = known = share_range(list_images(args.real, group_column=args.group_column))
-    columns = list(rows[0].fields)
+    columns = rows[0].fields
     if args.by not in ("label", *columns):
         fail(f"--by {args.by}: {args.real} has no such column (it has: {', '.join(columns)})")
     if args.split:
         read_split(rows, args.split)
         known = [row for row in rows if row.split == "train"]
         rows = [row for row in rows if row.split in ("val", "test")]
-        counts = f"{len(rows)} held-out images are the reference, {len(known)} were trained on"
-        print(f"{args.split}: {counts}")
-        if len(rows) < 2:
-            fail(f"--split {args.split}: holds out {len(rows)} images; at least 2 are needed")
+        print(f"{args.split}: {len(rows)} images are held out, {len(known)} were trained on")
     if args.train_data:
         known = share_range(list_images(args.train_data))
     return rows, known
@@ -385,10 +365,10 @@ def draw_checkpoints(args):
         words += ["--steps", args.steps, "--guidance-scale", args.guidance_scale]
         words += ["--batch-size", args.batch_size, "--device", args.device, "--seed", args.seed]
         status = subprocess.run([str(word) for word in words]).returncode
-        if status != 0:
+        if status:
             sys.exit(status)
-        rows = list_images(folder)  # a run of the same name may have left other prompts' images
-        rows = [row for row in rows if row.caption in prompts]
+        # a run of the same name may have left other prompts' images
+        rows = [row for row in list_images(folder) if row.caption in prompts]
         sets.append((folder, share_range(rows[: args.num_samples])))
     return sets
 
@@ -433,12 +413,9 @@ def evaluate_set(real, fake, known, tools):
     groups = [row.group for row in real.rows + fake.rows]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups)
     halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
-    features = joint["features"]["features"]
     figures = {}
     for name in tools.names:
         figure = measure(name, joint, draws, halves)
-        if name == "kid":
-            figure.error = kid(features[:n], features[n:])[1]
         if name == "frechet" and len(real.all_features) + len(fake.all_features) > n + m:
             every = pooled(real.all_features, fake.all_features, network.standardise)
             count = len(real.all_features)
@@ -447,11 +424,10 @@ def evaluate_set(real, fake, known, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
+    features = joint["features"]["features"]
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
-    entry = Entry(fake, real, known, figures, copies, subgroups)
-    if args.utility:
-        entry.utility = measure_utility(real, known, fake, tools)
-    return entry
+    utility = measure_utility(real, known, fake, tools) if args.utility else None
+    return Entry(fake, real, known, figures, copies, subgroups, utility)
 
 
 def collect_matrices(real, fake, tools):
@@ -462,9 +438,9 @@ def collect_matrices(real, fake, tools):
     if "lpips" in needs:  # first: it takes the most memory
         joint["lpips"] = lpips_matrix(pixels, tools.lpips, tools.device, tools.args.batch_size)
     joint["features"] = joint_matrices(real.features, fake.features, tools.network.standardise)
-    joint["colour"] = {"features": pooled(colour(real.pixels), colour(fake.pixels), True)}
+    joint["colour"] = {"points": pooled(colour(real.pixels), colour(fake.pixels), True)}
     grains = [[row.measured[1] for row in images.rows] for images in (real, fake)]
-    joint["grain"] = {"features": pooled(*grains, True)}
+    joint["grain"] = {"points": pooled(*grains, True)}
     if "ssim" in needs:
         joint["ssim"] = ssim_matrix(pixels, pixels, tools.device)
     if "logits" in needs:
@@ -495,7 +471,7 @@ def find_copies(known, fake, args):
     p = copy_chances(copy_distances(known.pixels, known.pixels), distances, same)
     limit = max(0.01, 2 / (n + 1))
     count = int((p <= limit).sum())
-    chance = binom.sf(count - 1, m, limit)
+    chance = stats.binom.sf(count - 1, m, limit)
     expected = f"{digits(limit * m, 2)} expected, p {digits(chance, 2)}"
     kind = "training" if args.split or args.train_data else "real"
     advice = "likely copies, look at the pairs" if chance <= 0.01 else "no sign of copying"
@@ -505,8 +481,8 @@ def find_copies(known, fake, args):
     numbers = [(i, index[i]) for i in np.lexsort((distance, p))[:12]]
     pairs = []
     for i, j in numbers:
-        pairs.append({"generated": fake.rows[i].file_name, "train": known.rows[j].file_name})
-        pairs[-1] |= {"distance": float(distance[i]), "p": p[i]}
+        names = {"generated": fake.rows[i].file_name, "train": known.rows[j].file_name}
+        pairs.append(names | {"distance": float(distance[i]), "p": p[i]})
     return Copies(text, count, chance, pairs, numbers)
 
 
@@ -540,7 +516,7 @@ def subgroup_masks(rows, column):
     return dict(sorted(masks.items()))
 
 
-def measure_subgroups(features, real_rows, fake_rows, column, least=10):
+def measure_subgroups(features, real_rows, fake_rows, column):
     """KID of each subgroup to generated ones of it (all, where they name none), as in the JSON.
 
     real_vs_rest: KID of its real images to the other real ones, how special they are.
@@ -551,12 +527,12 @@ def measure_subgroups(features, real_rows, fake_rows, column, least=10):
     found = []
     for name, inside in subgroup_masks(real_rows, column).items():
         same = fake_masks.get(name, all_or_none)
-        if min(inside.sum(), same.sum()) < least:
+        if min(inside.sum(), same.sum()) < 10:
             continue
         value, error = kid(real[inside], fake[same])
         rest = kid(real[inside], real[~inside])[0] if (~inside).sum() > 2 else None
-        found.append({"group": name, "real": int(inside.sum()), "generated": int(same.sum())})
-        found[-1] |= {"kid": value, "error": error, "real_vs_rest": rest}
+        counts = {"group": name, "real": int(inside.sum()), "generated": int(same.sum())}
+        found.append(counts | {"kid": value, "error": error, "real_vs_rest": rest})
     return found
 
 
@@ -567,15 +543,14 @@ def measure_utility(real, known, fake, tools):
     """What each dose of generated images does to a classifier: {classifier: doses of the JSON}."""
     train, test, fake = utility_sets(real, known, fake, tools)
     weights = resamples(test.rows, tools.args.seed)
+    found = fit_classifiers(train, test, fake, weights, tools.args.seed)
     results = {}
-    for name, found in fit_classifiers(train, test, fake, weights, tools.args.seed).items():
-        results[name] = []
-        for share, auroc in found.items():
-            gain = auroc - found[0]
-            low, high = np.nanquantile(auroc[1:], (0.025, 0.975))
-            dose = {"share": share, "auroc": auroc[0], "low": low, "high": high, "gain": gain[0]}
-            low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
-            results[name].append(dose | {"gain_low": low, "gain_high": high})
+    for (name, share), auroc in found.items():
+        gain = auroc - found[name, 0]
+        low, high = np.nanquantile(auroc[1:], (0.025, 0.975))
+        dose = {"share": share, "auroc": auroc[0], "low": low, "high": high, "gain": gain[0]}
+        low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
+        results.setdefault(name, []).append(dose | {"gain_low": low, "gain_high": high})
     return results
 
 
@@ -613,11 +588,10 @@ def subset(images, mask):
     return ImageSet(images.path, rows, images.pixels[mask], images.features[mask])
 
 
-def fit_classifiers(train, test, fake, weights, seed, steps=200):
-    """{classifier: {share: AUROC under each row of weights (B,), mean over SEEDS}}."""
+def fit_classifiers(train, test, fake, weights, seed):
+    """{(classifier, share): AUROC under each row of weights (B,), mean over SEEDS}."""
     shares = [share for share in SHARES if share * len(train.rows) <= 100 * len(fake.rows)]
-    zeros = np.zeros(len(weights))
-    found = {name: dict.fromkeys(shares, zeros) for name in ("linear probe", "small CNN")}
+    found = {}
     for repeat in tqdm(range(SEEDS), desc="utility", disable=None):
         order = torch.randperm(len(fake.rows), generator=generator(seed, "added", repeat))
         for share in shares:
@@ -626,11 +600,11 @@ def fit_classifiers(train, test, fake, weights, seed, steps=200):
             small = torch.cat([train.small, fake.small[added]])
             targets = np.concatenate([train.targets, fake.targets[added]])
             probe = linear_probe(features, targets)
-            cnn = small_cnn(small, targets, steps, (seed, repeat))
+            cnn = small_cnn(small, targets, 200, (seed, repeat))
             scores = {"linear probe": probe(test.features), "small CNN": cnn(test.small)}
-            for name in found:
-                auroc = aurocs(scores[name], test.targets, weights)
-                found[name][share] = found[name][share] + auroc / SEEDS
+            for name, score in scores.items():
+                auroc = aurocs(score, test.targets, weights) / SEEDS
+                found[name, share] = found.get((name, share), 0) + auroc
     return found
 
 
@@ -681,13 +655,10 @@ def aurocs(scores, targets, weights):
 def resamples(rows, seed, count=1000):
     """(1 + count, N): how often each image counts; all once, then bootstraps of whole patients."""
     units = units_of([row.group for row in rows])
-    unit_of = np.zeros(len(rows), int)
-    for k, unit in enumerate(units):
-        unit_of[unit] = k
     drawn = torch.randint(len(units), (count, len(units)), generator=generator(seed, "bootstrap"))
     weights = np.ones((1 + count, len(rows)))
-    for weight, picked in zip(weights[1:], drawn.numpy(), strict=True):
-        weight[:] = np.bincount(picked, minlength=len(units))[unit_of]
+    for k, unit in enumerate(units):
+        weights[1:, unit] = (drawn == k).sum(1, keepdim=True)
     return weights
 
 
@@ -704,22 +675,19 @@ def digits(value, count=3, sign=""):
     return f"{round(value, 9):{sign}.{count}g}"
 
 
-HEADER = ["metric", "better", "value", "band", "by chance: median [95 %]", "excess", "p_high"]
-HEADER += ["p_low", "real halves", "same size"]
+HEADER = "metric,better,value,band,by chance: median [95 %],excess,p_high,p_low".split(",")
+HEADER += ["real halves", "same size"]
 
 
 def figure_rows(entry):
     """The figures as text, under HEADER."""
     rows = []
     for name, f in entry.metrics.items():
-        value = digits(f.value, 4)
-        if f.error is not None:
-            value += f" ± {digits(f.error, 2)}"
         chance = f"{digits(f.null)} [{digits(f.null_low)} – {digits(f.null_high)}]"
         better = "lower" if f.lower_is_better else "higher"
-        row = [name, better, value, f.band or "–", chance, digits(f.excess, sign="+")]
-        row += [f"{f.p_high:.2g}", f"{f.p_low:.2g}"]
-        rows.append([*row, digits(f.real_vs_real), digits(f.same_size)])
+        row = [name, better, digits(f.value, 4), f.band or "–", chance, digits(f.excess, sign="+")]
+        row += [f"{f.p_high:.2g}", f"{f.p_low:.2g}", digits(f.real_vs_real), digits(f.same_size)]
+        rows.append(row)
     return rows
 
 
@@ -799,11 +767,10 @@ def ranking(entries):
 
 def print_table(header, rows):
     """Print a table as plain text."""
-    rows = [[str(cell) for cell in row] for row in (header, *rows)]
+    rows = [list(map(str, row)) for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 # ---------------------------------------------------------------- the report
@@ -872,10 +839,10 @@ def set_section(entry, args):
     parts.append(paragraph("No guarantee of privacy. p: how often a fresh image would be as near."))
     for pair, (i, j) in zip(entry.copies.pairs, entry.copies.numbers, strict=True):
         both = thumbnail(fake.pixels[i], 128) + thumbnail(entry.known.pixels[j], 128)
-        text = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}<br>"
-        text += html.escape(pair["generated"]) + "<br>" + html.escape(pair["train"])
-        caption = f"<figcaption>{text}</figcaption>"
-        parts.append(f'<figure><div class="grid">{both}</div>{caption}</figure>')
+        figures = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}"
+        caption = html.escape(f"{figures}: {pair['generated']}, {pair['train']}")
+        parts.append(f'<figure><div class="grid">{both}</div>')
+        parts.append(f"<figcaption>{caption}</figcaption></figure>")
     parts.append(gallery("Generated", fake, args.seed))
     if entry.subgroups:
         parts.append(f"<h3>By {html.escape(args.by)}</h3>")
@@ -907,9 +874,9 @@ def write_json(args, settings, entries):
         figures = {}
         for name, figure in entry.metrics.items():
             figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
-        copies = {"likely_copies": entry.copies.count, "pairs": entry.copies.pairs}
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "metrics": figures}
-        result |= {"memorisation": copies, "subgroups": entry.subgroups}
+        result["memorisation"] = {"likely_copies": entry.copies.count, "pairs": entry.copies.pairs}
+        result["subgroups"] = entry.subgroups
         if entry.utility:
             result["utility"] = entry.utility["linear probe"]
             result["classifiers"] = entry.utility
@@ -957,28 +924,20 @@ def parse_args():
     add("--steps", type=number(1, 999), default=50, help="denoising steps for --checkpoint")
     add("--guidance-scale", type=number(0.0, 1000), default=7.5, help="for --checkpoint")
     add("--train-data", type=data_set, help="searched for copies instead of REAL")
-    add("--split", type=existing_file, help="of the run: its held-out part is REAL")
-    add("--group-column", help="column of REAL that names the patient (default: found by name)")
     add("--max-images", type=number(2, 5000), default=1000, help="of a set, drawn by the seed")
-    add("--resolution", type=number(64, 4096), help="default: smallest stored side, 64 to 256")
     add = parser.add_argument_group("numbers").add_argument
     usual = [name for name in METRICS if name != "inception_score"]
     add("--metrics", type=metric_names, default=usual, help="default: all but inception_score")
-    names = "texture, inception, HUB-ID, FOLDER or PATH; auto: inception if in the cache"
-    add("--features", default="auto", help=names)
+    add("--features", default="auto", help="texture, HUB-ID, PATH; auto: inception if it is there")
     add("--resize", choices=("legacy", "clean"), default="legacy", help="as pytorch-fid, clean-fid")
-    nets = ("auto", "none", "alex", "vgg", "squeeze")
-    add("--lpips", choices=nets, default="auto", help="auto: alex if its weights are in the cache")
-    columns = "table metric,excellent,good,fair instead of the default"
-    add("--bands", type=bands_table, default=BANDS, help=columns)
+    add("--bands", type=bands_table, default=BANDS, help="metric,excellent,good,fair; else default")
     add("--utility", action="store_true", help="do the images help a classifier? needs labels")
     add("--by", default="label", help="subgroups: a column such as sex or age")
     add("--permutations", type=number(99, 10**6), default=999, help="draws of the null")
-    add("--batch-size", type=number(1, 10**6), default=32, help="images a forward pass")
-    group = parser.add_argument_group("output")
-    group.add_argument("--out", default="report.html", help="the report")
-    group.add_argument("--json", help="the figures for programs")
-    add_common_flags(group)
+    add = parser.add_argument_group("output").add_argument
+    add("--out", default="report.html", help="the report")
+    add("--json", help="the figures for programs")
+    add_comparison_flags(parser.add_argument_group("comparison"))
     args = parser.parse_args()
     for path in (args.out, args.json or ""):  # known before an hour of work
         if os.path.isdir(path):
@@ -1013,19 +972,19 @@ def load_tools(args):
 def describe(tools, resolution, entries):
     """The settings that the report and --json name."""
     args = tools.args
-    size = (resolution, resolution)
     rows = [row for entry in entries for row in entry.real.rows + entry.fake.rows]
-    native = all(row.measured[0] == size for row in rows)  # none was resized
+    # where none was resized
+    native = all(row.measured[0] == (resolution, resolution) for row in rows)
     published = native and args.precision in ("auto", "fp32") and tools.network.published
     lpips = tools.lpips.name if tools.lpips else None
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
+    networks = f"features {tools.network.name}, lpips {lpips}"
+    if not published:
+        networks += "; not comparable with published figures"
     settings = vars(args) | {"metrics": tools.names, "features": tools.network.name, "lpips": lpips}
     settings |= {"resolution": resolution, "device": str(tools.device), "versions": versions}
-    settings["comparable"] = {"features": published, "lpips": lpips is not None}
-    settings["networks"] = f"features {tools.network.name}, lpips {lpips}"
-    if not published:
-        settings["networks"] += "; not comparable with published figures"
-    return settings | {"real_hash": set_hash(entries[0].real.rows)}
+    settings |= {"comparable": {"features": published, "lpips": lpips is not None}}
+    return settings | {"networks": networks, "real_hash": set_hash(entries[0].real.rows)}
 
 
 def main(args):
@@ -1064,7 +1023,7 @@ def main(args):
     if args.json:
         write_json(args, settings, entries)
         print(f"figures: {os.path.abspath(args.json)}")
-    words = [entries[0].fake.path, "--reference", args.real, "--out", "kept", "--calibrate", "0.05"]
+    words = [entries[0].fake.path, "--reference", args.real, "--calibrate", "0.05"]
     print("next:", command("filter.py", *words))
 
 

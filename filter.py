@@ -38,7 +38,7 @@ from scipy import special, stats
 from metrics import (
     Flags,
     Row,
-    add_common_flags,
+    add_comparison_flags,
     colour,
     command,
     copy_chances,
@@ -112,7 +112,8 @@ class Reference:
             nearest_real = np.where(is_copy, distances.argmin(1), nearest_real)
         ranks = self.rank(scores)
         scores["nearest"] = nearest_real
-        scores["quality"] = 1.001 - ranks.max(0)
+        largest_rank = ranks.max(0)
+        scores["quality"] = 1.001 - largest_rank
         reasons = [""] * len(rows)
         for i, row in enumerate(rows):
             broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
@@ -121,7 +122,7 @@ class Reference:
                 reasons[i] = f"copy of a real image (chance {scores['copy_chance'][i]:.2g})"
             elif broken:
                 reasons[i] = broken[0]
-            elif ranks[:, i].max() > threshold:
+            elif largest_rank[i] > threshold:
                 worst = list(self.real_scores)[ranks[:, i].argmax()]
                 reasons[i] = f"{worst} unlike the real images"
         return reasons, scores
@@ -207,15 +208,12 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
     comparisons = {}
     limits = []
     if lpips == "auto":
-        wanted = max_lpips is not None or has_lpips("alex")
-        lpips = "alex" if wanted else "none"
+        lpips = "alex" if max_lpips is not None or has_lpips("alex") else "none"
     if lpips != "none":
         network = load_lpips(lpips, device)
-
-        def perceptual(pixels):
-            return lpips_matrix(pixels, network, device, batch_size, others=real)
-
-        comparisons["lpips"] = perceptual
+        comparisons["lpips"] = partial(
+            lpips_matrix, network=network, device=device, batch_size=batch_size, others=real
+        )
     if max_lpips is not None:
         limits.append(("lpips", max_lpips, f"--max-lpips {max_lpips:g}"))
     if min_ssim is not None:
@@ -234,9 +232,8 @@ def set_thresholds(reference, rows, alpha):
     reference.thresholds[""] = conformal_threshold(worst, alpha)
     if np.isinf(reference.thresholds[""]):
         fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")
-    names = ", ".join(reference.real_scores)
-    share = f"about {1 - alpha:.0%} of unseen real ones would pass"
-    reference.summary.append(f"calibrated on {len(rows)} real images by {names}: {share}")
+    text = f"calibrated on {len(rows)} real images by {', '.join(reference.real_scores)}"
+    reference.summary.append(f"{text}: about {1 - alpha:.0%} of unseen real ones would pass")
     labels = np.array([text_key(row.label) for row in rows])
     for label in sorted(set(labels) - {""}):
         threshold = conformal_threshold(worst[labels == label], alpha)
@@ -249,8 +246,8 @@ def conformal_threshold(ranks, alpha):
     """The rank that 1 - alpha of unseen images stay within; infinite for too few ranks (n,)."""
     place = int(np.ceil((1 - alpha) * (len(ranks) + 1) - 1e-9))
     if place > len(ranks):
-        return float("inf")
-    return float(np.sort(ranks)[place - 1])
+        return np.inf
+    return np.sort(ranks)[place - 1]
 
 
 # ---------------------------------------------------------------- three blocks of descriptors
@@ -285,12 +282,11 @@ def colour_and_layout(pixels):
 
     Texture sees neither a colour nor that a film is a negative.
     """
-    layouts = []
-    for part in pixels.split(64):
-        small = F.adaptive_avg_pool2d(part.float(), 8).double()
-        small = (small + small.flip(3))[..., :4].flatten(1)
-        layouts.append(F.normalize(small - small.mean(1, keepdim=True)).numpy())
-    return np.hstack([colour(pixels), np.concatenate(layouts)])
+    parts = [F.adaptive_avg_pool2d(part.float(), 8) for part in pixels.split(64)]
+    small = torch.cat(parts).double()
+    small = (small + small.flip(3))[..., :4].flatten(1)
+    layouts = F.normalize(small - small.mean(1, keepdim=True))
+    return np.hstack([colour(pixels), layouts.numpy()])
 
 
 def colour_scale(real):
@@ -503,7 +499,7 @@ def decide(reference, selector, rows, pixels, wanted, args):
     vectors = reference.blocks["texture"].vectors(pixels)
     if args.drop_duplicates:
         refuse_duplicates(reference, reasons, rows, vectors, scores["quality"])
-    passed = np.array([i for i, reason in enumerate(reasons) if not reason], int)
+    passed = np.flatnonzero(np.array(reasons) == "")
     if len(passed) > wanted:
         best = best_and_diverse(vectors[passed], scores["quality"][passed], wanted)
         for i in set(passed) - set(passed[best]):
@@ -518,7 +514,7 @@ def refuse_duplicates(reference, reasons, rows, vectors, quality):
     """Of images nearer than real ones of two patients hardly ever are, refuse all but the best."""
     texture = reference.blocks["texture"].real
     _, apart = nearest(squared_distances(texture, texture), reference.same_patient)
-    order = np.array([i for i, reason in enumerate(reasons) if not reason], int)
+    order = np.flatnonzero(np.array(reasons) == "")
     order = order[np.argsort(-quality[order], kind="stable")]
     near = squared_distances(vectors[order], vectors[order]) <= np.quantile(apart, 0.01)
     for place, i in enumerate(order):
@@ -538,9 +534,8 @@ def best_and_diverse(vectors, quality, count, given=()):
     x = np.float32((vectors - vectors.mean(0)) / np.sqrt(2 * scale))
     gain = 2 * np.log(np.maximum(quality, 1e-6))
     remaining = np.ones(len(x), np.float32)  # variance that the chosen ones leave unexplained
-    factor = np.zeros(
-        (len(given) + count, len(x)), np.float32
-    )  # of Cholesky's, a row for each chosen one
+    # of Cholesky's factor, a row for each chosen one
+    factor = np.zeros((len(given) + count, len(x)), np.float32)
     chosen = list(given)
     for step in range(len(factor)):
         if step == len(chosen):
@@ -565,16 +560,15 @@ def name_below(folder, file_name):
 def write_decisions(out, real_rows, all_rows, rows, reasons, scores):
     """decisions.csv: for each generated image whether it is kept, why not, and its scores."""
     names = [name for name in scores if name != "nearest"]
-    places = {id(row): i for i, row in enumerate(rows)}
-    lines = []
-    for row in all_rows:
-        i = places.get(id(row))
-        if i is None:
-            lines.append([row.file_name, 0, "unreadable", "", *[""] * len(names)])
-            continue
+    judged = {}
+    for i, row in enumerate(rows):
         real_name = real_rows[scores["nearest"][i]].file_name
         values = [f"{scores[name][i]:.6g}" for name in names]
-        lines.append([row.file_name, int(not reasons[i]), reasons[i], real_name, *values])
+        judged[id(row)] = [row.file_name, int(not reasons[i]), reasons[i], real_name, *values]
+    lines = []
+    for row in all_rows:
+        unreadable = [row.file_name, 0, "unreadable", "", *[""] * len(names)]
+        lines.append(judged.get(id(row), unreadable))
     write_csv(out / "decisions.csv", ["file", "kept", "reason", "nearest", *names], lines)
 
 
@@ -591,15 +585,14 @@ def copy_images(out, kept, mixed):
             if column not in roles and column.lower() not in header:
                 extra[column] = True
     lines = []
+    paths = {}
     for name, row in entries:
+        if paths.setdefault(name, row.path) != row.path:  # a table may repeat an image
+            fail(f"{row.path}: another image would be called {name} too; rename one")
         quality = getattr(row, "quality", "")  # real images have none
         values = [row.fields.get(column, "") for column in extra]
         synthetic = int(quality != "")
         lines.append([name, row.caption, row.label, row.group, synthetic, quality, *values])
-    paths = {}
-    for name, row in entries:  # a table may repeat one
-        if paths.setdefault(name, row.path) != row.path:
-            fail(f"{row.path}: another image would be called {name} too; rename one")
     if (out / "metadata.csv").is_file():
         for old in read_table(out / "metadata.csv"):
             if old.get("synthetic") == "1" and old["file_name"] not in paths:
@@ -614,8 +607,8 @@ def report(rows, pixels, real, reasons, nearest_real, summary):
     parts = [f"<p>{html.escape(line)}</p>" for line in summary]
     parts.append("<p>Each next to its nearest real image; of many only every n-th.</p>")
     parts.append('<div style="display:grid;gap:1rem;grid-template-columns:1fr 1fr">')
-    refused = np.array([reason != "" for reason in reasons])
-    for title, shown in (("Kept", np.flatnonzero(~refused)), ("Refused", np.flatnonzero(refused))):
+    kept = np.array(reasons) == ""
+    for title, shown in (("Kept", np.flatnonzero(kept)), ("Refused", np.flatnonzero(~kept))):
         parts.append(f"<div><h2>{title}</h2>")
         for i in shown[:: 1 + len(shown) // 61]:
             pair = thumbnail(pixels[i]) + thumbnail(real[nearest_real[i]])
@@ -663,9 +656,9 @@ def read_ratings(paths):
                 fail(f"{path}: row {line}: rating must be 1, 2 or 3, not {row['rating']!r}")
             if not re.fullmatch(r"[1-9]\d*(\.\d*)?", level):
                 fail(f"{path}: row {line}: expert_level must be a number from 1, not {level!r}")
-            place = os.path.join(os.path.dirname(os.path.abspath(path)), row["image_path"])
-            if not os.path.exists(place):
-                place = place.replace("\\", "/")  # written on Windows
+            place = Path(path).absolute().parent / row["image_path"]
+            if not place.exists():
+                place = str(place).replace("\\", "/")  # written on Windows
             texts = {name: row.get(name, "") for name in RATING_TEXTS}
             texts["expert"] = row.get("expert") or Path(path).stem
             rating = int(row["rating"][0])
@@ -799,9 +792,10 @@ def rating_page(facts, images, blind):
         "FACTS": base64.b64encode(facts).decode(),
         "IMAGES": images,
     }
-    lines = [f"const {name} = {json.dumps(value)};\n" for name, value in constants.items()]
-    script = "<script>" + "".join(lines) + "</script>" + RATING_SCRIPT
-    return RATING_STYLE + RATING_BODY + script
+    parts = [RATING_STYLE, RATING_BODY]
+    for name, value in constants.items():
+        parts.append(f"<script>const {name} = {json.dumps(value)};</script>\n")
+    return "".join(parts) + RATING_SCRIPT
 
 
 def choose_images(rows, pixels, rated, args):
@@ -828,7 +822,7 @@ def kappa(first, second):
     """Quadratically weighted kappa of two raters' ratings of the same images, (n,) each."""
     by_chance = np.square(np.subtract.outer(first, second)).sum() / max(1, len(first))
     if by_chance == 0:
-        return float("nan")
+        return np.nan
     return 1 - np.square(first - second).sum() / by_chance
 
 
@@ -852,9 +846,10 @@ def print_agreement(args):
     for rater, counts in guesses.items():
         p = stats.fisher_exact(counts).pvalue
         (hits, misses), (fooled, caught) = counts
-        of_real = f"real taken for real {hits}, for generated {misses}"
-        of_generated = f"generated taken for real {fooled}, for generated {caught}"
-        print(f"{rater}: {of_real}; {of_generated}; p {p:.2g} of guessing")
+        print(
+            f"{rater}: real taken for real {hits}, for generated {misses}; generated taken for "
+            f"real {fooled}, for generated {caught}; p {p:.2g} of guessing"
+        )
 
 
 def describe_agreement(first, second, gen):
@@ -909,12 +904,10 @@ def fit(args):
     refuse_fit(warnings, args)
     print(f"{len(ratings)} ratings of {len(rated.rows)} images: {figures}")
     classes, class_weights = fit_classes(size, mean, spread, args)
-    modalities = sorted(set(rated.modalities.tolist()))
+    modalities = sorted(set(rated.modalities))
     settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
-    print(
-        "next: " + command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out)
-    )
+    print("next:", command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out))
 
 
 def refuse_fit(warnings, args):
@@ -953,7 +946,7 @@ def objections(ratings, rated):
         if v > 0.6:
             found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
     count = len(rated.rows)
-    good = int((rated.labels >= 0.5).sum())
+    good = (rated.labels >= 0.5).sum()
     if count < 30:
         found.append(f"{count} rated images are fewer than 30")
     if min(good, count - good) < 8:
@@ -966,9 +959,9 @@ def cramers_v(first, second):
     n = len(first)
     counts = stats.contingency.crosstab(first, second).count
     chi2 = stats.chi2_contingency(counts, correction=False).statistic
-    rows, columns = counts.shape
-    phi = max(0, chi2 / n - (rows - 1) * (columns - 1) / (n - 1))
-    least = min(side - (side - 1) ** 2 / (n - 1) for side in counts.shape) - 1
+    sides = np.array(counts.shape)
+    phi = max(0, chi2 / n - np.prod(sides - 1) / (n - 1))
+    least = min(sides - (sides - 1) ** 2 / (n - 1)) - 1
     return np.sqrt(phi / least) if least > 1e-9 else 0.0
 
 
@@ -993,17 +986,17 @@ def fit_quality(features, rated, seed):
     weights *= slope
     weights[-1] += offset
     return weights, {
-        "auroc": float(values[0]),
+        "auroc": values[0],
         "interval": auroc_interval(logits[:, :1], good[:, :1], rated, seed),
-        "p": (1 + int((values[1:] >= values[0]).sum())) / (1 + PERMUTATIONS),
+        "p": (1 + (values[1:] >= values[0]).sum()) / (1 + PERMUTATIONS),
     }
 
 
 def auroc_interval(logits, good, rated, seed):
     """95 % of the AUROC over 500 draws of the groups, each with all its images."""
-    names, numbers = np.unique(rated.groups, return_inverse=True)
-    members = [np.flatnonzero(numbers == n) for n in range(len(names))]
-    draws = torch.randint(len(names), (500, len(names)), generator=generator(seed, "interval"))
+    members = [np.flatnonzero(rated.groups == name) for name in np.unique(rated.groups)]
+    size = (500, len(members))
+    draws = torch.randint(len(members), size, generator=generator(seed, "interval"))
     values = []
     for draw in draws.tolist():
         drawn = np.concatenate([members[n] for n in draw])
@@ -1016,8 +1009,7 @@ def auroc(scores, good, strata):
 
     scores, good: (n, m); strata: (n,). NaN where there is no such pair.
     """
-    right = np.zeros(scores.shape[1])
-    pairs = np.zeros(scores.shape[1])
+    right, pairs = np.zeros((2, scores.shape[1]))
     for stratum in np.unique(strata):
         inside = strata == stratum
         positive = good[inside].sum(0)
@@ -1095,8 +1087,6 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("generated", nargs="?", type=data_set, metavar="GENERATED", help="folder or table")
     add("--reference", type=data_set, help="the real images, folder or table")
-    add("--group-column", help="the real images' column of patients")
-    add("--split", type=existing_file, help="split.csv of a run: real test images are left out")
     add("--out", help="default: runs/kept, with --fit selector.safetensors")
     share = number(0.0, 1.0)
     add = parser.add_argument_group("what stays").add_argument
@@ -1124,14 +1114,9 @@ def parse_args(argv=None):
     add("--rating-page", help="write a page on which an expert rates GENERATED")
     add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
     add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
-    how = parser.add_argument_group("how")
-    add = how.add_argument
-    add("--features", default="texture", help="texture, inception, path or Hub id of a model")
-    nets = ["auto", "alex", "vgg", "squeeze", "none"]
-    add("--lpips", choices=nets, default="auto", help="auto: alex where its weights are")
-    add("--resolution", type=number(64, 4096), help="pixels a side (default: by the data)")
-    add("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
-    add_common_flags(how)
+    how = parser.add_argument_group("comparison")
+    how.add_argument("--features", default="texture", help="texture, inception, HUB-ID or PATH")
+    add_comparison_flags(how)
     args = parser.parse_args(argv)
     check_args(args)
     if args.out is None:
@@ -1158,8 +1143,7 @@ def check_args(args):
                 fail(f"--{name}: needs --{needed}".replace("_", "-"))
     if args.max_lpips is not None and args.lpips == "none":
         fail("--max-lpips: needs another --lpips than none")
-    rules = ("calibrate", "max_lpips", "min_ssim", "drop_copies", "drop_duplicates")
-    rules += ("selector", "keep", "mix")
+    rules = (*LIMITS, "drop_duplicates", "selector", "keep", "mix")
     given = [getattr(args, name) for name in rules]
     if filters and all(value is None or value is False for value in given):
         fail("nothing to filter by: give --calibrate 0.05, --drop-copies, --selector or --keep")

@@ -6,7 +6,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     listing       list_images, read_table, fill_captions, split_rows
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; load_features, extract
-    distances     lpips_matrix, ssim; frechet, kid, precision_recall; copy_distances, copy_chances
+    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; copy_chances
     the page      page, table, thumbnail, curve
 """
 
@@ -73,7 +73,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action):
         is_unset = action.default is None or action.default is False
-        if is_unset or action.default in ("", []) or "default" in (action.help or ""):
+        if is_unset or action.default in ("", []) or "default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -126,6 +126,18 @@ def existing_file(text):
     return text
 
 
+def add_comparison_flags(group):
+    """How real and generated images are compared, by evaluate.py and filter.py alike."""
+    group.add_argument("--split", type=existing_file, help="split.csv of a run: what it held out")
+    group.add_argument("--group-column", help="real images' column of patients (default: by name)")
+    nets = ["auto", "none", "alex", "vgg", "squeeze"]
+    group.add_argument("--lpips", choices=nets, default="auto", help="auto: alex if it is there")
+    sides = "pixels a side (default: the smallest stored side, 64 to 256)"
+    group.add_argument("--resolution", type=number(64, 4096), help=sides)
+    group.add_argument("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
+    add_common_flags(group)
+
+
 def add_common_flags(group):
     """--device, --precision and --seed, which mean the same in every script."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -135,8 +147,8 @@ def add_common_flags(group):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Open a binary file that replaces `path` only once it is complete and on the disk."""
+def replacing(path, wait=True):
+    """Open a binary file that replaces `path` only once it is complete and (wait) on the disk."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}.tmp")
@@ -144,7 +156,8 @@ def replacing(path):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if wait:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -184,10 +197,14 @@ def need(package, purpose):
         fail(f"{purpose}: needs the package {package}: pip install {package}")
 
 
+def hash_number(text):
+    """64 bits of a hash of a text, as a whole number."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def generator(seed, *key):
     """A CPU torch.Generator for one purpose: the same seed and key, the same numbers everywhere."""
-    digest = hashlib.blake2b(repr((seed, *key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(hash_number(repr((seed, *key))) >> 1)
 
 
 def command(script, *words):
@@ -294,8 +311,6 @@ WINDOWS = {  # (centre, width) in Hounsfield units
     "liver": (60, 160),
     "angio": (300, 600),
 }
-# how a DICOM file without the 128-byte preamble starts: its first tag
-BARE_DICOM = (b"\2\0\0\0", b"\b\0\0\0", b"\b\0\5\0", b"\b\0\b\0", b"\b\0\x16\0", b"\b\0\x18\0")
 for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
     warnings.filterwarnings("ignore", module=package)
     logging.getLogger(package).setLevel(logging.CRITICAL)
@@ -307,11 +322,10 @@ def read_image(
 ):
     """Read an image of any kind as an upright 8-bit PIL image of mode "RGB", or raise BadImage.
 
-    slice: frame of a multi-frame DICOM or axial slice of a volume; the middle one by default.
-    window: (centre, width) in the file's units, as a pair, a text or a name of WINDOWS, which only
-    CTs and volumes obey. value_range: (black, white) where no window is given, beyond 8 bits. The
-    default is a DICOM file's own window, else percentiles. keep_grey: mode "L" for grey images, a
-    third of the work for what follows.
+    slice: frame of a DICOM file or axial slice of a volume, by default the middle one. window:
+    (centre, width), as a pair, a text or a name of WINDOWS, which only CTs and volumes obey.
+    value_range: (black, white) where no window is given, beyond 8 bits; by default a DICOM file's
+    own window, else percentiles. keep_grey: mode "L" for grey images.
     """
     try:
         if str(path).lower().endswith(VOLUME_SUFFIXES):
@@ -354,7 +368,7 @@ def read_raster(path, value_range):
 
 def is_deep(image):
     """True for grey images of 16 or 32 bits or of floats."""
-    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+    return image.mode.startswith(("I", "F"))
 
 
 def grey_image(values, low, high):
@@ -381,7 +395,7 @@ def pick_window(window):
     if not isinstance(window, str):
         return window
     try:
-        centre, width = [float(part) for part in window.split(",")]
+        centre, width = map(float, window.split(","))
     except ValueError:
         width = 0
     if not width > 0:
@@ -389,20 +403,11 @@ def pick_window(window):
     return centre, width
 
 
-def pick_slice(path, wanted, count):
-    """The number of the wanted slice, or of the middle one."""
-    if wanted is None:
-        return count // 2
-    if not 0 <= wanted < count:
-        raise BadImage(path, f"has slices 0 to {count - 1}, not {wanted}")
-    return wanted
-
-
-def square_pixels(image, row_spacing, column_spacing):
-    """Stretch the coarser axis of an image whose pixels have these heights and widths."""
-    if not row_spacing or not column_spacing:
+def square_pixels(image, spacing):
+    """Stretch the coarser axis of an image; spacing: its pixels' height and width, if known."""
+    if np.size(spacing) != 2 or not all(spacing):
         return image
-    ratio = float(row_spacing) / float(column_spacing)
+    ratio = float(spacing[0]) / float(spacing[1])
     if abs(ratio - 1) < 0.01 or not 0.02 < ratio < 50:
         return image
     width = round(image.width * max(1, 1 / ratio))
@@ -414,7 +419,8 @@ def looks_like_dicom(path):
     """True for a DICOM file by its content, with or without the 128-byte preamble."""
     with open(path, "rb") as file:
         head = file.read(132)
-    return head[128:] == b"DICM" or head[:4] in BARE_DICOM
+    is_bare = head.startswith((b"\2\0", b"\b\0")) and head[3:4] == b"\0"  # a tag of group 2 or 8
+    return head[128:] == b"DICM" or is_bare
 
 
 def open_dicom(path, **how):
@@ -434,8 +440,9 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
     data = open_dicom(path)
     if str(data.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
         raise BadImage(path, "has text burnt in, maybe a name: refused without --allow-burned-in")
-    count = int(data.get("NumberOfFrames") or 1)
-    values, padding = dicom_frame(path, data, pick_slice(path, slice, count))
+    if slice is None:
+        slice = count_frames(data) // 2
+    values = dicom_frame(path, data, slice)
     if values.ndim == 3:
         image = Image.fromarray(values)
     else:
@@ -443,24 +450,21 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
             window = None
         if window and data.get("Modality") == "CT" and "RescaleSlope" not in data:
             raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units")
-        has_own = own_window(data) or data.get("VOILUTSequence")
-        if count > 1 and not (window or value_range or has_own):
-            value_range = range_of_frames(path, os.path.getmtime(path))
-        image = dicom_grey(data, values, padding, pick_window(window), value_range)
+        image = dicom_grey(path, data, values, pick_window(window), value_range)
     spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing")
-    spacing = spacing or data.get("PixelAspectRatio")
-    return square_pixels(image, *spacing) if np.size(spacing) == 2 else image
+    return square_pixels(image, spacing or data.get("PixelAspectRatio"))
+
+
+def count_frames(data):
+    """The number of frames of a DICOM file."""
+    return int(data.get("NumberOfFrames") or 1)
 
 
 def dicom_frame(path, data, frame):
-    """A frame's rescaled (H, W) values and mask of padding, or uint8 colours (H, W, 3) and None."""
+    """A frame's rescaled values (H, W), NaN where it is padded, or its uint8 colours (H, W, 3)."""
     from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
 
     copy_frame_tags(data, frame)
-    syntax = data.file_meta.TransferSyntaxUID
-    if syntax == "1.2.840.10008.1.2.4.51":  # 12-bit JPEG
-        # some encoders write that the scan ends at coefficient 0; it has all 64
-        data.PixelData = re.sub(rb"(?s)(\xff\xda\0\x08\x01..\0)\0\0", b"\\1?\0", data.PixelData)
     try:
         values = pixel_array(data, index=frame)
     except RuntimeError:  # there is no decoder, or each of them gave up
@@ -471,13 +475,13 @@ def dicom_frame(path, data, frame):
         values = apply_color_lut(values, data)
     if values.ndim == 3:
         bits = 8 * values.itemsize if is_palette else data.BitsStored
-        return (values >> max(bits - 8, 0)).astype(np.uint8), None
-    padding = np.zeros(values.shape, bool)
+        return (values >> max(bits - 8, 0)).astype(np.uint8)
+    rescaled = apply_rescale(values, data).astype(np.float64)
     if data.get("PixelPaddingValue") is not None:
         ends = [data.PixelPaddingValue, data.get("PixelPaddingRangeLimit", data.PixelPaddingValue)]
         low, high = sorted(np.array(ends).astype(values.dtype))  # may be written as unsigned
-        padding = (values >= low) & (values <= high)
-    return apply_rescale(values, data), padding
+        rescaled[(values >= low) & (values <= high)] = np.nan
+    return rescaled
 
 
 def copy_frame_tags(data, frame):
@@ -494,7 +498,7 @@ def copy_frame_tags(data, frame):
 
 def own_window(data):
     """(centre, width) of a file's first window, or None."""
-    with contextlib.suppress(AttributeError, IndexError, TypeError, ValueError):  # absent or empty
+    with contextlib.suppress(Exception):  # absent, empty or no number
         centre = float(np.ravel(data.WindowCenter)[0])
         width = float(np.ravel(data.WindowWidth)[0])
         if width > 0:
@@ -502,20 +506,18 @@ def own_window(data):
     return None
 
 
-@functools.lru_cache(maxsize=64)
-def range_of_frames(path, modified):
-    """Percentiles over up to 16 frames of a file without a window; modified: for the cache."""
+@functools.cache
+def range_of_frames(path):
+    """Percentiles over up to 16 frames of a file without a window."""
     data = open_dicom(path)
-    count = int(data.NumberOfFrames)
-    samples = []
-    for frame in range(0, count, 1 + count // 16):
-        values, padding = dicom_frame(path, data, frame)
-        samples.append(values[~padding])
-    return percentile_range(np.concatenate(samples), 0.5, 99.5)
+    count = count_frames(data)
+    frames = [dicom_frame(path, data, n) for n in range(0, count, 1 + count // 16)]
+    return percentile_range(np.concatenate(frames), 0.5, 99.5)
 
 
-def dicom_grey(data, values, padding, window, value_range):
+def dicom_grey(path, data, values, window, value_range):
     """Rescaled (H, W) values to mode "L": as asked for, else as the file says, else percentiles."""
+    padding = np.isnan(values)
     if not window and value_range is None:
         if data.get("VOILUTSequence"):
             values, value_range = look_up(values, data.VOILUTSequence[0])
@@ -530,8 +532,10 @@ def dicom_grey(data, values, padding, window, value_range):
         # LINEAR counts whole grey levels (PS3.3 C.11.2.1.2.1)
         is_exact = function == "LINEAR_EXACT" or width < 1 or "PixelData" not in data
         value_range = centre - width / 2, centre + width / 2 - (0 if is_exact else 1)
-    low, high = value_range or percentile_range(values[~padding].astype(np.float64), 0.5, 99.5)
-    image = grey_image(values.astype(np.float64), low, high)
+    elif value_range is None and count_frames(data) > 1:
+        value_range = range_of_frames(path)
+    low, high = value_range or percentile_range(values, 0.5, 99.5)
+    image = grey_image(values, low, high)
     if data.PhotometricInterpretation == "MONOCHROME1":
         image = ImageOps.invert(image)
     image.paste(0, mask=Image.fromarray(padding))
@@ -544,24 +548,25 @@ def look_up(values, lut):
     table = lut.LUTData
     if isinstance(table, bytes):
         table = np.frombuffer(table, "u1" if len(table) == (count or 2**16) else "<u2")
-    indices = np.clip(values - float(first), 0, np.size(table) - 1).astype(int)
-    return np.ravel(table)[indices], (0, 2**bits - 1)
+    indices = (np.nan_to_num(values) - first).astype(int)
+    return np.ravel(table).take(indices, mode="clip"), (0, 2**bits - 1)
 
 
 def read_volume(path, slice, window, value_range):
     """One axial slice of a volume, anterior up, the patient's left on the image's left."""
-    values, spacing, ends = load_volume(path, os.path.getmtime(path))
-    number = pick_slice(path, slice, values.shape[2])
+    values, spacing, ends = load_volume(path)
+    if slice is None:
+        slice = values.shape[2] // 2
     if window:
         centre, width = pick_window(window)
         value_range = centre - width / 2, centre + width / 2
     low, high = value_range or ends
-    image = grey_image(np.rot90(values[:, :, number].astype(np.float64)), low, high)
-    return square_pixels(image, spacing[1], spacing[0])
+    image = grey_image(np.rot90(values[:, :, slice].astype(np.float64)), low, high)
+    return square_pixels(image, (spacing[1], spacing[0]))
 
 
 @functools.lru_cache(maxsize=2)
-def load_volume(path, modified):
+def load_volume(path):
     """(values (right, anterior, superior), spacings, (black, white) of all slices).
 
     Black is the 1st percentile, white the 99th of what is brighter than the mean: without the air.
@@ -569,16 +574,15 @@ def load_volume(path, modified):
     import nibabel
 
     volume = nibabel.load(path)
-    if volume.ndim > 3:
-        volume = volume.slicer[(..., *[0] * (volume.ndim - 3))]  # the first of several
+    while volume.ndim > 3:
+        volume = volume.slicer[..., 0]  # the first of several
     volume = nibabel.as_closest_canonical(volume)
     values = np.atleast_3d(np.asanyarray(volume.dataobj))
     step = 1 + int((values.size / 2**23) ** (1 / 3))
     sample = values[::step, ::step, ::step].astype(np.float32)
     low, high = percentile_range(sample, 1, 99)
     bright = sample[sample > sample[np.isfinite(sample)].mean()]
-    if bright.size:
-        high = max(high, percentile_range(bright, 1, 99)[1])
+    high = max(high, percentile_range(bright, 1, 99)[1])
     return values, volume.header.get_zooms(), (low, high)
 
 
@@ -628,17 +632,18 @@ def list_images(
     """The rows of a data set: a folder, class folders, a folder with a table, or a table.
 
     prompt: a format string over the columns, instead of the caption column. slices: middle, every:N
-    or all, a row each, of volumes and multi-frame DICOM. Missing files are reported and skipped;
-    more than 5 % of them, or any with strict, is an error.
+    or all of a file, a row each. More than 5 % of files missing, or any with strict, is an error.
     """
     tables = [data, *(os.path.join(data, name) for name in TABLES)]
     table = next(filter(os.path.isfile, tables), None)
     records = read_table(table, caption_column) if table else []
-    names = list(records[0]) if records else []
+    names = records[0] if records else {}
     wanted = (image_column, caption_column, label_column, group_column)
     columns = {}
     for role, name in zip(COLUMNS, wanted, strict=True):
-        columns[role] = pick_column(data, names, role, name)
+        if name is not None and name not in names:
+            fail(f"--{role}-column {name}: {data} has {', '.join(names) or 'no table of columns'}")
+        columns[role] = name or find_column(names, role)
     rows = list_table(table, records, columns, strict) if table else list_folder(data)
     if not rows:
         fail(f"{data}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
@@ -730,8 +735,8 @@ def read_csv(path, text, caption_column):
         pairs = itertools.zip_longest(header, cells[: len(header)], fillvalue="")
         records.append({name: cell.strip() for name, cell in pairs})
     if joined:
-        count = len(joined)
-        note(f'{path}: unquoted {mark!r} in {count} rows: read as {caption}, as "{joined[0]}"')
+        example = f'{len(joined)} rows: read as {caption}, as "{joined[0]}"'
+        note(f"{path}: unquoted {mark!r} in {example}")
     return records
 
 
@@ -742,13 +747,6 @@ def find_column(names, role):
             if name.lower() == usual:
                 return name
     return None
-
-
-def pick_column(data, names, role, wanted):
-    """The column of a role: the one that a flag names, else a usual one, else None."""
-    if wanted is not None and wanted not in names:
-        fail(f"--{role}-column {wanted}: {data} has {', '.join(names) or 'no table of columns'}")
-    return wanted or find_column(names, role)
 
 
 def list_table(table, records, columns, strict):
@@ -762,8 +760,7 @@ def list_table(table, records, columns, strict):
     missing = []
     for fields in records:
         file_name = fields[columns["image"]]
-        name = file_name.replace("\\", "/")  # maybe written on Windows
-        path = os.path.normpath(os.path.join(folder, name))
+        path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))  # of Windows
         if os.path.isfile(path):
             texts = [fields.get(columns[role], "") for role in ("caption", "label", "group")]
             rows.append(Row(path, file_name, *texts, fields))
@@ -795,8 +792,10 @@ def split_labels(row):
 
 def modality_of(row):
     """What a row's column of modalities says, in any case of its name; "" where it has none."""
-    fields = {name.lower(): value for name, value in row.fields.items()}
-    return fields.get("modality", "")
+    for name, value in row.fields.items():
+        if name.lower() == "modality":
+            return value
+    return ""
 
 
 def in_english(text):
@@ -816,8 +815,7 @@ def fill_captions(data, rows, columns, prompt):
         fail(f"--prompt {prompt!r}: {error} (write {{label}} for a field, {{{{ }}}} for braces)")
     lacking = []
     for row in rows:
-        known = {"caption": row.caption, "text": row.caption}
-        known |= {"label": row.label, "labels": row.label}
+        known = dict(caption=row.caption, text=row.caption, label=row.label, labels=row.label)
         known |= {name.lower(): value for name, value in row.fields.items()}
         texts = {}
         for name in names:
@@ -846,19 +844,17 @@ def check_dicoms(data, rows):
     named = []
     for row in rows:
         header = dicom_header(row.path)
-        if header is None:
-            kept.append(row)
-            continue
-        if "Rows" not in header or "LOCALIZER" in (header.get("ImageType") or ()):
-            continue
+        if header is not None:
+            if "Rows" not in header or "LOCALIZER" in (header.get("ImageType") or ()):
+                continue
         kept.append(row)
-        if header.get("PatientID") and not row.group:
+        if header and header.get("PatientID") and not row.group:
             digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
             row.group = f"patient-{digest.hexdigest()}"
             named.append(row)
     if len(kept) < len(rows):
-        skipped = len(rows) - len(kept)
-        note(f"{data}: {skipped} of {len(rows)} files skipped: DICOM reports, plans and localizers")
+        count = f"{len(rows) - len(kept)} of {len(rows)}"
+        note(f"{data}: {count} files skipped: DICOM reports, plans and localizers")
     if not kept:
         fail(f"{data}: no images left")
     if len(named) > 1 and len({row.group for row in named}) == 1:
@@ -900,18 +896,14 @@ def count_slices(path):
     """Frames of a DICOM file, axial slices of a volume; 1 for other files and damaged ones."""
     with contextlib.suppress(Exception):
         if path.lower().endswith(VOLUME_SUFFIXES):
-            return load_volume(path, os.path.getmtime(path))[0].shape[2]
-        return int(dicom_header(path).get("NumberOfFrames") or 1)
+            return load_volume(path)[0].shape[2]
+        return count_frames(dicom_header(path))
     return 1
 
 
 def content_hash(path):
     """SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def set_hash(rows):
@@ -929,8 +921,7 @@ def split_rows(rows, val_share, test_share=0.0):
     synthetic = [row.fields.get("synthetic") == "1" for row in rows]
     for row, is_synthetic in zip(rows, synthetic, strict=True):
         key = row.group or content_hash(row.path)
-        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-        place = int.from_bytes(digest, "big") / 2**64
+        place = hash_number(key) / 2**64
         if place >= test_share + val_share or (is_synthetic and not all(synthetic)):
             row.split = "train"
         elif place >= test_share:
@@ -982,11 +973,11 @@ def find_disc(image):
     rows, columns = ndimage.find_objects(parts)[largest]
     height = rows.stop - rows.start
     width = columns.stop - columns.start
-    is_disc = max(height, width) <= 1.6 * min(height, width)
-    if not is_disc or (parts == largest + 1).mean() < 0.2:
+    side = max(height, width)
+    if side > 1.6 * min(height, width) or (parts == largest + 1).mean() < 0.2:
         return None
     scale = image.width / small.width
-    half = max(height, width) / 2
+    half = side / 2
     x = columns.start + width / 2
     y = rows.start + height / 2
     return tuple(round(edge * scale) for edge in (x - half, y - half, x + half, y + half))
@@ -1000,41 +991,48 @@ def pick_resolution(*row_lists):
         for row in rows:
             with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
                 sides.append(min(image.size))
-        sides.sort()
-        resolution = min(resolution, sides[(len(sides) - 1) // 20])
+        resolution = min(resolution, sorted(sides)[(len(sides) - 1) // 20])
     return max(64, resolution)
 
 
 def share_range(rows, given=None):
     """Set row.value_range: `given`, or one range for all images of more than 8 bits."""
-    ranges = {}
-    for n, row in enumerate(rows):
+    deep = []
+    ends = []
+    for row in rows:
         row.value_range = given
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
             if given is None and is_deep(image):
-                ranges[n] = percentile_range(np.asarray(image), 0, 100)
-    if ranges:
-        lows, highs = zip(*ranges.values(), strict=True)
-        low = float(min(lows))
-        high = float(max(highs))
-        for n in ranges:
-            rows[n].value_range = low, high
-        note(f"{len(ranges)} images of more than 8 bits: {low:g} is black, {high:g} white in all")
+                ends += percentile_range(np.asarray(image), 0, 100)
+                deep.append(row)
+    if deep:
+        low = float(min(ends))
+        high = float(max(ends))
+        for row in deep:
+            row.value_range = low, high
+        note(f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all")
     return rows
 
 
 def load_pixels(
-    rows, resolution, crop="center", strict=False, seed=0, measure=None, bad_share=None, **options
+    rows,
+    resolution,
+    crop="center",
+    strict=False,
+    seed=0,
+    measure=None,
+    value_range=None,
+    bad_share=BAD_SHARE,
+    **options,
 ):
     """Read the images of rows: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
-    options: window, value_range and allow_burned_in of read_image; a row's own value_range, which
-    share_range sets where nothing else does, goes first. seed: of crop "random". measure: a
-    function of the PIL image before it is cropped, for row.measured. Unreadable files are reported
-    and skipped; more than bad_share (5 %) of them, or any with strict, is an error.
+    seed: of crop "random". measure: a function of the PIL image before it is cropped, for
+    row.measured. value_range: see share_range, whose earlier answer goes first. options: window and
+    allow_burned_in of read_image. Unreadable files are reported and skipped; more than bad_share of
+    them, or any with strict, is an error.
     """
     pick_window(options.get("window"))  # a wrong one is an error of the flags
-    value_range = options.pop("value_range", None)
     if not any(row.value_range for row in rows):
         share_range(rows, value_range)
     pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
@@ -1059,7 +1057,7 @@ def load_pixels(
     bad = [error for error in errors if error]
     for error in bad:
         print(f"skipped: {error}", file=sys.stderr)
-    if bad and (strict or len(bad) > (bad_share or BAD_SHARE) * len(rows)):
+    if bad and (strict or len(bad) > bad_share * len(rows)):
         fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
     readable = [i for i, error in enumerate(errors) if not error]
     return [rows[i] for i in readable], pixels[readable] if bad else pixels
@@ -1083,16 +1081,15 @@ def near_duplicates(pixels, alike=0.95):
     mirrored = difference_hash(thumbnails.flip(2))
     pairs = []
     for start in range(0, len(pixels), 1024):
-        near = hashes[start : start + 1024] @ hashes.T > alike
-        flipped = hashes[start : start + 1024] @ mirrored.T > alike
+        block = hashes[start : start + 1024]
+        near = block @ hashes.T > alike
+        flipped = block @ mirrored.T > alike
         for row, j in (near | flipped).triu(start + 1).nonzero().tolist():
             i = start + row
-            if not near[row, j]:
-                pairs.append((i, j, "flipped"))
-            elif torch.equal(pixels[i], pixels[j]):
-                pairs.append((i, j, "exact"))
-            else:
-                pairs.append((i, j, "near"))
+            kind = "near" if near[row, j] else "flipped"
+            if torch.equal(pixels[i], pixels[j]):
+                kind = "exact"
+            pairs.append((i, j, kind))
     return pairs
 
 
@@ -1167,7 +1164,7 @@ def colour(pixels):
         covariance = (chroma - mean).prod(1).mean((1, 2))
         size = torch.hypot(*chroma.unbind(1)).mean((1, 2))  # norm(dim=1) takes sixty times as long
         detail = (chroma.diff(dim=2).diff(dim=3).abs().mean((2, 3)) + 1e-3).log()
-        columns = [mean[..., 0, 0], spread, covariance[:, None], size[:, None], detail]
+        columns = [mean.flatten(1), spread, covariance[:, None], size[:, None], detail]
         parts.append(torch.cat(columns, 1))
     return torch.cat(parts).double().cpu().numpy()
 
@@ -1204,12 +1201,16 @@ def grey_grain(grey):
     mask = down.diff(dim=2).diff(n=2, dim=3)
     noise = log_mean(mask * (torch.pi / 72) ** 0.5)
     steps = log_steps(grey)
-    measures = [log_spread(laplacian), log_spread(grey), noise]
-    measures.append(log_mean(grey) - noise)
-    measures.append(noise - steps)
-    measures.append(log_mean(down[:, :, 7::8]) - log_mean(down))
-    measures.append(log_mean(across[..., 7::8]) - log_mean(across))
-    measures.append(log_mean(down.diff(dim=3)) - steps)
+    measures = [
+        log_spread(laplacian),
+        log_spread(grey),
+        noise,
+        log_mean(grey) - noise,
+        noise - steps,
+        log_mean(down[:, :, 7::8]) - log_mean(down),
+        log_mean(across[..., 7::8]) - log_mean(across),
+        log_mean(down.diff(dim=3)) - steps,
+    ]
     for _ in range(3):
         grey = F.avg_pool2d(grey, 2)
         coarser_steps = log_steps(grey)
@@ -1243,14 +1244,14 @@ class Network:
     function: Callable
     standardise: bool = False  # its numbers have no common unit: divide each by its spread
     published: bool = False  # its figures compare with published ones
-    head: np.ndarray | None = None  # Inception's last layer (1008, 2048)
+    head: np.ndarray = None  # Inception's last layer (1008, 2048)
 
 
 def find_weights(name):
     """The path of a weight file in our cache or torch's own, or None."""
     for folder in (CACHE, Path(torch.hub.get_dir()) / "checkpoints"):
         if (folder / name).is_file():
-            return str(folder / name)
+            return folder / name
     return None
 
 
@@ -1398,7 +1399,8 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
             batch = network.function(pixels[numbers].to(device)).float().cpu().numpy()
             for n, vector in zip(numbers, batch, strict=True):
                 vectors[n] = vector
-                write_vector(paths[n], vector)
+                with contextlib.suppress(OSError), replacing(paths[n], wait=False) as file:
+                    np.save(file, vector)  # where the disk is full, it is computed again
     features = np.stack(vectors).astype(np.float64)
     if not np.isfinite(features).all():
         fail(f"the features of {network.name} are not finite: are its weights sound?")
@@ -1412,8 +1414,9 @@ def without_tf32():
 
 def cache_path(name, image):
     """Where the cache holds the vector that a network of that name makes of a uint8 image."""
-    key = hashlib.sha256(f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes())
-    return CACHE / "features" / name / key.hexdigest()[:2] / f"{key.hexdigest()}.npy"
+    content = f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
+    key = hashlib.sha256(content).hexdigest()
+    return CACHE / "features" / name / key[:2] / f"{key}.npy"
 
 
 def read_vector(path):
@@ -1422,15 +1425,6 @@ def read_vector(path):
         return np.load(path)
     except (OSError, ValueError, EOFError):
         return None
-
-
-def write_vector(path, vector):
-    """Write a cache file, atomically but without waiting for the disk; a full disk does no harm."""
-    temporary = path.with_suffix(f".{os.getpid()}.npy")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, vector)
-        os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------- image against image: LPIPS, SSIM
@@ -1454,11 +1448,8 @@ def trunk_of(kind, state):
 
     with torch.device("meta"):
         net = getattr(torchvision.models, kind)()
-    weights = {key: value for key, value in state.items() if key.startswith("features.")}
-    net.load_state_dict(weights, strict=False, assign=True)
-    for module in net.features:
-        if hasattr(module, "inplace"):
-            module.inplace = False  # the maps are kept
+    net.classifier = None
+    net.load_state_dict(state, strict=False, assign=True)  # without the classifier's weights
     return net.features.eval().requires_grad_(False)
 
 
@@ -1477,8 +1468,7 @@ def lpips_files(net):
     linear = None
     package = importlib.util.find_spec("lpips")
     if package:
-        folder = package.submodule_search_locations[0]
-        linear = os.path.join(folder, "weights", "v0.1", f"{net}.pth")
+        linear = Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth"
     return find_weights(LPIPS[net][2]), linear
 
 
@@ -1490,13 +1480,13 @@ def has_lpips(net):
 def load_lpips(net, device):
     """The Network of LPIPS v0.1; net: alex, vgg or squeeze. See lpips_vectors."""
     kind, layers, file, digest = LPIPS[net]
-    trunk_path, linear_path = lpips_files(net)
-    if trunk_path is None or linear_path is None:
+    if not has_lpips(net):
         source = f"https://download.pytorch.org/models/{file} in {CACHE}"
         fail(f"LPIPS ({net}) needs {source}, and its own layers: pip install lpips")
+    trunk_path, linear_path = lpips_files(net)
     trunk = trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])).to(device)
-    linear = load_weights(linear_path, digest)
-    weights = [linear[f"lin{n}.model.1.weight"][0].to(device) for n in range(len(layers))]
+    linear = load_weights(linear_path, digest)  # of each layer, in order
+    weights = [weight[0].to(device) for weight in linear.values()]
 
     def function(pixels):
         return lpips_vectors(pixels / 127.5 - 1, trunk, layers, weights)
@@ -1509,7 +1499,7 @@ def lpips_vectors(images, trunk, layers, weights):
 
     Zhang et al. 2018; the epsilon stands outside the root, as in the package lpips.
     """
-    mean, sd = (torch.tensor(values).to(images)[:, None, None] for values in LPIPS_SCALE)
+    mean, sd = torch.tensor(LPIPS_SCALE).to(images)[:, :, None, None]
     parts = []
     maps_of_layers = taps(trunk, (images - mean) / sd, layers)
     for maps, weight in zip(maps_of_layers, weights, strict=True):
@@ -1543,8 +1533,7 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
         for i in tqdm(starts, desc=f"LPIPS {network.name}", leave=False, disable=None):
             first = vectors(pixels[i : i + width])
             for j in range(i if symmetric else 0, len(others), step):
-                is_same = symmetric and i == j
-                second = first if is_same else vectors(others[j : j + step])
+                second = first if symmetric and i == j else vectors(others[j : j + step])
                 distances = squares(first)[:, None] + squares(second) - 2 * (first @ second.T)
                 result[i : i + width, j : j + step] = distances.cpu()
     if symmetric:  # by construction: a product a @ a.T is not so to the last bit on every machine
@@ -1558,64 +1547,40 @@ GAUSS = np.exp(-np.square(np.arange(-5.0, 6.0)) / 4.5)  # SSIM's window, sigma 1
 GAUSS /= GAUSS.sum()
 
 
-def ssim(a, b):
-    """SSIM (Wang et al. 2004) of images in [0, 1], (B, C, H, W), H, W >= 11: (B,)."""
-    window = GAUSS.tolist()
+def ssim_matrix(first, second, device="cpu"):
+    """SSIM of all pairs at 64 pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
 
-    def smooth(maps):  # sums of shifted pictures: several times faster than conv2d of one channel
-        for axis in (2, 3):
-            size = maps.shape[axis] - 10
-            total = window[0] * maps.narrow(axis, 0, size)
-            for k in range(1, 11):
-                total.add_(maps.narrow(axis, k, size), alpha=window[k])
-            maps = total
-        return maps
-
-    mean_a = smooth(a)
-    mean_b = smooth(b)
-    variances = smooth(a * a) + smooth(b * b) - mean_a**2 - mean_b**2
-    structure = (2 * (smooth(a * b) - mean_a * mean_b) + 9e-4) / (variances + 9e-4)
-    luminance = (2 * mean_a * mean_b + 1e-4) / (mean_a**2 + mean_b**2 + 1e-4)
-    return (luminance * structure).mean((1, 2, 3))
-
-
-def ssim_matrix(first, second, device="cpu", size=64):
-    """SSIM of all pairs at `size` pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
-
-    Means and variances are taken once an image; what a pair shares, the smoothed product, is one
-    matrix product of all images for each place of the window.
+    Wang et al. 2004; for each place of the window, one matrix product serves all pairs.
     """
     weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
 
-    def shrink(pixels):  # -> (N, size, size)
+    def shrink(pixels):  # -> (N, 64, 64)
         parts = []
         for part in pixels.split(64):
-            parts.append(F.interpolate(to_grey(part.to(device)), (size, size), mode="area")[:, 0])
+            parts.append(F.adaptive_avg_pool2d(to_grey(part.to(device)), 64)[:, 0])
         return torch.cat(parts)
 
     with torch.inference_mode():
         first = shrink(first)
         second = shrink(second)
         total = torch.zeros(len(first), len(second), device=device)
-        for y in tqdm(range(size - 10), desc="SSIM", leave=False, disable=None):
-            windows_a = ssim_windows(first, weights, y)
-            windows_b = ssim_windows(second, weights, y)
-            for a, b in zip(windows_a, windows_b, strict=True):
-                patches_a, mean_a, light_a, spread_a = a
-                patches_b, mean_b, light_b, spread_b = b
-                covariance = (patches_a * (2 * weights)) @ patches_b.T
-                score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
-                total += score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
-    return (total / (size - 10) ** 2).double().cpu().numpy()
+        for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None):
+            y, x = divmod(place, 54)
+            patches_a, mean_a, light_a, spread_a = ssim_terms(first, weights, y, x)
+            patches_b, mean_b, light_b, spread_b = ssim_terms(second, weights, y, x)
+            covariance = (patches_a * (2 * weights)) @ patches_b.T
+            score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
+            total += score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
+    return (total / 54**2).double().cpu().numpy()
 
 
-def ssim_windows(grey, weights, y):
-    """For each x: centred patches (N, 121), their means, and their terms of SSIM's two divisors."""
-    patches = grey[:, y : y + 11].unfold(2, 11, 1).permute(2, 0, 1, 3).flatten(2)
+def ssim_terms(grey, weights, y, x):
+    """At one place: centred patches (N, 121), their means, their terms of SSIM's two divisors."""
+    patches = grey[:, y : y + 11, x : x + 11].flatten(1)
     mean = patches @ weights
-    patches = patches - mean[:, :, None]
+    patches = patches - mean[:, None]
     spread = patches.square() @ weights
-    return zip(patches, mean, mean**2 + 0.5e-4, spread + 4.5e-4, strict=True)
+    return patches, mean, mean**2 + 0.5e-4, spread + 4.5e-4
 
 
 # ---------------------------------------------------------------- set against set
@@ -1640,7 +1605,7 @@ def frechet(first, second):
     gap = np.square(first.mean(0) - second.mean(0)).sum()
     root_1 = covariance_root(first)
     root_2 = covariance_root(second)
-    nuclear = np.linalg.svd(root_1 @ root_2.T, compute_uv=False).sum()
+    nuclear = np.linalg.norm(root_1 @ root_2.T, "nuc")
     return max(0.0, gap + np.square(root_1).sum() + np.square(root_2).sum() - 2 * nuclear)
 
 
@@ -1672,7 +1637,7 @@ def kid(first, second):
     value = within_first.mean() + within_second.mean() - 2 * cross.mean()
     n, m = cross.shape
     if min(n, m) < 3:
-        return value, float("nan")
+        return value, math.nan
     # what is the same whichever image is left out has no variance
     left_first = (cross.mean(1) - within_first * (n - 1) / (n - 2)).var() / (n - 1)
     left_second = (cross.mean(0) - within_second * (m - 1) / (m - 2)).var() / (m - 1)
@@ -1708,8 +1673,6 @@ def precision_recall(real, fake, cross, k):
 
 
 # ---------------------------------------------------------------- nearest images, copies
-
-COPY_CHANCE = 0.01  # an image is a copy if a fresh one would be as close in 1 of 100 cases
 
 
 def same_unit(groups):
@@ -1750,12 +1713,12 @@ def copy_distances(first, real):
             crops = thumbnails(grey[:, :, y : y + side, x : x + side])
             for view in (crops, crops.flip(2)):
                 torch.maximum(best_part, queries @ view.flatten(1).T, out=best_part)
-    return best.mul_(-2).add_(2).clamp_(min=0).sqrt_().numpy()
+    return (2 - 2 * best).clamp(min=0).sqrt().numpy()
 
 
 def copy_limit(count):
-    """The chance up to which an image is a copy; few real ones cannot show a smaller one."""
-    return max(COPY_CHANCE, 1 / (count + 1))
+    """The chance up to which an image is a copy: 1 %, or the smallest that `count` can show."""
+    return max(0.01, 1 / (count + 1))
 
 
 def copy_chances(real, fake, same):
@@ -1829,14 +1792,14 @@ def table(header, rows):
     return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
 
 
-def thumbnail(image, size=96, **options):
+def thumbnail(image, size=96, quality=85, **options):
     """An <img> of a PIL image or uint8 pixels (3, H, W): a JPEG of at most `size` pixels a side."""
     if not isinstance(image, Image.Image):
         image = picture(image)
     image = image.convert("RGB")
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **{"quality": 85, **options})
+    image.save(buffer, "JPEG", quality=quality, **options)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{data}">'
 
@@ -1857,23 +1820,22 @@ def curve(series, x_label="", y_label=""):
     def positions(points):  # the axes cross at (70, 220)
         return (points - low) / span * (540, -192) + (70, 220)
 
-    def text(x, y, content, more=""):
-        return f'<text x="{x:.0f}" y="{y:.0f}" {more}>{html.escape(content)}</text>'
+    def text(x, y, content, colour="var(--soft)"):
+        return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}">{html.escape(content)}</text>'
 
     parts = ['<path d="M70 20V220H625" fill="none" stroke="var(--line)"/>']
     for value in (low, low + span / 2, low + span):
         x, y = positions(value)
-        parts.append(text(x, 238, f"{value[0]:.4g}", 'text-anchor="middle"'))
-        parts.append(text(64, y + 4, f"{value[1]:.4g}", 'text-anchor="end"'))
+        parts.append(text(x, 238, f"{value[0]:.4g}"))
+        parts.append(text(35, y + 4, f"{value[1]:.4g}"))
     for n, (name, points) in enumerate(finite.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
         words = [f"{x:.1f},{y:.1f}" for x, y in positions(points)]
         line = " ".join(words[:1] + words)  # the first twice: one alone is a dot
         style = f'fill="none" stroke="{colour}" stroke-width="3" stroke-linecap="round"'
         parts.append(f'<polyline points="{line}" {style}/>')
-        parts.append(text(80 + 140 * n, 12, name, f'fill="{colour}"'))
-    parts.append(text(340, 256, x_label, 'text-anchor="middle"'))
-    parts.append(text(0, 12, y_label))
-    size = 'viewBox="0 0 640 260" width="640" height="260"'
-    style = 'font-size="12" fill="var(--soft)"'
-    return f'<svg {size} role="img" {style}>{"".join(parts)}</svg>\n'
+        parts.append(text(150 + 140 * n, 12, name, colour))
+    parts.append(text(340, 256, x_label))
+    parts.append(text(35, 12, y_label))
+    style = 'width="640" height="260" font-size="12" text-anchor="middle"'
+    return f'<svg viewBox="0 0 640 260" role="img" {style}>{"".join(parts)}</svg>\n'

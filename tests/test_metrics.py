@@ -277,13 +277,16 @@ def test_the_clean_resize_is_clean_fids():
 
 
 def test_ssim_agrees_with_scikit_image():
-    y, x = np.mgrid[0:192, 0:192] / 191
-    a = 0.5 + 0.5 * np.sin(20 * x + 14 * y**2)
-    b = np.clip(a + 0.1 * np.random.RandomState(4).randn(192, 192), 0, 1)
     structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
     how = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.0)
-    ours = metrics.ssim(torch.from_numpy(a)[None, None], torch.from_numpy(b)[None, None])
-    assert ours.item() == pytest.approx(structural_similarity(a, b, **how), abs=1e-9)
+    first = noise(5)
+    second = noise(7, seed=1)
+    theirs = np.empty((5, 7))
+    for i, a in enumerate(metrics.to_grey(first)[:, 0].double().numpy()):
+        for j, b in enumerate(metrics.to_grey(second)[:, 0].double().numpy()):
+            theirs[i, j] = structural_similarity(a, b, **how)
+    # the matrix is of fp32 products
+    assert metrics.ssim_matrix(first, second) == pytest.approx(theirs, abs=2e-5)
 
 
 def lpips_network(net, trunk_state, weights):
@@ -480,36 +483,26 @@ def test_the_nearest_real_image_of_a_real_one_is_never_its_own_patient():
 
 def test_ssim_has_scikit_images_values_and_the_closed_form_on_flat_images():
     r = np.random.RandomState(3)
-    noise_a = r.rand(64, 48, 3)
-    noise_b = np.clip(noise_a + 0.1 * r.randn(64, 48, 3), 0, 1)
-    a = torch.from_numpy(noise_a).permute(2, 0, 1)[None]
-    b = torch.from_numpy(noise_b).permute(2, 0, 1)[None]
-    luma = torch.tensor(metrics.LUMA).double()[:, None, None]
-    grey_a = (a * luma).sum(1, keepdim=True)
-    grey_b = (b * luma).sum(1, keepdim=True)
+    noisy_a = r.rand(64, 64)
+    noisy_b = np.clip(noisy_a + 0.1 * r.randn(64, 64), 0, 1)
     y, x = np.mgrid[0:64, 0:64] / 63
-    wave_a = torch.from_numpy(0.5 + 0.5 * np.sin(6 * x + 4 * y**2))[None, None]
-    wave_b = torch.from_numpy(0.5 + 0.5 * np.sin(6 * x + 4 * y**2 + 0.5))[None, None]
-    flat_a = torch.full((1, 1, 32, 32), 0.4, dtype=torch.float64)
-    flat_b = torch.full((1, 1, 32, 32), 0.6, dtype=torch.float64)
-    # scikit-image 0.26, gaussian weights
-    assert metrics.ssim(a, b).item() == pytest.approx(0.946309482727, abs=1e-9)
-    assert metrics.ssim(grey_a, grey_b).item() == pytest.approx(0.947221478643, abs=1e-7)
-    assert metrics.ssim(wave_a, wave_b).item() == pytest.approx(0.569981499344, abs=1e-9)
+    wave_a = 0.5 + 0.5 * np.sin(6 * x + 4 * y**2)
+    wave_b = 0.5 + 0.5 * np.sin(6 * x + 4 * y**2 + 0.5)
+    flat_a = np.full((64, 64), 0.4)
+    flat_b = np.full((64, 64), 0.6)
+    first = grey_pixels(noisy_a, wave_a, flat_a)
+    second = grey_pixels(noisy_b, wave_b, flat_b)
     closed_form = (2 * 0.24 + 1e-4) / (0.52 + 1e-4)
-    assert metrics.ssim(flat_a, flat_b).item() == pytest.approx(closed_form, abs=1e-12)
+    expected = [0.945086721714, 0.569492946633, closed_form]  # scikit-image 0.26, gaussian weights
+    assert metrics.ssim_matrix(first, second).diagonal() == pytest.approx(expected, abs=2e-5)
+    larger = first.repeat_interleave(3, 2).repeat_interleave(3, 3)  # of the same 64 pixels
+    assert metrics.ssim_matrix(larger, second).diagonal() == pytest.approx(expected, abs=2e-5)
 
 
-def test_the_ssim_matrix_is_ssim_of_every_pair_at_64_pixels():
-    first = noise(5)
-    second = noise(7, seed=1)
-    slow = np.empty((5, 7))
-    for i, a in enumerate(first):
-        for j, b in enumerate(second):
-            grey_a = metrics.to_grey(a[None]).double()
-            slow[i, j] = metrics.ssim(grey_a, metrics.to_grey(b[None]).double()).item()
-    # the matrix is of fp32 products
-    assert metrics.ssim_matrix(first, second) == pytest.approx(slow, abs=2e-5)
+def grey_pixels(*pictures):
+    """Pictures of numbers from 0 to 1 as uint8 pixels (N, 3, H, W)."""
+    pixels = np.rint(255 * np.stack(pictures)).astype(np.uint8)
+    return torch.from_numpy(pixels)[:, None].repeat(1, 3, 1, 1)
 
 
 LPIPS_VALUES = {

@@ -228,7 +228,7 @@ def test_oblong_pixels_become_square_and_frames_are_picked_by_number(tmp_path):
     frames = np.stack([np.full((8, 8), level, np.uint8) for level in (10, 20, 30)])
     write_dicom(tmp_path / "b.dcm", frames, WindowCenter=128, WindowWidth=256)
     assert [values(tmp_path / "b.dcm", slice=n)[0, 0] for n in (0, None, 2)] == [10, 20, 30]
-    with pytest.raises(BadImage, match="slices 0 to 2"):
+    with pytest.raises(BadImage, match="b.dcm"):
         read_image(tmp_path / "b.dcm", slice=3)
 
 
@@ -450,7 +450,7 @@ def test_volumes_of_both_kinds_are_scaled_as_a_whole(tmp_path):
         assert (high[:2, -2:] == 255).all()
         assert high[4:].max() < 100
         assert values(tmp_path / name, slice=2).max() < 100
-        with pytest.raises(BadImage, match="slices 0 to 9"):
+        with pytest.raises(BadImage, match=name):
             read_image(tmp_path / name, slice=10)
 
 
