@@ -24,9 +24,8 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -345,17 +344,16 @@ def read_base(name, folder, device, dtype, method):
         return kind.from_pretrained(folder, subfolder=part, use_safetensors=True, **options)
 
     quick = {"low_cpu_mem_usage": False}
-    unet_kind = diffusers.UNet2DConditionModel
-    unet = read_model(unet_kind, "unet", torch_dtype=unet_dtype, **quick)
+    unet = read_model(diffusers.UNet2DConditionModel, "unet", torch_dtype=unet_dtype, **quick)
     vae = read_model(diffusers.AutoencoderKL, "vae", torch_dtype=vae_dtype, **quick)
     encoder = read_model(transformers.CLIPTextModel, "text_encoder", dtype=text_dtype)
     text_encoders = [encoder]
+    tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")]
     if is_sdxl:
         second_kind = transformers.CLIPTextModelWithProjection
         text_encoders.append(read_model(second_kind, "text_encoder_2", dtype=text_dtype))
-    tokenizers = []
-    for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]:
-        tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, subfolder=part))
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2")
+        tokenizers.append(tokenizer)
     schedule = USUAL_SCHEDULE | read_config(folder, "scheduler/scheduler_config.json")
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     index = read_config(folder, "model_index.json")
@@ -473,9 +471,9 @@ def tokenize(base, texts):
     texts = [expand_words(base, text) for text in texts]
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = {}
-    for suffix, tokenizer in zip(("", "_2"), base.tokenizers, strict=False):
+    for name, tokenizer in zip(("ids", "ids_2"), base.tokenizers, strict=False):
         encoded = tokenizer(texts, max_length=base.text_length, **options)
-        tokens["ids" + suffix] = encoded.input_ids.to(base.device)
+        tokens[name] = encoded.input_ids.to(base.device)
         if base.text_projection is not None:
             tokens["mask"] = encoded.attention_mask.to(base.device)
     if base.zero_empty:
@@ -706,13 +704,12 @@ def read_texts(args, adapters):
 def rows_of_data_set(data, caption_format, adapters):
     """The rows of a data set; captions it lacks are made by the --prompt of an adapter's run."""
     rows = list_images(data, prompt=caption_format)
-    if caption_format is not None or any(row.caption for row in rows):
-        return rows
-    caption_format = first_known(adapters, "prompt")
-    if caption_format:
-        return list_images(data, prompt=caption_format)
-    if any(row.label for row in rows):
-        fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
+    if caption_format is None and not any(row.caption for row in rows):
+        caption_format = first_known(adapters, "prompt")
+        if caption_format:
+            fill_captions(data, rows, {}, caption_format)
+        elif any(row.label for row in rows):
+            fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
     return rows
 
 
@@ -739,12 +736,11 @@ def merge_rows(rows, label):
     prompts = {}
     for row in rows:
         caption = " ".join(row.caption.split())
-        facts = {"modality": modality_of(row)}
-        new = Row("", "", caption, label or row.label, fields=facts)
+        new = Row("", "", caption, label or row.label, fields={"modality": modality_of(row)})
         prompt = prompts.setdefault(caption, new)
         if prompt.label != new.label:
             prompt.label = ""
-        if prompt.fields != facts:
+        if prompt.fields != new.fields:
             prompt.fields["modality"] = ""
     return list(prompts.values())
 
@@ -753,13 +749,13 @@ def say_what_is_cut(base, texts):
     """Print what the text encoder does not read of long prompts: all after 75 tokens (CLIP)."""
     tokenizer = base.tokenizers[0]
     room = base.text_length - tokenizer.num_special_tokens_to_add()
-    lost = {}
+    lost = []
     for text in texts:
         tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
         if len(tokens) > room:
-            lost[text] = tokenizer.decode(tokens[room:])
+            lost.append((text, tokenizer.decode(tokens[room:])))
     if lost and RANK == 0:
-        text, rest = next(iter(lost.items()))
+        text, rest = lost[0]
         print(f"{len(lost)} prompts are longer than the {room} tokens that this base reads;")
         print(f'of "{text[:40]}…" this is lost: "{rest[:200]}"')
 
@@ -811,7 +807,7 @@ class Manifest:
         for line in self.log.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a crash may cut a line short
                 record = json.loads(line)
-                if Path(self.folder, record["file"]).is_file():
+                if (self.folder / record["file"]).is_file():
                     self.records[record["stem"]] = record
 
     def has(self, drawing, max_attempts):
@@ -878,35 +874,31 @@ def plan(args, settings, base_name, prompts, adapters, control):
     if settings.guidance_rescale:
         options += f", Guidance rescale: {settings.guidance_rescale:g}"
     loras = " ".join(f"{each.path}:{each.weight:g}" for each in adapters)
-    common = asdict(settings) | {"seed": args.seed, "base": base_name, "lora": loras}
+    common = vars(settings) | {"seed": args.seed, "base": base_name, "lora": loras}
     stems = make_stems([prompt.caption for prompt in prompts])
     planned = []
     for prompt in prompts:
-        facts = {"prompt": prompt.caption, "label": prompt.label, **prompt.fields}
         first = f"{prompt.caption}\nNegative prompt: {settings.negative_prompt}\n{how}"
         for i in range(args.num_images):
             parameters = f"{first}, Image: {i}{options}"
             digest = hashlib.sha256(f"{args.format}\n{parameters}".encode()).hexdigest()
             stem = f"{stems[prompt.caption]}-{i:04d}"
-            record = common | facts | {"settings": digest[:16]}
+            facts = {"prompt": prompt.caption, "label": prompt.label, "settings": digest[:16]}
+            record = common | prompt.fields | facts
             planned.append(Drawing(prompt, i, stem, parameters, record))
     return planned
 
 
 def find_unfinished(planned, manifest, args):
     """The pictures still to draw; without --overwrite, files of other settings are not replaced."""
-    unfinished = []
-    for drawing in planned:
-        record = manifest.records.get(drawing.stem)
-        path = Path(args.out, f"{drawing.stem}.{args.format}")
-        is_foreign = record is None and path.exists()
-        if record and record["settings"] != drawing.record["settings"]:
-            path = Path(args.out, record["file"])
-            is_foreign = True
-        if is_foreign and not args.overwrite:
+    unfinished = [each for each in planned if not manifest.has(each, args.max_attempts)]
+    for drawing in unfinished:
+        name = f"{drawing.stem}.{args.format}"
+        record = manifest.records.get(drawing.stem, {"file": name, "settings": ""})
+        path = Path(args.out, record["file"])
+        is_other = record["settings"] != drawing.record["settings"]
+        if is_other and path.exists() and not args.overwrite:
             fail(f"{path}: is of other settings; give another --out, or sample.py's --overwrite")
-        if not manifest.has(drawing, args.max_attempts):
-            unfinished.append(drawing)
     return unfinished
 
 
@@ -972,19 +964,19 @@ def encode_dicom(image, parameters):
 ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
-def contact_sheet(images, captions, columns=8):
+def contact_sheet(images, captions):
     """One image of many, each 160 pixels wide with its caption below."""
-    side = 160
-    columns = min(columns, max(4, len(images)))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 20) + 4), "white")
+    width, height = 164, 180  # of a cell
+    columns = min(8, max(4, len(images)))
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * width + 4, rows * height + 4), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x = 4 + i % columns * (side + 4)
-        y = 4 + i // columns * (side + 20)
-        sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
+        x = 4 + i % columns * width
+        y = 4 + i // columns * height
+        sheet.paste(image.resize((160, 160)), (x, y))
         text = " ".join(caption.encode("ascii", "replace").decode().split())
-        pen.text((x, y + side + 3), text[:28], fill="black")
+        pen.text((x, y + 163), text[:28], fill="black")
     return sheet
 
 
@@ -1050,38 +1042,40 @@ class Control:
 def draw(base, todo, batch_size, settings, control, manifest, args):
     """Draw and write pictures; what is refused is drawn again, --max-attempts times in all."""
     for attempt in range(1, args.max_attempts + 1):
+        name = "drawing" if attempt == 1 else f"attempt {attempt}"
+        bar = tqdm(desc=name, total=len(todo), unit="image", disable=RANK > 0)
         again = []
-        images = draw_once(base, todo, attempt, batch_size, settings, args)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            batch_images = list(islice(images, len(batch)))
-            reasons, scores = control.judge(batch_images, [drawing.prompt for drawing in batch])
+            images = draw_batch(base, batch, attempt, batch_size, settings, args)
+            reasons, scores = control.judge(images, [drawing.prompt for drawing in batch])
             finished = []
-            for judged in zip(batch, batch_images, reasons, scores, strict=True):
+            for judged in zip(batch, images, reasons, scores, strict=True):
                 drawing, _, reason, _ = judged
                 if reason and attempt < args.max_attempts:
                     again.append(drawing)
                 else:
                     finished.append(judged)
             write_pictures(finished, attempt, manifest, args)
+            bar.update(len(batch))
+        bar.close()
         todo = again
         if not todo:
             return
 
 
-def draw_once(base, todo, attempt, batch_size, settings, args):
-    """Yield an image for each of `todo`, from the noise of this attempt."""
-    jobs = [(drawing.prompt.caption, drawing.number) for drawing in todo]
+def draw_batch(base, batch, attempt, batch_size, settings, args):
+    """An image for each Drawing of a batch, from the noise of this attempt."""
+    jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
     if attempt > 1:
         jobs = [(*job, attempt) for job in jobs]
     # kernels differ with the batch size, so the last batch is filled: a restart gives the same bits
-    while len(jobs) % batch_size:
+    while len(jobs) < batch_size:
         jobs.append(jobs[-1])
-    images = generate(base, jobs, settings, batch_size, args.seed)
-    images = islice(images, len(todo))
-    name = "drawing" if attempt == 1 else f"attempt {attempt}"
-    for image in tqdm(images, name, len(todo), unit="image", disable=RANK > 0):
-        yield image.convert("L") if args.grey else image
+    images = list(generate(base, jobs, settings, batch_size, args.seed))[: len(batch)]
+    if args.grey:
+        images = [image.convert("L") for image in images]
+    return images
 
 
 def write_pictures(finished, attempt, manifest, args):
@@ -1139,7 +1133,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("how")
     add = group.add_argument
     add("--steps", type=number(1, 998), default=50, help="denoising steps")
-    add("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler")
+    add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler")
     add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
     rescale = "against overexposure; 0.7 for v-prediction at zero terminal SNR"
     add("--guidance-rescale", type=number(0.0, 1.0), default=0.0, help=rescale)
@@ -1165,7 +1159,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs/samples", help="folder")
-    add("--format", choices=list(ENCODERS), default="png", help="dcm: DICOM Secondary Capture")
+    add("--format", choices=ENCODERS, default="png", help="dcm: DICOM Secondary Capture")
     add("--grey", action="store_true", help="write grey pictures")
     add("--grid", action="store_true", help="also write a contact sheet, grid.png")
     add("--overwrite", action="store_true", help="replace pictures of other settings")
@@ -1242,8 +1236,9 @@ def finish(records, present, args):
     """Write the contact sheet; print what was drawn and what to do next."""
     kept = [record for record in records if not record["reason"]]
     if args.grid:
-        images = [read_image(Path(args.out, record["file"])) for record in kept[:64]]
-        captions = [record["prompt"] for record in kept[:64]]
+        shown = kept[:64]
+        images = [read_image(Path(args.out, record["file"])) for record in shown]
+        captions = [record["prompt"] for record in shown]
         sheet = contact_sheet(images, captions)
         save_png(sheet, Path(args.out, "grid.png"), "\n".join(dict.fromkeys(captions)))
     print(f"{len(records) - present} images drawn, {present} were there: {args.out}")
