@@ -13,7 +13,6 @@ picture is noted in drawn.jsonl, with the reason where it was refused.
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
+from torch import nn
 from tqdm import tqdm
 
 from filter import LIMITS, load_selector, measure_reference
@@ -180,9 +180,13 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }
 # what the files of older bases leave out
-USUAL_SCHEDULE = dict(
-    clip_sample=False, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True
-)
+USUAL_SCHEDULE = {
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "skip_prk_steps": True,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -196,8 +200,8 @@ class Base:
     """
 
     name: str
-    unet: torch.nn.Module
-    vae: torch.nn.Module
+    unet: nn.Module
+    vae: nn.Module
     text_encoders: list
     tokenizers: list
     schedule: dict
@@ -207,7 +211,7 @@ class Base:
     resolution: int
     zero_empty: bool
     text_length: int
-    text_projection: torch.nn.Module | None = None
+    text_projection: nn.Module | None = None
     words: dict = field(default_factory=dict)
 
     @property
@@ -216,7 +220,7 @@ class Base:
 
     @property
     def predicts_v(self):
-        return self.schedule.get("prediction_type", "epsilon") == "v_prediction"
+        return self.schedule["prediction_type"] == "v_prediction"
 
     def parts(self):
         """The modules that adapters name: {"unet": …, "text_encoder": …, "text_encoder_2": …}."""
@@ -235,19 +239,18 @@ def find_base(name):
     """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once."""
     place = BASES.get(name, name)
     if os.path.isdir(place):
-        if not os.path.exists(os.path.join(place, "model_index.json")):
+        if not Path(place, "model_index.json").exists():
             fail(f"{place}: not a diffusers folder: it has no model_index.json")
         return place
-    if place.count("/") != 1 or place.startswith((".", "/", "~")):
-        fail(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
     from huggingface_hub import snapshot_download
 
     try:
         return snapshot_download(place, allow_patterns=PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds
         fail(
-            f"--base {name}: cannot get {place} from the Hub ({type(why).__name__}); on a machine "
-            f"with internet type `hf download {place}`, copy the folder here and give its path"
+            f"--base {name}: no such folder, and cannot get {place} from the Hub "
+            f"({type(why).__name__}); give tiny, sd15, …, a Hub id or a folder, or, on a machine "
+            f"with internet, type `hf download {place}`, copy the folder here and give its path"
         )
 
 
@@ -255,8 +258,8 @@ def read_config(folder, name):
     """A JSON file of a base: a dict."""
     path = Path(folder, name)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as why:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as why:
         fail(f"{path}: cannot be read ({why})")
 
 
@@ -285,7 +288,7 @@ def pick_dtype(precision, device, folder):
 
     SD 2.1-768 overflows in fp16 (its q·k exceeds 65504): there auto is fp32 on an older GPU.
     """
-    overflows = read_config(folder, "unet/config.json").get("upcast_attention") is True
+    overflows = read_config(folder, "unet/config.json").get("upcast_attention")
     if precision == "fp16" and overflows:
         fail("--precision fp16: this base overflows in fp16; give bf16 or fp32")
     if precision != "auto":
@@ -333,7 +336,7 @@ def read_base(name, folder, device, dtype, method):
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    is_sdxl = os.path.isdir(os.path.join(folder, "text_encoder_2"))
+    is_sdxl = Path(folder, "text_encoder_2").is_dir()
     unet_dtype = torch.float32 if method == "full" else dtype
     text_dtype = torch.float32 if method else dtype
     vae_dtype = text_dtype
@@ -366,9 +369,9 @@ def read_base(name, folder, device, dtype, method):
 def check_base(base):
     """Refuse bases of other kinds."""
     kind = base.schedule.get("_class_name", "")
-    prediction_type = base.schedule.get("prediction_type", "epsilon")
     if "FlowMatch" in kind or "EDM" in kind or base.vae.config.get("latents_mean") is not None:
         fail(f"--base {base.name}: its schedule {kind} or its VAE is of an unsupported kind")
+    prediction_type = base.schedule["prediction_type"]
     if base.num_timesteps != 1000 or prediction_type not in ("epsilon", "v_prediction"):
         fail(f"--base {base.name}: needs 1000 timesteps, and epsilon or v_prediction")
     if base.unet.config.in_channels != base.vae.config.latent_channels:
@@ -396,15 +399,14 @@ def use_text_encoder(base, name, length=None, projection=None):
     if len(base.text_encoders) > 1:
         fail(f"--text-encoder: {base.name} needs both of its own text encoders")
     try:
-        options = {"dtype": torch.float32, "use_safetensors": True}
-        encoder = transformers.AutoModel.from_pretrained(name, **options)
+        encoder = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        base.text_encoders = [encoder.to(base.device).eval().requires_grad_(False)]
+        base.text_encoders = [encoder.float().to(base.device).eval().requires_grad_(False)]
         base.tokenizers = [tokenizer]
         longest = getattr(encoder.config, "max_position_embeddings", 512)
-        base.text_length = min(length or 512, longest, tokenizer.model_max_length, 512)
+        base.text_length = min(length or 512, longest, tokenizer.model_max_length)
         width = base.unet.config.cross_attention_dim
-        base.text_projection = torch.nn.Linear(encoder.config.hidden_size, width)
+        base.text_projection = nn.Linear(encoder.config.hidden_size, width)
         with torch.no_grad():  # not every kind of encoder can read a caption
             text_states(base, tokenize(base, ["a long caption " * 512]))
     except Exception as why:  # whatever a folder of something else raises
@@ -425,12 +427,12 @@ def load_state(module, weights, base):
         fail(f"the adapter does not fit the base {base.name}; give the --base it was trained on")
 
 
-class TokenEmbedding(torch.nn.Embedding):
+class TokenEmbedding(nn.Embedding):
     """An embedding with further rows, `learned`: the tokens that add_tokens added."""
 
     def forward(self, ids):
         weight = torch.cat([self.weight, self.learned.to(self.weight.dtype)])
-        return torch.nn.functional.embedding(ids, weight)
+        return nn.functional.embedding(ids, weight)
 
 
 def add_tokens(base, vectors):
@@ -446,7 +448,7 @@ def add_tokens(base, vectors):
     if len(base.text_encoders) > 1 or len(tokenizer) != count + len(learned[0]):
         fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder")
     for word, rows in vectors.items():
-        if rows.ndim != 2 or rows.shape[1] != width:
+        if rows.shape[1] != width:
             fail(f"the token {word} does not fit the base {base.name}, whose words have {width}")
         names = [word] + [f"{word}_{n}" for n in range(1, len(rows))]
         if tokenizer.add_tokens(names) != len(names):
@@ -455,7 +457,7 @@ def add_tokens(base, vectors):
         learned.append(rows)
     embedding.__class__ = TokenEmbedding
     vectors = torch.cat([rows.float().to(base.device) for rows in learned])
-    embedding.learned = torch.nn.Parameter(vectors)
+    embedding.learned = nn.Parameter(vectors)
     return embedding.learned
 
 
@@ -605,8 +607,6 @@ def read_checkpoint(path):
     """A checkpoint of train.py with its averaged (EMA) weights. Nothing is unpickled."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] != 1:
-            raise ValueError("another format")
         flags = content["args"]
         extra = dict(content["ema"] or content["weights"])
         pairs = {}
@@ -646,7 +646,6 @@ def use_extra(base, metadata, extra):
     """Replace or add the parts of a base that an adapter holds besides its pairs."""
     unet = {}
     projection = {}
-    tokens = {}
     for key, value in extra.items():
         part, _, name = key.partition(".")
         if part == "unet":
@@ -654,13 +653,11 @@ def use_extra(base, metadata, extra):
         elif part == "text_projection":
             projection[name] = value
         else:
-            tokens[key] = value
+            add_tokens(base, {key: value})
     if unet:
         load_state(base.unet, unet, base)
     if projection:
         use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
-    if tokens:
-        add_tokens(base, tokens)
 
 
 # ---------------------------------------------------------------- prompts
@@ -693,7 +690,7 @@ def read_texts(args, adapters):
     texts = list(args.prompt)
     if args.prompts:
         lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
-        texts += [line for line in lines if line.strip()]
+        texts += filter(str.strip, lines)
     elif not texts:
         for adapter in adapters:
             own = adapter.metadata.get("val_prompts") or [adapter.metadata.get("prompt")]
@@ -717,14 +714,15 @@ def rows_of_table(path, caption_format):
     """The rows of a table of prompts, which names no images."""
     table = read_table(path)
     names = table[0] if table else []
-    columns = {role: find_column(names, role) for role in ("caption", "label")}
+    caption = find_column(names, "caption")
+    label = find_column(names, "label")
+    if not (caption or caption_format):
+        fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
     rows = []
     for cells in table:
-        texts = [cells.get(name, "") for name in columns.values()]
+        texts = (cells.get(caption, ""), cells.get(label, ""))
         rows.append(Row("", f"row {len(rows) + 1}", *texts, fields=cells))
-    if not (columns["caption"] or caption_format):
-        fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
-    fill_captions(path, rows, columns, caption_format)
+    fill_captions(path, rows, {"caption": caption}, caption_format)
     return rows
 
 
@@ -797,18 +795,19 @@ class Manifest:
         self.log = self.folder / "drawn.jsonl"
         if self.table.exists() and not self.log.exists():
             fail(f"{self.table}: not of this sample.py; give another --out")
+        self.log.touch()
         self.records = {}
         self.read()
 
     def read(self):
         """Read what was drawn, and is still there."""
-        if not self.log.exists():
-            return
         for line in self.log.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a crash may cut a line short
+            try:
                 record = json.loads(line)
-                if (self.folder / record["file"]).is_file():
-                    self.records[record["stem"]] = record
+            except ValueError:  # a crash may cut a line short
+                continue
+            if (self.folder / record["file"]).is_file():
+                self.records[record["stem"]] = record
 
     def has(self, drawing, max_attempts):
         """Whether a picture is there with its settings, or was refused at every attempt."""
@@ -819,13 +818,11 @@ class Manifest:
 
     def add(self, record, content):
         """Log and write a picture, in an order that leaves no false row wherever it is stopped."""
-        path = self.folder / record["file"]
         old = self.records.pop(record["stem"], record)
         (self.folder / old["file"]).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
         with open(self.log, "a") as log:
             log.write(json.dumps(record) + "\n")
-        write_file(path, content)
+        write_file(self.folder / record["file"], content)
         self.records[record["stem"]] = record
 
     def write(self):
@@ -835,11 +832,6 @@ class Manifest:
             if not record["reason"]:
                 rows.append([record.get(column, "") for column in MANIFEST])
         write_csv(self.table, MANIFEST, rows)
-
-    def shorten_log(self):
-        """Keep one line for each picture, once no process draws any more."""
-        lines = [json.dumps(self.records[stem]) + "\n" for stem in sorted(self.records)]
-        write_file(self.log, "".join(lines))
 
 
 def make_stems(captions):
@@ -923,12 +915,11 @@ def encode_dicom(image, parameters):
     Each is its own patient, study and series; identifiers come from settings and pixels alone.
     """
     from pydicom import Dataset, dcmwrite
-    from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
     digest = hashlib.sha256(parameters.encode() + image.tobytes()).hexdigest()
     data = Dataset()
-    data.file_meta = FileMetaDataset()
+    data.ensure_file_meta()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data.SpecificCharacterSet = "ISO_IR 192"
     data.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
@@ -939,8 +930,7 @@ def encode_dicom(image, parameters):
         setattr(data, f"{name}UID", generate_uid(entropy_srcs=[name, digest]))
     data.PatientName = "SYNTHETIC^MEDLORA"
     data.PatientID = f"SYNTH-{digest[:12]}"
-    data.SeriesDescription = "SYNTHETIC - NOT FOR DIAGNOSIS"
-    data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
+    data.SeriesDescription = data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
     data.SyntheticData = "YES"
     data.Manufacturer = "medlora"
     data.BurnedInAnnotation = "NO"
@@ -975,7 +965,7 @@ def contact_sheet(images, captions):
         x = 4 + i % columns * width
         y = 4 + i // columns * height
         sheet.paste(image.resize((160, 160)), (x, y))
-        text = " ".join(caption.encode("ascii", "replace").decode().split())
+        text = " ".join(caption.split())
         pen.text((x, y + 163), text[:28], fill="black")
     return sheet
 
@@ -993,7 +983,6 @@ class Control:
         self.selector = None
         self.reference = None
         self.size = 0
-        self.selector_limits = (args.min_quality, args.min_alignment)
         self.description = ""
         if args.selector:
             self.selector = load_selector(args.selector)
@@ -1017,7 +1006,7 @@ class Control:
             if value is not None:
                 self.description += f", {name.replace('_', ' ').capitalize()}: {value}"
 
-    def judge(self, images, prompts):
+    def judge(self, images, prompts, args):
         """Why each image is refused ("" if it passes), and its scores as texts, {name: "0.85"}."""
         reasons = [""] * len(images)
         scores = [{} for _ in images]
@@ -1027,12 +1016,13 @@ class Control:
         if self.reference:
             reasons, _ = self.reference.judge(pixels, prompts)
         if self.selector:
-            low, numbers = self.selector.judge(pixels, prompts, *self.selector_limits)
-            reasons = [reason or other for reason, other in zip(reasons, low, strict=True)]
-            for name, values in numbers.items():
-                for i, value in enumerate(values):
-                    if not np.isnan(value):  # no label to be aligned with
-                        scores[i][name] = f"{value:.2f}"
+            limits = (args.min_quality, args.min_alignment)
+            low, numbers = self.selector.judge(pixels, prompts, *limits)
+            for i, reason in enumerate(low):
+                reasons[i] = reasons[i] or reason
+                for name, values in numbers.items():
+                    if not np.isnan(values[i]):  # no label to be aligned with
+                        scores[i][name] = f"{values[i]:.2f}"
         return reasons, scores
 
 
@@ -1041,14 +1031,22 @@ class Control:
 
 def draw(base, todo, batch_size, settings, control, manifest, args):
     """Draw and write pictures; what is refused is drawn again, --max-attempts times in all."""
-    for attempt in range(1, args.max_attempts + 1):
-        name = "drawing" if attempt == 1 else f"attempt {attempt}"
-        bar = tqdm(desc=name, total=len(todo), unit="image", disable=RANK > 0)
+    attempt = 0
+    while todo:
+        attempt += 1
         again = []
+        bar = tqdm(desc="drawing", total=len(todo), unit="image", disable=RANK > 0)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            images = draw_batch(base, batch, attempt, batch_size, settings, args)
-            reasons, scores = control.judge(images, [drawing.prompt for drawing in batch])
+            jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
+            if attempt > 1:
+                jobs = [(*job, attempt) for job in jobs]
+            while len(jobs) < batch_size:  # its kernels differ: a restart gives the same bits
+                jobs.append(jobs[-1])
+            images = list(generate(base, jobs, settings, batch_size, args.seed))[: len(batch)]
+            if args.grey:
+                images = [image.convert("L") for image in images]
+            reasons, scores = control.judge(images, [drawing.prompt for drawing in batch], args)
             finished = []
             for judged in zip(batch, images, reasons, scores, strict=True):
                 drawing, _, reason, _ = judged
@@ -1060,22 +1058,6 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
             bar.update(len(batch))
         bar.close()
         todo = again
-        if not todo:
-            return
-
-
-def draw_batch(base, batch, attempt, batch_size, settings, args):
-    """An image for each Drawing of a batch, from the noise of this attempt."""
-    jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
-    if attempt > 1:
-        jobs = [(*job, attempt) for job in jobs]
-    # kernels differ with the batch size, so the last batch is filled: a restart gives the same bits
-    while len(jobs) < batch_size:
-        jobs.append(jobs[-1])
-    images = list(generate(base, jobs, settings, batch_size, args.seed))[: len(batch)]
-    if args.grey:
-        images = [image.convert("L") for image in images]
-    return images
 
 
 def write_pictures(finished, attempt, manifest, args):
@@ -1114,6 +1096,8 @@ def multiple_of_8(text):
 
 
 def parse_args(argv=None):
+    count = number(1, 10**6)
+    share = number(0.0, 1.0)
     parser = Flags(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--base", help="tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
@@ -1127,7 +1111,7 @@ def parse_args(argv=None):
     add_one_of("--prompts", type=existing_file, metavar="FILE", help=".txt, .csv or .jsonl")
     add_one_of("--labels-from", type=data_set, metavar="DATA", help="every caption of a data set")
     add("--negative-prompt", default="", help="what to steer away from")
-    add("--num-images", type=number(1, 10**6), default=4, help="images per prompt")
+    add("--num-images", type=count, default=4, help="images per prompt")
     add("--label", default="", help="label in manifest.csv (default: that of the data)")
 
     group = parser.add_argument_group("how")
@@ -1136,10 +1120,10 @@ def parse_args(argv=None):
     add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler")
     add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
     rescale = "against overexposure; 0.7 for v-prediction at zero terminal SNR"
-    add("--guidance-rescale", type=number(0.0, 1.0), default=0.0, help=rescale)
+    add("--guidance-rescale", type=share, default=0.0, help=rescale)
     add("--height", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
     add("--width", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
-    add("--batch-size", type=number(1, 10**6), default=8, help="images at once")
+    add("--batch-size", type=count, default=8, help="images at once")
     add("--low-memory", action="store_true", help="VAE in tiles, guidance in two passes")
     add("--compile", action="store_true", help="torch.compile the UNet")
     add_common_flags(group)
@@ -1147,15 +1131,15 @@ def parse_args(argv=None):
     group = parser.add_argument_group("quality control: what is refused is drawn again")
     add = group.add_argument
     add("--selector", type=existing_file, metavar="PATH", help="written by filter.py --fit")
-    add("--min-quality", type=number(0.0, 1.0), help="(default: the selector's)")
-    add("--min-alignment", type=number(0.0, 1.0), help="probability that the label is shown")
+    add("--min-quality", type=share, help="(default: the selector's)")
+    add("--min-alignment", type=share, help="probability that the label is shown")
     add("--reference", type=data_set, metavar="REAL", help="real images to compare with")
     calibrate = "share of real images to refuse (default: 0.05 without another limit)"
-    add("--calibrate", type=number(1e-6, 0.999), metavar="ALPHA", help=calibrate)
+    add("--calibrate", type=number(1e-6, 0.999), help=calibrate)
     add("--max-lpips", type=number(0.0, 1e6), help="LPIPS to the nearest real image")
     add("--min-ssim", type=number(-1.0, 1.0), help="SSIM to the most similar real image")
     add("--drop-copies", action="store_true", default=None, help="refuse copies of real ones")
-    add("--max-attempts", type=number(1, 1000), default=10, help="drawings of one picture")
+    add("--max-attempts", type=count, default=10, help="drawings of one picture")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs/samples", help="folder")
@@ -1173,10 +1157,10 @@ def parse_args(argv=None):
 
 def make_settings(args, adapters, base_name):
     """The Settings; the size is --height and --width, else an adapter's, else the base's."""
-    side = first_known(adapters, "resolution") or own_resolution(find_base(base_name))
+    side = int(first_known(adapters, "resolution") or own_resolution(find_base(base_name)))
     values = {each.name: getattr(args, each.name) for each in fields(Settings)}
-    values["height"] = args.height or int(side)
-    values["width"] = args.width or int(side)
+    values["height"] = args.height or side
+    values["width"] = args.width or side
     return Settings(**values)
 
 
@@ -1209,7 +1193,7 @@ def main(args):
     control = Control(args, settings, prompts, device)
     planned = plan(args, settings, base_name, prompts, adapters, control)
     manifest = Manifest(args.out)
-    present = sum(manifest.has(drawing, args.max_attempts) for drawing in planned)
+    missing = len(find_unfinished(planned, manifest, args))
     todo = find_unfinished(planned[RANK::WORLD], manifest, args)
     try:
         if todo:
@@ -1221,27 +1205,25 @@ def main(args):
             pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
             with merged(base.parts(), pairs):
                 draw(base, todo, batch_size, settings, control, manifest, args)
-        while RANK == 0 and not all(manifest.has(each, args.max_attempts) for each in planned):
+        while RANK == 0 and find_unfinished(planned, manifest, args):
             time.sleep(1)  # for the other processes; torchrun ends this if one dies
             manifest.read()
     finally:
         if RANK == 0:
             manifest.write()
     if RANK == 0:
-        manifest.shorten_log()
-        finish([manifest.records[drawing.stem] for drawing in planned], present, args)
+        finish([manifest.records[drawing.stem] for drawing in planned], missing, args)
 
 
-def finish(records, present, args):
+def finish(records, missing, args):
     """Write the contact sheet; print what was drawn and what to do next."""
     kept = [record for record in records if not record["reason"]]
     if args.grid:
         shown = kept[:64]
         images = [read_image(Path(args.out, record["file"])) for record in shown]
         captions = [record["prompt"] for record in shown]
-        sheet = contact_sheet(images, captions)
-        save_png(sheet, Path(args.out, "grid.png"), "\n".join(dict.fromkeys(captions)))
-    print(f"{len(records) - present} images drawn, {present} were there: {args.out}")
+        save_png(contact_sheet(images, captions), Path(args.out, "grid.png"), "")
+    print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)
         print(f"{len(kept)} of {len(records)} passed, in {attempts} drawings")
