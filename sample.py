@@ -23,7 +23,7 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -355,12 +355,10 @@ def read_base(name, folder, device, dtype, method):
     if is_sdxl:
         second_kind = transformers.CLIPTextModelWithProjection
         text_encoders.append(read_model(second_kind, "text_encoder_2", dtype=text_dtype))
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2")
-        tokenizers.append(tokenizer)
+        tokenizers += [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2")]
     schedule = USUAL_SCHEDULE | read_config(folder, "scheduler/scheduler_config.json")
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
-    index = read_config(folder, "model_index.json")
-    zero_empty = index.get("force_zeros_for_empty_prompt", False)
+    zero_empty = read_config(folder, "model_index.json").get("force_zeros_for_empty_prompt", False)
     text_length = encoder.config.max_position_embeddings  # whatever the tokenizers' files say
     models = (unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod)
     return Base(name, *models, device, dtype, own_resolution(folder), zero_empty, text_length)
@@ -456,8 +454,7 @@ def add_tokens(base, vectors):
         base.words[word] = " ".join(names)
         learned.append(rows)
     embedding.__class__ = TokenEmbedding
-    vectors = torch.cat([rows.float().to(base.device) for rows in learned])
-    embedding.learned = nn.Parameter(vectors)
+    embedding.learned = nn.Parameter(torch.cat([rows.float().to(base.device) for rows in learned]))
     return embedding.learned
 
 
@@ -476,8 +473,7 @@ def tokenize(base, texts):
     for name, tokenizer in zip(("ids", "ids_2"), base.tokenizers, strict=False):
         encoded = tokenizer(texts, max_length=base.text_length, **options)
         tokens[name] = encoded.input_ids.to(base.device)
-        if base.text_projection is not None:
-            tokens["mask"] = encoded.attention_mask.to(base.device)
+        tokens["mask"] = encoded.attention_mask.to(base.device)
     if base.zero_empty:
         tokens["empty"] = torch.tensor([not text for text in texts], device=base.device)
     return tokens
@@ -625,12 +621,12 @@ def read_adapters(args):
     adapters = []
     for source in args.lora:
         path, weight = split_weight(source)
-        adapters.append(Adapter(path, weight, *load(path)))
+        adapter = Adapter(path, weight, *load(path))
+        if adapter.extra and weight != 1:
+            fail(f"{path} holds {min(adapter.extra)}, which cannot have a weight")
+        adapters.append(adapter)
     if args.checkpoint:
         adapters.append(read_checkpoint(args.checkpoint))
-    for adapter in adapters:
-        if adapter.extra and adapter.weight != 1:
-            fail(f"{adapter.path} holds {min(adapter.extra)}, which cannot have a weight")
     return adapters
 
 
@@ -685,7 +681,7 @@ def read_prompts(args, adapters):
 def read_texts(args, adapters):
     """The texts of --prompt and of a text file, else the validation prompts of the runs."""
     for text in args.prompt:
-        if re.search(r"\{(labels?|caption|text)\}", text, re.IGNORECASE):
+        if re.search(r"(?i)\{(labels?|caption|text)\}", text):
             fail(f'--prompt "{text}": its fields need --labels-from DATA or a table of --prompts')
     texts = list(args.prompt)
     if args.prompts:
@@ -716,7 +712,7 @@ def rows_of_table(path, caption_format):
     names = table[0] if table else []
     caption = find_column(names, "caption")
     label = find_column(names, "label")
-    if not (caption or caption_format):
+    if not caption and not caption_format:
         fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
     rows = []
     for cells in table:
@@ -854,6 +850,7 @@ def plan(args, settings, base_name, prompts, adapters, control):
     """The pictures to make, [Drawing], in order."""
     hashes = [f"{content_hash(each.path)[:10]}:{each.weight:g}" for each in adapters]
     how = (
+        f"Negative prompt: {settings.negative_prompt}\n"
         f"Steps: {settings.steps}, Sampler: {settings.scheduler}, "
         f"CFG scale: {settings.guidance_scale:g}, Seed: {args.seed}, "
         f"Size: {settings.width}x{settings.height}, "
@@ -870,9 +867,8 @@ def plan(args, settings, base_name, prompts, adapters, control):
     stems = make_stems([prompt.caption for prompt in prompts])
     planned = []
     for prompt in prompts:
-        first = f"{prompt.caption}\nNegative prompt: {settings.negative_prompt}\n{how}"
         for i in range(args.num_images):
-            parameters = f"{first}, Image: {i}{options}"
+            parameters = f"{prompt.caption}\n{how}, Image: {i}{options}"
             digest = hashlib.sha256(f"{args.format}\n{parameters}".encode()).hexdigest()
             stem = f"{stems[prompt.caption]}-{i:04d}"
             facts = {"prompt": prompt.caption, "label": prompt.label, "settings": digest[:16]}
@@ -882,16 +878,18 @@ def plan(args, settings, base_name, prompts, adapters, control):
 
 
 def find_unfinished(planned, manifest, args):
-    """The pictures still to draw; without --overwrite, files of other settings are not replaced."""
-    unfinished = [each for each in planned if not manifest.has(each, args.max_attempts)]
-    for drawing in unfinished:
-        name = f"{drawing.stem}.{args.format}"
-        record = manifest.records.get(drawing.stem, {"file": name, "settings": ""})
-        path = Path(args.out, record["file"])
-        is_other = record["settings"] != drawing.record["settings"]
+    """The pictures still to draw."""
+    return [drawing for drawing in planned if not manifest.has(drawing, args.max_attempts)]
+
+
+def refuse_to_replace(todo, manifest, args):
+    """Without --overwrite, fail where a file of other settings would be replaced."""
+    for drawing in todo:
+        record = manifest.records.get(drawing.stem, {"file": f"{drawing.stem}.{args.format}"})
+        path = manifest.folder / record["file"]
+        is_other = record.get("settings") != drawing.record["settings"]
         if is_other and path.exists() and not args.overwrite:
             fail(f"{path}: is of other settings; give another --out, or sample.py's --overwrite")
-    return unfinished
 
 
 def encode_png(image, parameters):
@@ -1016,11 +1014,10 @@ class Control:
         if self.reference:
             reasons, _ = self.reference.judge(pixels, prompts)
         if self.selector:
-            limits = (args.min_quality, args.min_alignment)
-            low, numbers = self.selector.judge(pixels, prompts, *limits)
+            low, grades = self.selector.judge(pixels, prompts, args.min_quality, args.min_alignment)
             for i, reason in enumerate(low):
                 reasons[i] = reasons[i] or reason
-                for name, values in numbers.items():
+                for name, values in grades.items():
                     if not np.isnan(values[i]):  # no label to be aligned with
                         scores[i][name] = f"{values[i]:.2f}"
         return reasons, scores
@@ -1041,7 +1038,8 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
             jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
             if attempt > 1:
                 jobs = [(*job, attempt) for job in jobs]
-            while len(jobs) < batch_size:  # its kernels differ: a restart gives the same bits
+            # kernels differ with the batch size; of full batches a restart draws the same bits
+            while len(jobs) < batch_size:
                 jobs.append(jobs[-1])
             images = list(generate(base, jobs, settings, batch_size, args.seed))[: len(batch)]
             if args.grey:
@@ -1102,7 +1100,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model").add_argument
     add("--base", help="tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
-    add("--checkpoint", type=existing_file, metavar="PATH", help="a run's checkpoints/*.pt")
+    add("--checkpoint", type=existing_file, help="a run's checkpoints/*.pt")
 
     group = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
     add = group.add_argument
@@ -1119,8 +1117,7 @@ def parse_args(argv=None):
     add("--steps", type=number(1, 998), default=50, help="denoising steps")
     add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler")
     add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
-    rescale = "against overexposure; 0.7 for v-prediction at zero terminal SNR"
-    add("--guidance-rescale", type=share, default=0.0, help=rescale)
+    add("--guidance-rescale", type=share, default=0.0, help="against overexposure; usually 0.7")
     add("--height", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
     add("--width", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
     add("--batch-size", type=count, default=8, help="images at once")
@@ -1130,7 +1127,7 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group("quality control: what is refused is drawn again")
     add = group.add_argument
-    add("--selector", type=existing_file, metavar="PATH", help="written by filter.py --fit")
+    add("--selector", type=existing_file, help="written by filter.py --fit")
     add("--min-quality", type=share, help="(default: the selector's)")
     add("--min-alignment", type=share, help="probability that the label is shown")
     add("--reference", type=data_set, metavar="REAL", help="real images to compare with")
@@ -1158,7 +1155,7 @@ def parse_args(argv=None):
 def make_settings(args, adapters, base_name):
     """The Settings; the size is --height and --width, else an adapter's, else the base's."""
     side = int(first_known(adapters, "resolution") or own_resolution(find_base(base_name)))
-    values = {each.name: getattr(args, each.name) for each in fields(Settings)}
+    values = {name: getattr(args, name) for name in vars(Settings())}
     values["height"] = args.height or side
     values["width"] = args.width or side
     return Settings(**values)
@@ -1195,6 +1192,7 @@ def main(args):
     manifest = Manifest(args.out)
     missing = len(find_unfinished(planned, manifest, args))
     todo = find_unfinished(planned[RANK::WORLD], manifest, args)
+    refuse_to_replace(todo, manifest, args)
     try:
         if todo:
             base = load_for_drawing(base_name, device, adapters, args)
