@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -432,7 +432,7 @@ def start(base, args, made_of, checkpoint=None):
             weight.data.copy_(checkpoint["weights"][name])
             ema[name].copy_(checkpoint["ema"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"] and scaler.is_enabled():
+        if checkpoint["scaler"]:  # empty where the run was not in fp16
             scaler.load_state_dict(checkpoint["scaler"])
         state.step = checkpoint["step"]
         state.best = checkpoint["best"]
@@ -453,7 +453,6 @@ def save_checkpoint(state, args, is_best=False):
         "ema": state.ema,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "effective_batch": effective_batch(args),
         "best": state.best,
         "history": state.history,
         "args": vars(args),
@@ -475,13 +474,11 @@ def save_checkpoint(state, args, is_best=False):
 
 def point(name, path):
     """Let `name` be the file `path`, atomically: a hard link, or a copy where there are none."""
-    if name.exists() and name.samefile(path):  # os.replace moves neither of two hard links
-        return
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
         os.link(os.path.realpath(path), temporary)
         os.replace(temporary, name)
+        temporary.unlink(missing_ok=True)  # os.replace moves neither of two links to one file
     except OSError:
         copy_file(path, name)
 
@@ -552,11 +549,9 @@ def write_args(args, finished=None):
 
 def is_finished(checkpoint, args):
     """True where a run ended with this checkpoint and wrote its results."""
-    if checkpoint is None or checkpoint["step"] < args.steps:
-        return False
     with suppress(OSError, ValueError, KeyError):  # not there, or edited by hand
         text = Path(args.out, "args.json").read_text(encoding="utf-8")
-        return json.loads(text)["finished"] == checkpoint["step"]
+        return json.loads(text)["finished"] == checkpoint["step"] >= args.steps
     return False
 
 
@@ -635,8 +630,8 @@ def list_data(args):
     if args.balance and not any(row.label for row in rows):
         fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
     if "flip" in args.augment:
-        sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
-        names = [row.file_name for row in rows if sided.search(row.caption)]
+        sided = r"\b(?i:left|right)\b|\bO[DS]\b"
+        names = [row.file_name for row in rows if re.search(sided, row.caption)]
         warn(names, "captions that say left, right, OD or OS", "use no flips: they swap no words")
     return rows
 
@@ -723,9 +718,7 @@ def list_class_images(count, args):
 def rarest_labels(rows):
     """The class of each row for --balance: its label, of several (A|B) the rarest in the set."""
     labels = [split_labels(row) for row in rows]
-    counts = Counter()
-    for several in labels:
-        counts.update(several)
+    counts = Counter(chain.from_iterable(labels))
     return tuple(min(several, key=lambda label: (counts[label], label)) for several in labels)
 
 
@@ -734,9 +727,10 @@ def rarest_labels(rows):
 
 def load_rows(rows, args, seed=None, measure=None):
     """The readable rows and their pixels, without augmentation; `seed` is that of random crops."""
-    how = {"window": args.window, "value_range": args.range, "measure": measure}
-    how |= {"strict": args.strict, "allow_burned_in": args.allow_burned_in}
-    return load_pixels(rows, args.resolution, args.crop, seed=seed or args.seed, **how)
+    how = (args.resolution, args.crop, args.strict, seed or args.seed, measure)
+    return load_pixels(
+        rows, *how, window=args.window, value_range=args.range, allow_burned_in=args.allow_burned_in
+    )
 
 
 def make_variant(row, pixels, variant, args):
@@ -934,7 +928,7 @@ def trainable_weights(base, args):
     """What the method trains: {name: fp32 parameter}; all else is frozen."""
     if args.method == "full":
         base.unet.requires_grad_(True)
-        return {f"unet.{name}": weight for name, weight in base.unet.named_parameters()}
+        return dict(base.unet.named_parameters(prefix="unet"))
     if args.method == "textual-inversion":
         return {args.token: new_word(base, args)}
     shape = (args.rank, args.alpha, args.dropout)
@@ -947,8 +941,7 @@ def trainable_weights(base, args):
     if args.text_encoder:
         torch.manual_seed(generator(args.seed, "projection").initial_seed())
         base.text_projection.reset_parameters()
-        for name, weight in base.text_projection.named_parameters():
-            weights[f"text_projection.{name}"] = weight
+        weights |= base.text_projection.named_parameters(prefix="text_projection")
     if args.init_lora:
         copy_adapter(weights, args)
     return weights
@@ -985,15 +978,15 @@ def validation_loss(base, data, args):
     count = max(len(data.rows), 64)  # a few images are looked at several times
     draw = generator(0, "validation")
     timesteps = ((torch.arange(count) + 0.5) * base.num_timesteps / count).long()
-    timesteps = timesteps[torch.randperm(count, generator=draw)]
-    noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
+    timesteps = timesteps[torch.randperm(count, generator=draw)].to(base.device)
+    noise = torch.randn(count, *data.mean.shape[1:], generator=draw).to(base.device)
     total = torch.zeros((), dtype=torch.float64, device=base.device)
-    for part in torch.arange(count).split(args.batch_size)[RANK::WORLD]:
-        rows = (part % len(data.rows)).to(base.device)
-        times = timesteps[part].to(base.device)
-        part_noise = noise[part].to(base.device)
+    places = torch.arange(count, device=base.device)
+    for part in places.split(args.batch_size)[RANK::WORLD]:
+        rows = part % len(data.rows)
+        times = timesteps[part]
         text = text_condition(base, data, data.caption[rows], args)
-        noisy, target, _ = noised_and_target(base, data.mean[rows], part_noise, times)
+        noisy, target, _ = noised_and_target(base, data.mean[rows], noise[part], times)
         error = denoise(base, noisy, times, text) - target
         total += error.square().mean((1, 2, 3)).double().sum()
     return over_processes(total).item() / count
@@ -1009,13 +1002,12 @@ def draw_pictures(base, jobs, args):
 def set_distance(base, data, args):
     """--select-by kid or fid: from the validation images to as many that are drawn."""
     jobs = [(row.caption, i) for i, row in enumerate(data.rows)]
-    drawn = [torch.from_numpy(np.array(image)) for image in draw_pictures(base, jobs, args)]
+    drawn = [v2.functional.pil_to_tensor(image) for image in draw_pictures(base, jobs, args)]
     name = "inception" if args.select_by == "fid" else "texture"
     network = load_features(name, base.device)
     real = extract(load_rows(data.rows, args)[1], network, base.device)
-    fake = extract(torch.stack(drawn).permute(0, 3, 1, 2), network, base.device)
-    features = pooled(real, fake, network.standardise)
-    real, fake = features[: len(real)], features[len(real) :]
+    fake = extract(torch.stack(drawn), network, base.device)
+    real, fake = np.split(pooled(real, fake, network.standardise), [len(real)])
     if args.select_by == "fid":
         return float(frechet(real, fake))
     return float(kid(real, fake)[0])
@@ -1154,10 +1146,9 @@ def open_wandb(args):
         fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
 
     def mirror(entry, grid=None):
-        step = entry["step"]
         if grid:
-            entry = {"samples": wandb.Image(grid)}
-        run.log(entry, step=step)
+            entry["samples"] = wandb.Image(grid)
+        run.log(entry, step=entry["step"])
 
     return mirror
 
@@ -1294,8 +1285,7 @@ def write_report(state, args):
     body += "<h2>Samples, the newest first, same noise each time</h2>"
     grids = sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True)
     for path in grids[:: max(1, len(grids) // 6)]:
-        with Image.open(path) as grid:
-            body += f'<p class="soft">{path.stem}</p>{thumbnail(grid, 1000)}'
+        body += f'<p class="soft">{path.stem}</p>{thumbnail(Image.open(path), 1000)}'
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
@@ -1353,7 +1343,8 @@ PREVIEW_COLUMNS = ["file_name", "text", "label", "patient_id", "source", "synthe
 def write_preview(rows, pixels, folder, args):
     """Write all variants of all images but those kept for a test, metadata.csv and grid.png."""
     path = folder / "metadata.csv"
-    if path.exists() and path.read_text().split("\n")[0].strip() != ",".join(PREVIEW_COLUMNS):
+    header = ",".join(PREVIEW_COLUMNS) + "\n"
+    if path.exists() and not path.read_text().startswith(header):
         fail(f"--preview {folder}: holds another data set; give another folder")
     lines = []
     for i, row in enumerate(tqdm(rows, "writing", unit="image", leave=False)):
@@ -1373,8 +1364,7 @@ def write_preview(rows, pixels, folder, args):
     images = [Image.open(folder / line[0]) for line in shown]
     grid = contact_sheet(images, [line[1] or line[2] or line[4] for line in shown])
     save_png(grid, folder / "grid.png", "")
-    side = args.resolution
-    print(f"{len(lines)} pictures of {side} x {side} in {folder}: look at {folder}/grid.png")
+    print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 
 # ---------------------------------------------------------------- processes and the run's folder
@@ -1459,8 +1449,9 @@ share = number(0.0, 1.0)
 factor = number(0.0, 1e6)
 
 
-def add_data_flags(group):
-    add = group.add_argument
+def parse_args():
+    parser = Flags(__doc__)
+    add = parser.add_argument_group("data").add_argument
     add("--data", required=True, type=data_set, help="folder of images or of class folders; table")
     add("--val-data", type=data_set, help="a separate validation set, in any of these forms")
     add("--val-split", type=share, default=0.15, help="share held out for validation, by patient")
@@ -1484,9 +1475,7 @@ def add_data_flags(group):
     add("--strict", action="store_true", help="stop at an unreadable image")
     add("--skip-bad", dest="strict", action="store_false", help="skip up to 5 %% of unreadable")
 
-
-def add_model_flags(group):
-    add = group.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder")
     methods = ["lora", "full", "dreambooth", "textual-inversion"]
     add("--method", choices=methods, default="lora", help="what is trained, and how")
@@ -1505,9 +1494,7 @@ def add_model_flags(group):
     add("--init-word", default="lesion", help="textual-inversion: a known word to start from")
     add("--vectors", type=number(1, 75), default=1, help="textual-inversion: tokens of the word")
 
-
-def add_training_flags(group):
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--snr-gamma", type=factor, default=0.0, help="min-SNR weighting, usually 5 (0: off)")
     add("--noise-offset", type=share, default=0.0, help="usually 0 to 0.05")
     add("--prompt-dropout", type=share, default=0.1, help="share of captions left empty")
@@ -1523,14 +1510,12 @@ def add_training_flags(group):
     add("--warmup", type=count, help="steps (default: a tenth of the run, at most 100)")
     add("--weight-decay", type=share, default=1e-2, help="of AdamW")
     add("--max-grad-norm", type=factor, default=1.0, help="gradients are clipped to it (0: off)")
-    optimizers = ["adamw", "adamw8bit"]
-    add("--optimizer", choices=optimizers, default="adamw", help="8bit: less memory on a GPU")
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="8bit: less memory")
     add("--gradient-checkpointing", action="store_true", help="less memory, a fifth slower")
     add("--compile", action="store_true", help="the UNet: minutes at first, then faster")
     add("--ema", type=number(0.0, 0.9999999), default=0.9999, help="decay, warmed up (0: off)")
 
-
-def add_output_flags(group):
+    group = parser.add_argument_group("watching and keeping")
     add = group.add_argument
     figures = ["val-loss", "kid", "fid"]
     add("--validate-every", type=count, default=500, help="steps (0: at the end alone)")
@@ -1549,13 +1534,6 @@ def add_output_flags(group):
     add("--resume", default="auto", help="auto, latest, best or a path")
     add_common_flags(group)
 
-
-def parse_args():
-    parser = Flags(__doc__)
-    add_data_flags(parser.add_argument_group("data"))
-    add_model_flags(parser.add_argument_group("model"))
-    add_training_flags(parser.add_argument_group("training"))
-    add_output_flags(parser.add_argument_group("watching and keeping"))
     args = parser.parse_args()
     if args.alpha is None:
         args.alpha = float(args.rank)
@@ -1586,12 +1564,12 @@ def check_flags(args):
 def with_defaults(args, rows):
     """A copy of the flags in which the base and the rows fill in what was left open."""
     captions = Counter(row.caption for row in rows).most_common(4)
-    values = dict(vars(args))
+    args = argparse.Namespace(**vars(args))
     if args.epochs:
-        values["steps"] = math.ceil(args.epochs * len(rows) / effective_batch(args))
-    values["resolution"] = args.resolution or own_resolution(find_base(args.base))
-    values["val_prompts"] = args.val_prompts or [caption for caption, _ in captions]
-    return argparse.Namespace(**values)
+        args.steps = math.ceil(args.epochs * len(rows) / effective_batch(args))
+    args.resolution = args.resolution or own_resolution(find_base(args.base))
+    args.val_prompts = args.val_prompts or [caption for caption, _ in captions]
+    return args
 
 
 def check_validation(val_rows, args):
@@ -1617,7 +1595,7 @@ def run(args, device):
     class_rows = list_class_images(len(train_rows), args)
     made_of = fixed_settings(train_rows, val_rows, args)
     checkpoint = read_checkpoint(made_of, args)
-    if is_finished(checkpoint, args):
+    if checkpoint and is_finished(checkpoint, args):
         if RANK == 0:
             print(f"{args.out} is finished: {args.steps} steps. To go on, give more --steps")
         return
