@@ -449,7 +449,7 @@ def save_checkpoint(state, args, is_best=False):
         "format": 1,
         "step": state.step,
         "epoch": state.step * effective_batch(args) // state.images,
-        "weights": {name: weight.detach() for name, weight in state.weights.items()},
+        "weights": state.weights,
         "ema": state.ema,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
@@ -467,7 +467,7 @@ def save_checkpoint(state, args, is_best=False):
         point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
     if args.keep_last:
-        steps = sorted(folder.glob("step-*.pt"), key=lambda file: file.stat().st_mtime_ns)
+        steps = sorted(folder.glob("step-*.pt"), key=os.path.getmtime)
         for old in steps[: -args.keep_last]:
             old.unlink()
 
@@ -1055,13 +1055,11 @@ class Log:
     def __init__(self, state, args):
         self.path = Path(args.out, "log.jsonl")
         self.pending = []  # loss and gradient norm of the steps not yet written
-        self.mirrors = []
+        self.board = None
         if RANK == 0:
             cut_back(self.path, state, args)
-            if args.tensorboard:
-                self.mirrors.append(open_tensorboard(state, args))
-            if args.wandb:
-                self.mirrors.append(open_wandb(args))
+            if args.tensorboard or args.wandb:
+                self.board = open_board(state, args)
         self.clock = time.perf_counter()  # when the first pending step began
 
     def add_step(self, loss, grad_norm):
@@ -1095,62 +1093,47 @@ class Log:
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         with open(self.path, "a", newline="\n") as file:
             file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", text))  # those are no JSON
-        for mirror in self.mirrors:
+        if self.board:
             for entry in entries:
-                mirror(entry)
+                for name, value in entry.items():
+                    self.board.add_scalar(name, value, entry["step"])
+            self.board.flush()
 
     def add_picture(self, image, step):
-        for mirror in self.mirrors:
-            mirror({"step": step}, image)
+        if self.board:
+            self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+            self.board.flush()
 
 
 def cut_back(path, state, args):
     """Take out of the log, and of samples/, what was written after the checkpoint."""
     lines = []
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            with suppress(ValueError, KeyError):  # a kill may have torn its last line
-                if json.loads(line)["step"] <= state.step:
-                    lines.append(line)
+    path.touch()
+    for line in path.read_text().splitlines(keepends=True):
+        with suppress(ValueError, KeyError):  # a kill may have torn its last line
+            if json.loads(line)["step"] <= state.step:
+                lines.append(line)
     write_file(path, "".join(lines))
     for grid in Path(args.out, "samples").glob("step-*.png"):
         if int(grid.stem[5:]) > state.step:
             grid.unlink()
 
 
-def open_tensorboard(state, args):
-    """A function that writes an entry of the log, or a grid, for TensorBoard."""
-    need("tensorboard", "--tensorboard")
+def open_board(state, args):
+    """TensorBoard's writer, of which --wandb sends a copy to Weights & Biases."""
+    need("tensorboard", "--tensorboard or --wandb")
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
-
-    def mirror(entry, grid=None):
-        for name, value in entry.items():
-            board.add_scalar(name, value, entry["step"])
-        if grid:
-            board.add_image("samples", np.asarray(grid), entry["step"], dataformats="HWC")
-        board.flush()
-
-    return mirror
-
-
-def open_wandb(args):
-    """A function that sends an entry of the log, or a grid, to Weights & Biases."""
-    wandb = need("wandb", "--wandb")
-    run_id = digest(os.path.abspath(args.out))[:16]
-    how = {"project": "medlora", "dir": args.out, "id": run_id, "resume": "allow"}
-    try:
-        run = wandb.init(name=Path(args.out).name, config=vars(args), **how)
-    except wandb.Error as why:  # such as no login
-        fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
-
-    def mirror(entry, grid=None):
-        if grid:
-            entry["samples"] = wandb.Image(grid)
-        run.log(entry, step=entry["step"])
-
-    return mirror
+    if args.wandb:
+        wandb = need("wandb", "--wandb")
+        run_id = digest(os.path.abspath(args.out))[:16]
+        how = {"project": "medlora", "dir": args.out, "id": run_id, "resume": "allow"}
+        how |= {"name": Path(args.out).name, "config": vars(args), "sync_tensorboard": True}
+        try:
+            wandb.init(**how)
+        except wandb.Error as why:  # such as no login
+            fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
+    return SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
 
 
 # ---------------------------------------------------------------- what a run writes and prints
@@ -1202,7 +1185,7 @@ def best_weights(state, args):
     """The EMA weights of the best validation, or of the last step, which then is the best."""
     path = Path(args.out, "checkpoints", "best.pt")
     if state.best["step"] and path.exists():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_weights(path)
         if checkpoint["step"] == state.best["step"]:
             return checkpoint["ema"]
     # no validation, or the run continued another folder's checkpoint, whose best.pt is not here
@@ -1467,11 +1450,11 @@ def parse_args():
     add("--window", help="centre,width, or lung, soft, bone, brain, …: CT's black to white")
     add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
     add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
-    add("--augment", default="", metavar="LIST", help=f"a comma list of {', '.join(AUGMENT)}")
+    add("--augment", default="", help=f"a comma list of {', '.join(AUGMENT)}")
     add("--variants", type=number(1, 1000), help="of an image, one plain (default: 4 if they vary)")
     add("--balance", action="store_true", help="draw classes equally often, A|B as the rarer one")
-    add("--cache", metavar="DIR", help="keep latents here, for runs on the same images and VAE")
-    add("--preview", metavar="DIR", help="describe the data and write what the model sees")
+    add("--cache", help="folder of latents, for runs on the same images and VAE")
+    add("--preview", help="describe the data and write what the model sees to this folder")
     add("--strict", action="store_true", help="stop at an unreadable image")
     add("--skip-bad", dest="strict", action="store_false", help="skip up to 5 %% of unreadable")
 
@@ -1484,10 +1467,10 @@ def parse_args():
     add("--dropout", type=number(0.0, 0.99), default=0.0, help="on the adapter's input")
     add("--targets", default="attention", help="attention, all, or layer name endings: to_q,to_v")
     add("--text-lora", action="store_true", help="adapt the text encoder's attention too")
-    add("--text-encoder", metavar="HUB-ID|FOLDER", help="another encoder, behind a projection")
+    add("--text-encoder", help="another one, Hub id or folder, behind a projection")
     add("--text-length", type=number(8, 512), default=256, help="tokens of --text-encoder")
     add("--init-lora", type=existing_file, help="adapter to start from, of any resolution")
-    add("--class-data", metavar="DIR", help="dreambooth: images of the class")
+    add("--class-data", help="dreambooth: folder of images of the class")
     add("--class-prompt", help='dreambooth: their caption, such as "a skin lesion"')
     add("--prior-weight", type=factor, default=1.0, help="dreambooth: of their loss")
     add("--token", default="<concept>", help="textual-inversion: the new word in --prompt")
@@ -1526,7 +1509,7 @@ def parse_args():
     add("--select-by", choices=figures, default="val-loss", help="what makes a checkpoint the best")
     add("--patience", type=count, default=0, help="stop after validations without a better one")
     add("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")
-    add("--wandb", action="store_true", help="mirror the log to Weights & Biases")
+    add("--wandb", action="store_true", help="mirror TensorBoard's log to Weights & Biases")
     add("--log-every", type=positive, default=10, help="steps between two writings of the log")
     add("--out", default="runs/train", help="the run's folder")
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
