@@ -242,6 +242,8 @@ def find_base(name):
         if not Path(place, "model_index.json").exists():
             fail(f"{place}: not a diffusers folder: it has no model_index.json")
         return place
+    if place.count("/") != 1:
+        fail(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
     from huggingface_hub import snapshot_download
 
     try:
@@ -249,8 +251,8 @@ def find_base(name):
     except Exception as why:  # the Hub's client raises a dozen kinds
         fail(
             f"--base {name}: no such folder, and cannot get {place} from the Hub "
-            f"({type(why).__name__}); give tiny, sd15, …, a Hub id or a folder, or, on a machine "
-            f"with internet, type `hf download {place}`, copy the folder here and give its path"
+            f"({type(why).__name__}); on a machine with internet type `hf download {place}`, copy "
+            "the folder here and give its path"
         )
 
 
