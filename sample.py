@@ -13,7 +13,6 @@ picture is noted in drawn.jsonl, with the reason where it was refused.
 """
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -24,14 +23,14 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
+from torch import nn
 from tqdm import tqdm
 
 from filter import LIMITS, load_selector, measure_reference
@@ -201,9 +200,13 @@ SCHEDULERS = {
     "pndm": "PNDMScheduler",
 }
 # what the files of older bases leave out
-USUAL_SCHEDULE = dict(
-    clip_sample=False, set_alpha_to_one=False, steps_offset=1, skip_prk_steps=True
-)
+USUAL_SCHEDULE = {
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "skip_prk_steps": True,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -217,8 +220,8 @@ class Base:
     """
 
     name: str
-    unet: torch.nn.Module
-    vae: torch.nn.Module
+    unet: nn.Module
+    vae: nn.Module
     text_encoders: list
     tokenizers: list
     schedule: dict
@@ -228,7 +231,7 @@ class Base:
     resolution: int
     zero_empty: bool
     text_length: int
-    text_projection: torch.nn.Module | None = None
+    text_projection: nn.Module | None = None
     words: dict = field(default_factory=dict)
 
     @property
@@ -237,7 +240,7 @@ class Base:
 
     @property
     def predicts_v(self):
-        return self.schedule.get("prediction_type", "epsilon") == "v_prediction"
+        return self.schedule["prediction_type"] == "v_prediction"
 
     def parts(self):
         """The modules that adapters name: {"unet": …, "text_encoder": …, "text_encoder_2": …}."""
@@ -249,10 +252,10 @@ def find_base(name):
     """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once."""
     place = BASES.get(name, name)
     if os.path.isdir(place):
-        if not os.path.exists(os.path.join(place, "model_index.json")):
+        if not Path(place, "model_index.json").exists():
             fail(f"{place}: not a diffusers folder: it has no model_index.json")
         return place
-    if place.count("/") != 1 or place.startswith((".", "/", "~")):
+    if place.count("/") != 1:
         fail(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
     from huggingface_hub import snapshot_download
 
@@ -260,8 +263,9 @@ def find_base(name):
         return snapshot_download(place, allow_patterns=PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds
         fail(
-            f"--base {name}: cannot get {place} from the Hub ({type(why).__name__}); on a machine "
-            f"with internet type `hf download {place}`, copy the folder here and give its path"
+            f"--base {name}: no such folder, and cannot get {place} from the Hub "
+            f"({type(why).__name__}); on a machine with internet type `hf download {place}`, copy "
+            "the folder here and give its path"
         )
 
 
@@ -269,8 +273,8 @@ def read_config(folder, name):
     """A JSON file of a base: a dict."""
     path = Path(folder, name)
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as why:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as why:
         fail(f"{path}: cannot be read ({why})")
 
 
@@ -350,7 +354,7 @@ def read_base(name, folder, device, dtype, method):
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    is_sdxl = os.path.isdir(os.path.join(folder, "text_encoder_2"))
+    is_sdxl = Path(folder, "text_encoder_2").is_dir()
     unet_dtype = torch.float32 if method == "full" else dtype
     text_dtype = torch.float32 if method else dtype
     vae_dtype = text_dtype
@@ -361,21 +365,18 @@ def read_base(name, folder, device, dtype, method):
         return kind.from_pretrained(folder, subfolder=part, use_safetensors=True, **options)
 
     quick = {"low_cpu_mem_usage": False}
-    unet_kind = diffusers.UNet2DConditionModel
-    unet = read_model(unet_kind, "unet", torch_dtype=unet_dtype, **quick)
+    unet = read_model(diffusers.UNet2DConditionModel, "unet", torch_dtype=unet_dtype, **quick)
     vae = read_model(diffusers.AutoencoderKL, "vae", torch_dtype=vae_dtype, **quick)
     encoder = read_model(transformers.CLIPTextModel, "text_encoder", dtype=text_dtype)
     text_encoders = [encoder]
+    tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")]
     if is_sdxl:
         second_kind = transformers.CLIPTextModelWithProjection
         text_encoders.append(read_model(second_kind, "text_encoder_2", dtype=text_dtype))
-    tokenizers = []
-    for part in ("tokenizer", "tokenizer_2")[: len(text_encoders)]:
-        tokenizers.append(transformers.CLIPTokenizer.from_pretrained(folder, subfolder=part))
+        tokenizers += [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2")]
     schedule = USUAL_SCHEDULE | read_config(folder, "scheduler/scheduler_config.json")
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
-    index = read_config(folder, "model_index.json")
-    zero_empty = index.get("force_zeros_for_empty_prompt", False)
+    zero_empty = read_config(folder, "model_index.json").get("force_zeros_for_empty_prompt", False)
     text_length = encoder.config.max_position_embeddings  # whatever the tokenizers' files say
     models = (unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod)
     return Base(name, *models, device, dtype, own_resolution(folder), zero_empty, text_length)
@@ -384,9 +385,9 @@ def read_base(name, folder, device, dtype, method):
 def check_base(base):
     """Refuse bases of other kinds."""
     kind = base.schedule.get("_class_name", "")
-    prediction_type = base.schedule.get("prediction_type", "epsilon")
     if "FlowMatch" in kind or "EDM" in kind or base.vae.config.get("latents_mean") is not None:
         fail(f"--base {base.name}: its schedule {kind} or its VAE is of an unsupported kind")
+    prediction_type = base.schedule["prediction_type"]
     if base.num_timesteps != 1000 or prediction_type not in ("epsilon", "v_prediction"):
         fail(f"--base {base.name}: needs 1000 timesteps, and epsilon or v_prediction")
     if base.unet.config.in_channels != base.vae.config.latent_channels:
@@ -419,15 +420,14 @@ def use_text_encoder(base, name, length=None, projection=None):
     if len(base.text_encoders) > 1:
         fail(f"--text-encoder: {base.name} needs both of its own text encoders")
     try:
-        options = {"dtype": torch.float32, "use_safetensors": True}
-        encoder = transformers.AutoModel.from_pretrained(name, **options)
+        encoder = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        base.text_encoders = [encoder.to(base.device).eval().requires_grad_(False)]
+        base.text_encoders = [encoder.float().to(base.device).eval().requires_grad_(False)]
         base.tokenizers = [tokenizer]
         longest = getattr(encoder.config, "max_position_embeddings", 512)
-        base.text_length = min(length or 512, longest, tokenizer.model_max_length, 512)
+        base.text_length = min(length or 512, longest, tokenizer.model_max_length)
         width = base.unet.config.cross_attention_dim
-        base.text_projection = torch.nn.Linear(encoder.config.hidden_size, width)
+        base.text_projection = nn.Linear(encoder.config.hidden_size, width)
         with torch.no_grad():  # not every kind of encoder can read a caption
             text_states(base, tokenize(base, ["a long caption " * 512]))
     except Exception as why:  # whatever a folder of something else raises
@@ -448,12 +448,12 @@ def load_state(module, weights, base):
         fail(f"the adapter does not fit the base {base.name}; give the --base it was trained on")
 
 
-class TokenEmbedding(torch.nn.Embedding):
+class TokenEmbedding(nn.Embedding):
     """An embedding with further rows, `learned`: the tokens that add_tokens added."""
 
     def forward(self, ids):
         weight = torch.cat([self.weight, self.learned.to(self.weight.dtype)])
-        return torch.nn.functional.embedding(ids, weight)
+        return nn.functional.embedding(ids, weight)
 
 
 def add_tokens(base, vectors):
@@ -469,7 +469,7 @@ def add_tokens(base, vectors):
     if len(base.text_encoders) > 1 or len(tokenizer) != count + len(learned[0]):
         fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder")
     for word, rows in vectors.items():
-        if rows.ndim != 2 or rows.shape[1] != width:
+        if rows.shape[1] != width:
             fail(f"the token {word} does not fit the base {base.name}, whose words have {width}")
         names = [word] + [f"{word}_{n}" for n in range(1, len(rows))]
         if tokenizer.add_tokens(names) != len(names):
@@ -477,8 +477,7 @@ def add_tokens(base, vectors):
         base.words[word] = " ".join(names)
         learned.append(rows)
     embedding.__class__ = TokenEmbedding
-    vectors = torch.cat([rows.float().to(base.device) for rows in learned])
-    embedding.learned = torch.nn.Parameter(vectors)
+    embedding.learned = nn.Parameter(torch.cat([rows.float().to(base.device) for rows in learned]))
     return embedding.learned
 
 
@@ -494,11 +493,10 @@ def tokenize(base, texts):
     texts = [expand_words(base, text) for text in texts]
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = {}
-    for suffix, tokenizer in zip(("", "_2"), base.tokenizers, strict=False):
+    for name, tokenizer in zip(("ids", "ids_2"), base.tokenizers, strict=False):
         encoded = tokenizer(texts, max_length=base.text_length, **options)
-        tokens["ids" + suffix] = encoded.input_ids.to(base.device)
-        if base.text_projection is not None:
-            tokens["mask"] = encoded.attention_mask.to(base.device)
+        tokens[name] = encoded.input_ids.to(base.device)
+        tokens["mask"] = encoded.attention_mask.to(base.device)
     if base.zero_empty:
         tokens["empty"] = torch.tensor([not text for text in texts], device=base.device)
     return tokens
@@ -652,8 +650,6 @@ def read_checkpoint(path):
     """A checkpoint of train.py with its averaged (EMA) weights. Nothing is unpickled."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if content["format"] != 1:
-            raise ValueError("another format")
         flags = content["args"]
         extra = dict(content["ema"] or content["weights"])
         pairs = {}
@@ -672,12 +668,12 @@ def read_adapters(args):
     adapters = []
     for source in args.lora:
         path, weight = split_weight(source)
-        adapters.append(Adapter(path, weight, *load(path)))
+        adapter = Adapter(path, weight, *load(path))
+        if adapter.extra and weight != 1:
+            fail(f"{path} holds {min(adapter.extra)}, which cannot have a weight")
+        adapters.append(adapter)
     if args.checkpoint:
         adapters.append(read_checkpoint(args.checkpoint))
-    for adapter in adapters:
-        if adapter.extra and adapter.weight != 1:
-            fail(f"{adapter.path} holds {min(adapter.extra)}, which cannot have a weight")
     return adapters
 
 
@@ -693,7 +689,6 @@ def use_extra(base, metadata, extra):
     """Replace or add the parts of a base that an adapter holds besides its pairs."""
     unet = {}
     projection = {}
-    tokens = {}
     for key, value in extra.items():
         part, _, name = key.partition(".")
         if part == "unet":
@@ -701,13 +696,11 @@ def use_extra(base, metadata, extra):
         elif part == "text_projection":
             projection[name] = value
         else:
-            tokens[key] = value
+            add_tokens(base, {key: value})
     if unet:
         load_state(base.unet, unet, base)
     if projection:
         use_text_encoder(base, metadata["text_encoder"], int(metadata["text_length"]), projection)
-    if tokens:
-        add_tokens(base, tokens)
 
 
 # ---------------------------------------------------------------- prompts
@@ -735,12 +728,12 @@ def read_prompts(args, adapters):
 def read_texts(args, adapters):
     """The texts of --prompt and of a text file, else the validation prompts of the runs."""
     for text in args.prompt:
-        if re.search(r"\{(labels?|caption|text)\}", text, re.IGNORECASE):
+        if re.search(r"(?i)\{(labels?|caption|text)\}", text):
             fail(f'--prompt "{text}": its fields need --labels-from DATA or a table of --prompts')
     texts = list(args.prompt)
     if args.prompts:
         lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
-        texts += [line for line in lines if line.strip()]
+        texts += filter(str.strip, lines)
     elif not texts:
         for adapter in adapters:
             own = adapter.metadata.get("val_prompts") or [adapter.metadata.get("prompt")]
@@ -751,13 +744,12 @@ def read_texts(args, adapters):
 def rows_of_data_set(data, caption_format, adapters):
     """The rows of a data set; captions it lacks are made by the --prompt of an adapter's run."""
     rows = list_images(data, prompt=caption_format)
-    if caption_format is not None or any(row.caption for row in rows):
-        return rows
-    caption_format = first_known(adapters, "prompt")
-    if caption_format:
-        return list_images(data, prompt=caption_format)
-    if any(row.label for row in rows):
-        fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
+    if caption_format is None and not any(row.caption for row in rows):
+        caption_format = first_known(adapters, "prompt")
+        if caption_format:
+            fill_captions(data, rows, {}, caption_format)
+        elif any(row.label for row in rows):
+            fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
     return rows
 
 
@@ -765,14 +757,15 @@ def rows_of_table(path, caption_format):
     """The rows of a table of prompts, which names no images."""
     table = read_table(path)
     names = table[0] if table else []
-    columns = {role: find_column(names, role) for role in ("caption", "label")}
+    caption = find_column(names, "caption")
+    label = find_column(names, "label")
+    if not caption and not caption_format:
+        fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
     rows = []
     for cells in table:
-        texts = [cells.get(name, "") for name in columns.values()]
+        texts = (cells.get(caption, ""), cells.get(label, ""))
         rows.append(Row("", f"row {len(rows) + 1}", *texts, fields=cells))
-    if not (columns["caption"] or caption_format):
-        fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
-    fill_captions(path, rows, columns, caption_format)
+    fill_captions(path, rows, {"caption": caption}, caption_format)
     return rows
 
 
@@ -784,12 +777,11 @@ def merge_rows(rows, label):
     prompts = {}
     for row in rows:
         caption = " ".join(row.caption.split())
-        facts = {"modality": modality_of(row)}
-        new = Row("", "", caption, label or row.label, fields=facts)
+        new = Row("", "", caption, label or row.label, fields={"modality": modality_of(row)})
         prompt = prompts.setdefault(caption, new)
         if prompt.label != new.label:
             prompt.label = ""
-        if prompt.fields != facts:
+        if prompt.fields != new.fields:
             prompt.fields["modality"] = ""
     return list(prompts.values())
 
@@ -798,13 +790,13 @@ def say_what_is_cut(base, texts):
     """Print what the text encoder does not read of long prompts: all after 75 tokens (CLIP)."""
     tokenizer = base.tokenizers[0]
     room = base.text_length - tokenizer.num_special_tokens_to_add()
-    lost = {}
+    lost = []
     for text in texts:
         tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
         if len(tokens) > room:
-            lost[text] = tokenizer.decode(tokens[room:])
+            lost.append((text, tokenizer.decode(tokens[room:])))
     if lost and RANK == 0:
-        text, rest = next(iter(lost.items()))
+        text, rest = lost[0]
         print(f"{len(lost)} prompts are longer than the {room} tokens that this base reads;")
         print(f'of "{text[:40]}…" this is lost: "{rest[:200]}"')
 
@@ -846,18 +838,19 @@ class Manifest:
         self.log = self.folder / "drawn.jsonl"
         if self.table.exists() and not self.log.exists():
             fail(f"{self.table}: not of this sample.py; give another --out")
+        self.log.touch()
         self.records = {}
         self.read()
 
     def read(self):
         """Read what was drawn, and is still there."""
-        if not self.log.exists():
-            return
         for line in self.log.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a crash may cut a line short
+            try:
                 record = json.loads(line)
-                if Path(self.folder, record["file"]).is_file():
-                    self.records[record["stem"]] = record
+            except ValueError:  # a crash may cut a line short
+                continue
+            if (self.folder / record["file"]).is_file():
+                self.records[record["stem"]] = record
 
     def has(self, drawing, max_attempts):
         """Whether a picture is there with its settings, or was refused at every attempt."""
@@ -868,13 +861,11 @@ class Manifest:
 
     def add(self, record, content):
         """Log and write a picture, in an order that leaves no false row wherever it is stopped."""
-        path = self.folder / record["file"]
         old = self.records.pop(record["stem"], record)
         (self.folder / old["file"]).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
         with open(self.log, "a") as log:
             log.write(json.dumps(record) + "\n")
-        write_file(path, content)
+        write_file(self.folder / record["file"], content)
         self.records[record["stem"]] = record
 
     def write(self):
@@ -884,11 +875,6 @@ class Manifest:
             if not record["reason"]:
                 rows.append([record.get(column, "") for column in MANIFEST])
         write_csv(self.table, MANIFEST, rows)
-
-    def shorten_log(self):
-        """Keep one line for each picture, once no process draws any more."""
-        lines = [json.dumps(self.records[stem]) + "\n" for stem in sorted(self.records)]
-        write_file(self.log, "".join(lines))
 
 
 def make_stems(captions):
@@ -911,6 +897,7 @@ def plan(args, settings, base_name, prompts, adapters, control):
     """The pictures to make, [Drawing], in order."""
     hashes = [f"{content_hash(each.path)[:10]}:{each.weight:g}" for each in adapters]
     how = (
+        f"Negative prompt: {settings.negative_prompt}\n"
         f"Steps: {settings.steps}, Sampler: {settings.scheduler}, "
         f"CFG scale: {settings.guidance_scale:g}, Seed: {args.seed}, "
         f"Size: {settings.width}x{settings.height}, "
@@ -923,36 +910,33 @@ def plan(args, settings, base_name, prompts, adapters, control):
     if settings.guidance_rescale:
         options += f", Guidance rescale: {settings.guidance_rescale:g}"
     loras = " ".join(f"{each.path}:{each.weight:g}" for each in adapters)
-    common = asdict(settings) | {"seed": args.seed, "base": base_name, "lora": loras}
+    common = vars(settings) | {"seed": args.seed, "base": base_name, "lora": loras}
     stems = make_stems([prompt.caption for prompt in prompts])
     planned = []
     for prompt in prompts:
-        facts = {"prompt": prompt.caption, "label": prompt.label, **prompt.fields}
-        first = f"{prompt.caption}\nNegative prompt: {settings.negative_prompt}\n{how}"
         for i in range(args.num_images):
-            parameters = f"{first}, Image: {i}{options}"
+            parameters = f"{prompt.caption}\n{how}, Image: {i}{options}"
             digest = hashlib.sha256(f"{args.format}\n{parameters}".encode()).hexdigest()
             stem = f"{stems[prompt.caption]}-{i:04d}"
-            record = common | facts | {"settings": digest[:16]}
+            facts = {"prompt": prompt.caption, "label": prompt.label, "settings": digest[:16]}
+            record = common | prompt.fields | facts
             planned.append(Drawing(prompt, i, stem, parameters, record))
     return planned
 
 
 def find_unfinished(planned, manifest, args):
-    """The pictures still to draw; without --overwrite, files of other settings are not replaced."""
-    unfinished = []
-    for drawing in planned:
-        record = manifest.records.get(drawing.stem)
-        path = Path(args.out, f"{drawing.stem}.{args.format}")
-        is_foreign = record is None and path.exists()
-        if record and record["settings"] != drawing.record["settings"]:
-            path = Path(args.out, record["file"])
-            is_foreign = True
-        if is_foreign and not args.overwrite:
+    """The pictures still to draw."""
+    return [drawing for drawing in planned if not manifest.has(drawing, args.max_attempts)]
+
+
+def refuse_to_replace(todo, manifest, args):
+    """Without --overwrite, fail where a file of other settings would be replaced."""
+    for drawing in todo:
+        record = manifest.records.get(drawing.stem, {"file": f"{drawing.stem}.{args.format}"})
+        path = manifest.folder / record["file"]
+        is_other = record.get("settings") != drawing.record["settings"]
+        if is_other and path.exists() and not args.overwrite:
             fail(f"{path}: is of other settings; give another --out, or sample.py's --overwrite")
-        if not manifest.has(drawing, args.max_attempts):
-            unfinished.append(drawing)
-    return unfinished
 
 
 def encode_png(image, parameters):
@@ -976,12 +960,11 @@ def encode_dicom(image, parameters):
     Each is its own patient, study and series; identifiers come from settings and pixels alone.
     """
     from pydicom import Dataset, dcmwrite
-    from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
     digest = hashlib.sha256(parameters.encode() + image.tobytes()).hexdigest()
     data = Dataset()
-    data.file_meta = FileMetaDataset()
+    data.ensure_file_meta()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data.SpecificCharacterSet = "ISO_IR 192"
     data.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
@@ -992,8 +975,7 @@ def encode_dicom(image, parameters):
         setattr(data, f"{name}UID", generate_uid(entropy_srcs=[name, digest]))
     data.PatientName = "SYNTHETIC^MEDLORA"
     data.PatientID = f"SYNTH-{digest[:12]}"
-    data.SeriesDescription = "SYNTHETIC - NOT FOR DIAGNOSIS"
-    data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
+    data.SeriesDescription = data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
     data.SyntheticData = "YES"
     data.Manufacturer = "medlora"
     data.BurnedInAnnotation = "NO"
@@ -1017,19 +999,19 @@ def encode_dicom(image, parameters):
 ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
-def contact_sheet(images, captions, columns=8):
+def contact_sheet(images, captions):
     """One image of many, each 160 pixels wide with its caption below."""
-    side = 160
-    columns = min(columns, max(4, len(images)))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 20) + 4), "white")
+    width, height = 164, 180  # of a cell
+    columns = min(8, max(4, len(images)))
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * width + 4, rows * height + 4), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x = 4 + i % columns * (side + 4)
-        y = 4 + i // columns * (side + 20)
-        sheet.paste(image.convert("RGB").resize((side, side)), (x, y))
-        text = " ".join(caption.encode("ascii", "replace").decode().split())
-        pen.text((x, y + side + 3), text[:28], fill="black")
+        x = 4 + i % columns * width
+        y = 4 + i // columns * height
+        sheet.paste(image.resize((160, 160)), (x, y))
+        text = " ".join(caption.split())
+        pen.text((x, y + 163), text[:28], fill="black")
     return sheet
 
 
@@ -1046,7 +1028,6 @@ class Control:
         self.selector = None
         self.reference = None
         self.size = 0
-        self.selector_limits = (args.min_quality, args.min_alignment)
         self.description = ""
         if args.selector:
             self.selector = load_selector(args.selector)
@@ -1070,7 +1051,7 @@ class Control:
             if value is not None:
                 self.description += f", {name.replace('_', ' ').capitalize()}: {value}"
 
-    def judge(self, images, prompts):
+    def judge(self, images, prompts, args):
         """Why each image is refused ("" if it passes), and its scores as texts, {name: "0.85"}."""
         reasons = [""] * len(images)
         scores = [{} for _ in images]
@@ -1080,12 +1061,12 @@ class Control:
         if self.reference:
             reasons, _ = self.reference.judge(pixels, prompts)
         if self.selector:
-            low, numbers = self.selector.judge(pixels, prompts, *self.selector_limits)
-            reasons = [reason or other for reason, other in zip(reasons, low, strict=True)]
-            for name, values in numbers.items():
-                for i, value in enumerate(values):
-                    if not np.isnan(value):  # no label to be aligned with
-                        scores[i][name] = f"{value:.2f}"
+            low, grades = self.selector.judge(pixels, prompts, args.min_quality, args.min_alignment)
+            for i, reason in enumerate(low):
+                reasons[i] = reasons[i] or reason
+                for name, values in grades.items():
+                    if not np.isnan(values[i]):  # no label to be aligned with
+                        scores[i][name] = f"{values[i]:.2f}"
         return reasons, scores
 
 
@@ -1094,39 +1075,34 @@ class Control:
 
 def draw(base, todo, batch_size, settings, control, manifest, args):
     """Draw and write pictures; what is refused is drawn again, --max-attempts times in all."""
-    for attempt in range(1, args.max_attempts + 1):
+    attempt = 0
+    while todo:
+        attempt += 1
         again = []
-        images = draw_once(base, todo, attempt, batch_size, settings, args)
+        bar = tqdm(desc="drawing", total=len(todo), unit="image", disable=RANK > 0)
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            batch_images = list(islice(images, len(batch)))
-            reasons, scores = control.judge(batch_images, [drawing.prompt for drawing in batch])
+            jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
+            if attempt > 1:
+                jobs = [(*job, attempt) for job in jobs]
+            # kernels differ with the batch size; of full batches a restart draws the same bits
+            while len(jobs) < batch_size:
+                jobs.append(jobs[-1])
+            images = list(generate(base, jobs, settings, batch_size, args.seed))[: len(batch)]
+            if args.grey:
+                images = [image.convert("L") for image in images]
+            reasons, scores = control.judge(images, [drawing.prompt for drawing in batch], args)
             finished = []
-            for judged in zip(batch, batch_images, reasons, scores, strict=True):
+            for judged in zip(batch, images, reasons, scores, strict=True):
                 drawing, _, reason, _ = judged
                 if reason and attempt < args.max_attempts:
                     again.append(drawing)
                 else:
                     finished.append(judged)
             write_pictures(finished, attempt, manifest, args)
+            bar.update(len(batch))
+        bar.close()
         todo = again
-        if not todo:
-            return
-
-
-def draw_once(base, todo, attempt, batch_size, settings, args):
-    """Yield an image for each of `todo`, from the noise of this attempt."""
-    jobs = [(drawing.prompt.caption, drawing.number) for drawing in todo]
-    if attempt > 1:
-        jobs = [(*job, attempt) for job in jobs]
-    # kernels differ with the batch size, so the last batch is filled: a restart gives the same bits
-    while len(jobs) % batch_size:
-        jobs.append(jobs[-1])
-    images = generate(base, jobs, settings, batch_size, args.seed)
-    images = islice(images, len(todo))
-    name = "drawing" if attempt == 1 else f"attempt {attempt}"
-    for image in tqdm(images, name, len(todo), unit="image", disable=RANK > 0):
-        yield image.convert("L") if args.grey else image
 
 
 def write_pictures(finished, attempt, manifest, args):
@@ -1165,11 +1141,13 @@ def multiple_of_8(text):
 
 
 def parse_args(argv=None):
+    count = number(1, 10**6)
+    share = number(0.0, 1.0)
     parser = Flags(__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--base", help="tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
     add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
-    add("--checkpoint", type=existing_file, metavar="PATH", help="a run's checkpoints/*.pt")
+    add("--checkpoint", type=existing_file, help="a run's checkpoints/*.pt")
 
     group = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
     add = group.add_argument
@@ -1178,39 +1156,38 @@ def parse_args(argv=None):
     add_one_of("--prompts", type=existing_file, metavar="FILE", help=".txt, .csv or .jsonl")
     add_one_of("--labels-from", type=data_set, metavar="DATA", help="every caption of a data set")
     add("--negative-prompt", default="", help="what to steer away from")
-    add("--num-images", type=number(1, 10**6), default=4, help="images per prompt")
+    add("--num-images", type=count, default=4, help="images per prompt")
     add("--label", default="", help="label in manifest.csv (default: that of the data)")
 
     group = parser.add_argument_group("how")
     add = group.add_argument
     add("--steps", type=number(1, 998), default=50, help="denoising steps")
-    add("--scheduler", choices=list(SCHEDULERS), default="ddim", help="sampler")
+    add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler")
     add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
-    rescale = "against overexposure; 0.7 for v-prediction at zero terminal SNR"
-    add("--guidance-rescale", type=number(0.0, 1.0), default=0.0, help=rescale)
+    add("--guidance-rescale", type=share, default=0.0, help="against overexposure; usually 0.7")
     add("--height", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
     add("--width", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
-    add("--batch-size", type=number(1, 10**6), default=8, help="images at once")
+    add("--batch-size", type=count, default=8, help="images at once")
     add("--low-memory", action="store_true", help="VAE in tiles, guidance in two passes")
     add("--compile", action="store_true", help="torch.compile the UNet")
     add_common_flags(group)
 
     group = parser.add_argument_group("quality control: what is refused is drawn again")
     add = group.add_argument
-    add("--selector", type=existing_file, metavar="PATH", help="written by filter.py --fit")
-    add("--min-quality", type=number(0.0, 1.0), help="(default: the selector's)")
-    add("--min-alignment", type=number(0.0, 1.0), help="probability that the label is shown")
+    add("--selector", type=existing_file, help="written by filter.py --fit")
+    add("--min-quality", type=share, help="(default: the selector's)")
+    add("--min-alignment", type=share, help="probability that the label is shown")
     add("--reference", type=data_set, metavar="REAL", help="real images to compare with")
     calibrate = "share of real images to refuse (default: 0.05 without another limit)"
-    add("--calibrate", type=number(1e-6, 0.999), metavar="ALPHA", help=calibrate)
+    add("--calibrate", type=number(1e-6, 0.999), help=calibrate)
     add("--max-lpips", type=number(0.0, 1e6), help="LPIPS to the nearest real image")
     add("--min-ssim", type=number(-1.0, 1.0), help="SSIM to the most similar real image")
     add("--drop-copies", action="store_true", default=None, help="refuse copies of real ones")
-    add("--max-attempts", type=number(1, 1000), default=10, help="drawings of one picture")
+    add("--max-attempts", type=count, default=10, help="drawings of one picture")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs/samples", help="folder")
-    add("--format", choices=list(ENCODERS), default="png", help="dcm: DICOM Secondary Capture")
+    add("--format", choices=ENCODERS, default="png", help="dcm: DICOM Secondary Capture")
     add("--grey", action="store_true", help="write grey pictures")
     add("--grid", action="store_true", help="also write a contact sheet, grid.png")
     add("--overwrite", action="store_true", help="replace pictures of other settings")
@@ -1224,10 +1201,10 @@ def parse_args(argv=None):
 
 def make_settings(args, adapters, base_name):
     """The Settings; the size is --height and --width, else an adapter's, else the base's."""
-    side = first_known(adapters, "resolution") or own_resolution(find_base(base_name))
-    values = {each.name: getattr(args, each.name) for each in fields(Settings)}
-    values["height"] = args.height or int(side)
-    values["width"] = args.width or int(side)
+    side = int(first_known(adapters, "resolution") or own_resolution(find_base(base_name)))
+    values = {name: getattr(args, name) for name in vars(Settings())}
+    values["height"] = args.height or side
+    values["width"] = args.width or side
     return Settings(**values)
 
 
@@ -1260,8 +1237,9 @@ def main(args):
     control = Control(args, settings, prompts, device)
     planned = plan(args, settings, base_name, prompts, adapters, control)
     manifest = Manifest(args.out)
-    present = sum(manifest.has(drawing, args.max_attempts) for drawing in planned)
+    missing = len(find_unfinished(planned, manifest, args))
     todo = find_unfinished(planned[RANK::WORLD], manifest, args)
+    refuse_to_replace(todo, manifest, args)
     try:
         if todo:
             base = load_for_drawing(base_name, device, adapters, args)
@@ -1272,26 +1250,25 @@ def main(args):
             pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
             with merged(base.parts(), pairs):
                 draw(base, todo, batch_size, settings, control, manifest, args)
-        while RANK == 0 and not all(manifest.has(each, args.max_attempts) for each in planned):
+        while RANK == 0 and find_unfinished(planned, manifest, args):
             time.sleep(1)  # for the other processes; torchrun ends this if one dies
             manifest.read()
     finally:
         if RANK == 0:
             manifest.write()
     if RANK == 0:
-        manifest.shorten_log()
-        finish([manifest.records[drawing.stem] for drawing in planned], present, args)
+        finish([manifest.records[drawing.stem] for drawing in planned], missing, args)
 
 
-def finish(records, present, args):
+def finish(records, missing, args):
     """Write the contact sheet; print what was drawn and what to do next."""
     kept = [record for record in records if not record["reason"]]
     if args.grid:
-        images = [read_image(Path(args.out, record["file"])) for record in kept[:64]]
-        captions = [record["prompt"] for record in kept[:64]]
-        sheet = contact_sheet(images, captions)
-        save_png(sheet, Path(args.out, "grid.png"), "\n".join(dict.fromkeys(captions)))
-    print(f"{len(records) - present} images drawn, {present} were there: {args.out}")
+        shown = kept[:64]
+        images = [read_image(Path(args.out, record["file"])) for record in shown]
+        captions = [record["prompt"] for record in shown]
+        save_png(contact_sheet(images, captions), Path(args.out, "grid.png"), "")
+    print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)
         print(f"{len(kept)} of {len(records)} passed, in {attempts} drawings")

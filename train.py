@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -482,7 +482,7 @@ def start(base, weights, args, made_of, checkpoint=None):
             weight.data.copy_(checkpoint["weights"][name])
             ema[name].copy_(checkpoint["ema"][name])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"] and scaler.is_enabled():
+        if checkpoint["scaler"]:  # empty where the run was not in fp16
             scaler.load_state_dict(checkpoint["scaler"])
         state.step = checkpoint["step"]
         state.best = checkpoint["best"]
@@ -499,11 +499,10 @@ def save_checkpoint(state, args, is_best=False):
         "format": 1,
         "step": state.step,
         "epoch": state.step * effective_batch(args) // state.images,
-        "weights": {name: weight.detach() for name, weight in state.weights.items()},
+        "weights": state.weights,
         "ema": state.ema,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "effective_batch": effective_batch(args),
         "best": state.best,
         "history": state.history,
         "args": vars(args),
@@ -518,20 +517,18 @@ def save_checkpoint(state, args, is_best=False):
         point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
     if args.keep_last:
-        steps = sorted(folder.glob("step-*.pt"), key=lambda file: file.stat().st_mtime_ns)
+        steps = sorted(folder.glob("step-*.pt"), key=os.path.getmtime)
         for old in steps[: -args.keep_last]:
             old.unlink()
 
 
 def point(name, path):
     """Let `name` be the file `path`, atomically: a hard link, or a copy where there are none."""
-    if name.exists() and name.samefile(path):  # os.replace moves neither of two hard links
-        return
     temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
         os.link(os.path.realpath(path), temporary)
         os.replace(temporary, name)
+        temporary.unlink(missing_ok=True)  # os.replace moves neither of two links to one file
     except OSError:
         copy_file(path, name)
 
@@ -602,11 +599,9 @@ def write_args(args, finished=None):
 
 def is_finished(checkpoint, args):
     """True where a run ended with this checkpoint and wrote its results."""
-    if checkpoint is None or checkpoint["step"] < args.steps:
-        return False
     with suppress(OSError, ValueError, KeyError):  # not there, or edited by hand
         text = Path(args.out, "args.json").read_text(encoding="utf-8")
-        return json.loads(text)["finished"] == checkpoint["step"]
+        return json.loads(text)["finished"] == checkpoint["step"] >= args.steps
     return False
 
 
@@ -685,8 +680,8 @@ def list_data(args):
     if args.balance and not any(row.label for row in rows):
         fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
     if "flip" in args.augment:
-        sided = re.compile(r"\b(?i:left|right)\b|\bO[DS]\b")
-        names = [row.file_name for row in rows if sided.search(row.caption)]
+        sided = r"\b(?i:left|right)\b|\bO[DS]\b"
+        names = [row.file_name for row in rows if re.search(sided, row.caption)]
         warn(names, "captions that say left, right, OD or OS", "use no flips: they swap no words")
     return rows
 
@@ -773,9 +768,7 @@ def list_class_images(count, args):
 def rarest_labels(rows):
     """The class of each row for --balance: its label, of several (A|B) the rarest in the set."""
     labels = [split_labels(row) for row in rows]
-    counts = Counter()
-    for several in labels:
-        counts.update(several)
+    counts = Counter(chain.from_iterable(labels))
     return tuple(min(several, key=lambda label: (counts[label], label)) for several in labels)
 
 
@@ -1063,7 +1056,7 @@ def trainable_weights(base, args):
     """What the method trains: {name: fp32 parameter}; all else is frozen."""
     if args.method == "full":
         base.unet.requires_grad_(True)
-        return {f"unet.{name}": weight for name, weight in base.unet.named_parameters()}
+        return dict(base.unet.named_parameters(prefix="unet"))
     if args.method == "textual-inversion":
         return {args.token: new_word(base, args)}
     shape = (args.rank, args.alpha, args.dropout)
@@ -1076,8 +1069,7 @@ def trainable_weights(base, args):
     if args.text_encoder:
         torch.manual_seed(generator(args.seed, "projection").initial_seed())
         base.text_projection.reset_parameters()
-        for name, weight in base.text_projection.named_parameters():
-            weights[f"text_projection.{name}"] = weight
+        weights |= base.text_projection.named_parameters(prefix="text_projection")
     if args.init_lora:
         copy_adapter(weights, args)
     return weights
@@ -1134,11 +1126,9 @@ def draw_pictures(base, jobs, args):
     size = args.resolution
     settings = Settings(args.val_steps, args.val_guidance_scale, height=size, width=size)
     pixels = torch.zeros(len(jobs), 3, size, size, dtype=torch.uint8)
-    places = range(RANK, len(jobs), WORLD)
-    own = [jobs[place] for place in places]
-    images = generate(base, own, settings, batch_size=args.batch_size, seed=args.seed)
-    for place, image in zip(places, images, strict=True):
-        pixels[place] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    images = generate(base, jobs[RANK::WORLD], settings, args.batch_size, args.seed)
+    for place, image in enumerate(images):
+        pixels[RANK + place * WORLD] = v2.functional.pil_to_tensor(image)
     sum_on_host(pixels, base.device)
     return pixels
 
@@ -1160,8 +1150,7 @@ def compare_sets(real, drawn, device, args):
     network = load_features(name, device)
     real = extract(real, network, device)
     fake = extract(drawn, network, device)
-    features = pooled(real, fake, network.standardise)
-    real, fake = features[: len(real)], features[len(real) :]
+    real, fake = np.split(pooled(real, fake, network.standardise), [len(real)])
     if args.select_by == "fid":
         return float(frechet(real, fake))
     return float(kid(real, fake)[0])
@@ -1208,13 +1197,11 @@ class Log:
     def __init__(self, state, args):
         self.path = Path(args.out, "log.jsonl")
         self.pending = []  # loss and gradient norm of the steps not yet written
-        self.mirrors = []
+        self.board = None
         if RANK == 0:
             cut_back(self.path, state, args)
-            if args.tensorboard:
-                self.mirrors.append(open_tensorboard(state, args))
-            if args.wandb:
-                self.mirrors.append(open_wandb(args))
+            if args.tensorboard or args.wandb:
+                self.board = open_board(state, args)
         self.clock = time.perf_counter()  # when the first pending step began
 
     def add_step(self, loss, grad_norm):
@@ -1248,63 +1235,47 @@ class Log:
         text = "".join(json.dumps(entry) + "\n" for entry in entries)
         with open(self.path, "a", newline="\n") as file:
             file.write(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", text))  # those are no JSON
-        for mirror in self.mirrors:
+        if self.board:
             for entry in entries:
-                mirror(entry)
+                for name, value in entry.items():
+                    self.board.add_scalar(name, value, entry["step"])
+            self.board.flush()
 
     def add_picture(self, image, step):
-        for mirror in self.mirrors:
-            mirror({"step": step}, image)
+        if self.board:
+            self.board.add_image("samples", np.asarray(image), step, dataformats="HWC")
+            self.board.flush()
 
 
 def cut_back(path, state, args):
     """Take out of the log, and of samples/, what was written after the checkpoint."""
     lines = []
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            with suppress(ValueError, KeyError):  # a kill may have torn its last line
-                if json.loads(line)["step"] <= state.step:
-                    lines.append(line)
+    path.touch()
+    for line in path.read_text().splitlines(keepends=True):
+        with suppress(ValueError, KeyError):  # a kill may have torn its last line
+            if json.loads(line)["step"] <= state.step:
+                lines.append(line)
     write_file(path, "".join(lines))
     for grid in Path(args.out, "samples").glob("step-*.png"):
         if int(grid.stem[5:]) > state.step:
             grid.unlink()
 
 
-def open_tensorboard(state, args):
-    """A function that writes an entry of the log, or a grid, for TensorBoard."""
-    need("tensorboard", "--tensorboard")
+def open_board(state, args):
+    """TensorBoard's writer, of which --wandb sends a copy to Weights & Biases."""
+    need("tensorboard", "--tensorboard or --wandb")
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
-
-    def mirror(entry, grid=None):
-        for name, value in entry.items():
-            board.add_scalar(name, value, entry["step"])
-        if grid:
-            board.add_image("samples", np.asarray(grid), entry["step"], dataformats="HWC")
-        board.flush()
-
-    return mirror
-
-
-def open_wandb(args):
-    """A function that sends an entry of the log, or a grid, to Weights & Biases."""
-    wandb = need("wandb", "--wandb")
-    run_id = digest(os.path.abspath(args.out))[:16]
-    how = {"project": "medlora", "dir": args.out, "id": run_id, "resume": "allow"}
-    try:
-        run = wandb.init(name=Path(args.out).name, config=vars(args), **how)
-    except wandb.Error as why:  # such as no login
-        fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
-
-    def mirror(entry, grid=None):
-        step = entry["step"]
-        if grid:
-            entry = {"samples": wandb.Image(grid)}
-        run.log(entry, step=step)
-
-    return mirror
+    if args.wandb:
+        wandb = need("wandb", "--wandb")
+        run_id = digest(os.path.abspath(args.out))[:16]
+        how = {"project": "medlora", "dir": args.out, "id": run_id, "resume": "allow"}
+        how |= {"name": Path(args.out).name, "config": vars(args), "sync_tensorboard": True}
+        try:
+            wandb.init(**how)
+        except wandb.Error as why:  # such as no login
+            fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
+    return SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
 
 
 # ---------------------------------------------------------------- what a run writes and prints
@@ -1356,7 +1327,7 @@ def best_weights(state, args):
     """The EMA weights of the best validation, or of the last step, which then is the best."""
     path = Path(args.out, "checkpoints", "best.pt")
     if state.best["step"] and path.exists():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_weights(path)
         if checkpoint["step"] == state.best["step"]:
             return checkpoint["ema"]
     # no validation, or the run continued another folder's checkpoint, whose best.pt is not here
@@ -1439,8 +1410,7 @@ def write_report(state, args):
     body += "<h2>Samples, the newest first, same noise each time</h2>"
     grids = sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True)
     for path in grids[:: max(1, len(grids) // 6)]:
-        with Image.open(path) as grid:
-            body += f'<p class="soft">{path.stem}</p>{thumbnail(grid, 1000)}'
+        body += f'<p class="soft">{path.stem}</p>{thumbnail(Image.open(path), 1000)}'
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
@@ -1498,7 +1468,8 @@ PREVIEW_COLUMNS = ["file_name", "text", "label", "patient_id", "source", "synthe
 def write_preview(rows, pixels, folder, args):
     """Write all variants of all images but those kept for a test, metadata.csv and grid.png."""
     path = folder / "metadata.csv"
-    if path.exists() and path.read_text().split("\n")[0].strip() != ",".join(PREVIEW_COLUMNS):
+    header = ",".join(PREVIEW_COLUMNS) + "\n"
+    if path.exists() and not path.read_text().startswith(header):
         fail(f"--preview {folder}: holds another data set; give another folder")
     lines = []
     for i, row in enumerate(tqdm(rows, "writing", unit="image", leave=False)):
@@ -1518,8 +1489,7 @@ def write_preview(rows, pixels, folder, args):
     images = [Image.open(folder / line[0]) for line in shown]
     grid = contact_sheet(images, [line[1] or line[2] or line[4] for line in shown])
     save_png(grid, folder / "grid.png", "")
-    side = args.resolution
-    print(f"{len(lines)} pictures of {side} x {side} in {folder}: look at {folder}/grid.png")
+    print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 
 # ---------------------------------------------------------------- processes and the run's folder
@@ -1607,8 +1577,9 @@ share = number(0.0, 1.0)
 factor = number(0.0, 1e6)
 
 
-def add_data_flags(group):
-    add = group.add_argument
+def parse_args():
+    parser = Flags(__doc__)
+    add = parser.add_argument_group("data").add_argument
     add("--data", required=True, type=data_set, help="folder of images or of class folders; table")
     add("--val-data", type=data_set, help="a separate validation set, in any of these forms")
     add("--val-split", type=share, default=0.15, help="share held out for validation, by patient")
@@ -1624,17 +1595,15 @@ def add_data_flags(group):
     add("--window", help="centre,width, or lung, soft, bone, brain, …: CT's black to white")
     add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
     add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
-    add("--augment", default="", metavar="LIST", help=f"a comma list of {', '.join(AUGMENT)}")
+    add("--augment", default="", help=f"a comma list of {', '.join(AUGMENT)}")
     add("--variants", type=number(1, 1000), help="of an image, one plain (default: 4 if they vary)")
     add("--balance", action="store_true", help="draw classes equally often, A|B as the rarer one")
-    add("--cache", metavar="DIR", help="keep latents here, for runs on the same images and VAE")
-    add("--preview", metavar="DIR", help="describe the data and write what the model sees")
+    add("--cache", help="folder of latents, for runs on the same images and VAE")
+    add("--preview", help="describe the data and write what the model sees to this folder")
     add("--strict", action="store_true", help="stop at an unreadable image")
     add("--skip-bad", dest="strict", action="store_false", help="skip up to 5 %% of unreadable")
 
-
-def add_model_flags(group):
-    add = group.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder")
     methods = ["lora", "full", "dreambooth", "textual-inversion"]
     add("--method", choices=methods, default="lora", help="what is trained, and how")
@@ -1643,19 +1612,17 @@ def add_model_flags(group):
     add("--dropout", type=number(0.0, 0.99), default=0.0, help="on the adapter's input")
     add("--targets", default="attention", help="attention, all, or layer name endings: to_q,to_v")
     add("--text-lora", action="store_true", help="adapt the text encoder's attention too")
-    add("--text-encoder", metavar="HUB-ID|FOLDER", help="another encoder, behind a projection")
+    add("--text-encoder", help="another one, Hub id or folder, behind a projection")
     add("--text-length", type=number(8, 512), default=256, help="tokens of --text-encoder")
     add("--init-lora", type=existing_file, help="adapter to start from, of any resolution")
-    add("--class-data", metavar="DIR", help="dreambooth: images of the class")
+    add("--class-data", help="dreambooth: folder of images of the class")
     add("--class-prompt", help='dreambooth: their caption, such as "a skin lesion"')
     add("--prior-weight", type=factor, default=1.0, help="dreambooth: of their loss")
     add("--token", default="<concept>", help="textual-inversion: the new word in --prompt")
     add("--init-word", default="lesion", help="textual-inversion: a known word to start from")
     add("--vectors", type=number(1, 75), default=1, help="textual-inversion: tokens of the word")
 
-
-def add_training_flags(group):
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--snr-gamma", type=factor, default=0.0, help="min-SNR weighting, usually 5 (0: off)")
     add("--noise-offset", type=share, default=0.0, help="usually 0 to 0.05")
     add("--prompt-dropout", type=share, default=0.1, help="share of captions left empty")
@@ -1671,14 +1638,12 @@ def add_training_flags(group):
     add("--warmup", type=count, help="steps (default: a tenth of the run, at most 100)")
     add("--weight-decay", type=share, default=1e-2, help="of AdamW")
     add("--max-grad-norm", type=factor, default=1.0, help="gradients are clipped to it (0: off)")
-    optimizers = ["adamw", "adamw8bit"]
-    add("--optimizer", choices=optimizers, default="adamw", help="8bit: less memory on a GPU")
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="8bit: less memory")
     add("--gradient-checkpointing", action="store_true", help="less memory, a fifth slower")
     add("--compile", action="store_true", help="the UNet: minutes at first, then faster")
     add("--ema", type=number(0.0, 0.9999999), default=0.9999, help="decay, warmed up (0: off)")
 
-
-def add_output_flags(group):
+    group = parser.add_argument_group("watching and keeping")
     add = group.add_argument
     figures = ["val-loss", "kid", "fid"]
     add("--validate-every", type=count, default=500, help="steps (0: at the end alone)")
@@ -1689,7 +1654,7 @@ def add_output_flags(group):
     add("--select-by", choices=figures, default="val-loss", help="what makes a checkpoint the best")
     add("--patience", type=count, default=0, help="stop after validations without a better one")
     add("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")
-    add("--wandb", action="store_true", help="mirror the log to Weights & Biases")
+    add("--wandb", action="store_true", help="mirror TensorBoard's log to Weights & Biases")
     add("--log-every", type=positive, default=10, help="steps between two writings of the log")
     add("--out", default="runs/train", help="the run's folder")
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
@@ -1697,13 +1662,6 @@ def add_output_flags(group):
     add("--resume", default="auto", help="auto, latest, best or a path")
     add_common_flags(group)
 
-
-def parse_args():
-    parser = Flags(__doc__)
-    add_data_flags(parser.add_argument_group("data"))
-    add_model_flags(parser.add_argument_group("model"))
-    add_training_flags(parser.add_argument_group("training"))
-    add_output_flags(parser.add_argument_group("watching and keeping"))
     args = parser.parse_args()
     if args.alpha is None:
         args.alpha = float(args.rank)
@@ -1734,12 +1692,12 @@ def check_flags(args):
 def with_defaults(args, rows):
     """A copy of the flags in which the base and the rows fill in what was left open."""
     captions = Counter(row.caption for row in rows).most_common(4)
-    values = dict(vars(args))
+    args = argparse.Namespace(**vars(args))
     if args.epochs:
-        values["steps"] = math.ceil(args.epochs * len(rows) / effective_batch(args))
-    values["resolution"] = args.resolution or own_resolution(find_base(args.base))
-    values["val_prompts"] = args.val_prompts or [caption for caption, _ in captions]
-    return argparse.Namespace(**values)
+        args.steps = math.ceil(args.epochs * len(rows) / effective_batch(args))
+    args.resolution = args.resolution or own_resolution(find_base(args.base))
+    args.val_prompts = args.val_prompts or [caption for caption, _ in captions]
+    return args
 
 
 def check_validation(val_rows, args):
@@ -1765,7 +1723,7 @@ def run(args, device):
     class_rows = list_class_images(len(train_rows), args)
     made_of = fixed_settings(train_rows, val_rows, args)
     checkpoint = read_checkpoint(made_of, args)
-    if is_finished(checkpoint, args):
+    if checkpoint and is_finished(checkpoint, args):
         if RANK == 0:
             print(f"{args.out} is finished: {args.steps} steps. To go on, give more --steps")
         return

@@ -4,7 +4,6 @@ import csv
 import shutil
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,14 +86,13 @@ def test_each_slot_of_a_batch_draws_a_variant_of_its_own(monkeypatch):
     flags = ["--data", ".", "--augment", "noise", "--variants", "3", "--batch-size", "8"]
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
     args = train.parse_args()
-    base = SimpleNamespace(num_timesteps=1000, text_projection=None)
     mean = torch.arange(30.0).view(30, 1, 1, 1)  # variant v of image n is 10 v + n
     text = {"x": torch.arange(11)}
-    fixed = (torch.zeros(30, 1, 1, 1), text, torch.arange(10), torch.ones(10))
+    fixed = (torch.zeros(30, 1, 1, 1), torch.zeros(30, 6), text, torch.arange(10), torch.ones(10))
     data = train.Data([{}] * 10, mean, *fixed)
 
     def latents(step, slots):
-        return train.make_batch(base, data, step, slots, args).latents.flatten().int()
+        return train.make_batch([data], 1000, step, slots, args).latents.flatten().int()
 
     drawn = torch.cat([latents(step, range(8)) for step in range(40)])
     halves = []
@@ -105,7 +103,7 @@ def test_each_slot_of_a_batch_draws_a_variant_of_its_own(monkeypatch):
     for epoch in drawn.split(10):
         assert sorted((epoch % 10).tolist()) == list(range(10))
     args.prompt_dropout = 0
-    batch = train.make_batch(base, data, 3, range(8), args)
+    batch = train.make_batch([data], 1000, 3, range(8), args)
     assert torch.equal(batch.latents.flatten().int() % 10, batch.text["x"])  # its caption
 
 

@@ -102,12 +102,19 @@ def setup(base, images, monkeypatch):
         rows = train.list_data(args)
         args = train.with_defaults(args, rows)
         loaded = train.prepare_base(args, CPU)
-        state = train.start(loaded, args, {})
+        weights = train.trainable_weights(loaded, args)
         streams, _ = train.load_data(loaded, rows, args)
+        state = train.start(loaded, weights, args, {})
         state.images = len(rows)
         return args, loaded, streams[0], state
 
     return make
+
+
+def gradients(loaded, streams, perceptual, state, args):
+    """Leave the gradients of the next step; returns its loss."""
+    batches = train.upcoming_batches(streams, loaded.num_timesteps, state.step, args)
+    return train.accumulate_gradients(loaded, batches, perceptual, state, args)
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -221,21 +228,21 @@ def test_each_epoch_sees_every_image_once_in_an_order_of_its_own():
 
 def test_draws_depend_on_the_place_in_the_global_batch_alone(setup):
     args, loaded, data, _ = setup("--batch-size", 8)
-    whole = train.make_batch(loaded, data, 5, range(8), args)
-    parts = [train.make_batch(loaded, data, 5, range(k, k + 2), args) for k in (0, 2, 4, 6)]
+    whole = train.make_batch([data], 1000, 5, range(8), args)
+    parts = [train.make_batch([data], 1000, 5, range(k, k + 2), args) for k in (0, 2, 4, 6)]
     for name in ("latents", "noise", "timesteps"):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(getattr(whole, name), joined)
     noise = whole.noise.flatten(1)
     assert len({tuple(row.tolist()[:4]) for row in noise}) == 8  # every slot its own noise
-    later = train.make_batch(loaded, data, 6, range(8), args).noise.flatten(1)
+    later = train.make_batch([data], 1000, 6, range(8), args).noise.flatten(1)
     assert not torch.equal(noise, later)
 
 
 def test_captions_and_latents_are_never_mispaired(setup):
     args, loaded, data, _ = setup("--batch-size", 24, "--prompt-dropout", 0)
     data.std.zero_()
-    batch = train.make_batch(loaded, data, 0, range(24), args)
+    batch = train.make_batch([data], 1000, 0, range(24), args)
     for latents, text in zip(batch.latents, batch.text["encoder_hidden_states"], strict=True):
         row = data.rows[[torch.equal(latents, mean) for mean in data.mean].index(True)]
         expected = sample.encode_text(loaded, [row.caption])["encoder_hidden_states"][0]
@@ -246,7 +253,7 @@ def test_latents_are_drawn_afresh_each_time_from_the_posterior(setup):
     args, loaded, data, _ = setup("--batch-size", 24)
 
     def values(step):
-        latents = train.make_batch(loaded, data, step, range(24), args).latents
+        latents = train.make_batch([data], 1000, step, range(24), args).latents
         return sorted(latents.flatten(1)[:, 0].tolist())  # each step sees all 24 images
 
     assert values(0) != values(1)
@@ -259,7 +266,7 @@ def test_caption_dropout_gives_the_encoded_empty_caption_at_its_rate(setup):
     empty = sample.encode_text(loaded, [""])["encoder_hidden_states"][0]
 
     def dropped(step):
-        text = train.make_batch(loaded, data, step, range(200), args).text
+        text = train.make_batch([data], 1000, step, range(200), args).text
         return [torch.allclose(c, empty, atol=1e-5) for c in text["encoder_hidden_states"]]
 
     first = dropped(0)
@@ -370,9 +377,9 @@ def test_adapter_and_optimizer_stay_fp32_under_bf16_and_learn(flags, tmp_path, r
 
 def test_a_step_asks_no_tensor_for_its_value(setup, monkeypatch):
     args, loaded, data, state = setup("--snr-gamma", 5, "--noise-offset", 0.1)
-    train.accumulate_gradients(
-        loaded, [data], None, state, args
-    )  # once, for what is worked out only once
+    batch = train.make_batch([data], loaded.num_timesteps, 0, range(8), args)
+    batches = iter([batch, batch])
+    train.accumulate_gradients(loaded, batches, None, state, args)  # once, for what is cached
     train.optimizer_step(state, args)
     with (
         monkeypatch.context() as patch
@@ -383,7 +390,7 @@ def test_a_step_asks_no_tensor_for_its_value(setup, monkeypatch):
                 name,
                 lambda *_, name=name: pytest.fail(f"the step calls Tensor.{name}"),
             )
-        loss = train.accumulate_gradients(loaded, [data], None, state, args)
+        loss = train.accumulate_gradients(loaded, batches, None, state, args)
         norm = train.optimizer_step(state, args)
     assert loss.item() > 0 and norm.item() > 0
 
@@ -520,21 +527,22 @@ def test_several_processes_equal_one_with_their_batches_together(
 
 def test_min_snr_weighs_the_loss_of_a_step(setup):
     args, loaded, data, state = setup("--snr-gamma", 5, "--batch-size", 1, "--prompt-dropout", 0)
-    batch = train.make_batch(loaded, data, 0, range(1), args)
+    batch = train.make_batch([data], 1000, 0, range(1), args)
     inputs = (loaded, batch.latents, batch.noise, batch.timesteps)
     noisy, target, weight = sample.noised_and_target(*inputs, snr_gamma=5)
-    prediction = sample.denoise(loaded, noisy, batch.timesteps, batch.text)
+    cond = train.text_condition(loaded, batch, args)
+    prediction = sample.denoise(loaded, noisy, batch.timesteps, cond)
     plain = (prediction - target).square().mean()
-    loss = train.accumulate_gradients(loaded, [data], None, state, args)
+    loss = gradients(loaded, [data], None, state, args)
     assert abs(weight.item() - 1) > 0.05
     assert loss.item() == pytest.approx((weight * plain).item(), rel=1e-4)
 
 
 def test_noise_offset_shifts_whole_channels(setup):
     args, loaded, data, _ = setup("--batch-size", 4)
-    plain = train.make_batch(loaded, data, 0, range(4), args).noise
+    plain = train.make_batch([data], 1000, 0, range(4), args).noise
     args.noise_offset = 0.5
-    shift = train.make_batch(loaded, data, 0, range(4), args).noise - plain
+    shift = train.make_batch([data], 1000, 0, range(4), args).noise - plain
     assert shift.flatten(2).std(2).max() < 1e-5 and shift[:, :, 0, 0].std() > 0.2
 
 
@@ -587,7 +595,7 @@ def test_the_perceptual_loss_counts_by_its_weight(setup):
     for weight in (0, 1, 2):
         args, loaded, data, state = setup("--perceptual-weight", weight, "--batch-size", 24)
         perceptual = train.load_perceptual(loaded, args)
-        losses.append(train.accumulate_gradients(loaded, [data], perceptual, state, args).item())
+        losses.append(gradients(loaded, [data], perceptual, state, args).item())
     added = losses[1] - losses[0]
     assert added > losses[0] * 0.0001
     assert losses[2] - losses[0] == pytest.approx(2 * added, rel=1e-2)
@@ -648,9 +656,10 @@ def test_pictures_are_drawn_while_training_as_the_flags_have_it(setup, monkeypat
     args = setup(*flags)[0]
     calls = []
     monkeypatch.setattr(train, "generate", lambda *given, **how: calls.append((given, how)) or [])
-    train.draw_pictures("base", ["job"], args)
+    base = SimpleNamespace(device=CPU)
+    train.draw_pictures(base, ["job"], args)
     settings = sample.Settings(steps=4, guidance_scale=3.0, height=64, width=64)
-    assert calls == [(("base", ["job"], settings), {"batch_size": 2, "seed": 5})]
+    assert calls == [((base, ["job"], settings, 2, 5), {})]
 
 
 def test_compile_is_asked_of_the_unet(flags, tmp_path, run, monkeypatch):
@@ -1146,15 +1155,16 @@ def test_class_images_count_by_their_weight(setup, dreambooth, tmp_path, run, mo
     args, loaded, data, state = setup()
 
     def loss(share):
-        streams = [data, replace(data, name="class", share=share)]
-        return train.accumulate_gradients(loaded, streams, None, state, args).item()
+        streams = [data, replace(data, name="class", weight=share * data.weight)]
+        return gradients(loaded, streams, None, state, args).item()
 
     assert loss(0.5) - loss(0) == pytest.approx((loss(1) - loss(0)) / 2, rel=1e-3)
     seen = []
     monkeypatch.setattr(train, "fit", lambda _, streams, *more: seen.extend(streams) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(train, *dreambooth, "--prior-weight", 0.5, "--out", tmp_path / "run")
-    assert [(data.name, data.share) for data in seen] == [("data", 1.0), ("class", 0.5)]
+    assert [data.name for data in seen] == ["data", "class"]
+    assert set(seen[1].weight.tolist()) == {0.5}
     assert {row.caption for row in seen[1].rows} == {"a foot"}
 
 
@@ -1185,9 +1195,9 @@ def test_the_loss_of_a_row_counts_by_its_weight(setup, weighted, run, monkeypatc
     torch.testing.assert_close(seen[0].weight, expected)
 
     args, loaded, data, state = setup("--batch-size", 24)
-    whole = train.accumulate_gradients(loaded, [data], None, state, args).item()
+    whole = gradients(loaded, [data], None, state, args).item()
     data.weight = torch.full((24,), 2.0)
-    double = train.accumulate_gradients(loaded, [data], None, state, args).item()
+    double = gradients(loaded, [data], None, state, args).item()
     assert double == pytest.approx(2 * whole)
 
 
@@ -1411,12 +1421,14 @@ def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(
         latents=data.mean[:4],
         noise=torch.randn(4, 4, 8, 8, generator=draw),
         timesteps=torch.tensor([50, 200, 600, 900]),
-        text=train.text_condition(loaded, data, data.caption[:4], args),
+        text={key: values[data.caption[:4]] for key, values in data.text.items()},
+        sizes=data.sizes[:4],
         weight=data.weight[:4],
     )
     t = batch.timesteps
     noisy, _, _ = sample.noised_and_target(loaded, batch.latents, batch.noise, t)
-    prediction = sample.denoise(loaded, noisy, t, batch.text)
+    cond = train.text_condition(loaded, batch, args)
+    prediction = sample.denoise(loaded, noisy, t, cond)
     loss = perceptual(sample.predicted_latents(loaded, noisy, prediction, t), batch)
     assert (loss[:2] > 0).all() and not loss[2:].any()
     loss.sum().backward()
