@@ -1032,7 +1032,6 @@ def load_pixels(
     allow_burned_in of read_image. Unreadable files are reported and skipped; more than bad_share of
     them, or any with strict, is an error.
     """
-    pick_window(options.get("window"))  # a wrong one is an error of the flags
     if not any(row.value_range for row in rows):
         share_range(rows, value_range)
     pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)

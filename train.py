@@ -69,6 +69,7 @@ from metrics import (
     number,
     page,
     pick_device,
+    pick_window,
     picture,
     pooled,
     replacing,
@@ -636,6 +637,15 @@ def release_memory(base, args):
             encoder.to("cpu")
 
 
+def make_room(base, args):
+    """Move the UNet to the device, which the VAE had to itself while it encoded."""
+    release_memory(base, args)
+    base.unet.to(base.device)
+    if base.device.type == "cuda":  # so that the memory in the log is that of training
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 # ---------------------------------------------------------------- the data set
 
 
@@ -782,6 +792,16 @@ def load_rows(rows, args, seed=None, **how):
     return load_pixels(rows, args.resolution, args.crop, seed=seed or args.seed, **how)
 
 
+def make_variants(rows, pixels, variant, args):
+    """What the model sees of rows, uint8 (N, 3, S, S), and image_sizes of each, (N, 6)."""
+    images = []
+    sizes = []
+    for row, image in zip(rows, pixels, strict=True):
+        images.append(make_variant(row, image, variant, args))
+        sizes.append(image_sizes(row, variant, args))
+    return torch.stack(images), torch.tensor(sizes)
+
+
 def make_variant(row, pixels, variant, args):
     """What the model sees of a row, uint8 (3, S, S): its plain pixels, or a further variant."""
     if variant and args.crop == "random":
@@ -885,11 +905,9 @@ def encode_rows(base, rows, args):
         is_readable[places] = 1
         thumbnails[places] = F.interpolate(pixels.float(), small, mode="area").to(torch.uint8)
         for variant in range(variants):
-            pairs = zip(read, pixels, strict=True)
-            seen = torch.stack([make_variant(row, image, variant, args) for row, image in pairs])
+            seen, numbers = make_variants(read, pixels, variant, args)
             latents[:, variant, places] = torch.stack(encode(base, seen)).cpu()
-            numbers = [image_sizes(row, variant, args) for row in read]
-            sizes[variant, places] = torch.tensor(numbers)
+            sizes[variant, places] = numbers
     for tensor in (latents, sizes, thumbnails, is_readable):
         sum_on_host(tensor, base.device)
     places = is_readable.nonzero().flatten()
@@ -1673,6 +1691,7 @@ def parse_args():
 
 def check_flags(args):
     """What flags mean together, one rule each."""
+    pick_window(args.window)
     for name in args.augment.split(","):
         if name and name not in AUGMENT:
             fail(f"--augment {name}: give a comma list of {', '.join(AUGMENT)}")
@@ -1732,11 +1751,7 @@ def run(args, device):
     perceptual = load_perceptual(base, args)
     weights = trainable_weights(base, args)  # before captions are encoded: adds new words
     streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
-    release_memory(base, args)
-    base.unet.to(device)  # not before: the VAE needs the memory while it encodes
-    if device.type == "cuda":  # so that the memory in the log is that of training
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    make_room(base, args)
     state = start(base, weights, args, made_of, checkpoint)
     state.images = len(streams[0].rows)
     log = Log(state, args)

@@ -106,9 +106,8 @@ def changed(folder, target, part, **values):
     return target
 
 
-def test_what_cannot_work_is_refused(base, sd21, images, tmp_path, refused):
+def test_what_cannot_work_is_refused(base, images, tmp_path, refused):
     flags = ["--data", images, "--prompt", "x", "--out", tmp_path / "out", "--steps", 2]
-    assert "overflows in fp16" in refused(train, *flags, "--base", sd21, "--precision", "fp16")
     broken = changed(base, tmp_path / "ztsnr", "scheduler", rescale_betas_zero_snr=True)
     assert "rescale_betas_zero_snr" in refused(train, *flags, "--base", broken)
 

@@ -156,7 +156,7 @@ def test_what_a_user_did_ends_in_one_line(handlers, capsys):
     }
     for main, message in messages.items():
         with pytest.raises(SystemExit) as stop:
-            run_script(main, argparse.Namespace)
+            run_script(main, lambda: argparse.Namespace(batch_size=8))
         lines = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2
         assert len(lines) == 1
