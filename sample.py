@@ -23,9 +23,11 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -110,26 +112,30 @@ def guided_prediction(base, noisy, timestep, conds, settings):
 def generate_batch(base, noise, conds, generators, settings):
     """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w) and the encoded prompts."""
     scheduler = make_scheduler(base, settings)
-    if settings.scheduler == "euler_a":
-        draw_noise_ahead(noise, generators, settings.steps, base.device)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     # the scheduler looks its timesteps up on the CPU, so that no step waits for the GPU
     timesteps = scheduler.timesteps.to(base.device)
-    for timestep, unet_timestep in zip(scheduler.timesteps, timesteps, strict=True):
-        noisy = scheduler.scale_model_input(latents, timestep)
-        prediction = guided_prediction(base, noisy, unet_timestep, conds, settings)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    with noise_drawn_ahead(noise, generators, settings, base.device):
+        for timestep, unet_timestep in zip(scheduler.timesteps, timesteps, strict=True):
+            noisy = scheduler.scale_model_input(latents, timestep)
+            prediction = guided_prediction(base, noisy, unet_timestep, conds, settings)
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
     return latents
 
 
-def draw_noise_ahead(noise, generators, steps, device):
-    """Draw what euler_a adds at each step now: drawn by each step, it would make the GPU wait."""
+@contextmanager
+def noise_drawn_ahead(noise, generators, settings, device):
+    """Let euler_a find the noise that it adds: drawn by each step, it would make the GPU wait."""
     from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_a
 
-    shape = (steps, *noise.shape[1:])
-    drawn = [torch.randn(shape, generator=own) for own in generators]
-    each_step = iter(torch.stack(drawn, 1).to(device))
-    euler_a.randn_tensor = lambda *_, **settings: next(each_step)
+    draws = []
+    if settings.scheduler == "euler_a":
+        shape = (settings.steps, *noise.shape[1:])
+        each = [torch.randn(shape, generator=own) for own in generators]
+        draws = torch.stack(each, 1).to(device)
+    coming = iter(draws)
+    with mock.patch.object(euler_a, "randn_tensor", lambda *_, **options: next(coming)):
+        yield
 
 
 def make_conds(negative, positive, settings):
