@@ -637,7 +637,7 @@ def small_cnn(images, targets, steps, seed):
         optimizer.step()
         optimizer.zero_grad()
     net.requires_grad_(False)
-    return lambda x: torch.cat([net(part) for part in x.split(256)]).double().cpu().numpy()
+    return lambda x: torch.cat([net(part) for part in x.split(256)]).cpu().double().numpy()
 
 
 def aurocs(scores, targets, weights):

@@ -1165,7 +1165,7 @@ def colour(pixels):
         detail = (chroma.diff(dim=2).diff(dim=3).abs().mean((2, 3)) + 1e-3).log()
         columns = [mean.flatten(1), spread, covariance[:, None], size[:, None], detail]
         parts.append(torch.cat(columns, 1))
-    return torch.cat(parts).double().cpu().numpy()
+    return torch.cat(parts).cpu().double().numpy()
 
 
 def grain(pixels):
@@ -1176,7 +1176,7 @@ def grain(pixels):
     across: JPEG), checkerboards, and the steps at three scales over those at the next coarser one.
     """
     parts = [grey_grain(255 * to_grey(part)) for part in pixels.split(16)]
-    return torch.cat(parts).double().cpu().numpy()
+    return torch.cat(parts).cpu().double().numpy()
 
 
 def log_mean(maps):
@@ -1570,7 +1570,7 @@ def ssim_matrix(first, second, device="cpu"):
             covariance = (patches_a * (2 * weights)) @ patches_b.T
             score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
             total += score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
-    return (total / 54**2).double().cpu().numpy()
+    return (total / 54**2).cpu().double().numpy()
 
 
 def ssim_terms(grey, weights, y, x):
