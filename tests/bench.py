@@ -226,6 +226,11 @@ def as_flags(values, separator="-"):
     return words
 
 
+def device_of(args):
+    """The device of both sides: of GPUs the first, which the peers take and torch waits for."""
+    return args.device.replace("cuda", "cuda:0")
+
+
 @contextlib.contextmanager
 def parsed(script, *words):
     """The arguments that a script parses from this command line."""
@@ -280,7 +285,9 @@ def watch_steps(report):
     import tqdm
 
     times = []
+    peaks = []
     update = tqdm.std.tqdm.update
+    reset_peak = torch.cuda.reset_peak_memory_stats
 
     def update_and_note(bar, n=1):
         if bar.desc.startswith(("training", "Steps")):  # ours, the peer's
@@ -289,13 +296,18 @@ def watch_steps(report):
             times.append(time.perf_counter())
         return update(bar, n)
 
+    def note_and_reset_peak(*device):  # ours begins anew after it has cached the latents
+        peaks.append(torch.cuda.max_memory_allocated(*device))
+        reset_peak(*device)
+
     def write():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-            peak = torch.cuda.max_memory_allocated()
+            peak = max([*peaks, torch.cuda.max_memory_allocated()])
         Path(report).write_text(json.dumps({"times": times, "peak": peak}))
 
     tqdm.std.tqdm.update = update_and_note
+    torch.cuda.reset_peak_memory_stats = note_and_reset_peak
     atexit.register(write)
 
 
@@ -382,7 +394,7 @@ def bench_training(args, place):
         batch_size=args.batch_size,
         steps=args.steps,
         precision=args.precision,
-        device=args.device,
+        device=device_of(args),
         val_split=0,
         val_samples=0,
         save_every=NEVER,
@@ -469,7 +481,7 @@ def compare_sampling(name, folder, adapter, our_way, their_way, args):
     import lora
     import sample
 
-    device = torch.device(args.device)
+    device = torch.device(device_of(args))
     our_precision, our_size = our_way
     their_precision, their_size = their_way
     prompts = [f"a drawn image, number {i % 4}" for i in range(args.images)]
@@ -542,8 +554,9 @@ def bench_encoding(args, place):
     paths = make_films(place / "films", 48)
     rows = list_images(place / "films")
     folder = make_base(args.shape, place / "base")
-    base = sample.load_base(str(folder), torch.device(args.device), "fp32", "lora")
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(args.device)
+    device = torch.device(device_of(args))
+    base = sample.load_base(str(folder), device, "fp32", "lora")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").to(device)
     prepare = transforms.Compose(
         [
             transforms.Resize(args.resolution, transforms.InterpolationMode.LANCZOS),
@@ -564,7 +577,7 @@ def bench_encoding(args, place):
             images = []
             for path in paths[i : i + args.batch_size]:
                 images.append(prepare(Image.open(path).convert("RGB")))
-            vae.encode(torch.stack(images).to(args.device)).latent_dist.sample()
+            vae.encode(torch.stack(images).to(device)).latent_dist.sample()
 
     what = f"48 films of 1024 px to latents of {args.resolution} px, {args.shape}, fp32"
     ratio = alternate("encoding", ours, theirs, args.pairs)
@@ -878,7 +891,7 @@ def describe_machine(args):
 
     device = f"{platform.machine()}, {os.cpu_count()} cores"
     if args.device == "cuda":
-        device = torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name(device_of(args))
     versions = []
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
