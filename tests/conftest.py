@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -179,6 +180,15 @@ def images(tmp_path_factory):
         pixels = draw.randint(0, 255, (6, 6, 3)).astype(np.uint8)
         Image.fromarray(pixels).resize((70, 64)).save(place / f"{i}.png")
     return str(folder)
+
+
+@pytest.fixture
+def handlers():
+    """Put the signal handlers back that run_script replaces."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from metrics import (
     existing_file,
     generator,
     number,
-    pick_device,
     replacing,
     run_script,
 )
@@ -118,23 +117,6 @@ def test_a_generator_depends_on_seed_and_key_alone():
     assert torch.equal(first, draw(1, "noise", 4))
     for key in ((2, "noise", 4), (1, "order", 4), (1, "noise")):
         assert not torch.equal(first, draw(*key))
-
-
-def test_a_device_that_is_not_there_is_refused(capsys):
-    assert pick_device("cpu").type == "cpu"
-    for name in ("cuda:99", "gpu", "mps"):
-        with pytest.raises(SystemExit):
-            pick_device(name)
-        assert "this machine has cpu" in capsys.readouterr().err
-
-
-@pytest.fixture
-def handlers():
-    """Put the signal handlers back that run_script replaces."""
-    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
 
 
 def test_what_a_user_did_ends_in_one_line(handlers, capsys):
