@@ -349,7 +349,7 @@ def merged(models, adapters):
     if misfits:
         some = ", ".join(misfits[:5])
         fail(f"the adapter does not fit this base: {len(misfits)} of its layers, such as {some}")
-    originals = {layer: layer.weight.data for layer in changes}
+    originals = {layer: layer.weight.data.cpu() for layer in changes}
     try:
         for layer, terms in changes.items():
             total = layer.weight.data.float()
@@ -360,7 +360,7 @@ def merged(models, adapters):
         yield
     finally:
         for layer, original in originals.items():
-            layer.weight.data = original
+            layer.weight.data = original.to(layer.weight.device)
 
 
 def info(path):

@@ -237,7 +237,9 @@ def run_script(main, parse_args):
 
 
 # of torch's two allocators, cuBLAS, cuDNN and NCCL
-MEMORY_IS_FULL = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED|Failed to CUDA"
+MEMORY_IS_FULL = (
+    "out of memory|not enough memory|can't allocate memory|ALLOC(ATION)?_FAILED|Failed to CUDA"
+)
 
 
 def less_memory(args):
@@ -256,8 +258,10 @@ def less_memory(args):
             advice.append("--" + name.replace("_", "-"))
     if flags.get("precision") == "fp32":
         advice.append("--precision bf16")
-    if flags.get("method") == "full":
-        advice += ["--optimizer adamw8bit", "--ema 0"]
+    if flags.get("method") == "full" and flags["optimizer"] == "adamw":
+        advice.append("--optimizer adamw8bit")
+    if flags.get("method") == "full" and flags["ema"]:
+        advice.append("--ema 0")
     return advice
 
 

@@ -130,9 +130,10 @@ def noise_drawn_ahead(noise, generators, settings, device):
 
     draws = []
     if settings.scheduler == "euler_a":
-        shape = (settings.steps, *noise.shape[1:])
-        each = [torch.randn(shape, generator=own) for own in generators]
-        draws = torch.stack(each, 1).to(device)
+        for _ in range(settings.steps):
+            each = [torch.randn(noise.shape[1:], generator=own) for own in generators]
+            draws.append(torch.stack(each))
+        draws = torch.stack(draws).to(device)
     coming = iter(draws)
     with mock.patch.object(euler_a, "randn_tensor", lambda *_, **options: next(coming)):
         yield
@@ -497,14 +498,15 @@ def expand_words(base, text):
 def tokenize(base, texts):
     """Captions → what the text encoders read: {"ids": (B, L), "ids_2": …, "mask": …}."""
     texts = [expand_words(base, text) for text in texts]
+    device = base.text_encoders[0].device  # the CPU while the UNet needs the memory
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = {}
     for name, tokenizer in zip(("ids", "ids_2"), base.tokenizers, strict=False):
         encoded = tokenizer(texts, max_length=base.text_length, **options)
-        tokens[name] = encoded.input_ids.to(base.device)
-        tokens["mask"] = encoded.attention_mask.to(base.device)
+        tokens[name] = encoded.input_ids.to(device)
+        tokens["mask"] = encoded.attention_mask.to(device)
     if base.zero_empty:
-        tokens["empty"] = torch.tensor([not text for text in texts], device=base.device)
+        tokens["empty"] = torch.tensor([not text for text in texts], device=device)
     return tokens
 
 
@@ -527,12 +529,13 @@ def text_states(base, tokens):
 
 
 def project(base, states):
-    """What text_states returns → cond, the text arguments of denoise, in the UNet's dtype."""
+    """What text_states returns → cond, the text arguments of denoise, as the UNet reads them."""
     cond = dict(states)
     if base.text_projection is not None:
-        hidden = states["encoder_hidden_states"].to(base.text_projection.weight.dtype)
+        weight = base.text_projection.weight
+        hidden = states["encoder_hidden_states"].to(weight.device, weight.dtype)
         cond["encoder_hidden_states"] = base.text_projection(hidden)
-    return {name: values.to(base.dtype) for name, values in cond.items()}
+    return {name: values.to(base.device, base.dtype) for name, values in cond.items()}
 
 
 @torch.no_grad()
@@ -1220,8 +1223,10 @@ def load_for_drawing(name, device, adapters, args):
     for adapter in adapters:
         use_extra(base, adapter.metadata, adapter.extra)
     if args.low_memory:
-        base.vae.enable_slicing()
         base.vae.enable_tiling()
+        if base.resolution > 512:  # else no picture of the base's own size would be tiled
+            base.vae.tile_sample_min_size = 512
+            base.vae.tile_latent_min_size = 64
     if args.compile:
         base.unet.compile()
     return base

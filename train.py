@@ -608,10 +608,9 @@ def is_finished(checkpoint, args):
 
 @contextmanager
 def averaged_model(base, state, args):
-    """The base to look at: EMA weights, no dropout, VAE and text encoders on the device."""
+    """The base to look at: EMA weights, no dropout, the VAE on the device."""
     swap_weights(state)
-    for module in (base.vae, *base.text_encoders):
-        module.to(base.device)
+    base.vae.to(base.device)
     for module in base.parts().values():
         module.eval()
     with torch.compiler.set_stance("force_eager"):  # no compiling for other batch sizes

@@ -591,17 +591,23 @@ def test_the_noise_of_euler_a_is_drawn_ahead_and_the_same_to_the_bit(loaded, mon
 
 
 def test_the_steps_of_euler_a_draw_nothing(loaded, monkeypatch):
-    calls = []
+    events = []
     drawing = torch.randn
+    denoising = sample.denoise
 
     def noting_randn(*size, **how):
-        calls.append(size)
+        events.append("draw")
         return drawing(*size, **how)
 
+    def noting_denoise(*inputs):
+        events.append("denoise")
+        return denoising(*inputs)
+
     monkeypatch.setattr(torch, "randn", noting_randn)
+    monkeypatch.setattr(sample, "denoise", noting_denoise)
     settings = Settings(steps=5, scheduler="euler_a")
     list(sample.generate(loaded, [("a foot", 0)], settings))
-    assert len(calls) == 2  # what the image starts from, and the noise of all steps
+    assert events == ["draw"] * 6 + ["denoise"] * 5
 
 
 class Calls(TorchDispatchMode):
