@@ -1223,6 +1223,7 @@ def load_for_drawing(name, device, adapters, args):
     for adapter in adapters:
         use_extra(base, adapter.metadata, adapter.extra)
     if args.low_memory:
+        base.vae.enable_slicing()
         base.vae.enable_tiling()
         if base.resolution > 512:  # else no picture of the base's own size would be tiled
             base.vae.tile_sample_min_size = 512
