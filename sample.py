@@ -637,6 +637,15 @@ def decode(base, latents):
     return torch.cat(pixels)
 
 
+def decode_in_tiles(base):
+    """Let the VAE work on tiles of at most 512 pixels, image by image."""
+    base.vae.enable_slicing()
+    base.vae.enable_tiling()
+    if base.resolution > 512:  # else no picture of the base's own size would be tiled
+        base.vae.tile_sample_min_size = 512
+        base.vae.tile_latent_min_size = 64
+
+
 # ---------------------------------------------------------------- adapters
 
 
@@ -1223,11 +1232,7 @@ def load_for_drawing(name, device, adapters, args):
     for adapter in adapters:
         use_extra(base, adapter.metadata, adapter.extra)
     if args.low_memory:
-        base.vae.enable_slicing()
-        base.vae.enable_tiling()
-        if base.resolution > 512:  # else no picture of the base's own size would be tiled
-            base.vae.tile_sample_min_size = 512
-            base.vae.tile_latent_min_size = 64
+        decode_in_tiles(base)
     if args.compile:
         base.unet.compile()
     return base

@@ -258,8 +258,7 @@ def draw(shape, resolution, batch_size, *words):
     settings = sample.Settings(low_memory="--low-memory" in words)
     base = make_base(shape, torch.bfloat16)
     if settings.low_memory:
-        base.vae.enable_slicing()
-        base.vae.enable_tiling()
+        sample.decode_in_tiles(base)
     adapter = make_adapter(base)
     with Memory(base.unet, base.vae, *base.text_encoders) as memory:
         for tensor in tree_leaves(adapter):
@@ -271,12 +270,12 @@ def draw(shape, resolution, batch_size, *words):
 
 @torch.no_grad()
 def draw_grid(shape, resolution, batch_size):
-    """The grid of train.py, while the state of the training stays on the GPU."""
+    """The grid of train.py: the state of the training stays, the text encoders are on the CPU."""
     args = parse_flags("--batch-size", batch_size)
     base = make_base(shape, torch.bfloat16, "lora")
     weights = train.trainable_weights(base, args)
     base.unet.eval()
-    with Memory(base.unet, base.vae, *base.text_encoders) as memory:
+    with Memory(base.unet, base.vae) as memory:
         # the averages, and what Adam keeps
         state = [torch.zeros(3, *weight.shape) for weight in weights.values()]
         draw_batch(base, resolution, batch_size, sample.Settings())
