@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import pickle
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,11 @@ from torch import nn
 
 import lora
 import sample
+
+
+ATTN = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+NAME = f"{ATTN}.to_q"
+KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
 class Block(nn.Module):
@@ -392,28 +398,25 @@ def test_all_dialects_give_the_same_change_and_alpha_counts_where_there_is_one(
 def test_the_alpha_in_the_header_of_newer_diffusers_counts(patterns, q, tmp_path):
     tensors = {}
     for layer in ("to_q", "to_k"):
-        tensors[f"unet.{layer}.lora_A.weight"] = torch.ones(2, 2)
-        tensors[f"unet.{layer}.lora_B.weight"] = torch.ones(2, 2)
+        tensors[f"{ATTN}.{layer}.lora_A.weight"] = torch.ones(2, 2)
+        tensors[f"{ATTN}.{layer}.lora_B.weight"] = torch.ones(2, 2)
     settings = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": patterns}
     save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps(settings)})
 
     pairs, _, _ = lora.load(tmp_path / "a")
 
-    assert pairs["unet.to_k"][1][0, 0] == 0.5
-    assert pairs["unet.to_q"][1][0, 0] == q
+    assert pairs[f"{ATTN}.to_k"][1][0, 0] == 0.5
+    assert pairs[f"{ATTN}.to_q"][1][0, 0] == q
 
 
 def test_rank_stabilised_adapters_act_with_alpha_over_the_root_of_the_rank(tmp_path):
     settings = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_rslora": True}
-    tensors = {
-        "unet.to_q.lora_A.weight": torch.ones(4, 2),
-        "unet.to_q.lora_B.weight": torch.ones(2, 4),
-    }
+    tensors = {f"{NAME}.lora_A.weight": torch.ones(4, 2), f"{NAME}.lora_B.weight": torch.ones(2, 4)}
     save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps(settings)})
 
     pairs, _, _ = lora.load(tmp_path / "a")
 
-    assert pairs["unet.to_q"][1][0, 0] == 2  # 4 / √4
+    assert pairs[NAME][1][0, 0] == 2  # 4 / √4
 
 
 # ---------------------------------------------------------------- to other programs
@@ -542,9 +545,9 @@ def test_diffusers_to_kohya_and_back_is_the_same_to_the_bit(alpha, sdxl, tmp_pat
 
 def test_a_whole_number_may_be_an_alpha(tmp_path, run, capsys):
     """As diffusers writes them."""
-    pairs = {"unet.mid_block.to_q": (torch.ones(2, 8), torch.ones(8, 2))}
+    pairs = {NAME: (torch.ones(2, 8), torch.ones(8, 2))}
     tensors = written_by_another("kohya", pairs, alpha=1)
-    tensors["lora_unet_mid_block_to_q.alpha"] = torch.tensor(1)
+    tensors[f"{KEY}.alpha"] = torch.tensor(1)
     save_file(tensors, tmp_path / "k")
 
     run(lora, "info", tmp_path / "k")
@@ -553,7 +556,7 @@ def test_a_whole_number_may_be_an_alpha(tmp_path, run, capsys):
 
 
 def test_kohyas_header_names_the_base(tmp_path):
-    pairs = {"unet.mid_block.to_q": (torch.ones(2, 8), torch.ones(8, 2))}
+    pairs = {NAME: (torch.ones(2, 8), torch.ones(8, 2))}
     header = {"ss_base_model_version": "sd_v2_v", "ss_output_name": "feet"}
     save_file(written_by_another("kohya", pairs, alpha=1), tmp_path / "k", header)
 
@@ -566,12 +569,12 @@ def test_kohyas_header_names_the_base(tmp_path):
 def test_alpha_is_folded_in_double_precision_and_rounded_once(tmp_path):
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(3, 8, generator=draw), torch.randn(8, 3, generator=draw)
-    tensors = written_by_another("kohya", {"unet.mid_block.to_q": (a, b)}, alpha=1)
+    tensors = written_by_another("kohya", {NAME: (a, b)}, alpha=1)
     save_file(tensors, tmp_path / "k.safetensors")
 
     pairs, _, _ = lora.load(tmp_path / "k.safetensors")
 
-    assert torch.equal(pairs["unet.mid_block.to_q"][1], (b.double() / 3).float())
+    assert torch.equal(pairs[NAME][1], (b.double() / 3).float())
 
 
 # ---------------------------------------------------------------- merge
@@ -647,8 +650,6 @@ def test_what_cannot_be_done_is_refused(tmp_path, refused):
 
 # ---------------------------------------------------------------- damaged and foreign files
 
-NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 A = {f"{NAME}.lora_A.weight": torch.ones(4, 32)}
 B = {f"{NAME}.lora_B.weight": torch.ones(32, 4)}
 KOHYA = {f"{KEY}.lora_down.weight": torch.ones(4, 32), f"{KEY}.lora_up.weight": torch.ones(32, 4)}
@@ -672,9 +673,10 @@ DAMAGED = {  # name: the file's bytes or its tensors, and what the line says
     "half a pair": (A, NAME),
     "half a kohya pair": ({f"{KEY}.lora_up.weight": torch.ones(32, 4)}, NAME),
     "an alpha alone": ({**A, **B, "lora_unet_conv_in.alpha": torch.tensor(1.0)}, "unet.conv_in"),
-    "keys of a whole UNet": ({"mid_block.proj_in.weight": torch.ones(3, 3)}, "1 names have no"),
+    "keys of a whole UNet": ({"mid_block.proj_in.weight": torch.ones(3, 3)}, "not plain LoRA"),
     "one foreign key": ({**A, **B, "unet.conv_in.bias": torch.ones(3)}, "unet.conv_in.bias"),
-    "a layer twice": ({**A, **B, **KOHYA}, "2 names have no pair"),
+    "a layer twice": ({**A, **B, **KOHYA}, f"holds {NAME} twice"),
+    "an alpha of two numbers": ({**KOHYA, f"{KEY}.alpha": torch.ones(2)}, "the alpha of"),
     "NaN in B": ({**A, f"{NAME}.lora_B.weight": torch.full((32, 4), math.nan)}, "NaN"),
     "infinity in A": ({f"{NAME}.lora_A.weight": torch.full((4, 32), math.inf), **B}, "infinity"),
     "NaN in alpha": ({**KOHYA, f"{KEY}.alpha": torch.tensor(math.nan)}, "NaN"),
@@ -684,13 +686,6 @@ DAMAGED = {  # name: the file's bytes or its tensors, and what the line says
         "do not fit",
     ),
     "a broad B": ({**A, f"{NAME}.lora_B.weight": torch.ones(9, 4, 3, 3)}, "do not fit"),
-    "DoRA": ({**KOHYA, f"{KEY}.dora_scale": torch.ones(32, 1)}, "DoRA ("),
-    "DoRA of diffusers": ({**A, **B, f"{NAME}.lora_magnitude_vector": torch.ones(32)}, "DoRA ("),
-    "LoKr": ({f"{KEY}.lokr_w1": torch.ones(4, 4), f"{KEY}.lokr_w2": torch.ones(8, 8)}, "LoKr ("),
-    "LoHa": ({f"{KEY}.hada_w1_a": torch.ones(4, 4)}, "LoHa ("),
-    "LoCon-Tucker": ({**KOHYA, f"{KEY}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "Tucker core ("),
-    "OFT": ({f"{KEY}.oft_blocks": torch.ones(4, 4, 4)}, "OFT ("),
-    "a difference": ({f"{KEY}.diff": torch.ones(32, 32)}, "whole differences ("),
 }
 
 
@@ -708,7 +703,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(kind, tmp_path, refuse
 
 
 def elsewhere(tensors):
-    return {key.replace("unet.", "unet.elsewhere."): value for key, value in tensors.items()}
+    return {re.sub(r"blocks\.\d", "blocks.7", key): value for key, value in tensors.items()}
 
 
 def twice_as_wide(tensors):
@@ -726,8 +721,8 @@ def with_another_layer(tensors):
 
 def kohya_elsewhere(tensors):
     return {
-        "lora_unet_elsewhere_to_q.lora_down.weight": torch.ones(4, 4),
-        "lora_unet_elsewhere_to_q.lora_up.weight": torch.ones(4, 4),
+        f"{KEY.replace('_0_', '_7_')}.lora_down.weight": torch.ones(4, 4),
+        f"{KEY.replace('_0_', '_7_')}.lora_up.weight": torch.ones(4, 4),
     }
 
 
