@@ -205,7 +205,9 @@ def find_alpha(path, name, parts, settings):
             return parts["alpha"].item()
         alpha = own.get("lora_alpha")
         for pattern, value in ast.literal_eval(str(own.get("alpha_pattern") or {})).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", layer):  # the first that fits counts
+            if re.fullmatch(
+                rf"(.*\.)?({pattern.lstrip('^')})", layer
+            ):  # the first that fits counts
                 alpha = value
                 break
         if alpha is None:
@@ -269,10 +271,10 @@ FOREIGN = {
     r"\.lora_mid": "LoCon with a Tucker core",
     r"\.diff(_b)?$": "whole differences",
     r"^bundle_emb\.": "an embedding; tell OneTrainer not to bundle them",
-    r"^(emb_params|clip_[lg]|string_to_\w+|<.+>)$": "an embedding, of textual inversion",
+    r" (emb_params|clip_[lg]|string_to_\w+|<.+>)$": "an embedding, of textual inversion",
     r"(?i)control": "a ControlNet",
     r"(?i)vae\b|autoencoder|first_stage|quant_conv|coder\.(down|mid|up)_": "a VAE",
-    r"text_encoders\.|clip_[lgh]\.|t5xxl|cond_stage": "a text encoder as ComfyUI calls it",
+    r"text_encoders\.|clip_[lgh]\.|t5xxl|cond_stage": "ComfyUI's text encoder",
     r"prior|kv_mapper|channelwise|blocks\.\d+\.\d+\.|Cascade": "Stable Cascade",
     r"\bte3\b|text_encoder_3|joint|SD3": "SD 3",
     r"(double|single)[_.](transformer_)?blocks|Flux": "Flux",
