@@ -126,23 +126,17 @@ def load(path):
     pairs = {}
     ranks = set()
     alphas = set()
-    without_alpha = 0
     for name, parts in sorted(layers.items()):
         a, b = parts["A"], parts["B"]
-        if min(a.ndim, b.ndim) < 2 or not len(a) == b.shape[1] == b[0].numel():
+        if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b.shape[1] == b[:1].numel():
             fail(f"{path}: {name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
         alpha = find_alpha(path, name, parts, settings)
-        if alpha is None:
-            alpha = len(a)
-            without_alpha += 1
         ranks.add(str(len(a)))
         alphas.add(f"{alpha:g}")
         # the product in fp64, so that B is rounded once
         pairs[name] = (a.float(), (b.double() * (alpha / len(a))).float())
         if not all(tensor.isfinite().all() for tensor in pairs[name]):
             fail(f"{path}: {name} holds NaN or infinity; the training that made it failed")
-    if without_alpha and settings is not None:
-        note(f"{path}: no alpha of {without_alpha} layers in it or {CONFIG}: alpha = rank is taken")
     defaults = {"rank": "/".join(sorted(ranks)), "alpha": "/".join(sorted(alphas))}
     return pairs, {**defaults, **metadata, "dialect": dialect}, extra
 
@@ -168,7 +162,7 @@ def read_file(path):
             settings = {**settings, **metadata, **header}
         base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
         return tensors, {"base": base, **metadata}, settings
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"{path}: not a readable safetensors file, or {CONFIG} is not JSON ({error})")
 
 
@@ -190,31 +184,32 @@ def sort_keys(path, tensors, settings):
         if part in layers[layer]:
             fail(f"{path}: not an adapter: it holds {layer} twice")
         layers[layer][part] = tensor
+    complete = settings is None or "lora_alpha" in str(settings)
     for layer, parts in layers.items():
         if not {"A", "B"} <= parts.keys():
             fail(f"{path}: not an adapter: {layer} has no pair A, B")
+        complete = complete or "alpha" in parts
+    if not complete:
+        note(f"{path}: no alpha in it or in an {CONFIG} next to it; alpha = rank is taken")
     return layers, dialect
 
 
 def find_alpha(path, name, parts, settings):
-    """A layer's alpha by its tensor, else by PEFT's settings of its model, else None."""
+    """A layer's alpha by its tensor, else by PEFT's settings of its model, else its rank."""
     model, layer = name.split(".", 1)
     own = {key.removeprefix(f"{model}."): value for key, value in (settings or {}).items()}
     try:
         if "alpha" in parts:
             return parts["alpha"].item()
-        alpha = own.get("lora_alpha")
-        for pattern, value in ast.literal_eval(str(own.get("alpha_pattern") or {})).items():
-            if re.fullmatch(
-                rf"(.*\.)?({pattern.lstrip('^')})", layer
-            ):  # the first that fits counts
-                alpha = value
-                break
-        if alpha is None:
-            return None
+        alpha = float(own.get("lora_alpha", len(parts["A"])))
+        patterns = ast.literal_eval(str(own.get("alpha_pattern") or {}))
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern.lstrip('^')})", layer):
+                alpha = float(value)
+                break  # the first that fits counts
         if str(own.get("use_rslora")).lower() == "true":  # rank-stabilised: alpha/√rank
-            return float(alpha) * math.sqrt(len(parts["A"]))
-        return float(alpha)
+            alpha *= math.sqrt(len(parts["A"]))
+        return alpha
     except Exception as error:  # a header may hold anything
         fail(f"{path}: the alpha of {name} cannot be read ({error})")
 
@@ -246,19 +241,18 @@ RENAMED = (
 # The words of a kohya name, whose dots became underscores; those that contain one are listed.
 WORDS = re.compile(
     r"(?:(?:down|up|input|output|transformer)_blocks|(?:mid|middle)_block|to_(?:[qkv]|out)"
-    r"|(?:proj|conv)_(?:in|out)|conv_shortcut|time_emb_proj|(?:time|add)_embedding|linear_[12]"
-    r"|(?:in|out|emb)_layers|skip_connection|time_embed|label_emb|text_model|self_attn"
-    r"|[qkv]_proj|out_proj|text_projection)(?=_|$)|[^_]+"
+    r"|(?:proj|conv)_(?:in|out)|conv_shortcut|time_emb_proj|(?:time|add|class)_embedding"
+    r"|linear_[12]|(?:in|out|emb)_layers|skip_connection|time_embed|label_emb|text_model"
+    r"|self_attn|[qkv]_proj|(?:out|cond)_proj|text_projection)(?=_|$)|[^_]+"
 )
 # The layers of diffusers' UNet2DConditionModel, as SD has it, and of CLIPTextModel.
 LAYERS = re.compile(
-    r"unet\.(conv_in|conv_out|(time|add|class)_embedding\.(linear_[12]|cond_proj)"
-    r"|(down_blocks\.\d+|mid_block|up_blocks\.\d+)\."
-    r"(resnets\.\d+\.(conv[12]|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv"
-    r"|attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\."
-    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))))"
+    r"unet\.(conv_(in|out)|(time|add|class)_embedding\.(linear_[12]|cond_proj)"
+    r"|((down|up)_blocks\.\d+|mid_block)\.(resnets\.\d+\.(conv[12]|conv_shortcut|time_emb_proj)"
+    r"|(down|up)samplers\.0\.conv|attentions\.\d+\.(proj_(in|out)|transformer_blocks\.\d+\."
+    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))))|text_encoder_2\.text_projection"
     r"|text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\."
-    r"(self_attn\.([qkv]|out)_proj|mlp\.fc[12])|text_encoder_2\.text_projection"
+    r"(self_attn\.([qkv]|out)_proj|mlp\.fc[12])"
 )
 # Other methods and models, by what a key or its layer contains. The first that fits counts.
 FOREIGN = {
