@@ -141,14 +141,20 @@ def load(path):
     return pairs, {**defaults, **metadata, "dialect": dialect}, extra
 
 
+def find_file(path):
+    """An adapter's file; of a folder, the one that PEFT saves there."""
+    if os.path.isdir(path):
+        return os.path.join(path, "adapter_model.safetensors")
+    return path
+
+
 def read_file(path):
     """Tensors, metadata and PEFT's settings of a safetensors file. Nothing is unpickled.
 
     The settings, of the header and of PEFT's file, are None for ours, which has alpha/rank in B.
     """
+    path = find_file(path)
     settings = None
-    if os.path.isdir(path):
-        path = os.path.join(path, "adapter_model.safetensors")
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -444,12 +450,12 @@ def merge(files, out):
 
 
 def split_weight(text):
-    """ "PATH:0.7" → (PATH, 0.7); "PATH" → (PATH, 1.0)."""
+    """ "FILE:0.7" or "FOLDER:0.7" → (FILE, 0.7); without a weight (FILE, 1.0)."""
     path, colon, weight = text.rpartition(":")
     with contextlib.suppress(ValueError):
         if colon and not os.path.exists(text) and math.isfinite(float(weight)):
-            return path, float(weight)
-    return text, 1.0
+            return find_file(path), float(weight)
+    return find_file(text), 1.0
 
 
 def write(path, pairs, metadata, extra, dialect="diffusers"):

@@ -464,6 +464,19 @@ def assert_same_changes(pairs, changes):
         torch.testing.assert_close(delta(*pairs[name]), change, rtol=0, atol=1e-6)
 
 
+def test_sample_draws_with_peft_s_folder_and_a_weight(base, tmp_path, run):
+    wrapped = with_peft(sample.load_base(base, CPU).unet, "unet", lora_alpha=8)
+    wrapped.save_pretrained(tmp_path / "peft")
+    flags = ("--base", base, "--prompt", "x", "--steps", 2, "--num-images", 1)
+
+    run(sample, *flags, "--lora", f"{tmp_path}/peft:0.5", "--out", tmp_path / "half")
+    run(sample, *flags, "--out", tmp_path / "none")
+
+    drawn = [next((tmp_path / name).glob("*.png")).read_bytes() for name in ("half", "none")]
+    assert drawn[0] != drawn[1]
+    assert "adapter_model.safetensors:0.5" in (tmp_path / "half" / "manifest.csv").read_text()
+
+
 @pytest.mark.filterwarnings("ignore:The following")  # patterns that name layers of another part
 @pytest.mark.parametrize("settings", PEFT_SETTINGS)
 @pytest.mark.parametrize("kind, root", [("base", "text_encoder"), ("sdxl", "text_encoder_2")])
