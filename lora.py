@@ -10,12 +10,14 @@ because no key holds alpha; the settings are one JSON string in the header. Meth
 "LoRA: Low-Rank Adaptation of Large Language Models".
 """
 
+import ast
 import contextlib
 import json
 import math
 import os
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
-from metrics import Flags, command, fail, run_script, write_file
+from metrics import Flags, command, fail, note, run_script, write_file
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -123,17 +125,18 @@ def save(path, weights, metadata):
 def load(path):
     """Read an adapter of any dialect: (pairs, metadata, extra), all tensors fp32.
 
-    pairs: {"unet.<layer>": (A, B)}, alpha/rank multiplied into B. metadata: the settings, always
-    with rank, alpha, base and dialect. extra: vectors of new words, or the projection of another
-    text encoder. A file that holds anything else, or NaN, is refused in one line.
+    path: a file, or the folder of one that PEFT saved. pairs: {"unet.<layer>": (A, B)}, alpha/rank
+    multiplied into B. metadata: the settings, always with rank, alpha, base and dialect. extra:
+    vectors of new words, or the projection of another text encoder. A file that holds anything
+    else, or NaN, is refused in one line.
     """
-    tensors, metadata, peft = read_file(path)
+    tensors, metadata, settings = read_file(path)
     words = (metadata.get("tokens") or "").split()
     extra = {}
     for key in list(tensors):
-        if key in words or key.startswith("text_projection."):
+        if key in words or (settings is None and key.startswith("text_projection.")):
             extra[key] = tensors.pop(key).float()
-    layers, dialect = sort_keys(path, tensors)
+    layers, dialect = sort_keys(path, tensors, settings)
     if not layers and not extra:
         fail(f"{path}: not an adapter: it is empty")
     pairs = {}
@@ -141,9 +144,9 @@ def load(path):
     alphas = set()
     for name, parts in sorted(layers.items()):
         a, b = parts["A"], parts["B"]
-        if min(a.ndim, b.ndim) < 2 or not len(a) == b.shape[1] == b[0].numel():
+        if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b.shape[1] == b[:1].numel():
             fail(f"{path}: {name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
-        alpha = parts["alpha"].item() if "alpha" in parts else peft_alpha(peft, name, len(a))
+        alpha = find_alpha(path, name, parts, settings)
         ranks.add(str(len(a)))
         alphas.add(f"{alpha:g}")
         # the product in fp64, so that B is rounded once
@@ -154,61 +157,92 @@ def load(path):
     return pairs, {**defaults, **metadata, "dialect": dialect}, extra
 
 
+def find_file(path):
+    """An adapter's file; of a folder, the one that PEFT saves there."""
+    if os.path.isdir(path):
+        return os.path.join(path, "adapter_model.safetensors")
+    return path
+
+
 def read_file(path):
-    """Tensors, settings and PEFT's settings of a safetensors file. Nothing is unpickled."""
+    """Tensors, metadata and PEFT's settings of a safetensors file. Nothing is unpickled.
+
+    The settings, of the header and of PEFT's file, are None for ours, which has alpha/rank in B.
+    """
+    path = find_file(path)
+    settings = None
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             metadata = file.metadata() or {}
-        peft = json.loads(metadata.pop("lora_adapter_metadata", "{}"))
         if "medlora" in metadata:  # others, and older files of ours, have one key a setting
             metadata = json.loads(metadata["medlora"])
-    except (SafetensorError, OSError, ValueError) as error:
-        fail(f"{path}: not a readable safetensors file ({error}); make it or copy it again")
-    base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
-    return tensors, {"base": base, **metadata}, peft
+        elif not {"rank", "alpha", "base"} <= metadata.keys():
+            config = Path(path).with_name(CONFIG)
+            settings = json.loads(config.read_text("utf-8")) if config.exists() else {}
+            header = json.loads(metadata.pop("lora_adapter_metadata", "{}"))
+            settings = {**settings, **metadata, **header}
+        base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
+        return tensors, {"base": base, **metadata}, settings
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        fail(f"{path}: not a readable safetensors file, or {CONFIG} is not JSON ({error})")
 
 
-def sort_keys(path, tensors):
+def sort_keys(path, tensors, settings):
     """{layer: {"A": tensor, "B": …[, "alpha": …]}} and the dialect; other keys are an error."""
     layers = defaultdict(dict)
-    unpaired = []
     dialect = "diffusers"
+    models = re.findall(r"'base_model_class': '(\w+)'", str(settings))
+    model = "".join(f"{name}." for name in models)
     for key, tensor in tensors.items():
-        for pattern, method in OTHER_METHODS.items():
-            if re.search(pattern, key):
-                fail(
-                    f"{path}: {method} ({key}) is not supported, only LoRA: train again without it"
-                )
-        dialect, layer, part = read_key(key)
+        dialect, layer, part = read_key(key, model)
+        if not part or (settings is not None and not LAYERS.fullmatch(layer)):
+            names = f"{layer} {key}"
+            kinds = [kind for pattern, kind in FOREIGN.items() if re.search(pattern, names)]
+            fail(
+                f"{path}: {key} ({kinds[0]}): no Stable Diffusion UNet or text encoder has this "
+                "layer, or this is not plain LoRA; give a LoRA of SD 1.5, 2.1 or SDXL"
+            )
         if part in layers[layer]:
-            unpaired.append(key)
+            fail(f"{path}: not an adapter: it holds {layer} twice")
         layers[layer][part] = tensor
-    unpaired += [layer for layer, parts in layers.items() if not {"A", "B"} <= parts.keys()]
-    if unpaired:
-        some = ", ".join(unpaired[:5])
-        fail(f"{path}: not an adapter: {len(unpaired)} names have no pair A, B, such as {some}")
+    complete = settings is None or "lora_alpha" in str(settings)
+    for layer, parts in layers.items():
+        if not {"A", "B"} <= parts.keys():
+            fail(f"{path}: not an adapter: {layer} has no pair A, B")
+        complete = complete or "alpha" in parts
+    if not complete:
+        note(f"{path}: no alpha in it or in an {CONFIG} next to it; alpha = rank is taken")
     return layers, dialect
 
 
-def peft_alpha(settings, name, rank):
-    """A layer's alpha as diffusers writes it into the header (PEFT's settings), else its rank."""
+def find_alpha(path, name, parts, settings):
+    """A layer's alpha by its tensor, else by PEFT's settings of its model, else its rank."""
     model, layer = name.split(".", 1)
-    alpha = settings.get(f"{model}.lora_alpha", rank)
-    for pattern, value in settings.get(f"{model}.alpha_pattern", {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):  # the first that fits counts
-            alpha = value
-            break
-    if settings.get(f"{model}.use_rslora"):  # rank-stabilised: the scale is alpha/√rank
-        alpha *= math.sqrt(rank)
-    return alpha
+    own = {key.removeprefix(f"{model}."): value for key, value in (settings or {}).items()}
+    try:
+        if "alpha" in parts:
+            return parts["alpha"].item()
+        alpha = float(own.get("lora_alpha", len(parts["A"])))
+        patterns = ast.literal_eval(str(own.get("alpha_pattern") or {}))
+        for pattern, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({pattern.lstrip('^')})", layer):
+                alpha = float(value)
+                break  # the first that fits counts
+        if str(own.get("use_rslora")).lower() == "true":  # rank-stabilised: alpha/√rank
+            alpha *= math.sqrt(len(parts["A"]))
+        return alpha
+    except Exception as error:  # a header may hold anything
+        fail(f"{path}: the alpha of {name} cannot be read ({error})")
 
 
 # ---------------------------------------------------------------- which keys mean what
 
+CONFIG = "adapter_config.json"  # PEFT's settings, next to an adapter
 # The keys of each dialect: the layer, then which tensor of its pair. The first that fits counts.
 KEYS = (
-    ("diffusers", r"(.+)\.lora_(A|B)\.weight"),
+    ("PEFT", r"(.*base_model\.model\..+)\.lora_(A|B)(?:\.[^.]+)?\.weight"),
+    ("diffusers", r"(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight"),
     ("diffusers lora.down", r"(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight"),
     ("diffusers processor", r"(.+)_lora\.(down|up)\.weight"),
     ("kohya", r"(.+)\.lora_(down|up)\.weight"),
@@ -217,9 +251,10 @@ KEYS = (
 PARTS = {"A": "A", "B": "B", "down": "A", "up": "B", "alpha": "alpha"}
 # What other trainers call a layer → what diffusers calls it, in the order of replacement.
 RENAMED = (
-    (r"^lora\.te2\.", "text_encoder_2."),
-    (r"^lora\.te1?\.", "text_encoder."),
-    (r"^(lora\.unet|diffusion_model)\.", "unet."),
+    (r"\b(module|_orig_mod|orig\.mod)\.", ""),
+    (r"^CLIPTextModelWithProjection\.|^lora\.te2\.|^(?=text_projection$)", "text_encoder_2."),
+    (r"^CLIPTextModel\.|^lora\.te1?\.|^(?=(text_model\.)?encoder\.layers)", "text_encoder."),
+    (r"^(UNet2DConditionModel|((lora|lycoris)\.)?unet|lycoris|diffusion_model)\.", "unet."),
     (r"^(?!unet\.|text_encoder)", "unet."),
     (r"\.processor(?=\.)", ""),
     (r"(\.self_attn\.)to_([qkv]|out)$", r"\1\2_proj"),
@@ -228,36 +263,62 @@ RENAMED = (
 # The words of a kohya name, whose dots became underscores; those that contain one are listed.
 WORDS = re.compile(
     r"(?:(?:down|up|input|output|transformer)_blocks|(?:mid|middle)_block|to_(?:[qkv]|out)"
-    r"|(?:proj|conv)_(?:in|out)|conv_shortcut|time_emb_proj|(?:time|add)_embedding|linear_[12]"
-    r"|(?:in|out|emb)_layers|skip_connection|time_embed|label_emb|text_model|self_attn"
-    r"|[qkv]_proj|out_proj|text_projection)(?=_|$)|[^_]+"
+    r"|(?:proj|conv)_(?:in|out)|conv_shortcut|time_emb_proj|(?:time|add|class)_embedding"
+    r"|linear_[12]|(?:in|out|emb)_layers|skip_connection|time_embed|label_emb|text_model"
+    r"|self_attn|[qkv]_proj|(?:out|cond)_proj|text_projection)(?=_|$)|[^_]+"
 )
-# Methods other than LoRA, by what their keys contain.
-OTHER_METHODS = {
-    r"\.(dora_scale|lora_magnitude_vector)": "DoRA",
+# The layers of diffusers' UNet2DConditionModel, as SD has it, and of CLIPTextModel.
+LAYERS = re.compile(
+    r"unet\.(conv_(in|out)|(time|add|class)_embedding\.(linear_[12]|cond_proj)"
+    r"|((down|up)_blocks\.\d+|mid_block)\.(resnets\.\d+\.(conv[12]|conv_shortcut|time_emb_proj)"
+    r"|(down|up)samplers\.0\.conv|attentions\.\d+\.(proj_(in|out)|transformer_blocks\.\d+\."
+    r"(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)))))|text_encoder_2\.text_projection"
+    r"|text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\."
+    r"(self_attn\.([qkv]|out)_proj|mlp\.fc[12])"
+)
+# Other methods and models, by what a key or its layer contains. The first that fits counts.
+FOREIGN = {
+    r"\.(dora_scale|lora_magnitude)": "DoRA",
     r"\.lokr_": "LoKr",
     r"\.hada_": "LoHa",
-    r"\.oft_": "OFT",
+    r"\.b?oft_": "OFT",
+    r"\.on_input|\.ia3_": "IA3",
+    r"\.[wb]_norm$": "LyCORIS norms",
     r"\.lora_mid": "LoCon with a Tucker core",
-    r"\.diff(_b)?$": "an adapter of whole differences",
+    r"\.diff(_b)?$": "whole differences",
+    r"^bundle_emb\.": "an embedding; tell OneTrainer not to bundle them",
+    r" (emb_params|clip_[lg]|string_to_\w+|<.+>)$": "an embedding, of textual inversion",
+    r"(?i)control": "a ControlNet",
+    r"(?i)vae\b|autoencoder|first_stage|quant_conv|coder\.(down|mid|up)_": "a VAE",
+    r"text_encoders\.|clip_[lgh]\.|t5xxl|cond_stage": "ComfyUI's text encoder",
+    r"prior|kv_mapper|channelwise|blocks\.\d+\.\d+\.|Cascade": "Stable Cascade",
+    r"\bte3\b|text_encoder_3|joint|SD3": "SD 3",
+    r"(double|single)[_.](transformer_)?blocks|Flux": "Flux",
+    r"layers?\.\d+\.|\.h\.\d+\.|CausalLM": "a language model",
+    r"\.transformer\.|\.transformer_blocks\.\d+\.attn\.": "a transformer, such as SD 3 or Flux",
+    r"": "of another kind",
 }
 # What kohya's files call a base; and which family reads text of which width.
 VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd21-base", "sd_v2_v": "sd21", "sdxl_base_v1-0": "sdxl"}
 TEXT_WIDTHS = {768: "sd15", 1024: "sd21-base", 2048: "sdxl"}
 
 
-def read_key(key):
+def read_key(key, model=""):
     """(dialect, layer, "A", "B" or "alpha"); of an unknown key ("", key, "")."""
     for dialect, pattern in KEYS:
         match = re.fullmatch(pattern, key)
         if match:
-            return dialect, layer_name(match[1]), PARTS[match[2]]
+            return dialect, layer_name(match[1], model), PARTS[match[2]]
     return "", key, ""
 
 
-def layer_name(text):
-    """What any trainer calls a layer → "unet.<path>", "text_encoder.…" or "text_encoder_2.…"."""
-    if text.startswith("lora_"):
+def layer_name(text, model=""):
+    """What any trainer calls a layer → "unet.<path>", "text_encoder.…" or "text_encoder_2.…".
+
+    model: the class that PEFT's settings name, with a dot.
+    """
+    text = text.replace("base_model.model.", model)
+    if text.startswith(("lora_", "lycoris_")):
         text = ".".join(WORDS.findall(text))
     for pattern, replacement in RENAMED:
         text = re.sub(pattern, replacement, text)
@@ -271,12 +332,8 @@ def on_disk(name):
 
 def translate(path, names):
     """A dotted path whose longest beginning that is in `names` is replaced."""
-    words = path.split(".")
-    for length in range(len(words), 0, -1):
-        beginning = ".".join(words[:length])
-        if beginning in names:
-            return names[beginning] + path.removeprefix(beginning)
-    return path
+    beginnings = "|".join(sorted(names, key=len, reverse=True))
+    return re.sub(rf"^({beginnings})(?![^.])", lambda match: names[match[0]], path)
 
 
 def sgm_names():
@@ -384,24 +441,24 @@ def convert(path, dialect, out):
 
 def merge(files, out):
     """Write one adapter that does exactly what several do: A's stacked, weighted B's joined."""
-    terms = defaultdict(list)
-    settings = []
+    stacked = {}
+    common = None
     for text in files:
         path, weight = split_weight(text)
         pairs, metadata, extra = load(path)
         if extra:
             fail(f"{path} holds {', '.join(extra)}; give sample.py --lora twice instead")
-        settings.append(metadata)
-        for name, (a, b) in pairs.items():
-            terms[name].append((a, weight * b))
-    stacked = {}
-    for name, layer in terms.items():
-        if len({(a.shape[1:], len(b)) for a, b in layer}) > 1:
-            fail(f"{name} has another shape in each file; are they for different bases?")
-        stacked[name] = (torch.cat([a for a, _ in layer]), torch.cat([b for _, b in layer], dim=1))
-    common = settings[0]
-    for metadata in settings[1:]:
+        if common is None:
+            common = metadata
         common = {key: value for key, value in common.items() if metadata.get(key) == value}
+        for name, (a, b) in pairs.items():
+            b = weight * b
+            if name in stacked:
+                first_a, first_b = stacked[name]
+                if first_a.shape[1:] != a.shape[1:] or len(first_b) != len(b):
+                    fail(f"{name} has another shape in {path}; is it for another base?")
+                a, b = torch.cat([first_a, a]), torch.cat([first_b, b], dim=1)
+            stacked[name] = (a, b)
     rank = max(len(a) for a, _ in stacked.values())
     names = " ".join(map(os.path.basename, files))
     write(out, stacked, {**common, "rank": rank, "alpha": rank, "merged": names}, {})
@@ -409,12 +466,12 @@ def merge(files, out):
 
 
 def split_weight(text):
-    """ "PATH:0.7" → (PATH, 0.7); "PATH" → (PATH, 1.0)."""
+    """ "FILE:0.7" or "FOLDER:0.7" → (FILE, 0.7); without a weight (FILE, 1.0)."""
     path, colon, weight = text.rpartition(":")
     with contextlib.suppress(ValueError):
         if colon and not os.path.exists(text) and math.isfinite(float(weight)):
-            return path, float(weight)
-    return text, 1.0
+            return find_file(path), float(weight)
+    return find_file(text), 1.0
 
 
 def write(path, pairs, metadata, extra, dialect="diffusers"):

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import pickle
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,13 @@ from torch import nn
 
 import lora
 import sample
+
+ATTN = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+NAME = f"{ATTN}.to_q"
+KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+A = {f"{NAME}.lora_A.weight": torch.ones(4, 32)}
+B = {f"{NAME}.lora_B.weight": torch.ones(32, 4)}
+KOHYA = {f"{KEY}.lora_down.weight": torch.ones(4, 32), f"{KEY}.lora_up.weight": torch.ones(32, 4)}
 
 
 class Block(nn.Module):
@@ -392,28 +400,352 @@ def test_all_dialects_give_the_same_change_and_alpha_counts_where_there_is_one(
 def test_the_alpha_in_the_header_of_newer_diffusers_counts(patterns, q, tmp_path):
     tensors = {}
     for layer in ("to_q", "to_k"):
-        tensors[f"unet.{layer}.lora_A.weight"] = torch.ones(2, 2)
-        tensors[f"unet.{layer}.lora_B.weight"] = torch.ones(2, 2)
+        tensors[f"{ATTN}.{layer}.lora_A.weight"] = torch.ones(2, 2)
+        tensors[f"{ATTN}.{layer}.lora_B.weight"] = torch.ones(2, 2)
     settings = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": patterns}
     save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps(settings)})
 
     pairs, _, _ = lora.load(tmp_path / "a")
 
-    assert pairs["unet.to_k"][1][0, 0] == 0.5
-    assert pairs["unet.to_q"][1][0, 0] == q
+    assert pairs[f"{ATTN}.to_k"][1][0, 0] == 0.5
+    assert pairs[f"{ATTN}.to_q"][1][0, 0] == q
 
 
 def test_rank_stabilised_adapters_act_with_alpha_over_the_root_of_the_rank(tmp_path):
     settings = {"unet.r": 4, "unet.lora_alpha": 4, "unet.use_rslora": True}
-    tensors = {
-        "unet.to_q.lora_A.weight": torch.ones(4, 2),
-        "unet.to_q.lora_B.weight": torch.ones(2, 4),
-    }
+    tensors = {f"{NAME}.lora_A.weight": torch.ones(4, 2), f"{NAME}.lora_B.weight": torch.ones(2, 4)}
     save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps(settings)})
 
     pairs, _, _ = lora.load(tmp_path / "a")
 
-    assert pairs["unet.to_q"][1][0, 0] == 2  # 4 / √4
+    assert pairs[NAME][1][0, 0] == 2  # 4 / √4
+
+
+# ---------------------------------------------------------------- alpha wherever it is kept
+
+PEFT_SETTINGS = [
+    {"lora_alpha": 8},
+    {"lora_alpha": 8, "alpha_pattern": {"attn2.to_k": 2, "q_proj": 1}},
+    {"lora_alpha": 6, "rank_pattern": {"attn1.to_q": 2, "layers.1.self_attn.v_proj": 3}},
+    {
+        "lora_alpha": 6,
+        "use_rslora": True,
+        "alpha_pattern": {r"^.*\.to_v": 3, r"^(text_model\.)?encoder\.layers\.0\..*q_proj": 1},
+    },
+]
+PEFT_TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    "text_encoder": ["q_proj", "v_proj"],
+    "text_encoder_2": ["q_proj", "v_proj", "text_projection"],
+}
+
+
+def with_peft(model, root, **settings):
+    """A model with PEFT's adapter, filled with random numbers, in PEFT's wrapper."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=PEFT_TARGETS[root], **settings)
+    wrapped = peft.get_peft_model(model, config)
+    fill({n: w for n, w in sorted(wrapped.named_parameters()) if "lora_" in n})
+    return wrapped
+
+
+def changes_by_peft(wrapped, root):
+    """{layer: what PEFT adds to its weight}, by PEFT itself."""
+    changes = {}
+    for name, layer in wrapped.get_base_model().named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            changes[lora.on_disk(f"{root}.{name}")] = layer.get_delta_weight("default").detach()
+    return changes
+
+
+def assert_same_changes(pairs, changes):
+    assert set(pairs) == set(changes)
+    for name, change in changes.items():
+        torch.testing.assert_close(delta(*pairs[name]), change, rtol=0, atol=1e-6)
+
+
+def test_sample_draws_with_peft_s_folder_and_a_weight(base, tmp_path, run):
+    wrapped = with_peft(sample.load_base(base, CPU).unet, "unet", lora_alpha=8)
+    wrapped.save_pretrained(tmp_path / "peft")
+    flags = ("--base", base, "--prompt", "x", "--steps", 2, "--num-images", 1)
+
+    run(sample, *flags, "--lora", f"{tmp_path}/peft:0.5", "--out", tmp_path / "half")
+    run(sample, *flags, "--out", tmp_path / "none")
+
+    drawn = [next((tmp_path / name).glob("*.png")).read_bytes() for name in ("half", "none")]
+    assert drawn[0] != drawn[1]
+    assert "adapter_model.safetensors:0.5" in (tmp_path / "half" / "manifest.csv").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:The following")  # patterns that name layers of another part
+@pytest.mark.parametrize("settings", PEFT_SETTINGS)
+@pytest.mark.parametrize("kind, root", [("base", "text_encoder"), ("sdxl", "text_encoder_2")])
+def test_peft_s_folder_is_read_with_its_settings_as_the_part_it_was_made_for(
+    kind, root, settings, request, tmp_path, capsys
+):
+    parts = sample.load_base(request.getfixturevalue(kind), CPU).parts()
+    for name in ("unet", root):
+        wrapped = with_peft(parts[name], name, **settings)
+        wrapped.save_pretrained(tmp_path / name)
+
+        in_folder, metadata, _ = lora.load(tmp_path / name)
+        as_file, _, _ = lora.load(tmp_path / name / "adapter_model.safetensors")
+
+        assert metadata["dialect"] == "PEFT"
+        assert_same_changes(in_folder, changes_by_peft(wrapped, name))
+        assert_same_changes(as_file, changes_by_peft(wrapped, name))
+        assert "alpha" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:The following")  # patterns that name layers of another part
+@pytest.mark.parametrize("settings", PEFT_SETTINGS)
+def test_both_ways_of_diffusers_to_save_give_peft_s_changes(settings, base, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    peft = pytest.importorskip("peft")
+    unet = pipeline(base).unet
+    config = peft.LoraConfig(r=4, target_modules=PEFT_TARGETS["unet"], **settings)
+    unet.add_adapter(config)
+    fill({n: w for n, w in sorted(unet.named_parameters()) if "lora_" in n})
+    changes = {}
+    for name, layer in unet.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            changes[f"unet.{name}"] = layer.get_delta_weight("default").detach()
+
+    unet.save_lora_adapter(tmp_path, weight_name="unet.safetensors")
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        peft.get_peft_model_state_dict(unet),
+        weight_name="pipe.safetensors",
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+
+    assert_same_changes(lora.load(tmp_path / "unet.safetensors")[0], changes)
+    assert_same_changes(lora.load(tmp_path / "pipe.safetensors")[0], changes)
+
+
+HEADERS = [  # plain keys, as other scripts write them, and alpha/rank of to_q
+    ({"r": "2", "lora_alpha": "8"}, 4),
+    ({"unet.r": "2", "unet.lora_alpha": "8", "text_encoder.lora_alpha": "1"}, 4),
+    ({"lora_alpha": "8", "alpha_pattern": "{'to_q': 3}"}, 1.5),
+    ({"lora_alpha": "8.0", "use_rslora": "True"}, 8 / math.sqrt(2)),
+    ({"lora_alpha": "8", "use_rslora": "False"}, 4),
+]
+
+
+@pytest.mark.parametrize("header, scale", HEADERS)
+def test_alpha_in_plain_keys_of_the_header_counts(header, scale, tmp_path, capsys):
+    tensors = {f"{NAME}.lora_A.weight": torch.ones(2, 8), f"{NAME}.lora_B.weight": torch.ones(8, 2)}
+    save_file(tensors, tmp_path / "a", header)
+
+    pairs, _, _ = lora.load(tmp_path / "a")
+
+    torch.testing.assert_close(pairs[NAME][1], torch.full((8, 2), float(scale)))
+    assert "alpha" not in capsys.readouterr().err
+
+
+def test_a_header_whose_alpha_is_no_number_is_refused(tmp_path, refused):
+    save_file({**A, **B}, tmp_path / "a", {"lora_alpha": "much"})
+    assert f"the alpha of {NAME} cannot be read" in refused(lora, "info", tmp_path / "a")
+
+
+def test_a_peft_config_that_is_no_json_is_refused(tmp_path, refused):
+    save_file({**A, **B}, tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 8')
+    assert "adapter_config.json" in refused(lora, "info", tmp_path / "a.safetensors")
+
+
+def test_a_folder_without_peft_s_file_is_refused(tmp_path, refused):
+    assert "adapter_model.safetensors" in refused(lora, "info", tmp_path)
+
+
+def peft_keys(tensors):
+    return {f"base_model.model.{key.removeprefix('unet.')}": each for key, each in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "PEFT", "kohya"])
+def test_where_no_alpha_is_found_one_line_says_that_the_rank_was_taken(kind, tmp_path, capsys):
+    tensors = {"diffusers": {**A, **B}, "PEFT": peft_keys({**A, **B}), "kohya": KOHYA}[kind]
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    pairs, metadata, _ = lora.load(tmp_path / "a.safetensors")
+
+    assert torch.equal(pairs[NAME][1], torch.ones(32, 4))
+    assert metadata["alpha"] == "4"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "alpha = rank" in line
+
+
+def test_of_our_own_file_no_such_line_is_printed(tmp_path, capsys):
+    three_layers(tmp_path / "a", 1, 2, 5)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+def test_a_file_of_any_precision_equals_its_truth(dialect, kind, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(4, 32, generator=draw).to(getattr(torch, kind))
+    b = torch.randn(32, 4, generator=draw).to(getattr(torch, kind))
+    tensors = written_by_another(dialect, {NAME: (a, b)})
+    settings = {"unet.lora_alpha": 3}
+    if dialect == "kohya":
+        tensors[f"{KEY}.alpha"] = torch.tensor(3.0).to(getattr(torch, kind))
+    save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps(settings)})
+
+    pairs, _, _ = lora.load(tmp_path / "a")
+
+    assert torch.equal(pairs[NAME][0], a.float())
+    assert torch.equal(pairs[NAME][1], (b.double() * 0.75).float())
+
+
+# ---------------------------------------------------------------- layers of other models
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sd21", "sdxl"])
+def test_every_layer_of_stable_diffusion_is_known_as_one(kind):
+    for name in layers(stable_diffusion(kind)):
+        assert lora.LAYERS.fullmatch(f"unet.{name}")
+
+
+def test_every_layer_of_the_text_encoders_is_known_as_one(sdxl):
+    parts = sample.load_base(sdxl, CPU).parts()
+    for root in ("text_encoder", "text_encoder_2"):
+        for name in layers(parts[root]):
+            assert lora.LAYERS.fullmatch(lora.on_disk(f"{root}.{name}"))
+
+
+FOREIGN = {  # a layer, by the names of its own trainer, and what the line says
+    "transformer.single_transformer_blocks.0.attn.to_q": "Flux",
+    "lora_unet_double_blocks_0_img_attn_qkv": "Flux",
+    "lora_transformer_single_transformer_blocks_3_attn_to_k": "Flux",
+    "diffusion_model.single_blocks.7.linear1": "Flux",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "SD 3",
+    "lora_unet_joint_blocks_0_context_block_attn_qkv": "SD 3",
+    "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q": "SD 3",
+    "transformer.transformer_blocks.0.attn.add_k_proj": "a transformer",
+    "base_model.model.transformer_blocks.0.attn.to_q": "a transformer",
+    "lora_prior_unet_down_blocks_0_2_attention_attn_to_q": "Stable Cascade",
+    "unet.down_blocks.0.1.kv_mapper.1": "Stable Cascade",
+    "base_model.model.model.layers.0.self_attn.q_proj": "a language model",
+    "base_model.model.bert.encoder.layer.0.attention.self.query": "a language model",
+    "base_model.model.transformer.h.0.attn.c_attn": "a language model",
+    "controlnet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": "a ControlNet",
+    "control_model.input_blocks.1.1.proj_in": "a ControlNet",
+    "vae.decoder.mid_block.attentions.0.to_q": "a VAE",
+    "first_stage_model.decoder.mid.attn_1.q": "a VAE",
+    "encoder.down_blocks.0.resnets.0.conv1": "a VAE",
+    "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1": "ComfyUI's",
+    "clip_g.transformer.text_model.encoder.layers.0.mlp.fc1": "ComfyUI's",
+    "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q": "of another kind",
+    "unet.down_blocks.0.attentions.0.to_q": "of another kind",
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn3_to_q": "of another kind",
+    "text_encoder.text_model.encoder.layers.0.self_attn.o_proj": "a language model",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_layer_of_another_model_is_refused_by_its_first_key(name, tmp_path, refused):
+    ends = ("lora_A", "lora_B")
+    if name.startswith("lora_"):
+        ends = ("lora_down", "lora_up")
+    tensors = {f"{name}.{ends[0]}.weight": torch.ones(4, 16)}
+    tensors[f"{name}.{ends[1]}.weight"] = torch.ones(16, 4)
+    save_file({**A, **B, **tensors}, tmp_path / "a.safetensors")
+
+    for flags in (["info"], ["convert", "--to", "kohya", "--out", tmp_path / "out"]):
+        line = refused(lora, flags[0], tmp_path / "a.safetensors", *flags[1:])
+
+        assert f"{name}.{ends[0]}.weight ({FOREIGN[name]}" in line
+        assert "no Stable Diffusion UNet or text encoder has this layer" in line
+    assert not (tmp_path / "out").exists()
+
+
+CLASSES = {
+    "ControlNetModel": "a ControlNet",
+    "AutoencoderKL": "a VAE",
+    "LlamaForCausalLM": "a language model",
+    "SD3Transformer2DModel": "SD 3",
+    "UNet3DConditionModel": "of another kind",
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_peft_s_adapter_of_another_class_is_refused_though_its_layers_are_called_as_ours(
+    name, tmp_path, refused
+):
+    save_file(peft_keys({**A, **B}), tmp_path / "adapter_model.safetensors")
+    config = {"lora_alpha": 8, "auto_mapping": {"base_model_class": name}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+
+    line = refused(lora, "info", tmp_path)
+
+    assert f"lora_A.weight ({CLASSES[name]})" in line
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        f"module.{NAME}",
+        f"unet.module.{NAME.removeprefix('unet.')}",
+        f"_orig_mod.{NAME.removeprefix('unet.')}",
+        f"module._orig_mod.{NAME.removeprefix('unet.')}",
+        f"base_model.model._orig_mod.{NAME.removeprefix('unet.')}",
+        f"unet.base_model.model.{NAME.removeprefix('unet.')}",
+        KEY.replace("lora_unet_", "lora_unet__orig_mod_"),
+        KEY.replace("lora_unet_", "lycoris_"),
+    ],
+)
+def test_what_wrappers_put_before_a_name_is_taken_off(stem, tmp_path):
+    ends = ("lora_A.default", "lora_B.default")
+    if "mid_block_" in stem:
+        ends = ("lora_down", "lora_up")
+    tensors = {
+        f"{stem}.{ends[0]}.weight": torch.ones(4, 32),
+        f"{stem}.{ends[1]}.weight": torch.ones(32, 4),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+
+    assert list(lora.load(tmp_path / "a.safetensors")[0]) == [NAME]
+
+
+PEFT_NAME = f"base_model.model.{NAME.removeprefix('unet.')}"
+OTHER_METHODS = {  # what the line says: the keys beside the pair
+    "DoRA": [f"{KEY}.dora_scale"],
+    "DoRA ": [f"{NAME}.lora_magnitude_vector"],
+    "DoRA  ": [f"{PEFT_NAME}.lora_magnitude_vector.weight"],
+    "LoKr": [f"{KEY}.lokr_w1", f"{KEY}.lokr_w2"],
+    "LoKr ": [f"{PEFT_NAME}.lokr_w1", f"{PEFT_NAME}.lokr_w2"],
+    "LoHa": [f"{KEY}.hada_w1_a", f"{KEY}.hada_w1_b"],
+    "OFT": [f"{KEY}.oft_blocks"],
+    "OFT ": [f"{PEFT_NAME}.boft_R"],
+    "OFT  ": [f"{PEFT_NAME}.oft_R.weight"],
+    "IA3": [f"{KEY}.on_input", f"{KEY}.weight"],
+    "IA3 ": [f"{PEFT_NAME}.ia3_l"],
+    "LyCORIS norms": ["lora_unet_mid_block_resnets_0_norm1.w_norm"],
+    "Tucker core": [f"{KEY}.lora_mid.weight"],
+    "whole differences": [f"{KEY}.diff"],
+    "whole differences ": ["lora_unet_conv_in.diff_b"],
+    "an embedding; tell OneTrainer": ["bundle_emb.ulcer.clip_l"],
+    "an embedding; tell OneTrainer ": ["bundle_emb.ulcer.string_to_param.*"],
+    "an embedding, of": ["emb_params"],
+    "an embedding, of ": ["clip_g", "clip_l"],
+    "an embedding, of  ": ["<ulcer>"],
+    "of another kind": [f"{KEY}.glora"],
+}
+
+
+@pytest.mark.parametrize("pair", [{}, {**KOHYA, f"{KEY}.alpha": torch.tensor(4.0)}])
+@pytest.mark.parametrize("kind", OTHER_METHODS)
+def test_another_method_or_an_embedding_is_refused_by_its_name(kind, pair, tmp_path, refused):
+    tensors = {key: torch.ones(4, 4) for key in OTHER_METHODS[kind]}
+    save_file({**pair, **tensors}, tmp_path / "a.safetensors")
+
+    line = refused(lora, "info", tmp_path / "a.safetensors")
+
+    assert f"{OTHER_METHODS[kind][0]} (" in line
+    assert kind.strip() in line
+    assert "give a LoRA" in line
 
 
 # ---------------------------------------------------------------- to other programs
@@ -492,6 +824,37 @@ def as_a1111_and_comfyui_read_it(path, parts):
         known[stem].weight.data += scale * change
 
 
+def peft_folders(base, path, out, alpha):
+    """An adapter as PEFT saves it: a folder for each part, alpha in its adapter_config.json."""
+    peft = pytest.importorskip("peft")
+    pairs, _, _ = lora.load(path)
+    folders = []
+    for root, part in sample.load_base(base, CPU).parts().items():
+        names = {n.removeprefix(f"{root}."): n for n in pairs if n.startswith(f"{root}.")}
+        if root != "unet" and not hasattr(part, "text_model"):
+            names = {n.removeprefix("text_model."): each for n, each in names.items()}
+        config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=list(names))
+        wrapped = peft.get_peft_model(part, config)
+        for name, layer in wrapped.get_base_model().named_modules():
+            if name in names:
+                a, b = pairs[names[name]]
+                layer.lora_A["default"].weight.data.copy_(a)
+                layer.lora_B["default"].weight.data.copy_(b * (4 / alpha))
+        wrapped.save_pretrained(out / root)
+        folders.append(out / root)
+    return folders
+
+
+def with_peft_folders(base, folders):
+    """diffusers' own pipeline, its parts adapted by PEFT itself."""
+    peft = pytest.importorskip("peft")
+    pipe = pipeline(base)
+    for folder in folders:
+        adapted = peft.PeftModel.from_pretrained(getattr(pipe, folder.name), folder)
+        setattr(pipe, folder.name, adapted.merge_and_unload())
+    return pipe
+
+
 @pytest.mark.parametrize("kind, alpha", [("base", 8), ("sd21", 6), ("sdxl_2", 2)])
 def test_the_same_picture_comes_from_every_file_and_every_program(
     kind, alpha, request, tmp_path, run
@@ -511,6 +874,14 @@ def test_the_same_picture_comes_from_every_file_and_every_program(
         pipe = pipeline(folder)
         pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
         pictures.append(theirs(pipe, "a sore foot"))
+    run(lora, "merge", f"{ours}:0.75", f"{kohya}:0.25", "--out", tmp_path / "merged")
+    folders = peft_folders(folder, ours, tmp_path, alpha)
+    base = sample.load_base(folder, CPU)
+    with lora.merged(base.parts(), [(lora.load(tmp_path / "merged")[0], 1.0)]):
+        pictures.append(picture(base))
+    with lora.merged(base.parts(), [(lora.load(each)[0], 1.0) for each in folders]):
+        pictures.append(picture(base))
+    pictures.append(theirs(with_peft_folders(folder, folders), "a sore foot"))
     webui = sample.load_base(folder, CPU)
     as_a1111_and_comfyui_read_it(kohya, webui.parts())
     pictures.append(picture(webui))
@@ -542,9 +913,9 @@ def test_diffusers_to_kohya_and_back_is_the_same_to_the_bit(alpha, sdxl, tmp_pat
 
 def test_a_whole_number_may_be_an_alpha(tmp_path, run, capsys):
     """As diffusers writes them."""
-    pairs = {"unet.mid_block.to_q": (torch.ones(2, 8), torch.ones(8, 2))}
+    pairs = {NAME: (torch.ones(2, 8), torch.ones(8, 2))}
     tensors = written_by_another("kohya", pairs, alpha=1)
-    tensors["lora_unet_mid_block_to_q.alpha"] = torch.tensor(1)
+    tensors[f"{KEY}.alpha"] = torch.tensor(1)
     save_file(tensors, tmp_path / "k")
 
     run(lora, "info", tmp_path / "k")
@@ -553,7 +924,7 @@ def test_a_whole_number_may_be_an_alpha(tmp_path, run, capsys):
 
 
 def test_kohyas_header_names_the_base(tmp_path):
-    pairs = {"unet.mid_block.to_q": (torch.ones(2, 8), torch.ones(8, 2))}
+    pairs = {NAME: (torch.ones(2, 8), torch.ones(8, 2))}
     header = {"ss_base_model_version": "sd_v2_v", "ss_output_name": "feet"}
     save_file(written_by_another("kohya", pairs, alpha=1), tmp_path / "k", header)
 
@@ -566,12 +937,12 @@ def test_kohyas_header_names_the_base(tmp_path):
 def test_alpha_is_folded_in_double_precision_and_rounded_once(tmp_path):
     draw = torch.Generator().manual_seed(0)
     a, b = torch.randn(3, 8, generator=draw), torch.randn(8, 3, generator=draw)
-    tensors = written_by_another("kohya", {"unet.mid_block.to_q": (a, b)}, alpha=1)
+    tensors = written_by_another("kohya", {NAME: (a, b)}, alpha=1)
     save_file(tensors, tmp_path / "k.safetensors")
 
     pairs, _, _ = lora.load(tmp_path / "k.safetensors")
 
-    assert torch.equal(pairs["unet.mid_block.to_q"][1], (b.double() / 3).float())
+    assert torch.equal(pairs[NAME][1], (b.double() / 3).float())
 
 
 # ---------------------------------------------------------------- merge
@@ -634,9 +1005,11 @@ def test_what_cannot_be_done_is_refused(tmp_path, refused):
     out = ("--out", tmp_path / "x.safetensors")
     three_layers(tmp_path / "a", 1, 2, 2)
     three_layers(tmp_path / "w", 1, 2, 2, ("to_k",))
+    header = {"medlora": '{"tokens": "<word>"}'}
     tensors = load_file(tmp_path / "w")
-    save_file({**tensors, "unet.block.to_k.lora_A.weight": torch.ones(2, 21)}, tmp_path / "w")
-    save_file({**tensors, "<word>": torch.ones(1, 32)}, tmp_path / "t", {"tokens": "<word>"})
+    wide = {**tensors, "unet.block.to_k.lora_A.weight": torch.ones(2, 21)}
+    save_file(wide, tmp_path / "w", header)
+    save_file({**tensors, "<word>": torch.ones(1, 32)}, tmp_path / "t", header)
 
     assert "another shape" in refused(lora, "merge", tmp_path / "a", tmp_path / "w", *out)
     assert "<word>" in refused(lora, "merge", tmp_path / "a", tmp_path / "t", *out)
@@ -647,11 +1020,6 @@ def test_what_cannot_be_done_is_refused(tmp_path, refused):
 
 # ---------------------------------------------------------------- damaged and foreign files
 
-NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
-A = {f"{NAME}.lora_A.weight": torch.ones(4, 32)}
-B = {f"{NAME}.lora_B.weight": torch.ones(32, 4)}
-KOHYA = {f"{KEY}.lora_down.weight": torch.ones(4, 32), f"{KEY}.lora_up.weight": torch.ones(32, 4)}
 PAIR = serialize({**A, **B})
 UNREADABLE = "not a readable safetensors"
 DAMAGED = {  # name: the file's bytes or its tensors, and what the line says
@@ -672,9 +1040,10 @@ DAMAGED = {  # name: the file's bytes or its tensors, and what the line says
     "half a pair": (A, NAME),
     "half a kohya pair": ({f"{KEY}.lora_up.weight": torch.ones(32, 4)}, NAME),
     "an alpha alone": ({**A, **B, "lora_unet_conv_in.alpha": torch.tensor(1.0)}, "unet.conv_in"),
-    "keys of a whole UNet": ({"mid_block.proj_in.weight": torch.ones(3, 3)}, "1 names have no"),
+    "keys of a whole UNet": ({"mid_block.proj_in.weight": torch.ones(3, 3)}, "not plain LoRA"),
     "one foreign key": ({**A, **B, "unet.conv_in.bias": torch.ones(3)}, "unet.conv_in.bias"),
-    "a layer twice": ({**A, **B, **KOHYA}, "2 names have no pair"),
+    "a layer twice": ({**A, **B, **KOHYA}, f"holds {NAME} twice"),
+    "an alpha of two numbers": ({**KOHYA, f"{KEY}.alpha": torch.ones(2)}, "the alpha of"),
     "NaN in B": ({**A, f"{NAME}.lora_B.weight": torch.full((32, 4), math.nan)}, "NaN"),
     "infinity in A": ({f"{NAME}.lora_A.weight": torch.full((4, 32), math.inf), **B}, "infinity"),
     "NaN in alpha": ({**KOHYA, f"{KEY}.alpha": torch.tensor(math.nan)}, "NaN"),
@@ -684,13 +1053,6 @@ DAMAGED = {  # name: the file's bytes or its tensors, and what the line says
         "do not fit",
     ),
     "a broad B": ({**A, f"{NAME}.lora_B.weight": torch.ones(9, 4, 3, 3)}, "do not fit"),
-    "DoRA": ({**KOHYA, f"{KEY}.dora_scale": torch.ones(32, 1)}, "DoRA ("),
-    "DoRA of diffusers": ({**A, **B, f"{NAME}.lora_magnitude_vector": torch.ones(32)}, "DoRA ("),
-    "LoKr": ({f"{KEY}.lokr_w1": torch.ones(4, 4), f"{KEY}.lokr_w2": torch.ones(8, 8)}, "LoKr ("),
-    "LoHa": ({f"{KEY}.hada_w1_a": torch.ones(4, 4)}, "LoHa ("),
-    "LoCon-Tucker": ({**KOHYA, f"{KEY}.lora_mid.weight": torch.ones(4, 4, 3, 3)}, "Tucker core ("),
-    "OFT": ({f"{KEY}.oft_blocks": torch.ones(4, 4, 4)}, "OFT ("),
-    "a difference": ({f"{KEY}.diff": torch.ones(32, 32)}, "whole differences ("),
 }
 
 
@@ -708,7 +1070,7 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_line(kind, tmp_path, refuse
 
 
 def elsewhere(tensors):
-    return {key.replace("unet.", "unet.elsewhere."): value for key, value in tensors.items()}
+    return {re.sub(r"blocks\.\d", "blocks.7", key): value for key, value in tensors.items()}
 
 
 def twice_as_wide(tensors):
@@ -726,8 +1088,8 @@ def with_another_layer(tensors):
 
 def kohya_elsewhere(tensors):
     return {
-        "lora_unet_elsewhere_to_q.lora_down.weight": torch.ones(4, 4),
-        "lora_unet_elsewhere_to_q.lora_up.weight": torch.ones(4, 4),
+        f"{KEY.replace('_0_', '_7_')}.lora_down.weight": torch.ones(4, 4),
+        f"{KEY.replace('_0_', '_7_')}.lora_up.weight": torch.ones(4, 4),
     }
 
 
