@@ -398,7 +398,7 @@ def load_selector(path):
             settings = json.loads(file.metadata()[FORMAT])
             arrays = {name: file.get_tensor(name).astype(float) for name in ARRAYS}
         return Selector(**settings, **arrays)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         fail(f"{path}: is not a selector of this version; filter.py --fit writes one")
 
 

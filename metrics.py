@@ -646,7 +646,7 @@ def read_jsonl(path, text):
     for line in filter(str.strip, text.split("\n")):
         try:
             cells = json.loads(line).items()
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             fail(f"{path}: not a JSON object: {line[:80]}")
         record = {}
         for name, cell in cells:

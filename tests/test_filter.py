@@ -794,6 +794,7 @@ def test_a_file_that_is_no_selector_is_refused(selector, tmp_path, capsys):
     save_file(arrays, tmp_path / "without settings")
     save_file(arrays, tmp_path / "broken settings", {filter_script.FORMAT: "{"})
     save_file(arrays, tmp_path / "other settings", {filter_script.FORMAT: '{"size": 64}'})
+    save_file(arrays, tmp_path / "deep settings", {filter_script.FORMAT: "[" * 3000})
     save_file({"mean": arrays["mean"]}, tmp_path / "few", {filter_script.FORMAT: "{}"})
     (tmp_path / "torn").write_bytes(Path(selector).read_bytes()[:1000])
     (tmp_path / "text").write_text("hello")
@@ -903,6 +904,12 @@ def test_a_rating_without_a_picture_is_refused_in_whatever_row(whole, tmp_path, 
     message = refused(filter_script, "--fit", tmp_path / "r.jsonl")
 
     assert "at least the columns image_path and rating" in message
+
+
+def test_ratings_in_brackets_without_end_are_refused(tmp_path, refused):
+    (tmp_path / "r.jsonl").write_text('{"rating": ' + "[" * 3000)
+
+    assert "not a JSON object" in refused(filter_script, "--fit", tmp_path / "r.jsonl")
 
 
 def test_rated_images_that_are_not_there_are_refused(tmp_path, refused):
