@@ -17,15 +17,17 @@ rated or what.
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import itertools
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -36,11 +38,14 @@ from safetensors.numpy import save
 from scipy import special, stats
 
 from metrics import (
+    BAD_SHARE,
+    COLUMNS,
     Flags,
     Row,
     add_comparison_flags,
     colour,
     command,
+    content_hash,
     copy_chances,
     copy_distances,
     copy_file,
@@ -60,6 +65,7 @@ from metrics import (
     lpips_matrix,
     modality_of,
     nearest,
+    note,
     number,
     page,
     pick_device,
@@ -392,7 +398,7 @@ def load_selector(path):
             settings = json.loads(file.metadata()[FORMAT])
             arrays = {name: file.get_tensor(name).astype(float) for name in ARRAYS}
         return Selector(**settings, **arrays)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         fail(f"{path}: is not a selector of this version; filter.py --fit writes one")
 
 
@@ -626,14 +632,28 @@ def draw_order(count, seed, *key):
 
 # ---------------------------------------------------------------- experts rate
 
-RATING_TEXTS = ("modality", "prompt", "expert", "group", "guess", "real")
+RATING_COLUMNS = {  # role -> usual names, first the rating page's
+    "image": ("image_path", *COLUMNS["image"]),
+    "rating": ("rating", "ratings", "score"),
+    "expert_level": ("expert_level", "level"),
+    "expert": ("expert", "rater", "reader"),
+    "modality": ("modality",),
+    "prompt": ("prompt", *COLUMNS["caption"]),
+    "group": ("group", *COLUMNS["group"]),
+    "guess": ("guess",),
+    "real": ("real",),
+    "sha256": ("sha256",),
+}
+NO_VALUE = ("", "-", "?", "na", "n/a", "#n/a", "nan", "none", "null")  # of R, Excel and pandas
+SCALE_ENDS = (1, 2, 3, 5, 7, 10, 100)
 
 
 @dataclass
 class Rating:
     """What one expert said of one image."""
 
-    path: str
+    image: str  # as the ratings file names it
+    path: str  # absolute, "" where the image is not found
     rating: int  # 1 bad, 2 usable, 3 good
     expert_level: float  # how much this expert's ratings count
     expert: str
@@ -642,30 +662,221 @@ class Rating:
     group: str
     guess: str  # "real" or "generated", of a blind page
     real: str  # "1" or "0", of a blind page
+    sha256: str  # of the image's file, "" where the ratings file has none
 
 
-def read_ratings(paths):
-    """All rows of ratings files: [Rating]; image paths are relative to their file."""
-    ratings = []
-    for path in paths:
-        for line, row in enumerate(read_table(path), 2):
-            if not row.get("image_path") or "rating" not in row:
-                fail(f"{path}: a ratings file has at least the columns image_path and rating")
-            level = row.get("expert_level") or "3"
-            if not re.fullmatch(r"[123](\.0*)?", row["rating"]):
-                fail(f"{path}: row {line}: rating must be 1, 2 or 3, not {row['rating']!r}")
-            if not re.fullmatch(r"[1-9]\d*(\.\d*)?", level):
-                fail(f"{path}: row {line}: expert_level must be a number from 1, not {level!r}")
-            place = Path(path).absolute().parent / row["image_path"]
-            if not place.exists():
-                place = str(place).replace("\\", "/")  # written on Windows
-            texts = {name: row.get(name, "") for name in RATING_TEXTS}
-            texts["expert"] = row.get("expert") or Path(path).stem
-            rating = int(row["rating"][0])
-            ratings.append(Rating(os.path.normpath(place), rating, float(level), **texts))
+def read_ratings(paths, files=()):
+    """All ratings of ratings files: [Rating]. Of one expert's ratings of an image the last counts.
+
+    Images are found relative to their ratings file, to the folder where the command runs, to the
+    other ratings files, or among `files`: see Finder.find.
+    """
+    folders = [str(Path(path).absolute().parent) for path in paths]
+    stems = [Path(path).stem for path in paths]
+    finder = Finder(files)
+    ratings = {}
+    repeated = []
+    for path, folder, stem in zip(paths, folders, stems, strict=True):
+        rows = read_rating_rows(path)
+        find_images(rows, finder, dict.fromkeys([folder, os.getcwd(), *folders]))
+        for row in rows:
+            if not row["expert"]:
+                row["expert"] = stem if stems.count(stem) == 1 else str(path)
+            rating = Rating(**row)
+            key = (rating.path or rating.image, rating.expert)
+            if key in ratings:
+                repeated.append(f"{rating.expert}'s of {rating.image}")
+            ratings[key] = rating
+    if repeated:
+        count = len(repeated)
+        note(f"{count} ratings replace earlier ones of the same expert, such as {repeated[0]}")
     if paths and not ratings:
         fail(f"{paths[0]}: no ratings in it")
-    return ratings
+    return list(ratings.values())
+
+
+def read_rating_rows(path):
+    """The rated rows of one file, each a dict of the roles of RATING_COLUMNS."""
+    records = read_table(path)
+    names = list(records[0]) if records else []
+    columns = {role: find_column(names, role, RATING_COLUMNS) for role in RATING_COLUMNS}
+    needed = "a ratings file has at least the columns image_path and rating"
+    if not columns["image"] or not columns["rating"]:
+        fail(f"{path}: {needed}; this one has {', '.join(names) or 'no rows'}")
+    rows = []
+    unrated = []
+    for line, record in enumerate(records, 2):
+        row = {role: record.get(name, "") for role, name in columns.items()}
+        row["image"] = row["image"].replace("\\", "/")  # of Windows
+        place = f"{path}: row {line}"
+        if text_key(row["rating"]) in NO_VALUE:
+            if row["image"]:
+                unrated.append(row["image"])
+            continue
+        if not row["image"]:
+            fail(f"{place}: names no image: {needed}")
+        rating = read_number(row["rating"])
+        if rating not in (1, 2, 3):
+            scale = explain_scale([record[columns["rating"]] for record in records])
+            wrong = f"not {row['rating'][:40]!r} (of {row['image'][:200]})"
+            fail(f"{place}: rating must be 1, 2 or 3, {wrong}; {scale}")
+        row["rating"] = int(rating)
+        row["expert_level"] = read_level(row["expert_level"], place)
+        row["guess"] = text_key(row["guess"])
+        if read_number(row["real"]) in (0, 1):
+            row["real"] = f"{read_number(row['real']):g}"
+        rows.append(row)
+    if unrated:
+        count = f"{len(unrated)} of {len(records)} rows"
+        note(f"{path}: {count} have no rating and are skipped, such as {unrated[0]}")
+    return rows
+
+
+def read_number(text):
+    """A number with a decimal point or comma; NaN for any other text."""
+    try:
+        return float(text.replace(",", "."))
+    except ValueError:
+        return np.nan
+
+
+def read_level(text, place):
+    """How much an expert's ratings count, 3 where no level is given; place: of the row."""
+    if text_key(text) in NO_VALUE:
+        return 3.0
+    level = read_number(text)
+    if not 1 <= level < np.inf:
+        levels = "3 is a specialist, 2 a resident, 1 a student"
+        fail(f"{place}: expert_level must be a number from 1, not {text[:40]!r}: {levels}")
+    return level
+
+
+def explain_scale(texts):
+    """The ratings found in a column that holds others than 1 to 3, and how to write them as such.
+
+    Numbers are cut into thirds of the least usual scale that holds them all.
+    """
+    texts = sorted({text[:40] for text in texts if text_key(text) not in NO_VALUE})
+    values = np.unique([read_number(text) for text in texts])
+    if not np.isfinite(values).all():
+        return f"found {list_some(map(repr, texts))}: write 1 for bad, 2 for usable, 3 for good"
+    low = min(1, values[0])
+    high = next((end for end in SCALE_ENDS if end >= values[-1]), values[-1])
+    thirds = np.digitize((values - low) / (high - low), [1 / 3 - 1e-9, 2 / 3 + 1e-9])
+    parts = []
+    for third in np.unique(thirds):
+        inside = values[thirds == third]
+        ends = dict.fromkeys([f"{inside[0]:g}", f"{inside[-1]:g}"])
+        parts.append(f"{' to '.join(ends)} as {third + 1}")
+    found = list_some(f"{value:g}" for value in values)
+    return f"found {found}: write {', '.join(parts)}, or the other way round where less is better"
+
+
+def list_some(texts, count=11):
+    """The first of some texts, joined by commas."""
+    texts = list(texts)
+    if len(texts) > count:
+        texts[count:] = ["…"]
+    return ", ".join(texts)
+
+
+class Finder:
+    """Finds rated images, also after a move: by their content, or by the end of their path."""
+
+    def __init__(self, files):
+        self.files = files  # among which to look for images that are not where they were
+
+    @cached_property
+    def by_hash(self):
+        return {content_hash(file): file for file in self.files}
+
+    @cached_property
+    def by_name(self):
+        """File name -> paths, both in one Unicode form: macOS takes letters and accents apart."""
+        paths = {}
+        for file in self.files:
+            name = unicodedata.normalize("NFC", Path(file).name)
+            paths.setdefault(name, []).append(file)
+        return paths
+
+    def find(self, name, digest, folders):
+        """(the path of an image or "", whether it is surely this image).
+
+        name: the image's path when it was rated. digest: the SHA-256 of its file, which is then
+        required, or "". Without it a file is taken where it alone has the end of the path.
+        """
+        for folder in folders:
+            place = os.path.normpath(os.path.join(folder, name))
+            if holds(place, digest):
+                return place, True
+        parts = PurePosixPath(name).parts
+        for start in range(len(parts)):
+            places = self.list_places(parts[start:], folders)
+            places = [place for place in places if holds(place, digest)]
+            if places and digest:
+                return places[0], True
+            if len(places) == 1:
+                return places[0], False
+            if places:
+                break
+        return self.by_hash.get(digest, "") if digest else "", True
+
+    def list_places(self, parts, folders):
+        """The files of this path below the folders, and the `files` whose paths end with it."""
+        places = []
+        for folder in folders:
+            for form in ("NFC", "NFD"):
+                name = unicodedata.normalize(form, os.path.join(*parts))
+                place = os.path.normpath(os.path.join(folder, name))
+                if os.path.isfile(place):
+                    places.append(place)
+                    break  # macOS finds the file by either
+        end = unicodedata.normalize("NFC", "/" + "/".join(parts))
+        for file in self.by_name.get(end.rpartition("/")[2], []):
+            if unicodedata.normalize("NFC", Path(file).as_posix()).endswith(end):
+                places.append(file)
+        return list(dict.fromkeys(places))
+
+
+def holds(path, digest):
+    """Whether there is a file at the path, of this SHA-256 if one is given."""
+    return os.path.isfile(path) and (not digest or content_hash(path) == digest)
+
+
+def find_images(rows, finder, folders):
+    """Set row["path"] of the rows of one file: where the image is, or "".
+
+    Where the ends of two images' paths lead to one file, as of calm/0.png and sore/0.png when one
+    of the folders is gone, neither is taken.
+    """
+    names = {}
+    unsure = []
+    for row in rows:
+        digest = row["sha256"].lower()
+        row["path"], is_sure = finder.find(row["image"], digest, folders)
+        name = "" if is_sure else row["image"]
+        names.setdefault(row["path"], set()).add(name)
+        if not is_sure:
+            unsure.append(row)
+    for row in unsure:
+        if len(names[row["path"]]) > 1:
+            row["path"] = ""
+
+
+def drop_missing(ratings):
+    """The ratings of images that are found; more than 5 % of images missing is an error."""
+    images = {rating.image for rating in ratings}
+    missing = sorted({rating.image for rating in ratings if not rating.path})
+    if missing:
+        count = f"{len(missing)} of {len(images)} rated images"
+        message = f"{count} are not there as they were rated: {list_some(missing, 5)}"
+        if len(missing) > BAD_SHARE * len(images):
+            advice = "name the folder that holds them, as GENERATED, --blind or --reference"
+            if any(rating.sha256 and not rating.path for rating in ratings):
+                advice += "; without the column sha256 they are found by name alone"
+            fail(f"{message}: {advice}")
+        note(f"{message}: skipped")
+    return [rating for rating in ratings if rating.path]
 
 
 RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--line:#30363d;
@@ -726,8 +937,9 @@ function table() {
   const cell = t => /[",\n\r]/.test(t) ? '"' + String(t).replaceAll('"', '""') + '"' : t;
   const lines = facts.map((f, i) => { const a = state.answers[i] || {};
     return a.rating && [f[0], a.rating, f[2], state.level, f[1], state.name, f[3],
-      a.comment || "", a.guess || "", f[4]]; }).filter(line => line);
-  const header = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real";
+      a.comment || "", a.guess || "", f[4], f[5]]; }).filter(line => line);
+  const header = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real,"
+    + "sha256";
   return [header.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
 }
 document.addEventListener("keydown", e => {
@@ -747,7 +959,8 @@ $("note").oninput = () => { (state.answers[state.at] ||= {}).comment = $("note")
 $("start").onsubmit = e => { e.preventDefault(); const name = $("name").value.trim();
   state = {name, level: $("level").value, at: 0, answers: {}}; keep(); show(); };
 $("save").onclick = () => { const a = document.createElement("a");
-  a.href = URL.createObjectURL(new Blob([table()], {type: "text/csv"}));
+  const text = "\ufeff" + table();  // spreadsheets take a file without this mark for another code
+  a.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
   a.download = "ratings.csv"; a.click(); };
 $("next").onclick = () => { if (confirm("Is ratings.csv saved? This clears the page.")) {
   localStorage.removeItem(store); location.reload(); } };
@@ -758,13 +971,15 @@ if (state) show();
 
 def write_rating_page(args):
     """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings.csv."""
-    rated = {os.path.realpath(rating.path) for rating in read_ratings(args.rated)}
     rows = list_images(args.generated)
     real_rows = list_real(args.blind, args) if args.blind else []
+    files = [row.path for row in rows + real_rows]
+    ratings = drop_missing(read_ratings(args.rated, files))
+    rated = {content_hash(rating.path) for rating in ratings}
     size = args.resolution or pick_resolution(rows, real_rows)
     rows, pixels = load_pixels(rows, size)
     chosen = choose_images(rows, pixels, rated, args)
-    real_rows = [row for row in real_rows if os.path.realpath(row.path) not in rated]
+    real_rows = [row for row in real_rows if content_hash(row.path) not in rated]
     drawn = draw_order(len(real_rows), args.seed, "blind")[: max(1, round(len(chosen) / 4))]
     real_rows, real = load_pixels([real_rows[i] for i in drawn], size)
 
@@ -775,7 +990,7 @@ def write_rating_page(args):
     for place in draw_order(len(shown), args.seed, "page"):
         row = shown_rows[place]
         is_real = int(place >= len(chosen))
-        facts.append([row.path, row.caption, modality_of(row), row.group, is_real])
+        facts.append(facts_of(row, is_real, args.rating_page))
         # one encoding for all, so that none gives itself away
         images.append(thumbnail(shown[place], size, quality=95, subsampling=0))
     write_file(args.rating_page, page("Rate", rating_page(facts, images, bool(args.blind))))
@@ -783,8 +998,20 @@ def write_rating_page(args):
     print("open it in a browser\nnext: " + command("filter.py", "--fit", "ratings.csv"))
 
 
+def facts_of(row, is_real, page_path):
+    """What a page knows of an image: path, caption, modality, group, is real, SHA-256.
+
+    The path is as seen from the page's folder, so that both can be moved together.
+    """
+    path = row.path
+    with contextlib.suppress(ValueError):  # on another drive of Windows
+        path = os.path.relpath(path, os.path.dirname(os.path.abspath(page_path)))
+    path = Path(path).as_posix()
+    return [path, row.caption, modality_of(row), row.group, is_real, content_hash(row.path)]
+
+
 def rating_page(facts, images, blind):
-    """The body of a rating page; facts: [path, caption, modality, group, is real] of each image."""
+    """The body of a rating page; facts: those of each image, see facts_of."""
     facts = json.dumps(facts).encode()
     constants = {
         "PAGE": hashlib.sha256(facts).hexdigest()[:16],
@@ -799,8 +1026,8 @@ def rating_page(facts, images, blind):
 
 
 def choose_images(rows, pixels, rated, args):
-    """The numbers of the images to rate: all whose path is not in `rated`, or --suggest of them."""
-    done = [i for i, row in enumerate(rows) if os.path.realpath(row.path) in rated]
+    """The numbers of the images to rate, all or --suggest; rated: hashes of rated images' files."""
+    done = [i for i, row in enumerate(rows) if content_hash(row.path) in rated]
     count = len(rows) - len(done)
     if args.suggest:
         blind = args.suggest // 5 if args.blind else 0
@@ -831,7 +1058,7 @@ def print_agreement(args):
     ratings = {}
     guesses = {}
     for rating in read_ratings(args.agreement):
-        ratings.setdefault(rating.expert, {})[rating.path] = rating.rating
+        ratings.setdefault(rating.expert, {})[rating.path or rating.image] = rating.rating
         if rating.real and rating.guess:
             counts = guesses.setdefault(rating.expert, np.zeros((2, 2), int))
             counts[int(rating.real != "1"), int(rating.guess != "real")] += 1
@@ -883,7 +1110,10 @@ class Rated:
 
 def fit(args):
     """Learn a selector from ratings; write it only where it predicts them better than chance."""
-    ratings = read_ratings(args.fit)
+    rows = list_images(args.generated) if args.generated else []
+    real_rows = list_real(args.reference, args) if args.reference else []
+    files = [row.path for row in rows + real_rows]
+    ratings = drop_missing(read_ratings(args.fit, files))
     good = args.good or 3
     rated = gather(ratings, good)
     if len(set(rated.groups)) < 2:
@@ -903,7 +1133,7 @@ def fit(args):
         warnings.append(f"the ratings do not predict quality better than chance ({figures})")
     refuse_fit(warnings, args)
     print(f"{len(ratings)} ratings of {len(rated.rows)} images: {figures}")
-    classes, class_weights = fit_classes(size, mean, spread, args)
+    classes, class_weights = fit_classes(real_rows, size, mean, spread, args.seed)
     modalities = sorted(set(rated.modalities))
     settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
@@ -1061,9 +1291,8 @@ def fit_logistic(features, labels, weights, penalty):
     return fitted
 
 
-def fit_classes(size, mean, spread, args):
+def fit_classes(rows, size, mean, spread, seed):
     """One logistic regression for each label of 8 real images or more: (labels, (D + 1, m))."""
-    rows = list_real(args.reference, args) if args.reference else []
     counts = Counter(name_of(row) for row in rows)
     classes = sorted(name for name in counts if name and counts[name] >= 8)
     rows, pixels = load_pixels([row for row in rows if name_of(row) in classes], size)
@@ -1073,7 +1302,7 @@ def fit_classes(size, mean, spread, args):
     features = (describe(pixels) - mean) / spread
     labels = np.array([np.equal(classes, name_of(row)) for row in rows], float)
     ones = np.ones(len(rows))
-    logits, penalties = cross_validate(features, labels, ones, groups, args.seed)
+    logits, penalties = cross_validate(features, labels, ones, groups, seed)
     right = np.mean(logits.argmax(1) == labels.argmax(1))
     print(f"{len(classes)} labels; {right:.0%} of real images left out look most like their own")
     return classes, fit_logistic(features, labels, ones, np.median(penalties))

@@ -676,8 +676,10 @@ def looks_like_image(path):
 
 def read_table(path, caption_column=None):
     """The rows of a CSV or JSONL file as dicts of strings, all with the same keys."""
+    with open(path, "rb") as file:
+        is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")  # Excel's "Unicode text"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError:
         fail(f"{path}: not a UTF-8 text file: save the table as CSV UTF-8, or give a folder")
     if str(path).lower().endswith((".jsonl", ".json", ".ndjson")):
@@ -696,7 +698,7 @@ def read_jsonl(path, text):
     for line in filter(str.strip, text.split("\n")):
         try:
             cells = json.loads(line).items()
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             fail(f"{path}: not a JSON object: {line[:80]}")
         record = {}
         for name, cell in cells:
@@ -744,11 +746,11 @@ def read_csv(path, text, caption_column):
     return records
 
 
-def find_column(names, role):
-    """The first of a table's columns that usually plays a role, or None."""
-    for usual in COLUMNS[role]:
+def find_column(names, role, columns=COLUMNS):
+    """The first of a table's columns that usually plays a role, or None: File Name is file_name."""
+    for usual in columns[role]:
         for name in names:
-            if name.lower() == usual:
+            if re.sub(r"[\W_]", "", name.lower()) == usual.replace("_", ""):
                 return name
     return None
 

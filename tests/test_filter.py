@@ -794,6 +794,7 @@ def test_a_file_that_is_no_selector_is_refused(selector, tmp_path, capsys):
     save_file(arrays, tmp_path / "without settings")
     save_file(arrays, tmp_path / "broken settings", {filter_script.FORMAT: "{"})
     save_file(arrays, tmp_path / "other settings", {filter_script.FORMAT: '{"size": 64}'})
+    save_file(arrays, tmp_path / "deep settings", {filter_script.FORMAT: "[" * 3000})
     save_file({"mean": arrays["mean"]}, tmp_path / "few", {filter_script.FORMAT: "{}"})
     (tmp_path / "torn").write_bytes(Path(selector).read_bytes()[:1000])
     (tmp_path / "text").write_text("hello")
@@ -883,7 +884,7 @@ def test_too_few_good_images_are_refused(tmp_path, refused):
     [
         (4, 3, "row 3: rating must be 1, 2 or 3, not '4'"),
         (2.5, 3, "row 3: rating must be 1, 2 or 3"),
-        ("", 3, "row 3: rating must be 1, 2 or 3, not ''"),
+        ("gut", 3, "row 3: rating must be 1, 2 or 3, not 'gut' (of b.png)"),
         (2, 0, "row 3: expert_level must be a number from 1"),
         (2, "senior", "not 'senior'"),
     ],
@@ -905,12 +906,19 @@ def test_a_rating_without_a_picture_is_refused_in_whatever_row(whole, tmp_path, 
     assert "at least the columns image_path and rating" in message
 
 
+def test_ratings_in_brackets_without_end_are_refused(tmp_path, refused):
+    (tmp_path / "r.jsonl").write_text('{"rating": ' + "[" * 3000)
+
+    assert "not a JSON object" in refused(filter_script, "--fit", tmp_path / "r.jsonl")
+
+
 def test_rated_images_that_are_not_there_are_refused(tmp_path, refused):
     write_csv(tmp_path / "r.csv", ["image_path", "rating"], [["a.png", 1], ["b.png", 2]])
 
     message = refused(filter_script, "--fit", tmp_path / "r.csv", "--force")
 
-    assert "2 of 2 images cannot be read" in message
+    assert "2 of 2 rated images are not there" in message
+    assert "a.png, b.png: name the folder that holds them" in message
 
 
 def test_ratings_of_one_image_are_refused_even_by_force(tmp_path, refused):
@@ -1175,14 +1183,16 @@ def test_the_rating_page_saves_what_was_pressed_across_a_reload(sets, tmp_path, 
     assert sum(fact[4] for fact in facts) == 4
     for hidden in (str(tmp_path.parent), "http:", "https:"):  # no name in clear, no server
         assert hidden not in text
+    assert saved["text"].startswith("\ufeffimage_path,")  # or Excel takes it for another code
     (tmp_path / "ratings.csv").write_text(saved["text"])
     ratings = {}
     for rating in filter_script.read_ratings([tmp_path / "ratings.csv"]):
         ratings[rating.path] = rating
     assert len(ratings) == 19  # one was skipped
     for picture, pressed, *guess in saved["log"]:
-        path, _, _, _, is_real = facts[images.index(picture)]
-        rating = ratings[path]
+        path, _, _, _, is_real, digest = facts[images.index(picture)]
+        rating = ratings[os.path.normpath(tmp_path / path)]
+        assert rating.sha256 == digest == metrics.content_hash(rating.path)
         assert rating.rating == int(pressed)
         assert rating.real == str(is_real)
         assert rating.expert == 'Dr. "A", Ünal'
@@ -1265,3 +1275,320 @@ def test_paths_of_ratings_are_relative_to_their_file_also_those_of_windows(tmp_p
 
     assert rating.path == str(tmp_path / "sub" / "0.png")
     assert rating.expert == "r"
+
+
+# ---------------------------------------------------------------- ratings of spreadsheets
+
+
+def write_ratings(path, text, encoding="utf-8"):
+    """A ratings file of these lines, and empty images img/0.png to img/3.png next to it."""
+    (path.parent / "img").mkdir(exist_ok=True)
+    for i in range(4):
+        (path.parent / "img" / f"{i}.png").write_bytes(bytes([i]))
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+SPREADSHEETS = {
+    "semicolons and decimal commas": (
+        "\ufeffimage_path;rating;expert_level\r\nimg/0.png;2,0;2,5\r\nimg/1.png;3,0;2,5\r\n"
+    ),
+    "quoted decimal commas": (
+        'image_path,rating,expert_level\nimg/0.png,"2,00","2,5"\nimg/1.png,"3,00","2,5"\n'
+    ),
+    "mixed case": "Image_Path,RATING,Expert_Level\nimg/0.png,2,2.5\nimg/1.png,3,2.5\n",
+    "spaces": "image path, rating ,expert  level\nimg/0.png,2,2.5\nimg/1.png,3,2.5\n",
+    "one word": "FileName,Rating,ExpertLevel\nimg/0.png,2,2.5\nimg/1.png,3,2.5\n",
+    "hyphens": "image-path,rating,expert-level\nimg/0.png,2,2.5\nimg/1.png,3,2.5\n",
+    "as a data table's": "file_name,rating,level\nimg/0.png,2,2.5\nimg/1.png,3,2.5\n",
+    "Excel's first line": (
+        "sep=;\r\nimage_path;rating;expert_level\r\nimg/0.png;2;2,5\r\nimg/1.png;3;2,5\r\n"
+    ),
+    "empty columns and rows": (
+        "image_path,rating,expert_level,,\nimg/0.png,2,2.5,,\n,,,,\n"
+        "img/1.png,3,2.5,,\n , ,,,\n,,,,\n"
+    ),
+    "every cell quoted": (
+        '"image_path"\t"rating"\t"expert_level"\n"img/0.png"\t"2"\t"2.5"\n"img/1.png"\t"3"\t"2.5"\n'
+    ),
+    "Windows paths": (
+        "image_path;rating;expert_level\r\nimg\\0.png;2;2,5\r\nC:\\a\\img\\1.png;3;2,5\r\n"
+    ),
+    "another column of file names": (
+        "image_path,file,rating,level\nimg/0.png,x,2,2.5\nimg/1.png,y,3,2.5\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_ratings_are_read_as_spreadsheets_leave_them(kind, encoding, tmp_path):
+    path = write_ratings(tmp_path / "r.csv", SPREADSHEETS[kind].lstrip("\ufeff"), encoding)
+    if SPREADSHEETS[kind].startswith("\ufeff") and encoding == "utf-8":
+        path.write_text(SPREADSHEETS[kind])
+
+    ratings = filter_script.read_ratings([path])
+
+    assert [rating.path for rating in ratings] == [f"{tmp_path}/img/{i}.png" for i in (0, 1)]
+    assert [rating.rating for rating in ratings] == [2, 3]
+    assert [rating.expert_level for rating in ratings] == [2.5, 2.5]
+
+
+def test_unrated_rows_are_counted_and_skipped(tmp_path, capsys):
+    lines = ["image_path,rating,expert_level", "img/0.png,,senior", "img/1.png,2,", "img/2.png,NA,"]
+    path = write_ratings(tmp_path / "r.csv", "\n".join(lines) + "\nimg/3.png,1,n/a\n")
+
+    ratings = filter_script.read_ratings([path])
+
+    assert [(rating.rating, rating.expert_level) for rating in ratings] == [(2, 3), (1, 3)]
+    expected = f"{path}: 2 of 4 rows have no rating and are skipped, such as img/0.png\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_file_in_which_nothing_is_rated_is_refused(tmp_path, refused):
+    path = write_ratings(tmp_path / "r.csv", "image_path,rating\nimg/0.png,\nimg/1.png,-\n")
+
+    with_columns = refused(filter_script, "--fit", path)
+    path.write_text("Bild,Note\nimg/0.png,2\n")
+    without = refused(filter_script, "--fit", path)
+
+    assert "no ratings in it" in with_columns
+    assert without.endswith("the columns image_path and rating; this one has Bild, Note")
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ("1 2 3 4 5", "found 1, 2, 3, 4, 5: write 1 to 2 as 1, 3 as 2, 4 to 5 as 3, or the other"),
+        ("3 4 5", "found 3, 4, 5: write 3 as 2, 4 to 5 as 3"),  # of five: not 3 as 1
+        ("0 1 2 3 4 5 6 7 8 9 10", "write 0 to 3 as 1, 4 to 6 as 2, 7 to 10 as 3"),
+        ("0 1", "found 0, 1: write 0 as 1, 1 as 3"),
+        ("0 1 2", "write 0 as 1, 1 as 2, 2 as 3"),
+        ("1 1,5 2 3", "found 1, 1.5, 2, 3: write 1 to 1.5 as 1, 2 as 2, 3 as 3"),
+        ("0 50 85", "write 0 as 1, 50 as 2, 85 as 3"),
+        ("-1 0 1", "write -1 as 1, 0 as 2, 1 as 3"),
+        ("good bad 2", "found '2', 'bad', 'good': write 1 for bad, 2 for usable, 3 for good"),
+        ("1 inf", "found '1', 'inf': write 1 for bad"),
+    ],
+)
+def test_ratings_on_another_scale_are_refused_with_how_to_write_them(
+    values, expected, tmp_path, refused
+):
+    rows = [f"{i}.png;{value}" for i, value in enumerate(values.split())]
+    (tmp_path / "r.csv").write_text("\n".join(["image_path;rating", *rows]))
+
+    message = refused(filter_script, "--agreement", tmp_path / "r.csv")
+
+    assert re.search(r"r\.csv: row \d+: rating must be 1, 2 or 3, not '", message)
+    assert expected in message
+
+
+def test_of_an_experts_ratings_of_an_image_the_last_counts(tmp_path, capsys):
+    text = "image_path,rating,expert\nimg/0.png,1,anna\nimg/0.png,2,ben\nimg/0.png,3,anna\n"
+    path = write_ratings(tmp_path / "r.csv", text)
+
+    ratings = filter_script.read_ratings([path])
+
+    assert {rating.expert: rating.rating for rating in ratings} == {"anna": 3, "ben": 2}
+    expected = "1 ratings replace earlier ones of the same expert, such as anna's of img/0.png\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_raters_whose_files_have_the_same_name_are_told_apart_and_compared(tmp_path, run, capsys):
+    """The page calls each rater's file ratings.csv; no image needs to be there."""
+    for name in ("anna", "ben"):
+        (tmp_path / name).mkdir()
+        rows = [f"img/{i}.png,{1 + i % 3}\n" for i in range(9)]
+        (tmp_path / name / "ratings.csv").write_text("image_path,rating\n" + "".join(rows))
+
+    run(filter_script, "--agreement", *tmp_path.glob("*/ratings.csv"))
+
+    assert "weighted kappa 1.00, 95 % 1.00 to 1.00, 9 shared images" in capsys.readouterr().out
+
+
+def test_real_and_guess_are_read_from_spreadsheets(tmp_path, run, capsys):
+    rows = ["a.png;2,0;1,0;Real\n", "b.png;2,0;0,0;Generated\n"]
+    (tmp_path / "r.csv").write_text("image_path;rating;Real;Guess\n" + "".join(rows))
+
+    run(filter_script, "--agreement", tmp_path / "r.csv")
+
+    expected = "real taken for real 1, for generated 0; generated taken for real 0, for generated 1"
+    assert expected in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- ratings outlive a move
+
+
+def page_ratings(page):
+    """The text that a page saves where each image is rated 2, with names from macOS to Windows."""
+    facts = json.loads(base64.b64decode(re.search('const FACTS = "(.*)"', page.read_text())[1]))
+    lines = [f'"{fact[0]}",2,anna,{fact[5]}\n' for fact in facts]
+    return "\ufeffimage_path,rating,expert,sha256\n" + "".join(lines), facts
+
+
+@pytest.fixture
+def project(tmp_path, run):
+    """A folder project/ with images in new/ and real/, and ratings.csv of 5 and 1 of them."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    small_sets(folder)
+    os.remove(folder / "new" / "manifest.csv")
+    os.remove(folder / "real" / "metadata.csv")
+    page = folder / "rate.html"
+    flags = ["--suggest", 6, "--blind", folder / "real", "--resolution", 64]
+    run(filter_script, folder / "new", "--rating-page", page, *flags)
+    (folder / "ratings.csv").write_text(page_ratings(page)[0])
+    return folder
+
+
+def test_the_page_names_images_relative_to_itself(project):
+    text, facts = page_ratings(project / "rate.html")
+
+    assert {os.path.dirname(fact[0]) for fact in facts} == {"new", "real"}
+    for fact in facts:
+        assert fact[5] == metrics.content_hash(project / fact[0])
+
+
+@pytest.mark.parametrize("saved_in", ["moved", ".", "elsewhere"])
+def test_a_project_that_was_moved_keeps_its_ratings(saved_in, project, tmp_path, run, monkeypatch):
+    """Wherever the browser saved the file: next to the page, or where a folder is to be named."""
+    project.rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "moved" / "ratings.csv").rename(tmp_path / saved_in / "saved.csv")
+    monkeypatch.chdir(tmp_path)
+
+    new = tmp_path / "moved" / "new"
+    flags = ["--blind", tmp_path / "moved" / "real", "--rated", tmp_path / saved_in / "saved.csv"]
+    run(filter_script, new, "--rating-page", tmp_path / "more.html", *flags)
+
+    _, before = page_ratings(tmp_path / "moved" / "rate.html")
+    _, facts = page_ratings(tmp_path / "more.html")
+    assert sum(fact[4] == 0 for fact in facts) == 8 - 5
+    assert not {fact[5] for fact in before} & {fact[5] for fact in facts}
+
+
+def test_absolute_paths_of_a_project_that_was_moved_are_found_by_their_ends(tmp_path, monkeypatch):
+    """As the page of earlier versions wrote them, without a hash."""
+    path = write_ratings(tmp_path / "r.csv", "image_path,rating\n/old/p/img/0.png,2\n")
+    (tmp_path / "sub").mkdir()
+    path.rename(tmp_path / "sub" / "r.csv")
+
+    (lost,) = filter_script.read_ratings([tmp_path / "sub" / "r.csv"])
+    (named,) = filter_script.read_ratings(
+        [tmp_path / "sub" / "r.csv"], [f"{tmp_path}/img/0.png", f"{tmp_path}/img/1.png"]
+    )
+    monkeypatch.chdir(tmp_path)
+    (near,) = filter_script.read_ratings([tmp_path / "sub" / "r.csv"])
+
+    assert lost.path == ""
+    assert named.path == near.path == str(tmp_path / "img" / "0.png")
+
+
+def test_a_selector_is_fitted_after_a_move_where_the_folder_is_named(tmp_path, run, refused):
+    (tmp_path / "before").mkdir()
+    write_wounds(tmp_path / "before", 12)
+    rows = [[f"{tmp_path}/before/{i}.png", 1 + i % 3] for i in range(12)]
+    (tmp_path / "away").mkdir()
+    write_csv(tmp_path / "away" / "r.csv", ["image_path", "rating"], rows)
+    (tmp_path / "before").rename(tmp_path / "after")
+    flags = ["--fit", tmp_path / "away" / "r.csv", "--force", "--out", tmp_path / "s"]
+
+    message = refused(filter_script, *flags)
+    run(filter_script, tmp_path / "after", *flags)
+
+    assert "12 of 12 rated images are not there" in message
+    assert (tmp_path / "s").exists()
+
+
+def test_rated_images_that_were_copied_and_renamed_are_known_by_their_content(
+    project, tmp_path, run, refused
+):
+    shutil.copytree(project / "new", tmp_path / "copied")
+    for path in sorted((tmp_path / "copied").iterdir()):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    flags = ["--blind", project / "real", "--rated", project / "ratings.csv"]
+
+    run(filter_script, tmp_path / "copied", "--rating-page", tmp_path / "more.html", *flags)
+    shutil.rmtree(project / "new")
+    run(filter_script, tmp_path / "copied", "--rating-page", tmp_path / "again.html", *flags)
+
+    for page in ("more.html", "again.html"):
+        _, facts = page_ratings(tmp_path / page)
+        assert sum(fact[4] == 0 for fact in facts) == 8 - 5
+
+
+def test_another_picture_at_a_rated_path_is_not_what_was_rated(project, refused):
+    for i in range(8):
+        wound(900 + i, 64).save(project / "new" / f"{i}.png")
+
+    message = refused(filter_script, "--fit", project / "ratings.csv", "--force")
+
+    assert "5 of 6 rated images are not there as they were rated" in message
+    assert "without the column sha256 they are found by name alone" in message
+
+
+def test_the_end_of_a_path_that_leads_to_two_files_or_from_two_images_is_not_taken(tmp_path):
+    """calm/0.png and sore/0.png: without their content only the whole folder tells them apart."""
+    rows = "0.png,3\n"
+    for i, name in enumerate(("calm", "sore")):
+        rows += f"/old/{name}/0.png,{i + 1}\n"
+    path = write_ratings(tmp_path / "r.csv", "image_path,rating\n" + rows)
+    files = []
+    for name in ("calm", "sore", "other"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "0.png").write_text(name)
+        files.append(str(tmp_path / "data" / name / "0.png"))
+
+    both = filter_script.read_ratings([path], files)
+    one_folder = filter_script.read_ratings([path], files[:1])
+    strangers = filter_script.read_ratings([path], [*files[2:], str(tmp_path / "img" / "0.png")])
+
+    assert [rating.path for rating in both] == ["", *files[:2]]
+    assert [rating.path for rating in one_folder] == ["", "", ""]
+    assert [rating.path for rating in strangers] == ["", "", ""]
+
+
+def test_names_that_macos_takes_apart_are_found(tmp_path):
+    path = write_ratings(tmp_path / "r.csv", "image_path,rating\nimg/Fu\u00df-\u00fc.png,2\n")
+    (tmp_path / "img" / "away").mkdir()
+    image = tmp_path / "img" / "Fu\u00df-u\u0308.png"
+    image.touch()
+
+    (here,) = filter_script.read_ratings([path])
+    path.rename(tmp_path / "img" / "away" / "r.csv")
+    (moved,) = filter_script.read_ratings([tmp_path / "img" / "away" / "r.csv"], [str(image)])
+
+    assert here.path == moved.path == str(image)
+
+
+def test_a_few_rated_images_may_be_missing_and_are_named_once(tmp_path, capsys):
+    path = write_ratings(tmp_path / "r.csv", "")
+    names = [f"img/{i % 4}.png" for i in range(38)] + ["img/gone.png", "img/gone.png"]
+    for i in range(4, 38):
+        (tmp_path / "img" / f"{i}.png").touch()
+        names[i] = f"img/{i}.png"
+    rows = [[name, 2, f"rater {i}"] for i, name in enumerate(names)]
+    write_csv(path, ["image_path", "rating", "expert"], rows)
+
+    ratings = filter_script.drop_missing(filter_script.read_ratings([path]))
+
+    assert len(ratings) == 38
+    expected = "1 of 39 rated images are not there as they were rated: img/gone.png: skipped\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_rated_images_that_are_lost_are_not_suggested_again_without_a_word(
+    project, tmp_path, refused
+):
+    """Neither their names nor their content are among what is to be rated."""
+    small_sets(tmp_path)
+    shutil.rmtree(project / "new")
+    for i in range(8):
+        wound(900 + i, 64).save(tmp_path / "new" / f"other-{i}.png")
+        os.remove(tmp_path / "new" / f"{i}.png")
+    os.remove(tmp_path / "new" / "manifest.csv")
+    flags = ["--rating-page", tmp_path / "more.html", "--rated", project / "ratings.csv"]
+
+    message = refused(filter_script, tmp_path / "new", *flags)
+
+    assert "5 of 6 rated images are not there as they were rated: new/" in message

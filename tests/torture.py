@@ -9,9 +9,9 @@ times in a row. No file may then be torn, and the same command must end with the
 job that was left alone. Full disks: a job runs on a file system with too little room, or without
 root under a limit on the size of its files; it must say so in one line, tear nothing, and end with
 those same files once there is room. Bad inputs: a file that a job reads is damaged; it must end
-with status 0, or with status 2 and one line, within two minutes of the processor. Jobs are forks of
-this process, so that a try takes a second. Prints a line for each job and each fault; exit status 1
-if there was any.
+with status 0, or with status 2 and one line, within two minutes of the processor and 1 GB more of
+memory. Jobs are forks of this process, so that a try takes a second. Prints a line for each job and
+each fault; exit status 1 if there was any.
 """
 
 import csv
@@ -23,11 +23,13 @@ import resource
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_read_image import write_dicom
 
 import evaluate
@@ -78,7 +81,8 @@ JOBS = {
 SAMPLE = "sample --num-images 1 --steps 1"
 RATING_PAGE = "filter new --rating-page r.html"
 INTO_RUN = QUICK.replace("--out out", "--out run")
-# A file that is damaged, and a job that reads it.
+CONVERT = "lora convert FILE --out converted.safetensors --to"
+# A file that is damaged, and a job that reads it; FILE stands for its path.
 DAMAGED = [
     ("images/*/*", QUICK),
     ("images/*/*", JOBS["train, preview"]),
@@ -114,6 +118,19 @@ DAMAGED = [
     ("ratings.csv", JOBS["filter, fit"]),
     ("ratings.csv", "filter --agreement ratings.csv"),
     ("ratings.csv", f"{RATING_PAGE} --rated ratings.csv"),
+    ("spreadsheets/*.csv", "filter new --fit FILE --force --out fitted.safetensors"),
+    ("spreadsheets/*.csv", "filter --agreement FILE ratings.csv"),
+    ("spreadsheets/*.csv", f"{RATING_PAGE} --rated FILE"),
+    ("odd/*", "train --data odd --preview look --resolution 64"),
+    ("odd/*", "train --data odd --preview look --resolution 64 --range 0,4095 --slices all"),
+    ("odd/*", "train --data FILE --preview look --resolution 64"),
+    ("odd/*", "evaluate odd new --permutations 99"),
+    ("foreign/*/*.safetensors", "lora info FILE"),
+    ("foreign/*/*.safetensors", f"{CONVERT} kohya"),
+    ("foreign/*/*.safetensors", f"{CONVERT} diffusers"),
+    ("foreign/*/*.safetensors", "lora merge FILE FILE:0.5 --out merged.safetensors"),
+    ("foreign/peft/*", "lora info foreign/peft/adapter_model.safetensors"),
+    ("foreign/peft/*", f"{SAMPLE} --base base --lora foreign/peft --prompt x"),
     ("kept/decisions.csv", "filter new --reference images --keep 3 --out kept"),
     ("bands.csv", "evaluate images new --permutations 99 --bands bands.csv"),
     ("prompts.txt", f"{SAMPLE} --base base --prompts prompts.txt"),
@@ -128,6 +145,8 @@ DAMAGED = [
 
 # ---------------------------------------------------------------- one try of a job
 
+MOST_MEMORY = 2**30  # bytes that a job may take beyond what this process has
+
 
 @dataclass
 class Result:
@@ -137,6 +156,7 @@ class Result:
     errors: str  # what it printed on stderr
     seconds: float
     changes: int  # how often it changed something on the disk
+    memory: int  # bytes at its peak beyond those of this process at its start
 
 
 def attempt(command, place, kill_after=None, kill_before=None, room=None):
@@ -148,29 +168,30 @@ def attempt(command, place, kill_after=None, kill_before=None, room=None):
     read_end, write_end = os.pipe()
     sys.stdout.flush()
     start = time.time()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     pid = os.fork()
     if pid == 0:
         os.dup2(errors.fileno(), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(run_job(command, place, write_end, kill_before, room))
     os.close(write_end)
-    status = wait_for(pid, start + (kill_after or 600))
+    status, peak = wait_for(pid, start + (kill_after or 600))
     seconds = time.time() - start
     errors.seek(0)
     with errors, os.fdopen(read_end) as changes:
-        return Result(status, errors.read(), seconds, len(changes.read()))
+        return Result(status, errors.read(), seconds, len(changes.read()), peak - before)
 
 
 def wait_for(pid, deadline):
-    """The exit status of a process, which is killed at the deadline."""
+    """The exit status of a process, which is killed at the deadline, and its most bytes."""
     while time.time() < deadline:
-        ended, code = os.waitpid(pid, os.WNOHANG)
+        ended, code, use = os.wait4(pid, os.WNOHANG)
         if ended:
-            return os.waitstatus_to_exitcode(code)
+            return os.waitstatus_to_exitcode(code), use.ru_maxrss * 1024
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -signal.SIGKILL
+    _, _, use = os.wait4(pid, 0)
+    return -signal.SIGKILL, use.ru_maxrss * 1024
 
 
 def run_job(command, place, counter, kill_before, room):
@@ -214,9 +235,12 @@ def faults_of(result, allowed=(0, 2)):
         fine = False
     if "Traceback" in result.errors or "memory is full" in result.errors:
         fine = False
+    if result.memory > MOST_MEMORY:
+        fine = False
     if fine:
         return []
-    return [f"status {result.status}: {result.errors[-600:]}"]
+    size = f"{result.memory / 2**20:.0f} MB"
+    return [f"status {result.status}, {result.seconds:.0f} s, {size}: {result.errors[-600:]}"]
 
 
 def torn_files(place):
@@ -308,6 +332,9 @@ def make_inputs(place):
             ratings.append([f"new/{name}", i % 3 + 1, "photo", 3, name[:6], expert])
     metrics.write_csv(place / "ratings.csv", header, ratings)
     prepare(place, JOBS["filter, fit"].replace("fitted", "selector"))
+    make_spreadsheets(place, names)
+    make_odd_images(place / "odd")
+    make_foreign_adapters(place)
 
 
 def make_images(place):
@@ -344,6 +371,131 @@ def write_image(path, image):
         Image.fromarray(grey).save(path)
     else:
         image.save(path)
+
+
+def make_spreadsheets(place, names):
+    """Ratings files as spreadsheets and the rating page leave them."""
+    folder = place / "spreadsheets"
+    folder.mkdir()
+    german = "sep=;\r\nImage Path;Rating;Expert Level;;\r\n"
+    saved = "\ufeffimage_path,rating,expert,sha256\n"
+    old = "file_name\trating\n"
+    for i, name in enumerate(names[:12]):
+        german += f"..\\new\\{name};{i % 3 + 1},0;2,5;;\r\n"
+        digest = metrics.content_hash(place / "new" / name)
+        saved += f'"moved/{name}",{i % 3 + 1},"Dr. ""A"", Ünal",{digest}\n'
+        old += f"/gone/new/{name}\t{i % 3 + 1}\n"
+    (folder / "german.csv").write_bytes(german.encode())
+    (folder / "saved.csv").write_bytes(saved.encode())
+    (folder / "old.csv").write_bytes(old.encode("utf-16"))
+
+
+def make_odd_images(folder):
+    """Images with more than 8 bits a channel, of several channels or frames, and captions."""
+    folder.mkdir()
+    ramp = np.arange(40 * 48 * 4, dtype=np.uint16).reshape(40, 48, 4) % 4096
+    for channels, colour in ((2, 4), (3, 2), (4, 6)):
+        (folder / f"deep-{channels}.png").write_bytes(deep_png(ramp[..., :channels], colour))
+    (folder / "deep.tif").write_bytes(deep_tiff(ramp[..., :3]))
+    small = Image.fromarray((ramp[..., :3] // 16).astype(np.uint8))
+    for suffix in ("avif", "webp", "jpg", "tga", "heic"):
+        try:
+            small.save(folder / f"small.{suffix}")
+        except (ValueError, OSError):  # this Pillow does not write it
+            small.save(folder / f"small.{suffix}", "JPEG")
+        (folder / f"small.{suffix}").with_suffix(".txt").write_text("a caption\n")
+    colours = np.zeros((8, 9, 3), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), folder / "struct.nii")
+    volume = np.arange(8 * 9 * 3 * 4, dtype=np.int16).reshape(8, 9, 3, 4)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), folder / "channels.nii")
+    vectors = volume[:, :, :, None, :3]
+    nibabel.save(nibabel.Nifti1Image(vectors, np.eye(4)), folder / "vectors.nii.gz")
+    write_enhanced(folder / "enhanced.dcm", ramp[:3, :, :])
+
+
+def deep_png(values, colour):
+    """A PNG file of (H, W, channels) uint16 values; colour: its colour type."""
+    height, width, _ = values.shape
+    lines = [b"\0" + line.astype(">u2").tobytes() for line in values]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", header),
+        (b"IDAT", zlib.compress(b"".join(lines))),
+        (b"IEND", b""),
+    ):
+        check = zlib.crc32(kind + data)
+        file += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    return file
+
+
+def deep_tiff(values):
+    """An uncompressed TIFF file of (H, W, 3) uint16 values."""
+    height, width, channels = values.shape
+    data = values.astype("<u2").tobytes()
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 8 + len(data)), (259, 3, 1, 1)]
+    tags += [(262, 3, 1, 2), (273, 4, 1, 8), (277, 3, 1, channels), (278, 3, 1, height)]
+    tags += [(279, 4, 1, len(data)), (284, 3, 1, 1)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    depths = struct.pack("<HHH", 16, 16, 16)
+    return b"II*\0" + struct.pack("<I", 8 + len(data) + len(depths)) + data + depths + directory
+
+
+def write_enhanced(path, frames):
+    """An enhanced DICOM file, each frame (H, W) with a slope and window of its own."""
+    from pydicom.dataset import Dataset
+
+    groups = []
+    for slope in range(len(frames)):
+        rescale = Dataset()
+        rescale.RescaleSlope, rescale.RescaleIntercept = slope + 1, -1024
+        window = Dataset()
+        window.WindowCenter, window.WindowWidth = 40, 400 + slope
+        group = Dataset()
+        group.PixelValueTransformationSequence = [rescale]
+        group.FrameVOILUTSequence = [window]
+        groups.append(group)
+    write_dicom(path, frames, Modality="MR", PerFrameFunctionalGroupsSequence=groups)
+
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+# File -> the two matrices of a layer as other tools and other models name them.
+FOREIGN = {
+    "module": (f"module.unet.{LAYER}.lora_A.weight", f"module.unet.{LAYER}.lora_B.weight"),
+    "kohya": (
+        f"lora_unet_{LAYER.replace('.', '_')}.lora_down.weight",
+        f"lora_unet_{LAYER.replace('.', '_')}.lora_up.weight",
+    ),
+    "flux": (
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight",
+        "transformer.single_transformer_blocks.0.attn.to_q.lora_B.weight",
+    ),
+    "llm": (
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+    ),
+    "loha": (f"lora_unet_{LAYER}.hada_w1_a", f"lora_unet_{LAYER}.hada_w1_b"),
+    "lokr": (f"lora_unet_{LAYER}.lokr_w1", f"lora_unet_{LAYER}.lokr_w2"),
+    "embedding": ("clip_l", "clip_g"),
+    "vae": ("decoder.conv_in.weight", "decoder.conv_out.weight"),
+}
+
+
+def make_foreign_adapters(place):
+    """foreign/: adapters of other tools and models, and a folder as PEFT writes it."""
+    down, up = torch.ones(4, 16), torch.ones(16, 4)
+    folder = place / "foreign" / "files"
+    folder.mkdir(parents=True)
+    for name, keys in FOREIGN.items():
+        save_file(dict(zip(keys, (down, up), strict=True)), folder / f"{name}.safetensors")
+    peft = place / "foreign" / "peft"
+    peft.mkdir()
+    keys = [f"base_model.model.{LAYER}.lora_{side}.weight" for side in "AB"]
+    save_file(dict(zip(keys, (down, up), strict=True)), peft / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["to_q"]}
+    config |= {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {"attn2.to_k": 2}}
+    (peft / "adapter_config.json").write_text(json.dumps(config))
 
 
 def prepare(place, command):
@@ -430,18 +582,33 @@ NUMBERS = "nan|inf|-1|0|1e999||99999999999999999999|0.5|two|٣|[]|null".split("|
 WORDS = ["\0", '"', "{", "}", ",", "\n", "\r", "|", "-", "--", "/", "true", "label", "file_name"]
 WORDS += ["{label}", "../../../etc/passwd", "@flags.txt", "🦶", "A" * 200_000, "[" * 3000]
 TEXTS = (".csv", ".jsonl", ".json", ".txt")
+KEYS = [
+    "F64",
+    "I8",
+    "F8_E4M3",
+    "unet",
+    "module",
+    "lora_A",
+    "lora_up",
+    "alpha",
+    "dora_scale",
+    "bias",
+]
 
 
 def damage(path, other, draw):
     """Damage a file as files get damaged: in transfer, on the disk, or by an editor for texts.
 
     Files that the scripts write themselves, .pt and .safetensors, are not altered bit by bit: they
-    are written atomically and trusted.
+    are written atomically and trusted. Those of other tools also get another header.
     """
     data = path.read_bytes()
     ways = ["cut", "other", "empty", "twice"]
-    if path.suffix not in (".pt", ".safetensors"):
+    is_foreign = "foreign" in path.parts
+    if is_foreign or path.suffix not in (".pt", ".safetensors"):
         ways += ["bits", "head", "zeros"]
+    if is_foreign and path.suffix == ".safetensors":
+        ways += ["header"] * 6
     if path.suffix in TEXTS:
         ways += ["number", "number", "word", "word"]
     way = draw.choice(ways)
@@ -456,6 +623,8 @@ def damage(path, other, draw):
         damaged = data + data
     elif way == "zeros":
         damaged = data[:low] + bytes(high - low) + data[high:]
+    elif way == "header":
+        damaged = damage_header(data, draw)
     elif way == "number":
         damaged = replace_one(data, rb"-?\d+(\.\d+)?", NUMBERS, draw)
     elif way == "word":
@@ -471,6 +640,16 @@ def flip_bits(data, length, draw):
     for _ in range(draw.choice([1, 3, 30])):
         flipped[draw.randrange(length)] ^= 1 << draw.randrange(8)
     return bytes(flipped)
+
+
+def damage_header(data, draw):
+    """A safetensors file with a number or word of its header replaced, and the length set right."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if draw.random() < 0.5:
+        header = replace_one(data[8:end], rb"-?\d+(\.\d+)?", NUMBERS, draw)
+    else:
+        header = replace_one(data[8:end], rb"\w+|\W", WORDS + KEYS, draw)
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def replace_one(data, pattern, replacements, draw):
@@ -490,10 +669,13 @@ def mislead_jobs(good, place, count, draw):
         path = draw.choice(sorted(Path(place).glob(target)))
         other = draw.choice(sorted(p for p in Path(good).rglob("[!.]*.*") if p.is_file()))
         allowed = [0]
+        if target.startswith(("foreign", "odd")):  # some of these are refused as they are
+            allowed = [0, 2]
         if draw.random() < 0.9:  # the others show that the job itself does not fail
             damage(path, other, draw)
             allowed = [0, 2]
         content = path.read_bytes()  # the job may change the file
+        command = command.replace("FILE", str(path.relative_to(place)))
         for fault in faults_of(attempt(command, place), allowed):
             copy = Path(tempfile.mkdtemp(prefix="torture-")) / path.name
             copy.write_bytes(content)
