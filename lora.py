@@ -184,8 +184,8 @@ def read_file(path):
             settings = {**settings, **metadata, **header}
         base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
         return tensors, {"base": base, **metadata}, settings
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
-        fail(f"{path}: not a readable safetensors file, or {CONFIG} is not JSON ({error})")
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError):
+        fail(f"{path}: not a readable safetensors file, or its settings or {CONFIG} are not JSON")
 
 
 def sort_keys(path, tensors, settings):

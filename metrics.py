@@ -49,7 +49,8 @@ from tqdm import tqdm
 
 def fail(message):
     """Print one line on stderr and end with exit status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    line = " ".join(str(message).split())
+    print(f"error: {line[:1000]}", file=sys.stderr)  # a damaged file may hold a name of megabytes
     sys.exit(2)
 
 
