@@ -148,7 +148,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(flags, tmp_path, run, c
     capsys.readouterr()
     run(train, *flags, "--out", tmp_path)
     assert "is finished: 12 steps" in capsys.readouterr().out and results(tmp_path) == before
-    run(train, *flags, "--out", tmp_path, "--steps", 15)
+    run(train, *flags, "--out", tmp_path, "--steps", 15, "--lr-schedule", "constant")
     assert log_of(tmp_path)[-1]["step"] == 15 and results(tmp_path) != before
 
 
@@ -952,7 +952,7 @@ def test_the_end_of_another_run_is_a_result_and_a_damaged_log_no_hindrance(flags
     assert results(tmp_path / "a")[1] == results(tmp_path / "b")[1]
     lines = (tmp_path / "a" / "log.jsonl").read_text()
     (tmp_path / "a" / "log.jsonl").write_text(lines + '{"step": 1, "loss": [}')
-    run(train, *flags, "--out", tmp_path / "a", "--steps", 13)
+    run(train, *flags, "--out", tmp_path / "a", "--steps", 13, "--lr-schedule", "constant")
     assert [line["step"] for line in log_of(tmp_path / "a")] == list(range(1, 14))
 
 
@@ -1059,9 +1059,8 @@ def test_unreadable_images_are_named_and_skipped_or_refused(
     ]  # one of 25, wherever it falls
     run(train, *flags, "--out", tmp_path / "a", "--steps", 2)
     assert "skipped: " in (said := capsys.readouterr().err) and "broken.png" in said
-    run(
-        train, *flags, "--out", tmp_path / "a", "--steps", 4
-    )  # and the run goes on, though the file is bad as before
+    # and the run goes on, though the file is bad as before
+    run(train, *flags, "--out", tmp_path / "a", "--steps", 4, "--lr-schedule", "constant")
     assert log_of(tmp_path / "a")[-1]["step"] == 4
     assert "broken.png" in refused(train, *flags, "--out", tmp_path / "b", "--strict")
     (data / "worse.png").write_bytes(b"")
