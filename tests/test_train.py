@@ -152,6 +152,48 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(flags, tmp_path, run, c
     assert log_of(tmp_path)[-1]["step"] == 15 and results(tmp_path) != before
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_finished_run_grows_by_a_constant_rate_alone(
+    flags, tmp_path, run, refused, schedule, capsys
+):
+    flags = [*flags, "--out", tmp_path, "--steps", 4, "--lr-schedule", schedule]
+    run(train, *flags)
+    before = results(tmp_path)
+    line = refused(train, *flags, "--steps", 8)
+    assert "--steps 8" in line
+    assert "fell to 0 at its last step, 4: add --lr-schedule constant" in line
+    assert results(tmp_path) == before
+    assert "--rank" in refused(train, *flags, "--steps", 8, "--rank", 4)
+    capsys.readouterr()
+    run(train, *flags, "--steps", 8, "--lr-schedule", "constant")
+    assert "not that of one run of 8 steps" in capsys.readouterr().out
+    assert [line["lr"] for line in log_of(tmp_path)][4:] == [1e-3] * 4
+
+
+def test_a_run_at_a_constant_rate_grows_to_the_same_bytes_as_a_longer_one(
+    flags, tmp_path, run, capsys
+):
+    flags = [*flags, "--lr-schedule", "constant", "--warmup", 1, "--val-split", 0]
+    run(train, *flags, "--out", tmp_path / "whole", "--steps", 8)
+    run(train, *flags, "--out", tmp_path / "grown", "--steps", 4)
+    run(train, *flags, "--out", tmp_path / "grown", "--steps", 8)
+    assert "not that of one run" not in capsys.readouterr().out
+    assert results(tmp_path / "grown") == results(tmp_path / "whole")
+
+
+def test_a_stopped_run_that_is_to_be_longer_says_so(flags, tmp_path, run, monkeypatch, capsys):
+    flags = [*flags, "--out", tmp_path, "--save-every", 1]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", stopped)  # at step 6
+        run(train, *flags)
+    run(train, *flags, "--steps", 15)
+    assert "the result is not that of one run of 15 steps" in capsys.readouterr().out
+
+
 def test_the_adapter_file_holds_the_averaged_weights_of_the_best_validation_or_of_the_end(
     flags, tmp_path, run
 ):
