@@ -1179,7 +1179,6 @@ def load_pixels(
     if not any(row.value_range for row in rows):
         share_range(rows, value_range)
     pixels = torch.empty(len(rows), 3, resolution, resolution, dtype=torch.uint8)
-    remarks = {}
 
     def load(i):
         row = rows[i]
@@ -1188,8 +1187,7 @@ def load_pixels(
             image = read_image(row.path, row.slice, value_range=ends, keep_grey=True, **options)
         except BadImage as error:
             return error
-        if "remark" in image.info:
-            remarks.setdefault(image.info["remark"], []).append(row.file_name)
+        row.remark = image.info.get("remark", "")
         if measure:
             row.measured = measure(image)
         gen = generator(seed, "crop", row.file_name, row.slice)
@@ -1200,15 +1198,24 @@ def load_pixels(
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         results = pool.imap(load, range(len(rows)))
         errors = list(tqdm(results, "reading", len(rows), leave=False, disable=None))
-    for remark, names in remarks.items():
-        note(f"{len(names)} of {len(rows)} images, such as {min(names)}: {remark}")
     bad = [error for error in errors if error]
     for error in bad:
         note(f"skipped: {error}")
     if bad and (strict or len(bad) > BAD_SHARE * len(rows)):
         fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
     readable = [i for i, error in enumerate(errors) if not error]
+    report_remarks([rows[i] for i in readable])
     return [rows[i] for i in readable], pixels[readable] if bad else pixels
+
+
+def report_remarks(rows):
+    """One line about each thing that is odd in files and does not keep them from being read."""
+    names = {}
+    for row in rows:
+        names.setdefault(row.remark, []).append(row.file_name)
+    names.pop("", None)
+    for remark, odd in names.items():
+        note(f"{len(odd)} of {len(rows)} images, such as {odd[0]}: {remark}")
 
 
 def picture(pixels):

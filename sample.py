@@ -392,15 +392,18 @@ def check_base(name, folder):
         # Lin et al. 2024
         fail(f"--base {name}: rescale_betas_zero_snr (pure noise at the end) needs v_prediction")
     vae = read_config(folder, "vae/config.json")
+    unet = read_config(folder, "unet/config.json")
+    for config, kind in ((vae, "AutoencoderKL"), (unet, "UNet2DConditionModel")):
+        if config.get("_class_name", kind) != kind:
+            fail(f"--base {name}: needs {kind}, has {config['_class_name']}")
     for setting in ("latents_mean", "latents_std", "shift_factor"):
         if vae.get(setting) is not None:
             fail(f"--base {name}: its VAE has {setting}, which is not supported")
-    unet = read_config(folder, "unet/config.json")
     channels = vae.get("latent_channels", 4)
     if unet.get("in_channels", 4) != channels:
         fail(f"--base {name}: its UNet takes other inputs, for inpainting or depth")
     if unet.get("out_channels", 4) != channels:
-        fail(f"--base {name}: its UNet also predicts a variance, which is not supported")
+        fail(f"--base {name}: its UNet's out_channels hold a variance, too, which is not supported")
 
 
 def make_scheduler(base, settings):
