@@ -659,7 +659,8 @@ class Row:
     """One image of a data set. Texts are "" where unknown.
 
     path: absolute; file_name: as in the table, or relative to the folder; fields: the table's
-    columns; value_range: what becomes black and white in an image of more than 8 bits.
+    columns; value_range: what becomes black and white in an image of more than 8 bits; remark: what
+    is odd in the file.
     """
 
     path: str
@@ -671,6 +672,7 @@ class Row:
     slice: int = None
     split: str = ""
     value_range: tuple = None
+    remark: str = ""
 
 
 def list_images(
@@ -773,11 +775,15 @@ def find_file(path):
         return path
     folder, name = os.path.split(path)
     folder = find_file(folder)
-    with contextlib.suppress(OSError):
-        for entry in os.listdir(folder):
-            if name_key(entry) == name_key(name):
-                name = entry
+    if not name.isascii() and os.path.isdir(folder):
+        name = spellings(folder).get(name_key(name), name)
     return os.path.join(folder, name)
+
+
+@functools.lru_cache(maxsize=1000)
+def spellings(folder):
+    """{a name as it is compared: the same as it is spelt} of what lies in a folder."""
+    return {name_key(name): name for name in os.listdir(folder)}
 
 
 def report_table(table, rows, group_column):
@@ -1199,21 +1205,21 @@ def load_pixels(
         results = pool.imap(load, range(len(rows)))
         errors = list(tqdm(results, "reading", len(rows), leave=False, disable=None))
     bad = [error for error in errors if error]
-    for error in bad:
-        note(f"skipped: {error}")
-    if bad and (strict or len(bad) > BAD_SHARE * len(rows)):
-        fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
+    report_reading(rows, bad, 0 if strict else BAD_SHARE)
     readable = [i for i, error in enumerate(errors) if not error]
-    report_remarks([rows[i] for i in readable])
     return [rows[i] for i in readable], pixels[readable] if bad else pixels
 
 
-def report_remarks(rows):
-    """One line about each thing that is odd in files and does not keep them from being read."""
+def report_reading(rows, bad, bad_share):
+    """Report files that cannot be read, and once what is odd in others; too many are an error."""
+    for error in bad:
+        note(f"skipped: {error}")
+    if len(bad) > bad_share * len(rows):
+        fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
     names = {}
     for row in rows:
-        names.setdefault(row.remark, []).append(row.file_name)
-    names.pop("", None)
+        if row.remark:
+            names.setdefault(row.remark, []).append(row.file_name)
     for remark, odd in names.items():
         note(f"{len(odd)} of {len(rows)} images, such as {odd[0]}: {remark}")
 
