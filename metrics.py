@@ -31,13 +31,16 @@ import shlex
 import signal
 import string
 import sys
+import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import PIL.features
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -303,8 +306,10 @@ def pick_gpu(gpus):
 # ---------------------------------------------------------------- reading one image
 
 # never EPS: Pillow starts ghostscript to read it
-FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "QOI", "PSD")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
 WINDOWS = {  # (centre, width) in Hounsfield units
     "lung": (-600, 1500),
     "soft": (40, 400),
@@ -342,9 +347,11 @@ def read_image(
     except BadImage:
         raise
     except ImportError as error:
-        raise BadImage(path, f"needs the package {error.name}: pip install {error.name}") from None
+        package = error.name.replace("_", "-")
+        raise BadImage(path, f"needs the package {package}: pip install {package}") from None
     except UnidentifiedImageError:
-        raise BadImage(path, "is not an image, or empty") from None
+        why = "is not an image, or empty, or of a kind that is not read: save it as PNG"
+        raise BadImage(path, why) from None
     except Exception as error:  # not its text: pydicom quotes the header
         why = getattr(error, "strerror", None) or f"is damaged ({type(error).__name__})"
         raise BadImage(path, why) from None
@@ -353,31 +360,75 @@ def read_image(
 
 def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like: the first frame, upright, transparency on black."""
+    formats = FORMATS
+    if str(path).lower().endswith(HEIF_SUFFIXES):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        formats = (*FORMATS, "HEIF")
     # opened as a file: given a name, Pillow maps some TIFFs wrongly
-    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+    with open(path, "rb") as file, Image.open(file, formats=formats) as image:
         if image.format == "PNG":
             Image.open(path).verify()  # decoding alone ignores wrong checksums
+        values = deep_values(path, image)
+        if values is not None:  # convert() would clip these at 255
+            is_inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero
+            orientation = image.getexif().get(0x0112, 1)
+            image = scale(values, *(value_range or percentile_range(values, 0, 100)))
+            image.getexif()[0x0112] = orientation
+            if is_inverted:
+                image = ImageOps.invert(image)  # Pillow does this for 8 bits itself
         ImageOps.exif_transpose(image, in_place=True)
-        if is_deep(image):  # convert() would clip these at 255
-            values = np.asarray(image).astype(np.float64)
-            low, high = value_range or percentile_range(values, 0, 100)
-            grey = grey_image(values, low, high)
-            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
-                return ImageOps.invert(grey)  # Pillow does this for 8 bits itself
-            return grey
         if image.has_transparency_data:
             black = Image.new("RGBA", image.size, "black")
             return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")
         return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def is_deep(image):
-    """True for grey images of 16 or 32 bits or of floats."""
-    return image.mode.startswith(("I", "F"))
+def deep_values(path, image):
+    """The numbers (H, W) or (H, W, 3) of an open image of more than 8 bits, on black; else None."""
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    if image.format not in ("PNG", "TIFF") or image.mode not in ("RGB", "RGBA"):
+        return None
+    if image.format == "TIFF" and image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ()):
+        raise BadImage(path, "has 16-bit colours in a plane each: save it as a 16-bit PNG")
+    layout = image.tile[0].args  # such as RGB;16L, the last letter the byte order
+    if image.format == "TIFF":
+        layout = layout[0]
+    if ";16" not in layout:
+        return None
+    image.load()  # turns a TIFF upright
+    if layout == "LA;16B":
+        pairs = decode_as("RGBA", path)
+        values = pairs[..., ::2] * 256 + pairs[..., 1::2]
+    else:  # Pillow gives the upper bytes alone; in the other order these are the lower ones
+        kind = layout[:-1].replace("a", "A")
+        other = "L" if layout.endswith("B") else "B"
+        values = decode_as(kind + layout[-1], path) * 256 + decode_as(kind + other, path)
+    if "a" in layout:  # its colours lie on black already
+        values = values[..., :3]
+    if values.shape[2] in (2, 4):
+        opacity = values[..., -1:] / max(1, values[..., -1].max())
+        values = (values[..., :-1] * opacity).round().astype(values.dtype)
+    return values if values.shape[2] == 3 else values[..., 0]
 
 
-def grey_image(values, low, high):
-    """(H, W) numbers to mode "L": low and below is black, high and above white."""
+def decode_as(raw_mode, path):
+    """The bytes (H, W, channels) of a PNG or TIFF as a raw mode of Pillow's has them, as uint16."""
+    with open(path, "rb") as file, Image.open(file, formats=("PNG", "TIFF")) as image:
+        tiles = []
+        for tile in image.tile:
+            args = raw_mode if image.format == "PNG" else (raw_mode, *tile.args[1:])
+            tiles.append(tile._replace(args=args))
+        image.tile = tiles
+        return np.asarray(image).astype(np.uint16)
+
+
+def scale(values, low, high):
+    """(H, W) or (H, W, 3) numbers to mode "L" or "RGB": black up to low, 255 from high."""
+    if values.ndim == 3:
+        return Image.merge("RGB", [scale(values[..., i], low, high) for i in range(3)])
     finite = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     unit = (finite - low) / max(high - low, 1e-12)
     return Image.fromarray((unit.clip(0, 1) * 255 + 0.5).astype(np.uint8))
@@ -447,15 +498,14 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
         raise BadImage(path, "has text burnt in, maybe a name: refused without --allow-burned-in")
     if slice is None:
         slice = count_frames(data) // 2
-    values = dicom_frame(path, data, slice)
-    if values.ndim == 3:
-        image = Image.fromarray(values)
-    else:
-        if window in WINDOWS and data.get("Modality", "CT") != "CT":
-            window = None
-        if window and data.get("Modality") == "CT" and "RescaleSlope" not in data:
-            raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units")
-        image = dicom_grey(path, data, values, pick_window(window), value_range)
+    copy_frame_tags(data, slice)
+    image = jpeg_colours(data, slice)
+    if image is None:
+        values = dicom_frame(path, data, slice)
+        if values.ndim == 3:
+            image = Image.fromarray(values)
+        else:
+            image = dicom_grey(path, data, values, window, value_range)
     spacing = data.get("PixelSpacing") or data.get("ImagerPixelSpacing")
     return square_pixels(image, spacing or data.get("PixelAspectRatio"))
 
@@ -469,7 +519,6 @@ def dicom_frame(path, data, frame):
     """A frame's rescaled values (H, W), NaN where it is padded, or its uint8 colours (H, W, 3)."""
     from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
 
-    copy_frame_tags(data, frame)
     try:
         values = pixel_array(data, index=frame)
     except RuntimeError:  # there is no decoder, or each of them gave up
@@ -481,12 +530,37 @@ def dicom_frame(path, data, frame):
     if values.ndim == 3:
         bits = 8 * values.itemsize if is_palette else data.BitsStored
         return (values >> max(bits - 8, 0)).astype(np.uint8)
+    if values.dtype.kind in "iu":
+        unused = max(0, 8 * values.itemsize - data.BitsStored)  # may hold an overlay
+        values = values << unused >> unused
     rescaled = apply_rescale(values, data).astype(np.float64)
     if data.get("PixelPaddingValue") is not None:
         ends = [data.PixelPaddingValue, data.get("PixelPaddingRangeLimit", data.PixelPaddingValue)]
         low, high = sorted(np.array(ends).astype(values.dtype))  # may be written as unsigned
         rescaled[(values >= low) & (values <= high)] = np.nan
     return rescaled
+
+
+def jpeg_colours(data, frame):
+    """A frame of a JPEG's colours, as the stream has them; None where it does not say which.
+
+    pydicom reads them as the header has them.
+    """
+    from pydicom.encaps import get_frame
+
+    if data.file_meta.TransferSyntaxUID != JPEG_BASELINE or data.SamplesPerPixel != 3:
+        return None
+    stream = get_frame(data.PixelData, frame, number_of_frames=count_frames(data))
+    image = Image.open(io.BytesIO(stream), formats=["JPEG"])
+    names, *layers = zip(*image.layer, strict=True)
+    is_rgb = bytes(names) == b"RGB" or image.info.get("adobe_transform") == 0
+    is_even = len({*zip(*layers, strict=True)}) == 1  # brightness and colours are stored alike
+    if is_even and not is_rgb and not image.info.keys() & {"jfif", "adobe"}:
+        return None
+    colours = image.convert("RGB")
+    if is_rgb == ("YBR" in data.PhotometricInterpretation):
+        colours.info["remark"] = "the JPEG stream has other colours than the header says: it counts"
+    return colours
 
 
 def copy_frame_tags(data, frame):
@@ -514,14 +588,22 @@ def own_window(data):
 @functools.cache
 def range_of_frames(path):
     """Percentiles over up to 16 frames of a file without a window."""
-    data = open_dicom(path)
-    count = count_frames(data)
-    frames = [dicom_frame(path, data, n) for n in range(0, count, 1 + count // 16)]
+    count = count_frames(open_dicom(path))
+    frames = []
+    for frame in range(0, count, 1 + count // 16):
+        data = open_dicom(path)  # again, for no frame has the tags of another
+        copy_frame_tags(data, frame)
+        frames.append(dicom_frame(path, data, frame))
     return percentile_range(np.concatenate(frames), 0.5, 99.5)
 
 
 def dicom_grey(path, data, values, window, value_range):
     """Rescaled (H, W) values to mode "L": as asked for, else as the file says, else percentiles."""
+    if window in WINDOWS and data.get("Modality", "CT") != "CT":
+        window = None
+    if window and data.get("Modality") == "CT" and "RescaleSlope" not in data:
+        raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units")
+    window = pick_window(window)
     padding = np.isnan(values)
     if not window and value_range is None:
         if data.get("VOILUTSequence"):
@@ -540,7 +622,7 @@ def dicom_grey(path, data, values, window, value_range):
     elif value_range is None and count_frames(data) > 1:
         value_range = range_of_frames(path)
     low, high = value_range or percentile_range(values, 0.5, 99.5)
-    image = grey_image(values, low, high)
+    image = scale(values, low, high)
     if data.PhotometricInterpretation == "MONOCHROME1":
         image = ImageOps.invert(image)
     image.paste(0, mask=Image.fromarray(padding))
@@ -559,42 +641,62 @@ def look_up(values, lut):
 
 def read_volume(path, slice, window, value_range):
     """One axial slice of a volume, anterior up, the patient's left on the image's left."""
-    values, spacing, ends = load_volume(path)
+    values, spacing, ends, count = load_volume(path)
     if slice is None:
         slice = values.shape[2] // 2
     if window:
         centre, width = pick_window(window)
         value_range = centre - width / 2, centre + width / 2
     low, high = value_range or ends
-    image = grey_image(np.rot90(values[:, :, slice].astype(np.float64)), low, high)
+    image = scale(np.rot90(values[:, :, slice].astype(np.float64)), low, high)
+    if count > 1:
+        image.info["remark"] = f"of {count} volumes in a file (channels or times) the first is read"
     return square_pixels(image, (spacing[1], spacing[0]))
 
 
 @functools.lru_cache(maxsize=2)
 def load_volume(path):
-    """(values (right, anterior, superior), spacings, (black, white) of all slices).
+    """(values (right, anterior, superior), spacings, (black, white), volumes in the file).
 
-    Black is the 1st percentile, white the 99th of what is brighter than the mean: without the air.
+    Colours add an axis of 3 to the values. Black is the 1st percentile of all slices, white the
+    99th of what is brighter than the mean: without the air. Colours of 8 bits stay as they are.
     """
     import nibabel
 
     volume = nibabel.load(path)
-    while volume.ndim > 3:
-        volume = volume.slicer[..., 0]  # the first of several
+    axes = 3
+    if volume.ndim == 5 and volume.shape[4] == 3:  # a vector in each place
+        axes = 4
+    count = math.prod(volume.shape[3:]) // (3 if axes == 4 else 1)
+    while volume.ndim > axes:
+        volume = volume.slicer[:, :, :, 0]
     volume = nibabel.as_closest_canonical(volume)
     values = np.atleast_3d(np.asanyarray(volume.dataobj))
+    if values.dtype.names:  # RGB24, RGBA32
+        values = np.stack([values[name] for name in "RGB"], -1)
+    if values.ndim == 4 and values.dtype == np.uint8:
+        return values, volume.header.get_zooms(), (0, 255), count
     step = 1 + int((values.size / 2**23) ** (1 / 3))
     sample = values[::step, ::step, ::step].astype(np.float32)
     low, high = percentile_range(sample, 1, 99)
     bright = sample[sample > sample[np.isfinite(sample)].mean()]
     high = max(high, percentile_range(bright, 1, 99)[1])
-    return values, volume.header.get_zooms(), (low, high)
+    return values, volume.header.get_zooms(), (low, high), count
 
 
 # ---------------------------------------------------------------- listing a data set
 
-RASTERS = ".png .jpg .jpeg .jfif .jp2 .gif .bmp .tif .tiff .webp .ppm .pgm".split()
+RASTERS = (
+    ".png .apng .jpg .jpeg .jpe .jfif .jp2 .j2k .jpx .jpf .gif .bmp .dib .tif .tiff .webp "
+    ".ppm .pgm .pbm .pnm .pfm .qoi .psd"
+).split()
 IMAGE_SUFFIXES = (*RASTERS, ".dcm", ".dicom", *VOLUME_SUFFIXES)
+if PIL.features.check("avif"):
+    IMAGE_SUFFIXES += (".avif", ".avifs")
+if importlib.util.find_spec("pillow_heif"):
+    IMAGE_SUFFIXES += HEIF_SUFFIXES
+CAPTION_SUFFIXES = (".txt", ".caption")
+LITTER = ("thumbs.db", "desktop.ini")  # of Windows
 COLUMNS = {
     "image": ("file_name", "path", "image", "image_path", "file"),
     "caption": ("text", "caption", "prompt"),
@@ -610,7 +712,8 @@ class Row:
     """One image of a data set. Texts are "" where unknown.
 
     path: absolute; file_name: as in the table, or relative to the folder; fields: the table's
-    columns; value_range: what becomes black and white in an image of more than 8 bits.
+    columns; value_range: what becomes black and white in an image of more than 8 bits; remark: what
+    is odd in the file.
     """
 
     path: str
@@ -622,6 +725,7 @@ class Row:
     slice: int = None
     split: str = ""
     value_range: tuple = None
+    remark: str = ""
 
 
 def list_images(
@@ -649,22 +753,111 @@ def list_images(
         if name is not None and name not in names:
             fail(f"--{role}-column {name}: {data} has {', '.join(names) or 'no table of columns'}")
         columns[role] = name or find_column(names, role)
-    rows = list_table(table, records, columns, strict) if table else list_folder(data)
-    if not rows:
-        fail(f"{data}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
+    if table:
+        rows = list_table(table, records, columns, strict)
+        report_table(table, rows, columns["group"])
+    else:
+        rows = list_folder(data, strict)
+        columns["caption"] = any(row.caption for row in rows)
     fill_captions(data, rows, columns, prompt)
     return spread_slices(check_dicoms(data, rows), slices)
 
 
-def list_folder(folder):
-    """Rows of the images below a folder; the label is the name of the first subfolder."""
+def list_folder(folder, strict):
+    """Rows of the images below a folder; the label is the name of the first subfolder.
+
+    The caption is the text in a file of the same name, .txt or .caption.
+    """
     rows = []
+    texts = {}
+    skipped = Counter()
     for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # skips hidden files
         path = os.path.abspath(os.path.join(folder, name))
-        if os.path.isfile(path) and looks_like_image(path):
+        suffix = os.path.splitext(name)[1].lower()
+        if not os.path.isfile(path) or os.path.basename(name).lower() in LITTER:
+            continue
+        if looks_like_image(path):
             label = os.path.dirname(name).split(os.sep)[0]
             rows.append(Row(path, name, label=label))
+        elif suffix in CAPTION_SUFFIXES:
+            texts[stem_of(path)] = path
+        else:
+            skipped[suffix or "without a suffix"] += 1
+    stems = {stem_of(row.path) for row in rows}
+    for row in rows:
+        if stem_of(row.path) in texts:
+            row.caption = " ".join(read_text(texts[stem_of(row.path)]).split())
+    orphans = sorted(os.path.basename(texts[stem]) for stem in texts.keys() - stems)
+    if orphans:
+        note(f"{folder}: {len(orphans)} caption files have no image, such as {orphans[0]}")
+    report_skipped(folder, skipped, strict or not rows)
+    if not rows:
+        fail(f"{folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     return rows
+
+
+def report_skipped(folder, skipped, is_error):
+    """Name the files that are not read, {suffix: count}, once."""
+    parts = []
+    for suffix, count in sorted(skipped.items()):
+        part = f"{count} {suffix}"
+        if suffix in HEIF_SUFFIXES:
+            part += " (pip install pillow-heif)"
+        parts.append(part)
+    if parts:
+        message = f"{folder}: {sum(skipped.values())} files are of kinds that are not read: "
+        message += ", ".join(parts) + "; save images among them as PNG"
+        if is_error:
+            fail(message)
+        note(message)
+
+
+def stem_of(path):
+    """A file's path without its suffix, as names are compared."""
+    return name_key(re.sub(r"(\.nii)?\.\w+$", "", path))
+
+
+def name_key(name):
+    """A name as it is compared: "ü" is one letter on most systems, two in what a Mac packs."""
+    return unicodedata.normalize("NFC", name)
+
+
+def find_file(path):
+    """The path of a file as it is spelt on the disk: see name_key."""
+    if os.path.exists(path) or path.isascii():
+        return path
+    folder, name = os.path.split(path)
+    folder = find_file(folder)
+    if not name.isascii() and os.path.isdir(folder):
+        name = spellings(folder).get(name_key(name), name)
+    return os.path.join(folder, name)
+
+
+@functools.lru_cache(maxsize=1000)
+def spellings(folder):
+    """{a name as it is compared: the same as it is spelt} of what lies in a folder."""
+    return {name_key(name): name for name in os.listdir(folder)}
+
+
+def report_table(table, rows, group_column):
+    """Say where images lie next to those that a table names, and where a group is no patient."""
+    names = {name_key(row.path) for row in rows}
+    unnamed = []
+    for folder in sorted({os.path.dirname(row.path) for row in rows}):
+        for name in sorted(os.listdir(folder)):
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+            is_named = name_key(os.path.join(folder, name)) in names
+            if is_image and not is_named and name != "grid.png":  # of sample.py
+                unnamed.append(name)
+    if unnamed:
+        count = f"names {len(rows)} images, and {len(unnamed)} more lie next to them"
+        note(f"{table}: {count}, such as {unnamed[0]}: not used")
+    groups = sorted({row.group for row in rows} - {""})
+    if str(group_column).lower() == "group" and 0 < len(groups) < min(10, len(rows) / 4):
+        few = f"{len(groups)} values in {len(rows)} rows ({', '.join(groups[:3])})"
+        note(
+            f"{table}: its column {group_column} has {few}, each taken for a patient: a diagnosis?"
+        )
 
 
 def looks_like_image(path):
@@ -677,12 +870,7 @@ def looks_like_image(path):
 
 def read_table(path, caption_column=None):
     """The rows of a CSV or JSONL file as dicts of strings, all with the same keys."""
-    with open(path, "rb") as file:
-        is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")  # Excel's "Unicode text"
-    try:
-        text = Path(path).read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        fail(f"{path}: not a UTF-8 text file: save the table as CSV UTF-8, or give a folder")
+    text = read_text(path)
     if str(path).lower().endswith((".jsonl", ".json", ".ndjson")):
         records = read_jsonl(path, text)
     else:
@@ -691,6 +879,16 @@ def read_table(path, caption_column=None):
     for record in records:
         names |= dict.fromkeys(record, "")
     return [names | record for record in records]
+
+
+def read_text(path):
+    """The text of a file in UTF-8, or in UTF-16, which is Excel's "Unicode text"."""
+    with open(path, "rb") as file:
+        is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return Path(path).read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        fail(f"{path}: not a UTF-8 text file: save it as UTF-8, a table as CSV UTF-8")
 
 
 def read_jsonl(path, text):
@@ -767,7 +965,8 @@ def list_table(table, records, columns, strict):
     missing = []
     for fields in records:
         file_name = fields[columns["image"]]
-        path = os.path.normpath(os.path.join(folder, file_name.replace("\\", "/")))  # of Windows
+        path = os.path.join(folder, file_name.replace("\\", "/"))  # of Windows
+        path = find_file(os.path.normpath(path))
         if os.path.isfile(path):
             texts = [fields.get(columns[role], "") for role in ("caption", "label", "group")]
             rows.append(Row(path, file_name, *texts, fields))
@@ -783,8 +982,8 @@ def list_table(table, records, columns, strict):
 
 
 def text_key(text):
-    """A label or caption as it is compared: case and spaces folded."""
-    return " ".join(text.lower().split())
+    """A label or caption as it is compared: case and spaces folded, letters composed."""
+    return " ".join(name_key(text).lower().split())
 
 
 def label_list(text):
@@ -939,9 +1138,10 @@ def split_rows(rows, val_share, test_share=0.0):
 
 def read_split(rows, path):
     """Set row.split as a run's split.csv (file_name, group, split) has it, "" where it does not."""
-    splits = {record["file_name"]: record["split"] for record in read_table(path)}
+    splits = {name_key(record["file_name"]): record["split"] for record in read_table(path)}
     for row in rows:
-        row.split = splits.get(row.path) or splits.get(row.file_name) or ""
+        names = [name_key(row.path), name_key(row.file_name)]
+        row.split = splits.get(names[0]) or splits.get(names[1]) or ""
     if not any(row.split for row in rows):
         example = rows[0].file_name
         fail(f"{path}: names none of these images, such as {example}: give the data of that run")
@@ -1006,18 +1206,23 @@ def share_range(rows, given=None):
     """Set row.value_range: `given`, or one range for all images of more than 8 bits."""
     deep = []
     ends = []
+    kind = ""
     for row in rows:
         row.value_range = given
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
-            if given is None and is_deep(image):
-                ends += percentile_range(np.asarray(image), 0, 100)
+            values = deep_values(row.path, image)
+            if values is not None:
+                ends += percentile_range(values, 0, 100)
                 deep.append(row)
+                kind = f"{8 * values.itemsize}-bit files"
+                if values.dtype.kind != "f":
+                    kind += f" with {int(max(ends)).bit_length()}-bit values"
     if deep:
-        low = float(min(ends))
-        high = float(max(ends))
+        low, high = given or (float(min(ends)), float(max(ends)))
         for row in deep:
             row.value_range = low, high
-        note(f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all")
+        message = f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all"
+        note(f"{message} ({kind})")
     return rows
 
 
@@ -1050,6 +1255,7 @@ def load_pixels(
             image = read_image(row.path, row.slice, value_range=ends, keep_grey=True, **options)
         except BadImage as error:
             return error
+        row.remark = image.info.get("remark", "")
         if measure:
             row.measured = measure(image)
         gen = generator(seed, "crop", row.file_name, row.slice)
@@ -1061,12 +1267,29 @@ def load_pixels(
         results = pool.imap(load, range(len(rows)))
         errors = list(tqdm(results, "reading", len(rows), leave=False, disable=None))
     bad = [error for error in errors if error]
-    for error in bad:
-        print(f"skipped: {error}", file=sys.stderr)
-    if bad and (strict or len(bad) > bad_share * len(rows)):
-        fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
+    report_bad(rows, bad, 0 if strict else bad_share)
+    if bad_share < 1:  # else these are a part of a set
+        report_remarks(rows)
     readable = [i for i, error in enumerate(errors) if not error]
     return [rows[i] for i in readable], pixels[readable] if bad else pixels
+
+
+def report_bad(rows, bad, share):
+    """Report images that cannot be read; more of them than this share is an error."""
+    for error in bad:
+        print(f"skipped: {error}", file=sys.stderr)
+    if len(bad) > share * len(rows):
+        fail(f"{len(bad)} of {len(rows)} images cannot be read, the first: {bad[0]}")
+
+
+def report_remarks(rows):
+    """Say once what is odd in images."""
+    names = {}
+    for row in rows:
+        if row.remark:
+            names.setdefault(row.remark, []).append(row.file_name)
+    for remark, odd in names.items():
+        note(f"{len(odd)} of {len(rows)} images, such as {odd[0]}: {remark}")
 
 
 def picture(pixels):

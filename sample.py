@@ -214,6 +214,23 @@ USUAL_SCHEDULE = {
     "steps_offset": 1,
     "skip_prk_steps": True,
 }
+# other classes, such as EDM's or those of flow matching, are of another process
+SUPPORTED_SCHEDULES = {
+    "_class_name": (
+        "DDIMScheduler DDIMParallelScheduler DDPMScheduler DDPMParallelScheduler PNDMScheduler "
+        "LMSDiscreteScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler "
+        "HeunDiscreteScheduler KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler "
+        "DPMSolverMultistepScheduler DPMSolverSinglestepScheduler DPMSolverSDEScheduler "
+        "DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LCMScheduler TCDScheduler"
+    ).split(),
+    "num_train_timesteps": (1000,),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "timestep_type": ("discrete",),
+    "use_flow_sigmas": (False, None),
+    "trained_betas": (None,),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -331,15 +348,12 @@ def load_base(name, device, precision="auto", method=None):
     schedule that cannot be trained is refused.
     """
     folder = find_base(name)
+    check_base(name, folder)
     dtype = pick_dtype(precision, device, folder)
     try:
         base = read_base(name, folder, device, dtype, method)
     except Exception as why:  # three libraries read these files, each with errors of its own
         fail(f"--base {name}: cannot load {folder}: {why}")
-    check_base(base)
-    if method and base.schedule.get("rescale_betas_zero_snr") and not base.predicts_v:
-        # Lin et al. 2024
-        fail(f"--base {name}: rescale_betas_zero_snr (pure noise at the end) needs v_prediction")
     for model in (base.unet, base.vae, *base.text_encoders):
         model.eval().requires_grad_(False)
     for model in (base.vae, *base.text_encoders):
@@ -389,16 +403,30 @@ def read_base(name, folder, device, dtype, method):
     return Base(name, *models, device, dtype, own_resolution(folder), zero_empty, text_length)
 
 
-def check_base(base):
-    """Refuse bases of other kinds."""
-    kind = base.schedule.get("_class_name", "")
-    if "FlowMatch" in kind or "EDM" in kind or base.vae.config.get("latents_mean") is not None:
-        fail(f"--base {base.name}: its schedule {kind} or its VAE is of an unsupported kind")
-    prediction_type = base.schedule["prediction_type"]
-    if base.num_timesteps != 1000 or prediction_type not in ("epsilon", "v_prediction"):
-        fail(f"--base {base.name}: needs 1000 timesteps, and epsilon or v_prediction")
-    if base.unet.config.in_channels != base.vae.config.latent_channels:
-        fail(f"--base {base.name}: its UNet takes other inputs, for inpainting or depth")
+def check_base(name, folder):
+    """Refuse bases of other kinds, by what their files say, before they are loaded."""
+    schedule = USUAL_SCHEDULE | read_config(folder, "scheduler/scheduler_config.json")
+    for setting, supported in SUPPORTED_SCHEDULES.items():
+        value = schedule.get(setting, supported[0])
+        if value not in supported:
+            shown = str(value)[:60]
+            fail(f"--base {name}: its scheduler's {setting} is {shown}, of an unsupported kind")
+    if schedule.get("rescale_betas_zero_snr") and schedule["prediction_type"] == "epsilon":
+        # Lin et al. 2024
+        fail(f"--base {name}: rescale_betas_zero_snr (pure noise at the end) needs v_prediction")
+    vae = read_config(folder, "vae/config.json")
+    unet = read_config(folder, "unet/config.json")
+    for config, kind in ((vae, "AutoencoderKL"), (unet, "UNet2DConditionModel")):
+        if config.get("_class_name", kind) != kind:
+            fail(f"--base {name}: needs {kind}, has {config['_class_name']}")
+    for setting in ("latents_mean", "latents_std", "shift_factor"):
+        if vae.get(setting) is not None:
+            fail(f"--base {name}: its VAE has {setting}, which is not supported")
+    channels = vae.get("latent_channels", 4)
+    if unet.get("in_channels", 4) != channels:
+        fail(f"--base {name}: its UNet takes other inputs, for inpainting or depth")
+    if unet.get("out_channels", 4) != channels:
+        fail(f"--base {name}: its UNet's out_channels hold a variance, too, which is not supported")
 
 
 def make_scheduler(base, settings):

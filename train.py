@@ -73,6 +73,7 @@ from metrics import (
     picture,
     pooled,
     replacing,
+    report_remarks,
     run_script,
     share_range,
     split_labels,
@@ -583,12 +584,30 @@ def read_checkpoint(made_of, args):
     except Exception:  # truncated, a pickle, another program's: torch.load raises a dozen kinds
         fail(f"{path}: damaged, or not of train.py; --resume an older one, or give another --out")
     changed = []
+    has_ended = checkpoint["step"] >= checkpoint["args"]["steps"]
     for name, value in made_of.items():
-        if before.get(name) != value:
+        goes_on = has_ended and name == "--lr-schedule" and value == "constant"
+        if before.get(name) != value and not goes_on:
             changed.append(f"{name}: {before.get(name)} there, {value} here")
     if changed:
         fail(f"{path} was made with other settings: {'; '.join(changed)}; give another --out")
     return checkpoint
+
+
+def report_growth(checkpoint, args):
+    """Say where the steps so far had other learning rates than now; fail where they fell to 0."""
+    before = argparse.Namespace(**checkpoint["args"])
+    steps = range(checkpoint["step"])
+    if all(learning_rate(step, before) == learning_rate(step, args) for step in steps):
+        return
+    if checkpoint["step"] >= before.steps and args.lr_schedule != "constant":
+        fail(
+            f"--steps {args.steps}: the learning rate of {args.out} fell to 0 at its last step, "
+            f"{before.steps}: add --lr-schedule constant to go on at --lr, or give another --out"
+        )
+    if RANK == 0:
+        so_far = f"{len(steps)} steps had the learning rates of a run of {before.steps}"
+        print(f"{so_far}: the result is not that of one run of {args.steps} steps")
 
 
 def write_args(args, finished=None):
@@ -868,6 +887,7 @@ def load_latents(base, rows, args):
     bad = len(rows) - len(readable)
     if bad > BAD_SHARE * len(rows):
         fail(f"{bad} of {len(rows)} images cannot be read, see above")
+    report_remarks(readable)
     if RANK == 0:
         warn_of_duplicates(readable, torch.cat(thumbnails), args)
     if args.cache and RANK == 0 and not bad:
@@ -1743,8 +1763,11 @@ def run(args, device):
     checkpoint = read_checkpoint(made_of, args)
     if checkpoint and is_finished(checkpoint, args):
         if RANK == 0:
-            print(f"{args.out} is finished: {args.steps} steps. To go on, give more --steps")
+            more = "give more --steps and --lr-schedule constant"
+            print(f"{args.out} is finished: {args.steps} steps. To go on, {more}")
         return
+    if checkpoint:
+        report_growth(checkpoint, args)
 
     base = prepare_base(args, device)
     perceptual = load_perceptual(base, args)

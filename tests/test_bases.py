@@ -119,13 +119,31 @@ KINDS_OF_OTHERS = [
     ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
     ("scheduler", {"_class_name": "EDMEulerScheduler"}),
     ("vae", {"latents_mean": [0.0] * 4}),
+    ("vae", {"latents_std": [1.0] * 4}),
+    ("vae", {"shift_factor": 0.1}),
+    ("scheduler", {"_class_name": "EDMDPMSolverMultistepScheduler"}),
+    ("scheduler", {"_class_name": "CosineDPMSolverMultistepScheduler"}),
+    ("scheduler", {"_class_name": "SomeNewScheduler"}),
+    ("scheduler", {"use_flow_sigmas": True}),
+    ("scheduler", {"timestep_type": "continuous"}),
+    ("scheduler", {"timestep_spacing": "quadratic"}),
+    ("scheduler", {"beta_schedule": "sigmoid"}),
+    ("scheduler", {"trained_betas": [0.01] * 1000}),
+    ("scheduler", {"rescale_betas_zero_snr": True}),
+    ("unet", {"out_channels": 8}),
+    ("unet", {"_class_name": "UNetMotionModel"}),
+    ("vae", {"_class_name": "AutoencoderTiny"}),
 ]
 
 
 @pytest.mark.parametrize("part, values", KINDS_OF_OTHERS)
 def test_a_base_of_another_kind_is_refused(part, values, base, tmp_path, refused):
     other = changed(base, tmp_path / "base", part, **values)
-    assert "--base" in refused(sample, "--base", other, "--prompt", "x", "--out", tmp_path / "out")
+    (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # never loaded
+    line = refused(sample, "--base", other, "--prompt", "x", "--out", tmp_path / "out")
+    assert line.startswith(f"error: --base {other}: ")
+    for name, value in values.items():
+        assert name in line or value in line
 
 
 DAMAGES = [

@@ -1,13 +1,16 @@
 """Data sets of every form become rows, splits and pixels; errors in them are one line."""
 
 import sys
+import unicodedata
 
 import numpy as np
+import PIL.features
 import pytest
 import torch
 from PIL import Image
-from test_read_image import RAMP, dicom, nifti, write_dicom
+from test_read_image import RAMP, deep_ramp, dicom, nifti, write_deep_png, write_dicom
 
+import metrics
 from metrics import (
     Row,
     content_hash,
@@ -85,7 +88,135 @@ def test_class_folders_give_the_label_field(tmp_path):
     assert found == ["photo of mpox skin", "photo of normal skin"]
 
 
+def test_files_of_other_kinds_are_counted_once_by_suffix(tmp_path, capsys, monkeypatch):
+    suffixes = [suffix for suffix in metrics.IMAGE_SUFFIXES if suffix not in metrics.HEIF_SUFFIXES]
+    monkeypatch.setattr(metrics, "IMAGE_SUFFIXES", tuple(suffixes))
+    pictures(tmp_path, "a.png", "Thumbs.db.png")
+    for name in ("b.HEIC", "c.heic", "d.dng", "sub/e.MOV", "notes", ".hidden.pdf", "Thumbs.db"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 200)
+    rows, message = listed(capsys, tmp_path)
+    assert len(rows) == 2
+    assert "5 files are of kinds that are not read: " in message
+    assert "1 .dng, 2 .heic (pip install pillow-heif), 1 .mov, 1 without a suffix" in message
+    assert "2 .heic" in refused(capsys, tmp_path, strict=True)
+
+
+def test_a_folder_of_nothing_else_says_what_is_in_it(tmp_path, capsys):
+    (tmp_path / "a.cr2").write_bytes(b"x")
+    assert "1 .cr2; save images among them as PNG" in refused(capsys, tmp_path)
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_and_rarer_suffixes_are_images(tmp_path, capsys):
+    pictures(tmp_path, "a.avif", "b.JPE", "c.apng")
+    rows, _ = load_pixels(list_images(tmp_path), 8)
+    assert [row.file_name for row in rows] == ["a.avif", "b.JPE", "c.apng"]
+    assert capsys.readouterr().err == ""
+
+
+def test_heic_is_listed_where_the_package_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "a.heic").write_bytes(b"x")
+    monkeypatch.setattr(metrics, "IMAGE_SUFFIXES", (".png", ".heic"))
+    assert [row.file_name for row in list_images(tmp_path)] == ["a.heic"]
+
+
+def test_texts_beside_images_are_their_captions(tmp_path, capsys):
+    pictures(tmp_path, "a.png", "sub/b.png", "c.v2.JPG", "d.png")
+    (tmp_path / "a.txt").write_text("\ufeffa wound,\n  granulating \n", encoding="utf-8")
+    (tmp_path / "sub" / "b.caption").write_text("a wound of the toe")
+    (tmp_path / "c.v2.TXT").write_text("Füße")
+    (tmp_path / "sub" / "a.txt").write_text("no image has this name here")
+    rows = list_images(tmp_path)
+    assert [row.caption for row in rows] == [
+        "a wound, granulating",
+        "Füße",
+        "",
+        "a wound of the toe",
+    ]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"{tmp_path}: 1 caption files have no image, such as a.txt",
+        f"{tmp_path}: 1 of 4 rows have no caption, such as d.png",
+    ]
+    rows = list_images(tmp_path, prompt="{label}: {caption}")
+    assert rows[3].caption == "sub: a wound of the toe"
+
+
+@nifti
+def test_a_caption_beside_a_volume_is_found(tmp_path):
+    import nibabel
+
+    volume = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+    nibabel.save(volume, tmp_path / "a.nii.gz")
+    (tmp_path / "a.txt").write_text("a brain")
+    assert captions(tmp_path) == ["a brain"]
+
+
+def test_a_caption_that_is_no_utf_8_is_refused_by_name(tmp_path, capsys):
+    pictures(tmp_path, "a.png")
+    (tmp_path / "a.txt").write_bytes("Füße".encode("latin-1"))
+    assert "a.txt: not a UTF-8 text file" in refused(capsys, tmp_path)
+
+
 # ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("on_disk, in_table", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_are_compared_in_one_unicode_form(tmp_path, on_disk, in_table, capsys):
+    names = ["Füße links.png", "größer/Zehe.png", "plain.png"]
+    pictures(tmp_path, *[unicodedata.normalize(on_disk, name) for name in names])
+    spelt = [unicodedata.normalize(in_table, name) for name in names]
+    table = "file_name,text\n" + "".join(f"{name},x\n" for name in spelt)
+    (tmp_path / "metadata.csv").write_text(table, encoding="utf-8")
+
+    rows = list_images(tmp_path)
+
+    assert [row.file_name for row in rows] == spelt
+    assert len(load_pixels(rows, 8)[0]) == 3
+    assert capsys.readouterr().err == ""
+    for row in rows:
+        row.file_name = unicodedata.normalize(on_disk, row.file_name)
+    split = "file_name,group,split\n" + "".join(f"{name},,val\n" for name in spelt)
+    (tmp_path / "split.csv").write_text(split, encoding="utf-8")
+    read_split(rows, tmp_path / "split.csv")
+    assert {row.split for row in rows} == {"val"}
+
+
+def test_a_mac_folder_in_a_folder_of_another_form_is_found(tmp_path):
+    mixed = unicodedata.normalize("NFC", "Müller") + "/" + unicodedata.normalize("NFD", "Füße.png")
+    pictures(tmp_path, mixed)
+    text = "file_name\n" + unicodedata.normalize("NFC", mixed) + "\n"
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+    assert list_images(tmp_path)[0].path == str(tmp_path / mixed)
+
+
+def test_labels_are_compared_in_one_unicode_form():
+    assert text_key(unicodedata.normalize("NFD", "Größer")) == "größer"
+
+
+def test_images_next_to_those_of_a_table_are_counted(tmp_path, capsys):
+    pictures(tmp_path, "a.png", "sub/b.png", "sub/c.png", "grid.png", ".hidden.png")
+    table = tmp_path / "metadata.csv"
+    table.write_text("file_name,text\na.png,x\nsub/b.png,y\n")
+    for data in (tmp_path, table):
+        rows, message = listed(capsys, data)
+        assert len(rows) == 2
+        assert message.endswith(
+            "names 2 images, and 1 more lie next to them, such as c.png: not used"
+        )
+
+
+def test_a_group_of_few_values_is_said(tmp_path, capsys):
+    names = [f"{n:02}.png" for n in range(20)]
+    pictures(tmp_path, *names)
+    for column, count, is_said in (("Group", 3, True), ("group", 15, False), ("patient", 3, False)):
+        lines = [f"{name},p{n % count}" for n, name in enumerate(names)]
+        (tmp_path / "metadata.csv").write_text(f"file_name,{column}\n" + "\n".join(lines))
+        list_images(tmp_path)
+        said = capsys.readouterr().err
+        assert (f"column {column} has {count} values in 20 rows (p0, p1, p2)" in said) == is_said
+        assert said.count("\n") == is_said
 
 
 def test_a_table_gives_captions_labels_and_groups(tmp_path):
@@ -543,6 +674,19 @@ def test_images_of_more_than_8_bits_share_one_range(tmp_path, capsys):
     assert [row.file_name for row in rows] == ["bright.png", "dim.png"]
     assert pixels[:, 0, 0, 0].tolist() == [255, 64]
     assert "2 images of more than 8 bits: 0 is black, 4000 white in all" in capsys.readouterr().err
+
+
+def test_deep_colours_share_the_range_of_grey_images_and_are_named(tmp_path, capsys):
+    write_deep_png(tmp_path / "colour.png", deep_ramp(3, 2000))
+    write_deep_png(tmp_path / "grey.png", deep_ramp(1, 4000))
+    write_deep_png(tmp_path / "opaque.png", deep_ramp(4, 1000))
+    for given, white in ((None, 4000), ((0, 8000), 8000)):
+        rows, pixels = load_pixels(list_images(tmp_path), 64, "pad", value_range=given)
+        brightest = pixels[:, 0].flatten(1).max(1).values.tolist()
+        assert brightest == [round(top / white * 255) for top in (2000, 4000, 1000)]
+        said = capsys.readouterr().err
+        assert f"3 images of more than 8 bits: 0 is black, {white} white in all" in said
+        assert "(16-bit files with 12-bit values)" in said
 
 
 def test_a_measure_is_taken_of_the_image_as_stored(tmp_path):

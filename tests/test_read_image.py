@@ -1,11 +1,13 @@
 """Images of every kind become upright 8-bit RGB, or a BadImage that says why."""
 
 import importlib.util
+import io
 import struct
 import sys
 import zlib
 
 import numpy as np
+import PIL.features
 import pytest
 from PIL import Image
 
@@ -155,6 +157,133 @@ def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
     for name, why in (("folder.jpg", "Is a directory"), ("missing.png", "No such file")):
         with pytest.raises(BadImage, match=why):
             read_image(tmp_path / name)
+
+
+def write_deep_png(path, channels):
+    """A PNG of 16-bit values (H, W, 1 to 4)."""
+    height, width, count = channels.shape
+    rows = [b"\0" + row.astype(">u2").tobytes() for row in channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[count], 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in parts:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + checksum
+    path.write_bytes(content)
+
+
+def write_deep_tiff(path, channels, order="<", compress=False, **tags):
+    """A TIFF of 16-bit values (H, W, 1 to 4), of one strip; tags: {"t274": 6}."""
+    height, width, count = channels.shape
+    data = channels.astype(order + "u2").tobytes()
+    if compress:
+        data = zlib.compress(data)
+    values = {
+        256: [width],
+        257: [height],
+        258: [16] * count,
+        259: [8 if compress else 1],
+        262: [2 if count > 2 else 1],
+        273: [8],
+        277: [count],
+        278: [height],
+        279: [len(data)],
+        284: [1],
+    }
+    if count in (2, 4):
+        values[338] = [2]
+    values |= {int(name[1:]): [value] for name, value in tags.items()}
+    start = 8 + len(data)
+    extra = b""
+    entries = b""
+    place = start + 2 + 12 * len(values) + 4
+    for tag, numbers in sorted(values.items()):
+        packed = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        if len(numbers) > 1:
+            extra += packed
+            packed = struct.pack(order + "I", place + len(extra) - len(packed))
+        entries += struct.pack(order + "HHI", tag, 4, len(numbers)) + packed
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", start)
+    directory = struct.pack(order + "H", len(values)) + entries + bytes(4)
+    path.write_bytes(head + data + directory + extra)
+
+
+def deep_ramp(count, top):
+    """16-bit values (8, 64, count) from 0 to top; colours get darker, the opacity is full."""
+    ramp = np.tile(np.linspace(0, top, 64).astype(np.uint16), (8, 1))
+    channels = [ramp]
+    if count > 2:
+        channels += [ramp // 2, ramp // 4]
+    if count in (2, 4):
+        channels.append(np.full_like(ramp, 65535))
+    return np.stack(channels, -1)
+
+
+@pytest.mark.parametrize("top", [4095, 65535])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_pngs_of_16_bits_are_scaled_like_grey_ones_in_any_number_of_channels(tmp_path, count, top):
+    write_deep_png(tmp_path / "a.png", deep_ramp(count, top))
+
+    own = np.asarray(read_image(tmp_path / "a.png"))
+    ranged = np.asarray(read_image(tmp_path / "a.png", value_range=(0, 2 * top)))
+
+    brightest = [255, 127, 64] if count > 2 else [255, 255, 255]
+    assert np.abs(own[0, -1].astype(int) - brightest).max() <= 1
+    assert own[0, 0].max() == 0
+    assert np.abs(ranged.astype(int) - own / 2).max() <= 1
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_tiffs_of_16_bits_are_read_as_pngs_are(tmp_path, count, order, compress):
+    ramp = deep_ramp(count, 3000)
+    write_deep_png(tmp_path / "a.png", ramp)
+    write_deep_tiff(tmp_path / "a.tif", ramp, order, compress)
+
+    found = np.asarray(read_image(tmp_path / "a.tif"))
+
+    assert (found == np.asarray(read_image(tmp_path / "a.png"))).all()
+
+
+def test_deep_colours_in_planes_are_refused_with_what_to_do(tmp_path):
+    write_deep_tiff(tmp_path / "a.tif", deep_ramp(3, 3000), compress=True, t284=2)
+    with pytest.raises(BadImage, match="in a plane each: save it as a 16-bit PNG"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_deep_colours_are_turned_upright(tmp_path):
+    ramp = deep_ramp(3, 65535)
+    write_deep_tiff(tmp_path / "a.tif", ramp, t274=6)
+    found = np.asarray(read_image(tmp_path / "a.tif"))
+    assert found.shape == (64, 8, 3)
+    assert found[0].max() == 0
+    assert found[-1, :, 0].min() == 255
+
+
+def test_deep_transparent_pixels_are_black_and_the_largest_opacity_is_full(tmp_path):
+    for count in (2, 4):
+        clear = deep_ramp(count, 4095)
+        clear[..., -1] = 4095  # of 12 bits as well
+        clear[:4, :, -1] = 0
+        write_deep_png(tmp_path / "a.png", clear)
+        found = np.asarray(read_image(tmp_path / "a.png"))
+        assert found[:4].max() == 0
+        assert found[4:, -1, 0].min() == 255
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read(tmp_path):
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / "a.avif")
+    found = np.asarray(read_image(tmp_path / "a.avif")).astype(int)
+    assert np.abs(found - (200, 100, 50)).max() < 8
+
+
+def test_heic_needs_a_package_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    with pytest.raises(BadImage, match="needs the package pillow-heif: pip install pillow-heif"):
+        read_image(tmp_path / "a.HEIC")
 
 
 # ---------------------------------------------------------------- DICOM and volumes
@@ -475,6 +604,188 @@ def test_volumes_read_as_nibabel_itself_turns_them():
         )
         found = values(path)
         assert found.shape == expected.shape and np.abs(found - expected).max() <= 1, name
+
+
+@nifti
+@pytest.mark.parametrize("kind", ["vector", "rgb24", "vectors of several times"])
+def test_colours_of_a_volume_are_colours(tmp_path, kind):
+    import nibabel
+
+    colours = np.zeros((6, 8, 4, 1, 3), np.uint8)  # right, anterior, superior, time, colour
+    colours[..., 0] = 200
+    colours[3:, ..., 1] = 100
+    if kind == "rgb24":
+        fields = [("R", "u1"), ("G", "u1"), ("B", "u1")]
+        colours = np.ascontiguousarray(colours[:, :, :, 0]).view(fields)[..., 0]
+    if kind == "vectors of several times":
+        colours = np.concatenate([colours, colours // 2], 3)
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), tmp_path / "a.nii.gz")
+
+    found = np.asarray(read_image(tmp_path / "a.nii.gz"))
+
+    assert found.shape == (8, 6, 3)
+    assert found[0, 0].tolist() == [200, 0, 0]
+    assert found[0, -1].tolist() == [200, 100, 0]
+
+
+@nifti
+def test_a_vector_of_floats_is_scaled_by_the_range(tmp_path):
+    import nibabel
+
+    vectors = np.zeros((6, 8, 4, 1, 3), np.float32)
+    vectors[..., 1] = 0.5
+    nibabel.save(nibabel.Nifti1Image(vectors, np.eye(4)), tmp_path / "a.nii")
+    found = np.asarray(read_image(tmp_path / "a.nii", value_range=(0, 1)))
+    assert found[0, 0].tolist() == [0, 128, 0]
+
+
+@nifti
+def test_the_first_of_several_channels_is_read_and_that_is_said_once(tmp_path, capsys):
+    import nibabel
+
+    for name in ("a.nii", "b.nii"):
+        channels = np.random.RandomState(0).rand(6, 8, 4, 4).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(channels, np.eye(4)), tmp_path / name)
+    nibabel.save(nibabel.Nifti1Image(channels[..., 0], np.eye(4)), tmp_path / "first.nii")
+
+    metrics.load_pixels(metrics.list_images(str(tmp_path)), 16)
+
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("2 of 3 images, such as a.nii: of 4 volumes in a file")
+    assert (values(tmp_path / "a.nii") == values(tmp_path / "first.nii")).all()
+
+
+def frame_tags(**tags):
+    """The item of a functional group that gives a frame its rescale or window."""
+    from pydicom.dataset import Dataset
+
+    inner = Dataset()
+    for name, value in tags.items():
+        setattr(inner, name, value)
+    group = Dataset()
+    kind = "FrameVOILUT" if "WindowCenter" in tags else "PixelValueTransformation"
+    setattr(group, f"{kind}Sequence", [inner] if tags else [])
+    return group
+
+
+@dicom
+def test_a_frame_of_an_enhanced_file_has_its_own_tags_alone(tmp_path):
+    frames = np.stack([RAMP, RAMP, RAMP])
+    rescale = frame_tags(RescaleSlope=0.1, RescaleIntercept=0)
+    write_dicom(
+        tmp_path / "first",
+        frames,
+        PerFrameFunctionalGroupsSequence=[rescale, frame_tags(), frame_tags()],
+    )
+    window = frame_tags(WindowCenter=100, WindowWidth=50)
+    write_dicom(
+        tmp_path / "window",
+        frames,
+        PerFrameFunctionalGroupsSequence=[frame_tags(), window, frame_tags()],
+    )
+
+    middle = values(tmp_path / "first")[0]
+
+    low, high = np.percentile([RAMP * 0.1, RAMP, RAMP], (0.5, 99.5))
+    assert np.abs(middle - 255 * ((RAMP[0] - low) / (high - low)).clip(0, 1)).max() <= 1
+    assert (values(tmp_path / "window", slice=0) == values(tmp_path / "window", slice=2)).all()
+    assert values(tmp_path / "window", slice=1)[0, 10] == 255
+    assert values(tmp_path / "window", slice=2)[0, 10] < 40
+
+
+def write_compressed(path, pixels, stream, syntax, **tags):
+    """A DICOM file of pixels (H, W) or (H, W, 3) that a codec has encoded as `stream`."""
+    import pydicom
+    from pydicom.encaps import encapsulate
+
+    write_dicom(path, np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 else pixels))
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = syntax
+    if pixels.ndim == 3:
+        data.SamplesPerPixel = 3
+        data.PlanarConfiguration = 0
+    for name, value in tags.items():
+        setattr(data, name, value)
+    data.PixelData = encapsulate([stream])
+    data["PixelData"].is_undefined_length = True
+    data.save_as(path)
+
+
+@dicom
+@pytest.mark.parametrize("codec", ["none", "JPEG 2000"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+def test_bits_above_those_stored_are_no_values(tmp_path, codec, dtype):
+    ramp = RAMP // 2  # of 11 bits, so positive with a sign, too
+    covered = ramp | 0x8000  # an overlay
+    plain = dict(WindowCenter=1024, WindowWidth=2048)
+    stored = dict(BitsStored=12, HighBit=11, PixelRepresentation=int(dtype == np.int16), **plain)
+    write_dicom(tmp_path / "plain", ramp, **plain)
+    if codec == "none":
+        write_dicom(tmp_path / "covered", covered, **stored)
+    else:
+        stream = io.BytesIO()
+        Image.fromarray(covered).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
+        syntax = "1.2.840.10008.1.2.4.90"
+        write_compressed(tmp_path / "covered", covered, stream.getvalue(), syntax, **stored)
+
+    assert (values(tmp_path / "covered") == values(tmp_path / "plain")).all()
+
+
+PATCHES = np.zeros((32, 48, 3), np.uint8)
+PATCHES[:, :16] = (200, 60, 40)
+PATCHES[:, 16:32] = (20, 200, 60)
+PATCHES[:, 32:] = (30, 40, 220)
+
+
+def jpeg_stream(markers, **how):
+    """PATCHES as a JPEG stream with JFIF's, Adobe's or no marker."""
+    file = io.BytesIO()
+    Image.fromarray(PATCHES).save(file, "JPEG", quality=95, **how)
+    whole = file.getvalue()
+    place = 2
+    while 0xE0 <= whole[place + 1] <= 0xEF:
+        place += 2 + int.from_bytes(whole[place + 2 : place + 4], "big")
+    start = whole[:2]
+    if markers == "JFIF":
+        start = whole[:place]
+    if markers == "Adobe":
+        start += b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([0 if how.get("keep_rgb") else 1])
+    return start + whole[place:]
+
+
+@dicom
+@pytest.mark.parametrize("label", ["RGB", "YBR_FULL_422"])
+@pytest.mark.parametrize("markers", ["none", "JFIF", "Adobe"])
+@pytest.mark.parametrize(
+    "how", [dict(subsampling=0), dict(subsampling=2), dict(keep_rgb=True)], ids=str
+)
+def test_colours_of_a_jpeg_are_those_of_its_stream(tmp_path, capsys, how, markers, label):
+    if "keep_rgb" in how and markers == "JFIF":
+        pytest.skip("JFIF has no RGB")
+    stream = jpeg_stream(markers, **how)
+    path = tmp_path / "a.dcm"
+    syntax = "1.2.840.10008.1.2.4.50"
+    write_compressed(path, PATCHES, stream, syntax, PhotometricInterpretation=label)
+
+    found = np.asarray(read_image(path)).astype(int)
+
+    assert np.abs(found - PATCHES).mean() < 4
+    metrics.load_pixels(metrics.list_images(str(tmp_path)), 16)
+    disagrees = ("keep_rgb" in how) == (label != "RGB")
+    assert ("other colours than the header" in capsys.readouterr().err) == disagrees
+
+
+@dicom
+def test_a_stream_that_does_not_say_its_colours_has_those_of_the_header(tmp_path):
+    stream = bytearray(jpeg_stream("none", keep_rgb=True))
+    for name, number in zip(b"RGB", (1, 2, 3), strict=True):  # in the frame's and the scan's header
+        for place in (stream.index(b"\xff\xc0"), stream.index(b"\xff\xda")):
+            stream[stream.index(name, place)] = number
+    path = tmp_path / "a.dcm"
+    syntax = "1.2.840.10008.1.2.4.50"
+    write_compressed(path, PATCHES, bytes(stream), syntax, PhotometricInterpretation="RGB")
+    assert np.abs(np.asarray(read_image(path)).astype(int) - PATCHES).mean() < 4
 
 
 # ---------------------------------------------------------------- files that are broken in any way

@@ -158,6 +158,20 @@ def test_v_prediction_with_rescaled_guidance_is_diffusers_own(base, peer, schedu
     assert np.abs(with_rescaling - without).max() > 1
 
 
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("scheduler", sample.SCHEDULERS)
+def test_the_bases_spacing_of_timesteps_is_obeyed(base, scheduler, spacing):
+    ours = sample.load_base(base, CPU)
+    ours.schedule["timestep_spacing"] = spacing
+    steps = sample.make_scheduler(ours, Settings(steps=5, scheduler=scheduler)).timesteps.tolist()
+    if spacing == "leading":
+        assert steps[0] < 900
+    else:
+        assert steps[0] == 999
+    if spacing == "trailing":
+        assert steps[-1] == 199
+
+
 def test_a_scheduler_that_knows_no_zero_terminal_snr_is_refused(base, capsys):
     ours = sample.load_base(base, CPU)
     ours.schedule.update(TERMINAL)

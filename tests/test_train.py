@@ -155,8 +155,50 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(flags, tmp_path, run, c
     capsys.readouterr()
     run(train, *flags, "--out", tmp_path)
     assert "is finished: 12 steps" in capsys.readouterr().out and results(tmp_path) == before
-    run(train, *flags, "--out", tmp_path, "--steps", 15)
+    run(train, *flags, "--out", tmp_path, "--steps", 15, "--lr-schedule", "constant")
     assert log_of(tmp_path)[-1]["step"] == 15 and results(tmp_path) != before
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_finished_run_grows_by_a_constant_rate_alone(
+    flags, tmp_path, run, refused, schedule, capsys
+):
+    flags = [*flags, "--out", tmp_path, "--steps", 4, "--lr-schedule", schedule]
+    run(train, *flags)
+    before = results(tmp_path)
+    line = refused(train, *flags, "--steps", 8)
+    assert "--steps 8" in line
+    assert "fell to 0 at its last step, 4: add --lr-schedule constant" in line
+    assert results(tmp_path) == before
+    assert "--rank" in refused(train, *flags, "--steps", 8, "--rank", 4)
+    capsys.readouterr()
+    run(train, *flags, "--steps", 8, "--lr-schedule", "constant")
+    assert "not that of one run of 8 steps" in capsys.readouterr().out
+    assert [line["lr"] for line in log_of(tmp_path)][4:] == [1e-3] * 4
+
+
+def test_a_run_at_a_constant_rate_grows_to_the_same_bytes_as_a_longer_one(
+    flags, tmp_path, run, capsys
+):
+    flags = [*flags, "--lr-schedule", "constant", "--warmup", 1, "--val-split", 0]
+    run(train, *flags, "--out", tmp_path / "whole", "--steps", 8)
+    run(train, *flags, "--out", tmp_path / "grown", "--steps", 4)
+    run(train, *flags, "--out", tmp_path / "grown", "--steps", 8)
+    assert "not that of one run" not in capsys.readouterr().out
+    assert results(tmp_path / "grown") == results(tmp_path / "whole")
+
+
+def test_a_stopped_run_that_is_to_be_longer_says_so(flags, tmp_path, run, monkeypatch, capsys):
+    flags = [*flags, "--out", tmp_path, "--save-every", 1]
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", stopped)  # at step 6
+        run(train, *flags)
+    run(train, *flags, "--steps", 15)
+    assert "the result is not that of one run of 15 steps" in capsys.readouterr().out
 
 
 def test_the_adapter_file_holds_the_averaged_weights_of_the_best_validation_or_of_the_end(
@@ -513,10 +555,9 @@ def test_several_processes_equal_one_with_their_batches_together(
     ]
     done = launch(*several, processes=processes)
     assert done.returncode == 0, done.stderr
-    run(train, *flags, "--out", tmp_path / "one", "--batch-size", 8, "--steps", 15)
-    run(
-        train, *flags, "--out", tmp_path / "several", "--batch-size", 8, "--steps", 15
-    )  # go on in one process
+    more = [*flags, "--batch-size", 8, "--steps", 15, "--lr-schedule", "constant"]
+    run(train, *more, "--out", tmp_path / "one")
+    run(train, *more, "--out", tmp_path / "several")  # go on in one process
     assert len(log_of(tmp_path / "several")) == 15
     for key in ("loss", "val_loss"):
         for one, other in zip(
@@ -961,7 +1002,7 @@ def test_the_end_of_another_run_is_a_result_and_a_damaged_log_no_hindrance(flags
     assert results(tmp_path / "a")[1] == results(tmp_path / "b")[1]
     lines = (tmp_path / "a" / "log.jsonl").read_text()
     (tmp_path / "a" / "log.jsonl").write_text(lines + '{"step": 1, "loss": [}')
-    run(train, *flags, "--out", tmp_path / "a", "--steps", 13)
+    run(train, *flags, "--out", tmp_path / "a", "--steps", 13, "--lr-schedule", "constant")
     assert [line["step"] for line in log_of(tmp_path / "a")] == list(range(1, 14))
 
 
@@ -1068,9 +1109,8 @@ def test_unreadable_images_are_named_and_skipped_or_refused(
     ]  # one of 25, wherever it falls
     run(train, *flags, "--out", tmp_path / "a", "--steps", 2)
     assert "skipped: " in (said := capsys.readouterr().err) and "broken.png" in said
-    run(
-        train, *flags, "--out", tmp_path / "a", "--steps", 4
-    )  # and the run goes on, though the file is bad as before
+    # and the run goes on, though the file is bad as before
+    run(train, *flags, "--out", tmp_path / "a", "--steps", 4, "--lr-schedule", "constant")
     assert log_of(tmp_path / "a")[-1]["step"] == 4
     assert "broken.png" in refused(train, *flags, "--out", tmp_path / "b", "--strict")
     (data / "worse.png").write_bytes(b"")

@@ -112,7 +112,7 @@ DAMAGED = [
     ("run/split.csv", "evaluate images new --split run/split.csv --permutations 99"),
     ("run/split.csv", "filter new --reference images --keep 3 --split run/split.csv"),
     ("run/args.json", INTO_RUN),
-    ("run/log.jsonl", INTO_RUN.replace("--steps 1", "--steps 4")),
+    ("run/log.jsonl", INTO_RUN.replace("--steps 1", "--steps 4 --lr-schedule constant")),
     ("selector.safetensors", f"{JOBS['filter']} --selector selector.safetensors"),
     ("selector.safetensors", f"{RATING_PAGE} --suggest 4 --selector selector.safetensors"),
     ("ratings.csv", JOBS["filter, fit"]),
