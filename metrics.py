@@ -40,7 +40,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-import PIL.features
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -306,10 +305,14 @@ def pick_gpu(gpus):
 # ---------------------------------------------------------------- reading one image
 
 # never EPS: Pillow starts ghostscript to read it
-FORMATS = ("PNG", "JPEG", "JPEG2000", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "QOI", "PSD")
+FORMATS = tuple("PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split())
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-HEIF_SUFFIXES = (".heic", ".heif", ".hif")
-JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
+with contextlib.suppress(ImportError):  # without it HEIC is not read
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    FORMATS += ("HEIF",)
+ADVICE = "save images as PNG, or for HEIC pip install pillow-heif"
 WINDOWS = {  # (centre, width) in Hounsfield units
     "lung": (-600, 1500),
     "soft": (40, 400),
@@ -347,11 +350,9 @@ def read_image(
     except BadImage:
         raise
     except ImportError as error:
-        package = error.name.replace("_", "-")
-        raise BadImage(path, f"needs the package {package}: pip install {package}") from None
+        raise BadImage(path, f"needs the package {error.name}: pip install {error.name}") from None
     except UnidentifiedImageError:
-        why = "is not an image, or empty, or of a kind that is not read: save it as PNG"
-        raise BadImage(path, why) from None
+        raise BadImage(path, f"is not an image, or empty, or not read: {ADVICE}") from None
     except Exception as error:  # not its text: pydicom quotes the header
         why = getattr(error, "strerror", None) or f"is damaged ({type(error).__name__})"
         raise BadImage(path, why) from None
@@ -360,24 +361,17 @@ def read_image(
 
 def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like: the first frame, upright, transparency on black."""
-    formats = FORMATS
-    if str(path).lower().endswith(HEIF_SUFFIXES):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-        formats = (*FORMATS, "HEIF")
     # opened as a file: given a name, Pillow maps some TIFFs wrongly
-    with open(path, "rb") as file, Image.open(file, formats=formats) as image:
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         if image.format == "PNG":
             Image.open(path).verify()  # decoding alone ignores wrong checksums
         values = deep_values(path, image)
         if values is not None:  # convert() would clip these at 255
-            is_inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero
-            orientation = image.getexif().get(0x0112, 1)
-            image = scale(values, *(value_range or percentile_range(values, 0, 100)))
-            image.getexif()[0x0112] = orientation
-            if is_inverted:
-                image = ImageOps.invert(image)  # Pillow does this for 8 bits itself
+            scaled = scale(values, *(value_range or percentile_range(values, 0, 100)))
+            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
+                return ImageOps.invert(scaled)  # Pillow does this for 8 bits itself
+            scaled.info = image.info
+            return ImageOps.exif_transpose(scaled)
         ImageOps.exif_transpose(image, in_place=True)
         if image.has_transparency_data:
             black = Image.new("RGBA", image.size, "black")
@@ -391,44 +385,39 @@ def deep_values(path, image):
         return np.asarray(image)
     if image.format not in ("PNG", "TIFF") or image.mode not in ("RGB", "RGBA"):
         return None
-    if image.format == "TIFF" and image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ()):
-        raise BadImage(path, "has 16-bit colours in a plane each: save it as a 16-bit PNG")
     layout = image.tile[0].args  # such as RGB;16L, the last letter the byte order
     if image.format == "TIFF":
         layout = layout[0]
+        is_in_planes = image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ())
+        if is_in_planes or "a;16" in layout:
+            why = "has 16-bit colours in a plane each or times an opacity: save it as a 16-bit PNG"
+            raise BadImage(path, why)
     if ";16" not in layout:
         return None
-    image.load()  # turns a TIFF upright
-    if layout == "LA;16B":
-        pairs = decode_as("RGBA", path)
-        values = pairs[..., ::2] * 256 + pairs[..., 1::2]
-    else:  # Pillow gives the upper bytes alone; in the other order these are the lower ones
-        kind = layout[:-1].replace("a", "A")
-        other = "L" if layout.endswith("B") else "B"
-        values = decode_as(kind + layout[-1], path) * 256 + decode_as(kind + other, path)
-    if "a" in layout:  # its colours lie on black already
-        values = values[..., :3]
-    if values.shape[2] in (2, 4):
-        opacity = values[..., -1:] / max(1, values[..., -1].max())
-        values = (values[..., :-1] * opacity).round().astype(values.dtype)
-    return values if values.shape[2] == 3 else values[..., 0]
+    values = np.asarray(image).astype(np.uint16) * 256 + lower_bytes(path, layout)
+    if values.shape[2] == 4:
+        opacity = values[..., 3:] / max(1, values[..., 3].max())
+        values = (values[..., :3] * opacity).round().astype(np.uint16)
+    return values
 
 
-def decode_as(raw_mode, path):
-    """The bytes (H, W, channels) of a PNG or TIFF as a raw mode of Pillow's has them, as uint16."""
+def lower_bytes(path, layout):
+    """The bytes of 16-bit colours that Pillow leaves out: its upper ones in the other order."""
+    other = layout[:-1] + ("L" if layout.endswith("B") else "B")
+    if layout == "LA;16B":  # there is no LA;16L; read as RGBA, each byte is a channel
+        other = "RGBA"
     with open(path, "rb") as file, Image.open(file, formats=("PNG", "TIFF")) as image:
         tiles = []
         for tile in image.tile:
-            args = raw_mode if image.format == "PNG" else (raw_mode, *tile.args[1:])
-            tiles.append(tile._replace(args=args))
+            settings = tile.args[1:] if image.format == "TIFF" else ()
+            tiles.append(tile._replace(args=(other, *settings)))
         image.tile = tiles
-        return np.asarray(image).astype(np.uint16)
+        values = np.asarray(image)
+    return values[..., (1, 1, 1, 3)] if layout == "LA;16B" else values
 
 
 def scale(values, low, high):
     """(H, W) or (H, W, 3) numbers to mode "L" or "RGB": black up to low, 255 from high."""
-    if values.ndim == 3:
-        return Image.merge("RGB", [scale(values[..., i], low, high) for i in range(3)])
     finite = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     unit = (finite - low) / max(high - low, 1e-12)
     return Image.fromarray((unit.clip(0, 1) * 255 + 0.5).astype(np.uint8))
@@ -547,14 +536,15 @@ def jpeg_colours(data, frame):
     pydicom reads them as the header has them.
     """
     from pydicom.encaps import get_frame
+    from pydicom.uid import JPEGBaseline8Bit
 
-    if data.file_meta.TransferSyntaxUID != JPEG_BASELINE or data.SamplesPerPixel != 3:
+    if data.file_meta.TransferSyntaxUID != JPEGBaseline8Bit or data.SamplesPerPixel != 3:
         return None
     stream = get_frame(data.PixelData, frame, number_of_frames=count_frames(data))
     image = Image.open(io.BytesIO(stream), formats=["JPEG"])
-    names, *layers = zip(*image.layer, strict=True)
-    is_rgb = bytes(names) == b"RGB" or image.info.get("adobe_transform") == 0
-    is_even = len({*zip(*layers, strict=True)}) == 1  # brightness and colours are stored alike
+    names = bytes(layer[0] for layer in image.layer)
+    is_rgb = names == b"RGB" or image.info.get("adobe_transform") == 0
+    is_even = len({layer[1:] for layer in image.layer}) == 1  # colours as sharp as brightness
     if is_even and not is_rgb and not image.info.keys() & {"jfif", "adobe"}:
         return None
     colours = image.convert("RGB")
@@ -664,11 +654,10 @@ def load_volume(path):
     import nibabel
 
     volume = nibabel.load(path)
-    axes = 3
-    if volume.ndim == 5 and volume.shape[4] == 3:  # a vector in each place
-        axes = 4
-    count = math.prod(volume.shape[3:]) // (3 if axes == 4 else 1)
-    while volume.ndim > axes:
+    is_vector = volume.ndim == 5 and volume.shape[4] == 3
+    count = 1
+    while volume.ndim > (4 if is_vector else 3):
+        count *= volume.shape[3]
         volume = volume.slicer[:, :, :, 0]
     volume = nibabel.as_closest_canonical(volume)
     values = np.atleast_3d(np.asanyarray(volume.dataobj))
@@ -686,17 +675,12 @@ def load_volume(path):
 
 # ---------------------------------------------------------------- listing a data set
 
-RASTERS = (
-    ".png .apng .jpg .jpeg .jpe .jfif .jp2 .j2k .jpx .jpf .gif .bmp .dib .tif .tiff .webp "
-    ".ppm .pgm .pbm .pnm .pfm .qoi .psd"
-).split()
-IMAGE_SUFFIXES = (*RASTERS, ".dcm", ".dicom", *VOLUME_SUFFIXES)
-if PIL.features.check("avif"):
-    IMAGE_SUFFIXES += (".avif", ".avifs")
-if importlib.util.find_spec("pillow_heif"):
-    IMAGE_SUFFIXES += HEIF_SUFFIXES
+IMAGE_SUFFIXES = (".dcm", ".dicom", *VOLUME_SUFFIXES)
+for suffix, name in Image.registered_extensions().items():
+    if name in FORMATS:
+        IMAGE_SUFFIXES += (suffix,)
 CAPTION_SUFFIXES = (".txt", ".caption")
-LITTER = ("thumbs.db", "desktop.ini")  # of Windows
+LITTER = (".db", ".ini")  # Thumbs.db and desktop.ini of Windows
 COLUMNS = {
     "image": ("file_name", "path", "image", "image_path", "file"),
     "caption": ("text", "caption", "prompt"),
@@ -774,7 +758,7 @@ def list_folder(folder, strict):
     for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):  # skips hidden files
         path = os.path.abspath(os.path.join(folder, name))
         suffix = os.path.splitext(name)[1].lower()
-        if not os.path.isfile(path) or os.path.basename(name).lower() in LITTER:
+        if not os.path.isfile(path) or suffix in LITTER:
             continue
         if looks_like_image(path):
             label = os.path.dirname(name).split(os.sep)[0]
@@ -783,33 +767,20 @@ def list_folder(folder, strict):
             texts[stem_of(path)] = path
         else:
             skipped[suffix or "without a suffix"] += 1
-    stems = {stem_of(row.path) for row in rows}
     for row in rows:
         if stem_of(row.path) in texts:
             row.caption = " ".join(read_text(texts[stem_of(row.path)]).split())
-    orphans = sorted(os.path.basename(texts[stem]) for stem in texts.keys() - stems)
-    if orphans:
-        note(f"{folder}: {len(orphans)} caption files have no image, such as {orphans[0]}")
-    report_skipped(folder, skipped, strict or not rows)
+    for _ in texts.keys() - {stem_of(row.path) for row in rows}:
+        skipped["captions without an image"] += 1
+    if skipped:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
+        message = f"{folder}: {skipped.total()} files are not read: {kinds}: {ADVICE}"
+        if strict or not rows:
+            fail(message)
+        note(message)
     if not rows:
         fail(f"{folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
     return rows
-
-
-def report_skipped(folder, skipped, is_error):
-    """Name the files that are not read, {suffix: count}, once."""
-    parts = []
-    for suffix, count in sorted(skipped.items()):
-        part = f"{count} {suffix}"
-        if suffix in HEIF_SUFFIXES:
-            part += " (pip install pillow-heif)"
-        parts.append(part)
-    if parts:
-        message = f"{folder}: {sum(skipped.values())} files are of kinds that are not read: "
-        message += ", ".join(parts) + "; save images among them as PNG"
-        if is_error:
-            fail(message)
-        note(message)
 
 
 def stem_of(path):
@@ -824,40 +795,33 @@ def name_key(name):
 
 def find_file(path):
     """The path of a file as it is spelt on the disk: see name_key."""
-    if os.path.exists(path) or path.isascii():
-        return path
     folder, name = os.path.split(path)
+    if os.path.exists(path) or not name:
+        return path
     folder = find_file(folder)
-    if not name.isascii() and os.path.isdir(folder):
-        name = spellings(folder).get(name_key(name), name)
-    return os.path.join(folder, name)
-
-
-@functools.lru_cache(maxsize=1000)
-def spellings(folder):
-    """{a name as it is compared: the same as it is spelt} of what lies in a folder."""
-    return {name_key(name): name for name in os.listdir(folder)}
+    for form in ("NFC", "NFD"):
+        path = os.path.join(folder, unicodedata.normalize(form, name))
+        if os.path.exists(path):
+            break
+    return path
 
 
 def report_table(table, rows, group_column):
     """Say where images lie next to those that a table names, and where a group is no patient."""
-    names = {name_key(row.path) for row in rows}
+    named = {name_key(row.path) for row in rows}
     unnamed = []
     for folder in sorted({os.path.dirname(row.path) for row in rows}):
-        for name in sorted(os.listdir(folder)):
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-            is_named = name_key(os.path.join(folder, name)) in names
-            if is_image and not is_named and name != "grid.png":  # of sample.py
+        for name in sorted(glob.glob("*", root_dir=folder)):
+            is_named = name_key(os.path.join(folder, name)) in named or name == "grid.png"
+            if name.lower().endswith(IMAGE_SUFFIXES) and not is_named:
                 unnamed.append(name)
     if unnamed:
-        count = f"names {len(rows)} images, and {len(unnamed)} more lie next to them"
-        note(f"{table}: {count}, such as {unnamed[0]}: not used")
+        count = f"{len(rows)} images, and {len(unnamed)} more lie next to them"
+        note(f"{table}: names {count}, such as {unnamed[0]}: not used")
     groups = sorted({row.group for row in rows} - {""})
     if str(group_column).lower() == "group" and 0 < len(groups) < min(10, len(rows) / 4):
-        few = f"{len(groups)} values in {len(rows)} rows ({', '.join(groups[:3])})"
-        note(
-            f"{table}: its column {group_column} has {few}, each taken for a patient: a diagnosis?"
-        )
+        count = f"{len(groups)} values in {len(rows)} rows ({', '.join(groups[:3])})"
+        note(f"{table}: column {group_column} has {count}, taken for patients: a diagnosis?")
 
 
 def looks_like_image(path):
@@ -883,12 +847,10 @@ def read_table(path, caption_column=None):
 
 def read_text(path):
     """The text of a file in UTF-8, or in UTF-16, which is Excel's "Unicode text"."""
-    with open(path, "rb") as file:
-        is_utf16 = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-    try:
-        return Path(path).read_text(encoding="utf-16" if is_utf16 else "utf-8-sig")
-    except UnicodeDecodeError:
-        fail(f"{path}: not a UTF-8 text file: save it as UTF-8, a table as CSV UTF-8")
+    for encoding in ("utf-8-sig", "utf-16"):
+        with contextlib.suppress(UnicodeError):
+            return Path(path).read_text(encoding)
+    fail(f"{path}: not a UTF-8 text file: save it as UTF-8, a table as CSV UTF-8")
 
 
 def read_jsonl(path, text):
@@ -1140,8 +1102,8 @@ def read_split(rows, path):
     """Set row.split as a run's split.csv (file_name, group, split) has it, "" where it does not."""
     splits = {name_key(record["file_name"]): record["split"] for record in read_table(path)}
     for row in rows:
-        names = [name_key(row.path), name_key(row.file_name)]
-        row.split = splits.get(names[0]) or splits.get(names[1]) or ""
+        by_path = splits.get(name_key(row.path))
+        row.split = by_path or splits.get(name_key(row.file_name), "")
     if not any(row.split for row in rows):
         example = rows[0].file_name
         fail(f"{path}: names none of these images, such as {example}: give the data of that run")

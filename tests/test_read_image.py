@@ -248,7 +248,9 @@ def test_tiffs_of_16_bits_are_read_as_pngs_are(tmp_path, count, order, compress)
 
 def test_deep_colours_in_planes_are_refused_with_what_to_do(tmp_path):
     write_deep_tiff(tmp_path / "a.tif", deep_ramp(3, 3000), compress=True, t284=2)
-    with pytest.raises(BadImage, match="in a plane each: save it as a 16-bit PNG"):
+    with pytest.raises(
+        BadImage, match="in a plane each or times an opacity: save it as a 16-bit PNG"
+    ):
         read_image(tmp_path / "a.tif")
 
 
@@ -280,9 +282,10 @@ def test_avif_is_read(tmp_path):
 
 
 def test_heic_needs_a_package_that_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    formats = [name for name in metrics.FORMATS if name != "HEIF"]
+    monkeypatch.setattr(metrics, "FORMATS", tuple(formats))
     (tmp_path / "a.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
-    with pytest.raises(BadImage, match="needs the package pillow-heif: pip install pillow-heif"):
+    with pytest.raises(BadImage, match="pip install pillow-heif"):
         read_image(tmp_path / "a.HEIC")
 
 
