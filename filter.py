@@ -24,10 +24,9 @@ import itertools
 import json
 import os
 import re
-import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -55,6 +54,7 @@ from metrics import (
     extract,
     fail,
     find_column,
+    find_file,
     generator,
     grain,
     has_lpips,
@@ -64,6 +64,7 @@ from metrics import (
     load_pixels,
     lpips_matrix,
     modality_of,
+    name_key,
     nearest,
     note,
     number,
@@ -632,19 +633,19 @@ def draw_order(count, seed, *key):
 
 # ---------------------------------------------------------------- experts rate
 
-RATING_COLUMNS = {  # role -> usual names, first the rating page's
-    "image": ("image_path", *COLUMNS["image"]),
+RATING_COLUMNS = {  # role -> usual names
+    "image": COLUMNS["image"],
     "rating": ("rating", "ratings", "score"),
     "expert_level": ("expert_level", "level"),
     "expert": ("expert", "rater", "reader"),
     "modality": ("modality",),
-    "prompt": ("prompt", *COLUMNS["caption"]),
-    "group": ("group", *COLUMNS["group"]),
+    "prompt": COLUMNS["caption"],
+    "group": COLUMNS["group"],
     "guess": ("guess",),
     "real": ("real",),
     "sha256": ("sha256",),
 }
-NO_VALUE = ("", "-", "?", "na", "n/a", "#n/a", "nan", "none", "null")  # of R, Excel and pandas
+NO_VALUE = ("-", "?", "na", "n/a", "#n/a", "nan", "none", "null")  # of R, Excel and pandas
 SCALE_ENDS = (1, 2, 3, 5, 7, 10, 100)
 
 
@@ -652,8 +653,7 @@ SCALE_ENDS = (1, 2, 3, 5, 7, 10, 100)
 class Rating:
     """What one expert said of one image."""
 
-    image: str  # as the ratings file names it
-    path: str  # absolute, "" where the image is not found
+    image: str  # its path as the ratings file has it
     rating: int  # 1 bad, 2 usable, 3 good
     expert_level: float  # how much this expert's ratings count
     expert: str
@@ -663,30 +663,26 @@ class Rating:
     guess: str  # "real" or "generated", of a blind page
     real: str  # "1" or "0", of a blind page
     sha256: str  # of the image's file, "" where the ratings file has none
+    path: str = ""  # absolute, "" where the image is not found
 
 
 def read_ratings(paths, files=()):
     """All ratings of ratings files: [Rating]. Of one expert's ratings of an image the last counts.
 
-    Images are found relative to their ratings file, to the folder where the command runs, to the
-    other ratings files, or among `files`: see Finder.find.
+    files: where to look for images that are not where they were.
     """
-    folders = [str(Path(path).absolute().parent) for path in paths]
-    stems = [Path(path).stem for path in paths]
-    finder = Finder(files)
+    by_hash = {content_hash(file): file for file in files}
+    by_end = index_ends(files)
     ratings = {}
     repeated = []
-    for path, folder, stem in zip(paths, folders, stems, strict=True):
+    for path in paths:
         rows = read_rating_rows(path)
-        find_images(rows, finder, dict.fromkeys([folder, os.getcwd(), *folders]))
+        find_images(rows, os.path.dirname(os.path.abspath(path)), by_hash, by_end)
         for row in rows:
-            if not row["expert"]:
-                row["expert"] = stem if stems.count(stem) == 1 else str(path)
-            rating = Rating(**row)
-            key = (rating.path or rating.image, rating.expert)
+            key = (row.path or row.image, row.expert)
             if key in ratings:
-                repeated.append(f"{rating.expert}'s of {rating.image}")
-            ratings[key] = rating
+                repeated.append(f"{row.expert}'s of {row.image}")
+            ratings[key] = row
     if repeated:
         count = len(repeated)
         note(f"{count} ratings replace earlier ones of the same expert, such as {repeated[0]}")
@@ -696,40 +692,43 @@ def read_ratings(paths, files=()):
 
 
 def read_rating_rows(path):
-    """The rated rows of one file, each a dict of the roles of RATING_COLUMNS."""
+    """The rated rows of one file: [Rating], without the paths of their images."""
     records = read_table(path)
     names = list(records[0]) if records else []
     columns = {role: find_column(names, role, RATING_COLUMNS) for role in RATING_COLUMNS}
     needed = "a ratings file has at least the columns image_path and rating"
     if not columns["image"] or not columns["rating"]:
         fail(f"{path}: {needed}; this one has {', '.join(names) or 'no rows'}")
-    rows = []
-    unrated = []
+    for record in records:
+        for name, text in record.items():
+            if text_key(text) in NO_VALUE:
+                record[name] = ""
+    texts = [record[columns["rating"]] for record in records]
+    ratings = []
     for line, record in enumerate(records, 2):
         row = {role: record.get(name, "") for role, name in columns.items()}
-        row["image"] = row["image"].replace("\\", "/")  # of Windows
-        place = f"{path}: row {line}"
-        if text_key(row["rating"]) in NO_VALUE:
-            if row["image"]:
-                unrated.append(row["image"])
+        if not row["rating"]:
             continue
-        if not row["image"]:
-            fail(f"{place}: names no image: {needed}")
+        image = row["image"].replace("\\", "/")  # of Windows
         rating = read_number(row["rating"])
-        if rating not in (1, 2, 3):
-            scale = explain_scale([record[columns["rating"]] for record in records])
-            wrong = f"not {row['rating'][:40]!r} (of {row['image'][:200]})"
-            fail(f"{place}: rating must be 1, 2 or 3, {wrong}; {scale}")
-        row["rating"] = int(rating)
-        row["expert_level"] = read_level(row["expert_level"], place)
-        row["guess"] = text_key(row["guess"])
-        if read_number(row["real"]) in (0, 1):
-            row["real"] = f"{read_number(row['real']):g}"
-        rows.append(row)
-    if unrated:
-        count = f"{len(unrated)} of {len(records)} rows"
-        note(f"{path}: {count} have no rating and are skipped, such as {unrated[0]}")
-    return rows
+        level = read_number(row["expert_level"] or "3")
+        wrong = ""
+        if not image:
+            wrong = f"names no image: {needed}"
+        elif rating not in (1, 2, 3):
+            wrong = f"rating must be 1, 2 or 3, not {row['rating'][:40]!r} (of {image[:200]})"
+            wrong = f"{wrong}; {explain_scale(set(texts) - {''})}"
+        elif not 1 <= level < np.inf:
+            wrong = f"expert_level must be a number from 1, not {row['expert_level'][:40]!r}"
+        if wrong:
+            fail(f"{path}: row {line}: {wrong}")
+        expert = row["expert"] or str(path)
+        row |= {"image": image, "rating": int(rating), "expert_level": level, "expert": expert}
+        ratings.append(Rating(**row))
+    if "" in texts:
+        count = f"{texts.count('')} of {len(texts)} rows"
+        note(f"{path}: {count} have no rating and are skipped")
+    return ratings
 
 
 def read_number(text):
@@ -740,141 +739,83 @@ def read_number(text):
         return np.nan
 
 
-def read_level(text, place):
-    """How much an expert's ratings count, 3 where no level is given; place: of the row."""
-    if text_key(text) in NO_VALUE:
-        return 3.0
-    level = read_number(text)
-    if not 1 <= level < np.inf:
-        levels = "3 is a specialist, 2 a resident, 1 a student"
-        fail(f"{place}: expert_level must be a number from 1, not {text[:40]!r}: {levels}")
-    return level
-
-
 def explain_scale(texts):
-    """The ratings found in a column that holds others than 1 to 3, and how to write them as such.
+    """The ratings of a column that holds others than 1 to 3, and how to write them as such.
 
     Numbers are cut into thirds of the least usual scale that holds them all.
     """
-    texts = sorted({text[:40] for text in texts if text_key(text) not in NO_VALUE})
-    values = np.unique([read_number(text) for text in texts])
+    found = ", ".join(repr(text[:40]) for text in sorted(texts)[:11])
+    values = [read_number(text) for text in texts]
     if not np.isfinite(values).all():
-        return f"found {list_some(map(repr, texts))}: write 1 for bad, 2 for usable, 3 for good"
-    low = min(1, values[0])
-    high = next((end for end in SCALE_ENDS if end >= values[-1]), values[-1])
-    thirds = np.digitize((values - low) / (high - low), [1 / 3 - 1e-9, 2 / 3 + 1e-9])
-    parts = []
-    for third in np.unique(thirds):
-        inside = values[thirds == third]
-        ends = dict.fromkeys([f"{inside[0]:g}", f"{inside[-1]:g}"])
-        parts.append(f"{' to '.join(ends)} as {third + 1}")
-    found = list_some(f"{value:g}" for value in values)
-    return f"found {found}: write {', '.join(parts)}, or the other way round where less is better"
+        return f"found {found}: write 1 for bad, 2 for usable, 3 for good"
+    low = min(1, *values)
+    high = min([end for end in SCALE_ENDS if end >= max(values)], default=max(values))
+    third = (high - low) / 3
+    return (
+        f"found {found}: write 1 for those below {low + third:.3g}, 3 for those above "
+        f"{high - third:.3g}, 2 for others, or the other way round where less is better"
+    )
 
 
-def list_some(texts, count=11):
-    """The first of some texts, joined by commas."""
-    texts = list(texts)
-    if len(texts) > count:
-        texts[count:] = ["…"]
-    return ", ".join(texts)
+def ends_of(path):
+    """A path and the ends of it, the longest first: a/b/c.png, b/c.png, c.png."""
+    parts = Path(path).parts
+    return [name_key("/".join(parts[start:])) for start in range(len(parts))]
 
 
-class Finder:
-    """Finds rated images, also after a move: by their content, or by the end of their path."""
-
-    def __init__(self, files):
-        self.files = files  # among which to look for images that are not where they were
-
-    @cached_property
-    def by_hash(self):
-        return {content_hash(file): file for file in self.files}
-
-    @cached_property
-    def by_name(self):
-        """File name -> paths, both in one Unicode form: macOS takes letters and accents apart."""
-        paths = {}
-        for file in self.files:
-            name = unicodedata.normalize("NFC", Path(file).name)
-            paths.setdefault(name, []).append(file)
-        return paths
-
-    def find(self, name, digest, folders):
-        """(the path of an image or "", whether it is surely this image).
-
-        name: the image's path when it was rated. digest: the SHA-256 of its file, which is then
-        required, or "". Without it a file is taken where it alone has the end of the path.
-        """
-        for folder in folders:
-            place = os.path.normpath(os.path.join(folder, name))
-            if holds(place, digest):
-                return place, True
-        parts = PurePosixPath(name).parts
-        for start in range(len(parts)):
-            places = self.list_places(parts[start:], folders)
-            places = [place for place in places if holds(place, digest)]
-            if places and digest:
-                return places[0], True
-            if len(places) == 1:
-                return places[0], False
-            if places:
-                break
-        return self.by_hash.get(digest, "") if digest else "", True
-
-    def list_places(self, parts, folders):
-        """The files of this path below the folders, and the `files` whose paths end with it."""
-        places = []
-        for folder in folders:
-            for form in ("NFC", "NFD"):
-                name = unicodedata.normalize(form, os.path.join(*parts))
-                place = os.path.normpath(os.path.join(folder, name))
-                if os.path.isfile(place):
-                    places.append(place)
-                    break  # macOS finds the file by either
-        end = unicodedata.normalize("NFC", "/" + "/".join(parts))
-        for file in self.by_name.get(end.rpartition("/")[2], []):
-            if unicodedata.normalize("NFC", Path(file).as_posix()).endswith(end):
-                places.append(file)
-        return list(dict.fromkeys(places))
+def index_ends(paths):
+    """End of a path -> the paths that have it."""
+    by_end = defaultdict(set)
+    for path in paths:
+        for end in ends_of(path):
+            by_end[end].add(path)
+    return by_end
 
 
-def holds(path, digest):
-    """Whether there is a file at the path, of this SHA-256 if one is given."""
-    return os.path.isfile(path) and (not digest or content_hash(path) == digest)
+def find_images(ratings, folder, by_hash, by_end):
+    """Set the paths of the images of a ratings file in a folder, "" where they are not found.
 
-
-def find_images(rows, finder, folders):
-    """Set row["path"] of the rows of one file: where the image is, or "".
-
-    Where the ends of two images' paths lead to one file, as of calm/0.png and sore/0.png when one
-    of the folders is gone, neither is taken.
+    An image with a SHA-256 is known by that. Another is where the file says, seen from its folder
+    or from where the command runs; else, after a move, it is the file that has an end of its path
+    which no other file and no other image has.
     """
-    names = {}
-    unsure = []
-    for row in rows:
-        digest = row["sha256"].lower()
-        row["path"], is_sure = finder.find(row["image"], digest, folders)
-        name = "" if is_sure else row["image"]
-        names.setdefault(row["path"], set()).add(name)
-        if not is_sure:
-            unsure.append(row)
-    for row in unsure:
-        if len(names[row["path"]]) > 1:
-            row["path"] = ""
+    folders = (folder, os.getcwd())
+    images_by_end = index_ends(rating.image for rating in ratings)
+    for rating in ratings:
+        rating.path = find_below(folders, rating.image)
+        if rating.sha256:
+            if rating.path:
+                by_hash.setdefault(content_hash(rating.path), rating.path)
+            rating.path = by_hash.get(rating.sha256.lower(), "")
+        elif not rating.path:
+            for end in ends_of(rating.image):
+                paths = by_end[end] | {find_below(folders, end)} - {""}
+                if len(paths) == len(images_by_end[end]) == 1:
+                    rating.path = paths.pop()
+                    break
+
+
+def find_below(folders, name):
+    """The file of this name in the first of the folders that has it, else ""."""
+    for folder in folders:
+        path = find_file(os.path.normpath(os.path.join(folder, name)))
+        if os.path.isfile(path):
+            return path
+    return ""
 
 
 def drop_missing(ratings):
     """The ratings of images that are found; more than 5 % of images missing is an error."""
-    images = {rating.image for rating in ratings}
-    missing = sorted({rating.image for rating in ratings if not rating.path})
+    images = {rating.image: rating.path for rating in ratings}
+    missing = sorted(image for image, path in images.items() if not path)
     if missing:
         count = f"{len(missing)} of {len(images)} rated images"
-        message = f"{count} are not there as they were rated: {list_some(missing, 5)}"
+        message = f"{count} are not there as they were rated: {', '.join(missing[:5])}"
         if len(missing) > BAD_SHARE * len(images):
-            advice = "name the folder that holds them, as GENERATED, --blind or --reference"
-            if any(rating.sha256 and not rating.path for rating in ratings):
-                advice += "; without the column sha256 they are found by name alone"
-            fail(f"{message}: {advice}")
+            fail(
+                f"{message}: name the folder that holds them, as GENERATED, --blind or --reference;"
+                " without the column sha256 they are found by name alone"
+            )
         note(f"{message}: skipped")
     return [rating for rating in ratings if rating.path]
 
@@ -1061,7 +1002,8 @@ def print_agreement(args):
         ratings.setdefault(rating.expert, {})[rating.path or rating.image] = rating.rating
         if rating.real and rating.guess:
             counts = guesses.setdefault(rating.expert, np.zeros((2, 2), int))
-            counts[int(rating.real != "1"), int(rating.guess != "real")] += 1
+            is_generated = int(read_number(rating.real) != 1)
+            counts[is_generated, int(text_key(rating.guess) != "real")] += 1
     if len(ratings) < 2 and not guesses:
         fail("--agreement: one rater and no guesses: nothing to compare")
     for (a, first), (b, second) in itertools.combinations(ratings.items(), 2):

@@ -12,6 +12,7 @@ because no key holds alpha; the settings are one JSON string in the header. Meth
 
 import ast
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import nn
 
@@ -143,6 +144,8 @@ def load(path):
     ranks = set()
     alphas = set()
     for name, parts in sorted(layers.items()):
+        if not {"A", "B"} <= parts.keys():
+            fail(f"{path}: not an adapter: {name} has no pair A, B")
         a, b = parts["A"], parts["B"]
         if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b.shape[1] == b[:1].numel():
             fail(f"{path}: {name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
@@ -184,18 +187,21 @@ def read_file(path):
             settings = {**settings, **metadata, **header}
         base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
         return tensors, {"base": base, **metadata}, settings
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError):
-        fail(f"{path}: not a readable safetensors file, or its settings or {CONFIG} are not JSON")
+    except Exception as error:  # a file may hold anything
+        reason = str(error)[:100]
+        fail(f"{path}: not a readable safetensors file, or its {CONFIG} is not JSON ({reason})")
 
 
 def sort_keys(path, tensors, settings):
     """{layer: {"A": tensor, "B": …[, "alpha": …]}} and the dialect; other keys are an error."""
     layers = defaultdict(dict)
     dialect = "diffusers"
-    models = re.findall(r"'base_model_class': '(\w+)'", str(settings))
-    model = "".join(f"{name}." for name in models)
+    method = re.search(rf"init_lora_weights': '({CHANGE_THE_BASE})", str(settings))
+    if method:
+        fail(f"{path}: {method[1]} changes the base too: let PEFT convert it to plain LoRA")
+    model = re.search(r"'base_model_class': '(\w+)|$", str(settings))[1] or ""
     for key, tensor in tensors.items():
-        dialect, layer, part = read_key(key, model)
+        dialect, layer, part = read_key(key.replace(PEFT_ROOT, f"{PEFT_ROOT}{model}."))
         if not part or (settings is not None and not LAYERS.fullmatch(layer)):
             names = f"{layer} {key}"
             kinds = [kind for pattern, kind in FOREIGN.items() if re.search(pattern, names)]
@@ -206,12 +212,7 @@ def sort_keys(path, tensors, settings):
         if part in layers[layer]:
             fail(f"{path}: not an adapter: it holds {layer} twice")
         layers[layer][part] = tensor
-    complete = settings is None or "lora_alpha" in str(settings)
-    for layer, parts in layers.items():
-        if not {"A", "B"} <= parts.keys():
-            fail(f"{path}: not an adapter: {layer} has no pair A, B")
-        complete = complete or "alpha" in parts
-    if not complete:
+    if settings is not None and not re.search(r"lora_alpha|\.alpha'", f"{settings}{[*tensors]}"):
         note(f"{path}: no alpha in it or in an {CONFIG} next to it; alpha = rank is taken")
     return layers, dialect
 
@@ -239,6 +240,8 @@ def find_alpha(path, name, parts, settings):
 # ---------------------------------------------------------------- which keys mean what
 
 CONFIG = "adapter_config.json"  # PEFT's settings, next to an adapter
+PEFT_ROOT = "base_model.model."
+CHANGE_THE_BASE = "(?i:pissa|olora|corda|loftq|lora_ga)"  # PEFT's ways to begin that do so
 # The keys of each dialect: the layer, then which tensor of its pair. The first that fits counts.
 KEYS = (
     ("PEFT", r"(.*base_model\.model\..+)\.lora_(A|B)(?:\.[^.]+)?\.weight"),
@@ -251,7 +254,7 @@ KEYS = (
 PARTS = {"A": "A", "B": "B", "down": "A", "up": "B", "alpha": "alpha"}
 # What other trainers call a layer → what diffusers calls it, in the order of replacement.
 RENAMED = (
-    (r"\b(module|_orig_mod|orig\.mod)\.", ""),
+    (r"\b(base_model\.model|module|_orig_mod|orig\.mod)\.+", ""),
     (r"^CLIPTextModelWithProjection\.|^lora\.te2\.|^(?=text_projection$)", "text_encoder_2."),
     (r"^CLIPTextModel\.|^lora\.te1?\.|^(?=(text_model\.)?encoder\.layers)", "text_encoder."),
     (r"^(UNet2DConditionModel|((lora|lycoris)\.)?unet|lycoris|diffusion_model)\.", "unet."),
@@ -303,21 +306,17 @@ VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd21-base", "sd_v2_v": "sd21", "sdxl_base
 TEXT_WIDTHS = {768: "sd15", 1024: "sd21-base", 2048: "sdxl"}
 
 
-def read_key(key, model=""):
+def read_key(key):
     """(dialect, layer, "A", "B" or "alpha"); of an unknown key ("", key, "")."""
     for dialect, pattern in KEYS:
         match = re.fullmatch(pattern, key)
         if match:
-            return dialect, layer_name(match[1], model), PARTS[match[2]]
+            return dialect, layer_name(match[1]), PARTS[match[2]]
     return "", key, ""
 
 
-def layer_name(text, model=""):
-    """What any trainer calls a layer → "unet.<path>", "text_encoder.…" or "text_encoder_2.…".
-
-    model: the class that PEFT's settings name, with a dot.
-    """
-    text = text.replace("base_model.model.", model)
+def layer_name(text):
+    """What any trainer calls a layer → "unet.<path>", "text_encoder.…" or "text_encoder_2.…"."""
     if text.startswith(("lora_", "lycoris_")):
         text = ".".join(WORDS.findall(text))
     for pattern, replacement in RENAMED:
@@ -334,6 +333,14 @@ def translate(path, names):
     """A dotted path whose longest beginning that is in `names` is replaced."""
     beginnings = "|".join(sorted(names, key=len, reverse=True))
     return re.sub(rf"^({beginnings})(?![^.])", lambda match: names[match[0]], path)
+
+
+RESNET_PARTS = {
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
+    "emb_layers.1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
 
 
 def sgm_names():
@@ -359,11 +366,8 @@ def sgm_names():
             names[f"output_blocks.{n}.1.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
             names[f"output_blocks.{n}.2.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     for theirs, ours in list(names.items()):
-        if ".resnets." in ours:
-            names[f"{theirs}.in_layers.2"] = f"{ours}.conv1"
-            names[f"{theirs}.out_layers.3"] = f"{ours}.conv2"
-            names[f"{theirs}.emb_layers.1"] = f"{ours}.time_emb_proj"
-            names[f"{theirs}.skip_connection"] = f"{ours}.conv_shortcut"
+        for sgm_part, part in RESNET_PARTS.items():
+            names[f"{theirs}.{sgm_part}"] = f"{ours}.{part}"
     return {f"unet.{theirs}": f"unet.{ours}" for theirs, ours in names.items()}
 
 
@@ -423,8 +427,8 @@ def merged(models, adapters):
 def info(path):
     """Print what an adapter file holds, a figure a line."""
     pairs, metadata, extra = load(path)
-    count = sum(a.numel() + b.numel() for a, b in pairs.values())
-    count += sum(tensor.numel() for tensor in extra.values())
+    tensors = itertools.chain(extra.values(), *pairs.values())
+    count = sum(tensor.numel() for tensor in tensors)
     figures = {"pairs": len(pairs), "parameters": count, "family": guess_base(pairs)}
     for key, value in {**metadata, **figures}.items():
         print(f"{key}: {' '.join(str(value).split())}"[:200])
@@ -452,13 +456,10 @@ def merge(files, out):
             common = metadata
         common = {key: value for key, value in common.items() if metadata.get(key) == value}
         for name, (a, b) in pairs.items():
-            b = weight * b
-            if name in stacked:
-                first_a, first_b = stacked[name]
-                if first_a.shape[1:] != a.shape[1:] or len(first_b) != len(b):
-                    fail(f"{name} has another shape in {path}; is it for another base?")
-                a, b = torch.cat([first_a, a]), torch.cat([first_b, b], dim=1)
-            stacked[name] = (a, b)
+            first_a, first_b = stacked.get(name, (a[:0], b[:, :0]))
+            if first_a.shape[1:] != a.shape[1:] or len(first_b) != len(b):
+                fail(f"{name} has another shape in {path}; is it for another base?")
+            stacked[name] = (torch.cat([first_a, a]), torch.cat([first_b, weight * b], dim=1))
     rank = max(len(a) for a, _ in stacked.values())
     names = " ".join(map(os.path.basename, files))
     write(out, stacked, {**common, "rank": rank, "alpha": rank, "merged": names}, {})
@@ -482,9 +483,13 @@ def write(path, pairs, metadata, extra, dialect="diffusers"):
     versions = {base: version for version, base in VERSIONS.items()}
     base = metadata["base"] if metadata["base"] in versions else guess_base(pairs)
     rank = str(max(len(a) for a, _ in pairs.values()))
-    header |= {"ss_network_module": "networks.lora", "ss_v2": str("sd21" in base)}
-    header |= {"ss_network_dim": rank, "ss_network_alpha": rank}
-    header["ss_base_model_version"] = versions.get(base, "")
+    header |= {
+        "ss_network_module": "networks.lora",
+        "ss_v2": str("sd21" in base),
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_base_model_version": versions.get(base, ""),
+    }
     save_tensors(path, kohya_tensors(pairs, base), header)
 
 

@@ -1274,7 +1274,7 @@ def test_paths_of_ratings_are_relative_to_their_file_also_those_of_windows(tmp_p
     (rating,) = filter_script.read_ratings([tmp_path / "r.csv"])
 
     assert rating.path == str(tmp_path / "sub" / "0.png")
-    assert rating.expert == "r"
+    assert rating.expert == str(tmp_path / "r.csv")
 
 
 # ---------------------------------------------------------------- ratings of spreadsheets
@@ -1341,7 +1341,7 @@ def test_unrated_rows_are_counted_and_skipped(tmp_path, capsys):
     ratings = filter_script.read_ratings([path])
 
     assert [(rating.rating, rating.expert_level) for rating in ratings] == [(2, 3), (1, 3)]
-    expected = f"{path}: 2 of 4 rows have no rating and are skipped, such as img/0.png\n"
+    expected = f"{path}: 2 of 4 rows have no rating and are skipped\n"
     assert capsys.readouterr().err == expected
 
 
@@ -1359,14 +1359,20 @@ def test_a_file_in_which_nothing_is_rated_is_refused(tmp_path, refused):
 @pytest.mark.parametrize(
     "values, expected",
     [
-        ("1 2 3 4 5", "found 1, 2, 3, 4, 5: write 1 to 2 as 1, 3 as 2, 4 to 5 as 3, or the other"),
-        ("3 4 5", "found 3, 4, 5: write 3 as 2, 4 to 5 as 3"),  # of five: not 3 as 1
-        ("0 1 2 3 4 5 6 7 8 9 10", "write 0 to 3 as 1, 4 to 6 as 2, 7 to 10 as 3"),
-        ("0 1", "found 0, 1: write 0 as 1, 1 as 3"),
-        ("0 1 2", "write 0 as 1, 1 as 2, 2 as 3"),
-        ("1 1,5 2 3", "found 1, 1.5, 2, 3: write 1 to 1.5 as 1, 2 as 2, 3 as 3"),
-        ("0 50 85", "write 0 as 1, 50 as 2, 85 as 3"),
-        ("-1 0 1", "write -1 as 1, 0 as 2, 1 as 3"),
+        (
+            "1 2 3 4 5",
+            "found '1', '2', '3', '4', '5': write 1 for those below 2.33, 3 for those ab",
+        ),
+        ("3 4 5", "below 2.33, 3 for those above 3.67, 2 for others, or the other way"),  # of five
+        ("0 1 2 3 4 5 6 7 8 9 10", "below 3.33, 3 for those above 6.67"),
+        ("0 1", "below 0.333, 3 for those above 0.667"),
+        ("0 1 2", "below 0.667, 3 for those above 1.33"),
+        (
+            "1 1,5 2 3",
+            "found '1', '1,5', '2', '3': write 1 for those below 1.67, 3 for those above 2.3",
+        ),
+        ("0 50 85", "below 33.3, 3 for those above 66.7"),
+        ("-1 0 1", "below -0.333, 3 for those above 0.333"),
         ("good bad 2", "found '2', 'bad', 'good': write 1 for bad, 2 for usable, 3 for good"),
         ("1 inf", "found '1', 'inf': write 1 for bad"),
     ],
@@ -1544,7 +1550,7 @@ def test_the_end_of_a_path_that_leads_to_two_files_or_from_two_images_is_not_tak
     strangers = filter_script.read_ratings([path], [*files[2:], str(tmp_path / "img" / "0.png")])
 
     assert [rating.path for rating in both] == ["", *files[:2]]
-    assert [rating.path for rating in one_folder] == ["", "", ""]
+    assert [rating.path for rating in one_folder] == ["", files[0], ""]
     assert [rating.path for rating in strangers] == ["", "", ""]
 
 

@@ -555,6 +555,32 @@ def test_a_peft_config_that_is_no_json_is_refused(tmp_path, refused):
     assert "adapter_config.json" in refused(lora, "info", tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_16", "OLoRA", "corda", "loftq"])
+@pytest.mark.parametrize("in_header", [True, False])
+def test_an_adapter_whose_start_changed_the_base_is_refused(in_header, method, tmp_path, refused):
+    header = None
+    if in_header:
+        settings = {"unet.lora_alpha": 4, "unet.init_lora_weights": method}
+        header = {"lora_adapter_metadata": json.dumps(settings)}
+    else:
+        settings = {"lora_alpha": 4, "init_lora_weights": method}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({**A, **B}, tmp_path / "adapter_model.safetensors", header)
+
+    line = refused(lora, "info", tmp_path / "adapter_model.safetensors")
+
+    assert f"{method.split('_')[0]} changes the base" in line
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva"])
+def test_an_adapter_with_another_start_is_read(start, tmp_path):
+    save_file({**A, **B}, tmp_path / "adapter_model.safetensors")
+    settings = {"lora_alpha": 8, "init_lora_weights": start}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+
+    assert list(lora.load(tmp_path)[0]) == [NAME]
+
+
 def test_a_folder_without_peft_s_file_is_refused(tmp_path, refused):
     assert "adapter_model.safetensors" in refused(lora, "info", tmp_path)
 
