@@ -307,11 +307,9 @@ def pick_gpu(gpus):
 # never EPS: Pillow starts ghostscript to read it
 FORMATS = tuple("PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split())
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-with contextlib.suppress(ImportError):  # without it HEIC is not read
-    import pillow_heif
-
-    pillow_heif.register_heif_opener()
-    FORMATS += ("HEIF",)
+HEIC_SUFFIXES = ()
+if importlib.util.find_spec("pillow_heif"):
+    HEIC_SUFFIXES = (".heic", ".heif")
 ADVICE = "save images as PNG, or for HEIC pip install pillow-heif"
 WINDOWS = {  # (centre, width) in Hounsfield units
     "lung": (-600, 1500),
@@ -362,7 +360,11 @@ def read_image(
 def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like: the first frame, upright, transparency on black."""
     # opened as a file: given a name, Pillow maps some TIFFs wrongly
-    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+    formats = FORMATS
+    if str(path).lower().endswith(HEIC_SUFFIXES):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        formats += ("HEIF",)
+    with open(path, "rb") as file, Image.open(file, formats=formats) as image:
         if image.format == "PNG":
             Image.open(path).verify()  # decoding alone ignores wrong checksums
         values = deep_values(path, image)
@@ -675,7 +677,7 @@ def load_volume(path):
 
 # ---------------------------------------------------------------- listing a data set
 
-IMAGE_SUFFIXES = (".dcm", ".dicom", *VOLUME_SUFFIXES)
+IMAGE_SUFFIXES = (".dcm", ".dicom", *VOLUME_SUFFIXES, *HEIC_SUFFIXES)
 for suffix, name in Image.registered_extensions().items():
     if name in FORMATS:
         IMAGE_SUFFIXES += (suffix,)
