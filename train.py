@@ -1534,12 +1534,12 @@ def write_preview(rows, pixels, folder, args):
 
 def start_processes(args):
     """Under torchrun, join the others; returns this process's device."""
-    # the same bytes after a restart need kernels that add in one order, and GPUs a workspace
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs thousands of fills a step
     device = pick_device(args.device)
     if device.type == "cuda":
+        # the same bytes after a restart need kernels that add in one order, and cuBLAS a workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # thousands of fills a step
         torch.cuda.set_device(device)
     if WORLD > 1:
         # a rank that dies takes the others down through torchrun; a slow disk must not

@@ -127,8 +127,13 @@ def test_gpus_talk_by_gloo_where_there_is_no_nccl(
     assert devices == [GPU]
 
 
-def test_training_allows_only_kernels_that_add_in_one_order_and_fills_no_memory(torch_settings):
-    train.start_processes(SimpleNamespace(device="cpu"))
+def test_training_on_a_gpu_allows_only_kernels_that_add_in_one_order_and_fills_no_memory(
+    gpus, torch_settings, monkeypatch
+):
+    gpus(5)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+    train.start_processes(SimpleNamespace(device="cuda"))
 
     assert torch.are_deterministic_algorithms_enabled()
     assert not torch.is_deterministic_algorithms_warn_only_enabled()

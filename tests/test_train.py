@@ -566,6 +566,17 @@ def test_several_processes_equal_one_with_their_batches_together(
             assert abs(one[key] - other[key]) < 1e-5
 
 
+def test_a_step_uses_no_operation_that_torch_calls_nondeterministic(setup):
+    args, loaded, data, state = setup("--snr-gamma", 5, "--noise-offset", 0.1, "--text-lora")
+    torch.use_deterministic_algorithms(True)  # any such operation is an error then
+    try:
+        loss = gradients(loaded, [data], None, state, args)
+        train.optimizer_step(state, args)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.isfinite()
+
+
 def test_min_snr_weighs_the_loss_of_a_step(setup):
     args, loaded, data, state = setup("--snr-gamma", 5, "--batch-size", 1, "--prompt-dropout", 0)
     batch = train.make_batch([data], 1000, 0, range(1), args)
