@@ -51,8 +51,12 @@ from tqdm import tqdm
 
 def fail(message):
     """Print one line on stderr and end with exit status 2."""
-    line = " ".join(str(message).split())
-    print(f"error: {line[:1000]}", file=sys.stderr)  # a damaged file may hold a name of megabytes
+    line_start = ""
+    for bar in list(tqdm._instances):  # an open progress bar would share the line
+        bar.close()
+        line_start = "\r"
+    line = " ".join(str(message).split())[:1000]  # a damaged file may hold a name of megabytes
+    print(f"{line_start}error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
