@@ -2,7 +2,7 @@
 
     python filter.py runs/new --reference wounds/ --calibrate 0.05 --drop-copies --out runs/kept
     python filter.py runs/new --reference wounds/ --max-lpips 0.30 --min-ssim 0.40 --out runs/kept
-    python filter.py runs/new --reference wounds/ --calibrate 0.05 --mix wounds/ --share 25
+    python filter.py runs/new --reference wounds/ --run runs/dfu --keep 50 --mix wounds/ --share 25
     python filter.py runs/new --rating-page rate.html --suggest 60 --blind wounds/
     python filter.py --agreement anna.csv ben.csv
     python filter.py --fit anna.csv ben.csv --reference wounds/ --out selector.safetensors
@@ -30,11 +30,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from scipy import special, stats
+from scipy import special
 
 from metrics import (
     BAD_SHARE,
@@ -42,6 +43,8 @@ from metrics import (
     Flags,
     Row,
     add_comparison_flags,
+    add_reading_flags,
+    add_run_flag,
     colour,
     command,
     content_hash,
@@ -59,9 +62,11 @@ from metrics import (
     grain,
     has_lpips,
     list_images,
+    list_real,
     load_features,
     load_lpips,
     load_pixels,
+    load_real,
     lpips_matrix,
     modality_of,
     name_key,
@@ -71,11 +76,10 @@ from metrics import (
     page,
     pick_device,
     pick_resolution,
-    read_split,
     read_table,
+    report_enlarged,
     run_script,
     same_unit,
-    share_range,
     squared_distances,
     ssim_matrix,
     text_key,
@@ -414,10 +418,11 @@ def filter_images(args):
     out = Path(args.out).resolve()
     check_folders(out, args)
     selector = load_selector(args.selector) if args.selector else None
-    real_rows = list_real(args.reference, args)
+    real_rows = list_training(args.reference, args)
     all_rows = list_images(args.generated)
-    size = pick_size(selector, real_rows, all_rows, args)
-    real_rows, real = load_pixels(real_rows, size)
+    size = pick_size(selector, all_rows, args)
+    real_rows, real = load_real(real_rows, size, args)
+    report_enlarged(real_rows, size, args.crop)
     rows, pixels = load_pixels(all_rows, size)
     flags = {name: getattr(args, name) for name in REFERENCE_FLAGS}
     reference = measure_reference(real_rows, real, pick_device(args.device), **flags)
@@ -446,7 +451,10 @@ def print_what_is_next(kept, mixed, args):
             print('some have a label and no caption: train with --prompt "… {labels}"')
         print("next: " + command("train.py", "--data", args.out))
     else:
-        print("next: " + command("evaluate.py", args.reference, args.generated, args.out))
+        words = [args.reference, args.generated, args.out]
+        if args.run:
+            words += ["--run", args.run]
+        print("next: " + command("evaluate.py", *words))
 
 
 def check_folders(out, args):
@@ -463,18 +471,22 @@ def check_folders(out, args):
         fail(f"--out {args.out} holds files that are not of a filtering: give another folder")
 
 
-def list_real(data, args):
-    """The rows of a real set without those that --split keeps for testing."""
-    rows = share_range(list_images(data, group_column=args.group_column))
-    if args.split:
-        read_split(rows, args.split)
-    return [row for row in rows if row.split != "test"]
+def list_training(data, args):
+    """The rows of a real set, with --run those that it was trained on alone."""
+    rows = list_real(data, args)
+    if not args.run:
+        return rows
+    training = [row for row in rows if row.split == "train"]
+    if not training:
+        fail(f"--run {args.run}: was trained on none of the images of {data}")
+    note(f"{data}: {len(training)} of {len(rows)} images count, those of {args.run} for training")
+    return training
 
 
-def pick_size(selector, real_rows, all_rows, args):
+def pick_size(selector, all_rows, args):
     """Pixels a side at which images are compared: the selector's, if there is one."""
     if not selector:
-        return args.resolution or pick_resolution(real_rows, all_rows)
+        return args.resolution or pick_resolution(all_rows)
     if args.resolution not in (None, selector.size):
         fail(f"--resolution {args.resolution}: the selector judges at {selector.size} pixels")
     selector.check_rows(all_rows, args.min_alignment)
@@ -486,7 +498,7 @@ def plan_mix(count, args):
     wanted = args.keep or count
     if not args.mix:
         return [], wanted
-    mixed = list_real(args.mix, args)
+    mixed = list_training(args.mix, args)
     share = args.share or 25
     return mixed, min(wanted, round(share / (100 - share) * len(mixed)))
 
@@ -913,16 +925,16 @@ if (state) show();
 def write_rating_page(args):
     """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings.csv."""
     rows = list_images(args.generated)
-    real_rows = list_real(args.blind, args) if args.blind else []
+    real_rows = list_training(args.blind, args) if args.blind else []
     files = [row.path for row in rows + real_rows]
     ratings = drop_missing(read_ratings(args.rated, files))
     rated = {content_hash(rating.path) for rating in ratings}
-    size = args.resolution or pick_resolution(rows, real_rows)
+    size = args.resolution or pick_resolution(rows)
     rows, pixels = load_pixels(rows, size)
     chosen = choose_images(rows, pixels, rated, args)
     real_rows = [row for row in real_rows if content_hash(row.path) not in rated]
     drawn = draw_order(len(real_rows), args.seed, "blind")[: max(1, round(len(chosen) / 4))]
-    real_rows, real = load_pixels([real_rows[i] for i in drawn], size)
+    real_rows, real = load_real([real_rows[i] for i in drawn], size, args)
 
     facts = []
     images = []
@@ -1013,7 +1025,7 @@ def print_agreement(args):
         gen = generator(args.seed, "kappa", a, b)
         print(f"{a}, {b}: {describe_agreement(a_ratings, b_ratings, gen)}")
     for rater, counts in guesses.items():
-        p = stats.fisher_exact(counts).pvalue
+        p = scipy.stats.fisher_exact(counts).pvalue
         (hits, misses), (fooled, caught) = counts
         print(
             f"{rater}: real taken for real {hits}, for generated {misses}; generated taken for "
@@ -1053,7 +1065,7 @@ class Rated:
 def fit(args):
     """Learn a selector from ratings; write it only where it predicts them better than chance."""
     rows = list_images(args.generated) if args.generated else []
-    real_rows = list_real(args.reference, args) if args.reference else []
+    real_rows = list_training(args.reference, args) if args.reference else []
     files = [row.path for row in rows + real_rows]
     ratings = drop_missing(read_ratings(args.fit, files))
     good = args.good or 3
@@ -1063,7 +1075,7 @@ def fit(args):
     warnings = objections(ratings, rated)
     refuse_fit(warnings, args)
     size = args.resolution or pick_resolution(rated.rows)
-    _, pixels = load_pixels(rated.rows, size, strict=True)
+    pixels = load_rated(rated.rows, size, args)
     descriptors = describe(pixels)
     mean = descriptors.mean(0)
     # by the root of its size, a block of many descriptors weighs no more than one of few
@@ -1075,11 +1087,20 @@ def fit(args):
         warnings.append(f"the ratings do not predict quality better than chance ({figures})")
     refuse_fit(warnings, args)
     print(f"{len(ratings)} ratings of {len(rated.rows)} images: {figures}")
-    classes, class_weights = fit_classes(real_rows, size, mean, spread, args.seed)
+    classes, class_weights = fit_classes(real_rows, size, mean, spread, args)
     modalities = sorted(set(rated.modalities))
     settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
     print("next:", command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out))
+
+
+def load_rated(rows, size, args):
+    """The pixels of rated images; the real ones of a blind page are prepared as they were there."""
+    pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+    real = np.array([read_number(row.fields["real"]) == 1 for row in rows])
+    for places, load in ((real, partial(load_real, args=args)), (~real, load_pixels)):
+        _, pixels[places] = load([rows[i] for i in np.flatnonzero(places)], size, strict=True)
+    return pixels
 
 
 def refuse_fit(warnings, args):
@@ -1105,7 +1126,7 @@ def gather(ratings, good):
         if len({getattr(rating, name) for rating in firsts}) >= 5:
             groups = [getattr(rating, name) or rating.path for rating in firsts]
     modalities = [text_key(rating.modality) for rating in firsts]
-    rows = [Row(path, path) for path in by_path]
+    rows = [Row(rating.path, rating.path, fields={"real": rating.real}) for rating in firsts]
     return Rated(rows, *map(np.array, (labels, weights, groups, modalities)))
 
 
@@ -1129,8 +1150,8 @@ def objections(ratings, rated):
 def cramers_v(first, second):
     """How far one name tells the other, 0 to 1, corrected for chance (Bergsma 2013)."""
     n = len(first)
-    counts = stats.contingency.crosstab(first, second).count
-    chi2 = stats.chi2_contingency(counts, correction=False).statistic
+    counts = scipy.stats.contingency.crosstab(first, second).count
+    chi2 = scipy.stats.chi2_contingency(counts, correction=False).statistic
     sides = np.array(counts.shape)
     phi = max(0, chi2 / n - np.prod(sides - 1) / (n - 1))
     least = min(sides - (sides - 1) ** 2 / (n - 1)) - 1
@@ -1185,7 +1206,7 @@ def auroc(scores, good, strata):
     for stratum in np.unique(strata):
         inside = strata == stratum
         positive = good[inside].sum(0)
-        ranks = stats.rankdata(scores[inside], axis=0)
+        ranks = scipy.stats.rankdata(scores[inside], axis=0)
         right += (ranks * good[inside]).sum(0) - positive * (positive + 1) / 2
         pairs += positive * (inside.sum() - positive)
     return right / np.where(pairs > 0, pairs, np.nan)
@@ -1233,18 +1254,18 @@ def fit_logistic(features, labels, weights, penalty):
     return fitted
 
 
-def fit_classes(rows, size, mean, spread, seed):
+def fit_classes(rows, size, mean, spread, args):
     """One logistic regression for each label of 8 real images or more: (labels, (D + 1, m))."""
     counts = Counter(name_of(row) for row in rows)
     classes = sorted(name for name in counts if name and counts[name] >= 8)
-    rows, pixels = load_pixels([row for row in rows if name_of(row) in classes], size)
+    rows, pixels = load_real([row for row in rows if name_of(row) in classes], size, args)
     groups = np.array([row.group or row.path for row in rows])
     if len(classes) < 2 or len(set(groups)) < 2:
         return [], np.zeros((len(mean) + 1, 0))
     features = (describe(pixels) - mean) / spread
     labels = np.array([np.equal(classes, name_of(row)) for row in rows], float)
     ones = np.ones(len(rows))
-    logits, penalties = cross_validate(features, labels, ones, groups, seed)
+    logits, penalties = cross_validate(features, labels, ones, groups, args.seed)
     right = np.mean(logits.argmax(1) == labels.argmax(1))
     print(f"{len(classes)} labels; {right:.0%} of real images left out look most like their own")
     return classes, fit_logistic(features, labels, ones, np.median(penalties))
@@ -1288,6 +1309,9 @@ def parse_args(argv=None):
     how = parser.add_argument_group("comparison")
     how.add_argument("--features", default="texture", help="texture, inception, HUB-ID or PATH")
     add_comparison_flags(how)
+    how = parser.add_argument_group("real images")
+    add_run_flag(how)
+    add_reading_flags(how)
     args = parser.parse_args(argv)
     check_args(args)
     if args.out is None:

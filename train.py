@@ -48,6 +48,7 @@ from metrics import (
     LPIPS,
     Flags,
     add_common_flags,
+    add_reading_flags,
     command,
     content_hash,
     copy_file,
@@ -62,14 +63,13 @@ from metrics import (
     kid,
     list_images,
     load_features,
-    load_pixels,
+    load_real,
     load_weights,
     near_duplicates,
     need,
     number,
     page,
     pick_device,
-    pick_window,
     picture,
     pooled,
     replacing,
@@ -805,9 +805,8 @@ def rarest_labels(rows):
 
 def load_rows(rows, args, seed=None, **how):
     """The readable rows and their pixels, without augmentation; `seed` is that of random crops."""
-    how |= {"strict": args.strict, "window": args.window, "value_range": args.range}
-    how |= {"allow_burned_in": args.allow_burned_in}
-    return load_pixels(rows, args.resolution, args.crop, seed=seed or args.seed, **how)
+    how |= {"strict": args.strict, "seed": seed or args.seed}
+    return load_real(rows, args.resolution, args, **how)
 
 
 def make_variants(rows, pixels, variant, args):
@@ -833,9 +832,9 @@ def make_variant(row, pixels, variant, args):
 def image_sizes(row, variant, args):
     """SDXL's six numbers (Podell et al. 2023, 2.2): size as stored, corner of the crop, size seen.
 
-    row.measured: (width, height) of the image. A size is height and width in pixels.
+    A size is height and width in pixels.
     """
-    width, height = row.measured
+    width, height = row.size
     seen = args.resolution
     side = min(width, height)
     place = 0.5 if args.crop == "center" else 0.0
@@ -945,14 +944,9 @@ def read_in_parts(rows, args):
         part = rows[start : start + count]
         for place, row in enumerate(part, start):
             row.place = place
-        read, pixels = load_rows(part, args, measure=image_size, bad_share=1)
+        read, pixels = load_rows(part, args, bad_share=1)
         if read:
             yield [row.place for row in read], read, pixels
-
-
-def image_size(image):
-    """Of a PIL image, (width, height)."""
-    return image.size
 
 
 def sum_on_host(tensor, device):
@@ -1340,7 +1334,12 @@ def finish(state, data, args):
     if state.step < args.steps:
         print(f"ended at step {state.step}: --patience {args.patience} validations were no better")
     print(f"done: {result}; look at {args.out}/report.html")
-    print(f"next: {draw} --num-images 50 --grid")
+    print(f"next: {draw} --num-images 50 --grid --out runs/samples")
+    words = [args.val_data or args.data, "runs/samples", "--run", args.out]
+    if args.val_data:
+        words += ["--train-data", args.data]
+    if args.val_data or args.val_split or args.test_split:
+        print("then:", command("evaluate.py", *words))
 
 
 def save_results(state, args):
@@ -1466,16 +1465,15 @@ def preview(args):
     folder = Path(args.preview)
     rows = list_data(args)
     args = with_defaults(args, rows)
-    rows, pixels = load_rows(rows, args, measure=size_and_white)
+    rows, pixels = load_rows(rows, args, measure=lightest_grey)
     describe_data(rows)
     warn_of_duplicates(rows, pixels, args)
     write_preview(rows, pixels, folder, args)
     print("next: the same command without --preview, or " + command("train.py", "--data", folder))
 
 
-def size_and_white(image):
-    """The width, the height and the lightest grey value of an image as stored."""
-    return *image.size, image.convert("L").getextrema()[1]
+def lightest_grey(image):
+    return image.convert("L").getextrema()[1]
 
 
 def describe_data(rows):
@@ -1483,8 +1481,8 @@ def describe_data(rows):
     splits = Counter(row.split for row in rows)
     parts = f"{splits['train']} to train on, {splits['val']} for validation"
     print(f"{len(rows)} images: {parts}, {splits['test']} for a test")
-    widths, heights, whites = zip(*[row.measured for row in rows], strict=True)
-    sides = widths + heights
+    sides = [side for row in rows for side in row.size]
+    whites = [row.measured for row in rows]
     print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}")
     print(f"the lightest grey value of an image is from {min(whites)} to {max(whites)}")
     groups = {}
@@ -1600,14 +1598,6 @@ def lock(out):
 # ---------------------------------------------------------------- flags
 
 
-def interval(text):
-    """An argument type: LO,HI as two numbers."""
-    low, high = map(float, text.split(","))  # argparse names the flag where this raises ValueError
-    if not low < high:
-        raise ValueError
-    return [low, high]
-
-
 count = number(0, 10**9)
 positive = number(1, 10**9)
 share = number(0.0, 1.0)
@@ -1616,22 +1606,16 @@ factor = number(0.0, 1e6)
 
 def parse_args():
     parser = Flags(__doc__)
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data", required=True, type=data_set, help="folder of images or of class folders; table")
     add("--val-data", type=data_set, help="a separate validation set, in any of these forms")
     add("--val-split", type=share, default=0.15, help="share held out for validation, by patient")
     add("--test-split", type=share, default=0.0, help="share that no stage may learn from")
     add("--prompt", help='caption format, such as "a chest X-ray with {labels}"')
-    for role in ("image", "caption", "label", "group"):
-        add(f"--{role}-column", help=f"the table's {role} column (default: found by its name)")
+    add_reading_flags(group)
     add("--weight-column", help="a row's loss counts by this number over the mean")
     add("--resolution", type=multiple_of_8, help="pixels (default: the base's own)")
-    crops = ["center", "random", "pad", "fundus"]
-    add("--crop", choices=crops, default="center", help="cut, black border, or the disc")
-    add("--slices", default="middle", help="of volumes: middle, every:N or all")
-    add("--window", help="centre,width, or lung, soft, bone, brain, …: CT's black to white")
-    add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
-    add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
     add("--augment", default="", help=f"a comma list of {', '.join(AUGMENT)}")
     add("--variants", type=number(1, 1000), help="of an image, one plain (default: 4 if they vary)")
     add("--balance", action="store_true", help="draw classes equally often, A|B as the rarer one")
@@ -1710,7 +1694,6 @@ def parse_args():
 
 def check_flags(args):
     """What flags mean together, one rule each."""
-    pick_window(args.window)
     for name in args.augment.split(","):
         if name and name not in AUGMENT:
             fail(f"--augment {name}: give a comma list of {', '.join(AUGMENT)}")

@@ -493,7 +493,7 @@ def test_a_cosine_schedule_draws(scheduler, base, tmp_path):
 
 def row_of(width, height):
     row = Row("", "a.png", "")
-    row.measured = (width, height)
+    row.size = (width, height)
     return row
 
 
