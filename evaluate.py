@@ -39,8 +39,6 @@ from metrics import (
     Flags,
     Network,
     add_comparison_flags,
-    add_reading_flags,
-    add_run_flag,
     colour,
     command,
     copy_chances,
@@ -873,9 +871,9 @@ over half of a set, seed {seed}; excess is the value less the null's median. Of 
 {halves} random halves of the real set against each other; same size: of as many generated images
 against a half. Utility: ridge regression on the features and a network of three layers (200 steps
 of 32 images at 64 pixels), on real and generated images together or, generated first, 200 steps on
-these and 200 on real ones; {seeds} paired seeds, tested on the held-out images of --run (without: on
-30 % of the real ones, which the generator may know); 1000 bootstraps of whole patients. {versions},
-{device}. Not for diagnosis."""
+these and 200 on real ones; {seeds} paired seeds, tested on the held-out images of --run (without:
+on 30 % of the real ones, which the generator may know); 1000 bootstraps of whole patients.
+{versions}, {device}. Not for diagnosis."""
 
 
 def paragraph(text, kind=""):
@@ -1017,9 +1015,6 @@ def parse_args():
     add("--out", default="report.html", help="the report")
     add("--json", help="the figures for programs")
     add_comparison_flags(parser.add_argument_group("comparison"))
-    group = parser.add_argument_group("real images")
-    add_run_flag(group)
-    add_reading_flags(group)
     args = parser.parse_args()
     for path in (args.out, args.json or ""):  # known before an hour of work
         if os.path.isdir(path):
@@ -1071,18 +1066,20 @@ def describe(tools, resolution, entries):
 
 def main(args):
     tools = load_tools(args)
+    print(f"listing {args.real}")
     real_rows, known_rows = list_reference(args)
     sets = [(path, share_range(list_images(path))) for path in args.generated]
     if args.checkpoint:
         sets += draw_checkpoints(args)
     resolution = args.resolution or pick_resolution([row for _, rows in sets for row in rows])
+    count = len(real_rows) + sum(len(rows) for _, rows in sets)
+    print(f"reading {count} images ({len(real_rows)} real) at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
     known = real
     if known_rows is not real_rows or len(known_rows) > args.max_images:
         size = resolution if args.utility else min(80, resolution)  # copies are searched small
         known = ImageSet(args.real, *load_real(known_rows, size, args))
-    print(f"{len(real.rows)} real images at {resolution} px")
     entries = []
     for fake in fakes:
         entry = evaluate_set(real, fake, known, tools)

@@ -43,8 +43,6 @@ from metrics import (
     Flags,
     Row,
     add_comparison_flags,
-    add_reading_flags,
-    add_run_flag,
     colour,
     command,
     content_hash,
@@ -421,6 +419,7 @@ def filter_images(args):
     real_rows = list_training(args.reference, args)
     all_rows = list_images(args.generated)
     size = pick_size(selector, all_rows, args)
+    print(f"reading {len(real_rows)} real and {len(all_rows)} generated images at {size} px")
     real_rows, real = load_real(real_rows, size, args)
     report_enlarged(real_rows, size, args.crop)
     rows, pixels = load_pixels(all_rows, size)
@@ -1309,9 +1308,6 @@ def parse_args(argv=None):
     how = parser.add_argument_group("comparison")
     how.add_argument("--features", default="texture", help="texture, inception, HUB-ID or PATH")
     add_comparison_flags(how)
-    how = parser.add_argument_group("real images")
-    add_run_flag(how)
-    add_reading_flags(how)
     args = parser.parse_args(argv)
     check_args(args)
     if args.out is None:

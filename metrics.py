@@ -186,9 +186,12 @@ READING = "image_column caption_column label_column group_column".split()
 READING += "crop slices window range allow_burned_in".split()
 
 
-def add_reading_flags(group):
-    """How real images are found and prepared, by all scripts alike."""
+def add_reading_flags(group, with_run=True):
+    """How real images are found and prepared, by all scripts alike; --run gives a run's answers."""
     add = group.add_argument
+    if with_run:
+        run = "a run of train.py: its split, and how it prepared images where no flag says so"
+        add("--run", type=run_folder, metavar="DIR", help=run)
     for role in COLUMNS:
         add(f"--{role}-column", help=f"the table's {role} column (default: found by its name)")
     crops = ["center", "random", "pad", "fundus"]
@@ -200,12 +203,6 @@ def add_reading_flags(group):
     add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
 
 
-def add_run_flag(group):
-    """--run: what a run of train.py held out, and how it prepared its images."""
-    text = "of train.py: its split, and how it prepared real images where no flag below says so"
-    group.add_argument("--run", type=run_folder, metavar="DIR", help=text)
-
-
 def add_comparison_flags(group):
     """How real and generated images are compared, by evaluate.py and filter.py alike."""
     nets = ["auto", "none", "alex", "vgg", "squeeze"]
@@ -214,6 +211,7 @@ def add_comparison_flags(group):
     group.add_argument("--resolution", type=number(64, 4096), help=sides)
     group.add_argument("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
     add_common_flags(group)
+    add_reading_flags(group)
 
 
 def add_common_flags(group):
@@ -293,7 +291,8 @@ def command(script, *words):
 
 def run_script(main, parse_args):
     """Run main(parse_args()): errors of input, disk or memory are one line, bugs a traceback."""
-    sys.stdout.reconfigure(errors="replace")  # never fail on an unprintable character
+    # never fail on an unprintable character; in a log, too, a line stands as soon as it is printed
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = None
     try:
@@ -1088,7 +1087,7 @@ def check_dicoms(data, rows):
     """
     kept = []
     named = []
-    for row in rows:
+    for row in tqdm(rows, "looking for DICOM", leave=False, disable=None, delay=1):
         header = dicom_header(row.path)
         if header is not None:
             if "Rows" not in header or "LOCALIZER" in (header.get("ImageType") or ()):
@@ -1270,7 +1269,7 @@ def share_range(rows, given=None):
     deep = []
     ends = []
     kind = ""
-    for row in rows:
+    for row in tqdm(rows, "looking at grey values", leave=False, disable=None, delay=1):
         row.value_range = given
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
             values = deep_values(row.path, image)

@@ -42,7 +42,6 @@ from metrics import (
     Row,
     add_common_flags,
     add_reading_flags,
-    add_run_flag,
     command,
     content_hash,
     data_set,
@@ -350,6 +349,8 @@ def load_base(name, device, precision="auto", method=None):
     trained itself (method "full"). The UNet is left on the CPU, for the latents come first. A
     schedule that cannot be trained is refused.
     """
+    if RANK == 0:
+        print(f"loading {name}")
     folder = find_base(name)
     check_base(name, folder)
     dtype = pick_dtype(precision, device, folder)
@@ -1084,6 +1085,8 @@ class Control:
             self.size = self.selector.size
             self.description += f", Selector: {content_hash(args.selector)[:10]}"
         if args.reference:
+            if RANK == 0:
+                print(f"reading {args.reference}")
             rows = list_training(args.reference, args)
             if not self.selector:  # as pick_resolution for what is drawn
                 self.size = max(64, min(256, settings.height, settings.width))
@@ -1235,9 +1238,8 @@ def parse_args(argv=None):
     add("--drop-copies", action="store_true", default=None, help="refuse copies of real ones")
     add("--max-attempts", type=count, default=10, help="drawings of one picture")
 
-    group = parser.add_argument_group("how --reference is read (default: as the adapter's run did)")
-    add_run_flag(group)
-    add_reading_flags(group)
+    group = "how --reference is read (default: as the adapter's run did, all of it without --run)"
+    add_reading_flags(parser.add_argument_group(group))
 
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs/samples", help="folder")

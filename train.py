@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import lora
@@ -684,6 +683,8 @@ class Data:
 
 def list_data(args):
     """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
+    if RANK == 0:
+        print(f"listing {args.data}")
     rows = list_rows(args.data, args)
     refuse_output_in_data(rows, args)
     val_share = 0.0 if args.val_data else args.val_split
@@ -1008,6 +1009,8 @@ def augment(picture, names, key):
 
 def augmentations(names, side):
     """The transforms that the names of --augment mean, for pictures of `side` pixels."""
+    from torchvision.transforms import v2  # here, for it takes seconds
+
     degrees = 10 if "rotate" in names else 0
     shift = (0.03, 0.03) if "shift" in names else None  # of the padded side: 5 % of the side
     zoom = (0.9, 1.1) if "scale" in names else None
@@ -1031,9 +1034,11 @@ def augmentations(names, side):
 
 def displace(image):
     """Displace by a smooth field: bicubic between 4 x 4 nodes (Ronneberger et al. 2015)."""
+    from torchvision.transforms.v2.functional import elastic
+
     nodes = 0.024 * torch.randn(1, 2, 4, 4)  # in halves of the padded side: 2 % of the side
     field = F.interpolate(nodes, image.shape[2:], mode="bicubic", align_corners=True)
-    return v2.functional.elastic(image, field.permute(0, 2, 3, 1))
+    return elastic(image, field.permute(0, 2, 3, 1))
 
 
 def add_noise(image):
@@ -1043,7 +1048,9 @@ def add_noise(image):
 
 def equalise(image):
     """CLAHE of the grey values of (1, 3, S, S) in [0, 1]; colours move with them."""
-    grey = v2.functional.rgb_to_grayscale(image)
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+    grey = rgb_to_grayscale(image)
     return image + clahe(grey[0, 0]) - grey
 
 
@@ -1159,7 +1166,7 @@ def draw_pictures(base, jobs, args):
     pixels = torch.zeros(len(jobs), 3, size, size, dtype=torch.uint8)
     images = generate(base, jobs[RANK::WORLD], settings, args.batch_size, args.seed)
     for place, image in enumerate(images):
-        pixels[RANK + place * WORLD] = v2.functional.pil_to_tensor(image)
+        pixels[RANK + place * WORLD] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     sum_on_host(pixels, base.device)
     return pixels
 
@@ -1613,7 +1620,7 @@ def parse_args():
     add("--val-split", type=share, default=0.15, help="share held out for validation, by patient")
     add("--test-split", type=share, default=0.0, help="share that no stage may learn from")
     add("--prompt", help='caption format, such as "a chest X-ray with {labels}"')
-    add_reading_flags(group)
+    add_reading_flags(group, with_run=False)
     add("--weight-column", help="a row's loss counts by this number over the mean")
     add("--resolution", type=multiple_of_8, help="pixels (default: the base's own)")
     add("--augment", default="", help=f"a comma list of {', '.join(AUGMENT)}")
