@@ -590,18 +590,20 @@ def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filt
     assert contents(new) == before
 
 
-def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(tmp_path, filtered):
+def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
+    tmp_path, filtered, make_run, capsys
+):
     real, new = small_sets(tmp_path)
-    rows = [[f"{i}.png", f"p{i}", "test" if i < 2 else "train"] for i in range(8)]
-    split = tmp_path / "split.csv"
-    write_csv(split, ["file_name", "group", "split"], rows)
+    folder = make_run({f"{i}.png": ("test", "val", "train")[min(i, 2)] for i in range(8)})
 
-    out = filtered((real, new), "--mix", real, "--split", split, "--share", 25)
+    out = filtered((real, new), "--mix", real, "--run", folder, "--share", 25)
+
+    assert f"real: 6 of 8 images count, those of {folder} for training" in capsys.readouterr().err
 
     rows = list_images(str(out))
     made = [row for row in rows if row.fields["synthetic"] == "1"]
     true = [row for row in rows if row.fields["synthetic"] == "0"]
-    assert (len(made), len(true)) == (2, 6)  # 6 real ones that no test needs, a quarter generated
+    assert (len(made), len(true)) == (2, 6)  # 6 real ones that were trained on, a quarter generated
     for row in made:
         assert row.caption.startswith("wound ")
         assert row.label == "ulcer"
