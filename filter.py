@@ -478,7 +478,7 @@ def list_training(data, args):
     training = [row for row in rows if row.split == "train"]
     if not training:
         fail(f"--run {args.run}: was trained on none of the images of {data}")
-    note(f"{data}: {len(training)} of {len(rows)} images count, those of {args.run} for training")
+    note(f"{data}: of {len(rows)} images the {len(training)} that {args.run} was trained on")
     return training
 
 

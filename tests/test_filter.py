@@ -1,5 +1,6 @@
 """Filtering: what stays is like real images, what goes says why, and nothing is lost."""
 
+import argparse
 import base64
 import io
 import json
@@ -598,7 +599,7 @@ def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
 
     out = filtered((real, new), "--mix", real, "--run", folder, "--share", 25)
 
-    assert f"real: 6 of 8 images count, those of {folder} for training" in capsys.readouterr().err
+    assert f"of 8 images the 6 that {folder} was trained on" in capsys.readouterr().err
 
     rows = list_images(str(out))
     made = [row for row in rows if row.fields["synthetic"] == "1"]
@@ -614,6 +615,34 @@ def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
     for row in true:
         assert row.fields["quality"] == ""
         assert Path(row.path).read_bytes() == (real / Path(row.file_name).name).read_bytes()
+
+
+def letterbox(image):
+    """A picture made wide, and all of that on a black square."""
+    return ImageOps.pad(image.resize((192, 96)), (96, 96), Image.Resampling.LANCZOS)
+
+
+def test_images_of_a_run_are_judged_as_it_prepared_its_own(tmp_path, filtered, make_run):
+    real = tmp_path / "real"
+    new = tmp_path / "new"
+    real.mkdir()
+    new.mkdir()
+    for i in range(60):
+        wound(i).resize((192, 96)).save(real / f"{i}.png")
+    for i in range(20):
+        letterbox(wound(100 + i)).save(new / f"fresh-{i}.png")
+        letterbox(wound(i)).save(new / f"copy-{i}.png")
+        letterbox(wound(40 + i)).save(new / f"unseen-{i}.png")
+    folder = make_run({f"{i}.png": "train" if i < 40 else "test" for i in range(60)}, crop="pad")
+    flags = ["--calibrate", 0.05, "--drop-copies", "--run", folder]
+
+    out = filtered((real, new), *flags)
+
+    assert share_kept(out, "fresh") >= 0.8
+    assert share_kept(out, "unseen") >= 0.8  # it is no copy of what the generator saw
+    assert share_kept(out, "copy") == 0
+    filtered((real, new), *flags, "--crop", "center")  # what is typed counts more
+    assert share_kept(out, "fresh") == 0
 
 
 # ---------------------------------------------------------------- ratings and the selector
@@ -1117,6 +1146,31 @@ def test_a_rating_page_leaves_out_what_is_rated_and_asks_where_the_selector_doub
     assert len(facts) == 6
     assert {Path(fact[0]).name for fact in facts} < set(names[:10])
     assert "0 images to rate" in message
+
+
+def test_real_images_of_a_rating_page_are_prepared_as_typed(sets, tmp_path, run, monkeypatch):
+    shown = []
+    real = tmp_path / "real"
+    real.mkdir()
+    for i in range(4):
+        Image.new("RGB", (128, 64), "white").save(real / f"{i}.png")
+    monkeypatch.setattr(filter_script, "thumbnail", lambda image, *_, **how: shown.append(image))
+    flags = ["--suggest", 10, "--blind", real, "--crop", "pad", "--resolution", 64]
+    run(filter_script, sets[1], "--rating-page", tmp_path / "rate.html", *flags)
+    white = [image for image in shown if (image[:, 32] == 255).all()]
+    assert len(white) == 2
+    for image in white:
+        assert (image[:, 0] == 0).all()  # the border
+
+
+def test_a_fit_reads_rated_real_images_as_their_page_showed_them(tmp_path):
+    for name in ("0", "1"):
+        Image.new("RGB", (128, 64), "white").save(tmp_path / f"{name}.png")
+    rows = [Row(str(tmp_path / f"{real}.png"), "", fields={"real": real}) for real in "01"]
+    reading = dict(crop="pad", window=None, range=None, allow_burned_in=False)
+    pixels = filter_script.load_rated(rows, 64, argparse.Namespace(**reading))
+    assert (pixels[0] == 255).all()
+    assert (pixels[1, :, 0] == 0).all()
 
 
 BROWSERS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
