@@ -74,7 +74,6 @@ from metrics import (
     run_script,
     same_unit,
     set_hash,
-    share_range,
     split_rows,
     squared_distances,
     ssim_matrix,
@@ -334,11 +333,11 @@ def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_gra
 def load_reference(rows, resolution, fakes, tools):
     """The real set, prepared as the generator saw it."""
     args = tools.args
-    sizes = {row.size for fake in fakes for row in fake.rows}
+    sides = {side for fake in fakes for row in fake.rows for side in row.size}
 
     def grain_as_seen(image):
-        if len(sizes) == 1 and len(set(*sizes)) == 1:  # squares of one size, as generators draw
-            image = fit_square(image, max(*sizes), args.crop)
+        if len(sides) == 1:  # squares of one size, as generators draw
+            image = fit_square(image, *sides, args.crop)
         return stored_grain(image)
 
     load = partial(load_real, args=args)
@@ -357,15 +356,13 @@ def list_reference(args):
         known = [row for row in rows if row.split == "train"]
         rows = [row for row in rows if row.split in ("val", "test")]
         print(f"{args.run}: {len(rows)} images are held out, {len(known)} were trained on")
-        if len(rows) < 2:
-            fail(
-                f"--run {args.run}: held out {len(rows)} of the images of {args.real}: train with "
-                "--val-split 0.4, or give its --val-data as REAL, or leave --run out"
-            )
     if args.train_data:
         known = list_real(args.train_data, args)
-    if not known:
-        fail(f"--run {args.run}: none of {args.real} was trained on: name those as --train-data")
+    if args.run and (len(rows) < 2 or not known):
+        fail(
+            f"--run {args.run}: too few of these images are held out, or trained on: train with "
+            "--val-split 0.4, or name its --val-data as REAL and its --data as --train-data"
+        )
     return rows, known
 
 
@@ -627,9 +624,9 @@ def shared_classes(train, test, fake, least=5):
         counts.append(f"{name} {'/'.join(map(str, shown))}")
     there = ", ".join(counts[:9]) or "none (give a column label, or class folders)"
     return classes, (
-        f"it takes a label that {least} images to train on, {least} to test on and {least} "
-        f"generated ones show, and as many real ones lack; there are {there}: hold out more "
-        "(train.py --val-split 0.4), or join labels into fewer"
+        f"it takes a label that {least} images to train on, to test on and generated show, and as "
+        f"many real ones lack; there are {there}: hold out more (train.py --val-split 0.4), or "
+        "join labels into fewer"
     )
 
 
@@ -1068,12 +1065,11 @@ def main(args):
     tools = load_tools(args)
     print(f"listing {args.real}")
     real_rows, known_rows = list_reference(args)
-    sets = [(path, share_range(list_images(path))) for path in args.generated]
+    sets = [(path, list_images(path)) for path in args.generated]
     if args.checkpoint:
         sets += draw_checkpoints(args)
     resolution = args.resolution or pick_resolution([row for _, rows in sets for row in rows])
-    count = len(real_rows) + sum(len(rows) for _, rows in sets)
-    print(f"reading {count} images ({len(real_rows)} real) at {resolution} px")
+    print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
     known = real

@@ -1343,7 +1343,7 @@ def finish(records, missing, run, args):
 def find_run(paths):
     """The folder of the run of train.py that wrote the first of these files, or None."""
     for folder in Path(paths[0]).parents[:2]:  # lora.safetensors, checkpoints/best.pt
-        if (folder / "split.csv").is_file() and (folder / "args.json").is_file():
+        if (folder / "args.json").is_file() and (folder / "split.csv").is_file():
             return folder
     return None
 

@@ -87,7 +87,7 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     )
     assert done.returncode == 0
     assert done.stderr == ""
-    assert "reading 44 images (24 real) at 64 px" in done.stdout
+    assert "reading 24 real images, and the generated ones, at 64 px" in done.stdout
     assert "not comparable with published figures" in done.stdout
     assert "LPIPS is left out" in done.stdout
     assert f"report: {tmp_path / 'report.html'}" in done.stdout
@@ -291,7 +291,7 @@ def test_what_a_run_held_out_is_the_reference(tmp_path, monkeypatch, capsys, mak
 @pytest.mark.parametrize(
     "splits, said",
     [
-        ({"000.png": "train", "001.png": "train"}, "held out 0 of the images"),
+        ({"000.png": "train", "001.png": "train"}, "--val-split 0.4"),
         ({"000.png": "val", "001.png": "val"}, "--train-data"),
         ({"other.png": "val"}, "names none of these images"),
     ],
