@@ -391,7 +391,7 @@ def draw_checkpoints(args):
             sys.exit(status)
         # a run of the same name may have left other prompts' images
         rows = [row for row in list_images(folder) if row.caption in prompts]
-        sets.append((folder, share_range(rows[: args.num_samples])))
+        sets.append((folder, rows[: args.num_samples]))
     return sets
 
 
@@ -918,7 +918,7 @@ def set_section(entry, args):
         parts.append(f'<figure><div class="grid">{both}</div>')
         parts.append(f"<figcaption>{caption}</figcaption></figure>")
     parts.append(gallery("Generated", fake, args.seed))
-    if entry.subgroups:
+    if len(entry.subgroups) > 1:  # not all unknown
         parts.append(f"<h3>By {html.escape(args.by)}</h3>")
         parts.append(records_table(entry.subgroups))
     return "\n".join(parts)
