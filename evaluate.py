@@ -30,8 +30,9 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import scipy
 import torch
-from scipy import special, stats
+from scipy import special
 from torch import nn
 from tqdm import tqdm
 
@@ -495,7 +496,7 @@ def find_copies(known, fake, args):
     p = copy_chances(copy_distances(known.pixels, known.pixels), distances, same)
     limit = max(0.01, 2 / (n + 1))
     count = int((p <= limit).sum())
-    chance = stats.binom.sf(count - 1, m, limit)
+    chance = scipy.stats.binom.sf(count - 1, m, limit)
     expected = f"{digits(limit * m, 2)} expected, p {digits(chance, 2)}"
     kind = "training" if args.run or args.train_data else "real"
     advice = "likely copies, look at the pairs" if chance <= 0.01 else "no sign of copying"
@@ -626,8 +627,8 @@ def shared_classes(train, test, fake, least=5):
     there = ", ".join(counts[:9]) or "none (give a column label, or class folders)"
     return classes, (
         f"it takes a label that {least} images to train on, to test on and generated show, and as "
-        f"many real ones lack; there are {there}: hold out more (train.py --val-split 0.4), or "
-        "join labels into fewer"
+        f"many real ones lack; there are {there}: hold out more (train.py --val-split 0.4), label "
+        "generated images (sample.py --label), or join labels into fewer"
     )
 
 
