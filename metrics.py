@@ -114,7 +114,8 @@ class Flags(argparse.ArgumentParser):
         self.set_defaults(**taken)
         args = super().parse_args(argv)
         words = [f"{name} {value}" for name, value in taken.items() if vars(args)[name] == value]
-        note(f"{source}: real images are prepared as its run did: {', '.join(words)}")
+        if words:  # not of another program's adapter
+            note(f"{source}: real images are prepared as its run did: {', '.join(words)}")
         return args
 
 
