@@ -14,7 +14,7 @@ report for any browser (--out) and the same figures for programs (--json):
 "subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
 "gain_high"}]}]}
 
-"utility" is of the linear probe, "classifiers" of both. share is in percent, low and high hold
+"utility" is of the linear probe, "classifiers" of all. share is in percent, low and high hold
 95 %, those of the gain 99 %; what does not apply is null or absent.
 """
 

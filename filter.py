@@ -416,6 +416,7 @@ def filter_images(args):
     out = Path(args.out).resolve()
     check_folders(out, args)
     selector = load_selector(args.selector) if args.selector else None
+    print(f"listing {args.reference} and {args.generated}")
     real_rows = list_training(args.reference, args)
     all_rows = list_images(args.generated)
     size = pick_size(selector, all_rows, args)

@@ -55,6 +55,7 @@ from metrics import (
     load_real,
     modality_of,
     need,
+    note,
     number,
     pick_device,
     picture,
@@ -349,8 +350,7 @@ def load_base(name, device, precision="auto", method=None):
     trained itself (method "full"). The UNet is left on the CPU, for the latents come first. A
     schedule that cannot be trained is refused.
     """
-    if RANK == 0:
-        print(f"loading {name}")
+    note(f"loading {name}")
     folder = find_base(name)
     check_base(name, folder)
     dtype = pick_dtype(precision, device, folder)
@@ -1085,8 +1085,7 @@ class Control:
             self.size = self.selector.size
             self.description += f", Selector: {content_hash(args.selector)[:10]}"
         if args.reference:
-            if RANK == 0:
-                print(f"reading {args.reference}")
+            note(f"reading {args.reference}")
             rows = list_training(args.reference, args)
             if not self.selector:  # as pick_resolution for what is drawn
                 self.size = max(64, min(256, settings.height, settings.width))

@@ -66,6 +66,7 @@ from metrics import (
     load_weights,
     near_duplicates,
     need,
+    note,
     number,
     page,
     pick_device,
@@ -683,8 +684,7 @@ class Data:
 
 def list_data(args):
     """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
-    if RANK == 0:
-        print(f"listing {args.data}")
+    note(f"listing {args.data}")
     rows = list_rows(args.data, args)
     refuse_output_in_data(rows, args)
     val_share = 0.0 if args.val_data else args.val_split
