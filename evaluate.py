@@ -956,13 +956,13 @@ def parse_args():
 
 def load_tools(args):
     """Metrics and networks; LPIPS is left out where its weights cannot be had."""
+    device = pick_device(args.device)
     without_lpips = [name for name in args.metrics if METRICS[name][2] != "lpips"]
     net = "none" if without_lpips == args.metrics else args.lpips
     features, net = resolve_auto(args.features, net)
     names = without_lpips if net == "none" else args.metrics
     if not names:
         fail("--metrics: only LPIPS is asked for, and it is left out")
-    device = pick_device(args.device)
     network = load_features(features, device, args.resize)
     if "inception_score" in names and network.head is None:
         fail("--metrics inception_score: needs --features inception or its weight file")
@@ -989,9 +989,9 @@ def describe(tools, resolution, entries):
 
 
 def main(args):
-    tools = load_tools(args)
     real_rows, known_rows = list_real(args)
     sets = [(path, share_range(list_images(path))) for path in args.generated]
+    tools = load_tools(args)
     if args.checkpoint:
         sets += draw_checkpoints(args)
     for path, rows in [(args.real, real_rows), *sets]:

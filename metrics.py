@@ -1543,8 +1543,8 @@ def resolve_auto(features, lpips):
         lpips = "alex" if all(map(get_weights, LPIPS["alex"][2])) else "none"
     if PROBLEMS:
         note(
-            f"features {features}, LPIPS {lpips}: the published weights cannot be downloaded "
-            f"({PROBLEMS[0]}); `evaluate.py --download` gets them all where internet is"
+            f"features {features}, LPIPS {lpips}: published weights are missing ({PROBLEMS[0]}); "
+            "`evaluate.py --download` gets them where internet is"
         )
     return features, lpips
 
@@ -1691,7 +1691,7 @@ def load_vision_model(name, device):
     no_pooler = any(key.startswith("pooler.") for key in loaded["missing_keys"])
     if no_pooler:
         model.pooler = None  # its weights are random
-    model.config.mask_ratio = 0  # MAE would hide three quarters of an image
+    model.config.mask_ratio = 0.0  # MAE would hide three quarters of an image
     model = model.to(device).eval().requires_grad_(False)
     weights = model.state_dict()
     digest = hashlib.sha256(repr(processor).encode())
