@@ -1434,14 +1434,13 @@ def stored_grain(image):
 
 CACHE = Path(os.environ.get("MEDLORA_CACHE") or Path.home() / ".cache" / "medlora")
 FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-PYTORCH_FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 TORCHVISION = "https://download.pytorch.org/models/"
 LPIPS_LAYERS = (
     "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/v0.1.4/lpips/weights/v0.1/"
 )
 WEIGHTS = {  # file: (folder on the web, SHA-256, MB, licence)
     FID_WEIGHTS: (
-        PYTORCH_FID,
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         95.6,
         "Apache-2.0",
@@ -1500,8 +1499,8 @@ def get_weights(name):
     try:
         wait_for(folder + name)
         note(f"downloading {folder}{name}: {size:g} MB, licence {licence}")
-        CACHE.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(folder + name, str(path), sha256)
+        os.makedirs(CACHE, exist_ok=True)
+        torch.hub.download_url_to_file(folder + name, path, sha256)
     except (OSError, HTTPException, RuntimeError) as error:  # the last: another SHA-256
         PROBLEMS.append(error)
         return None
@@ -1512,8 +1511,9 @@ def wait_for(url):
     """Return when an address answers; else, after PATIENCE seconds at the latest, an OSError."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
-    if PROBLEMS and isinstance(PROBLEMS[-1], TimeoutError):
-        raise PROBLEMS[-1]  # a network that hangs is waited for once
+    for problem in PROBLEMS:
+        if isinstance(problem, TimeoutError):  # a network that hangs is waited for once
+            raise problem
     socket.setdefaulttimeout(PATIENCE + 1)  # of each read
     with ThreadPool(1) as pool:  # that limit leaves out the name server
         answer = pool.apply_async(urlopen, (url,))
@@ -1562,8 +1562,6 @@ def from_hub(name, patterns):
 
 
 # ---------------------------------------------------------------- networks
-
-IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, sd
 
 
 @dataclass
@@ -1683,7 +1681,7 @@ def load_vision_model(name, device):
         model, loaded = transformers.AutoModel.from_pretrained(
             name, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the Hub's client alone raises a dozen kinds
         fail(
             f"--features {name}: no such weight file or vision model ({str(error)[:150]}); of the "
             "Hub's, `hf download` one where internet is and give its folder"
@@ -1693,11 +1691,10 @@ def load_vision_model(name, device):
         model.pooler = None  # its weights are random
     model.config.mask_ratio = 0.0  # MAE would hide three quarters of an image
     model = model.to(device).eval().requires_grad_(False)
-    weights = model.state_dict()
+    class_tokens = sum(key.endswith("cls_token") for key in model.state_dict())
     digest = hashlib.sha256(repr(processor).encode())
-    for weight in weights.values():
-        digest.update(weight.cpu().float().numpy().tobytes())
-    class_tokens = sum(key.endswith("cls_token") for key in weights)
+    for path in sorted(Path(name).glob("model*.safetensors")):
+        digest.update(path.read_bytes())
     embed = getattr(model, "get_image_features", model)
 
     def function(pixels):
@@ -1706,9 +1703,12 @@ def load_vision_model(name, device):
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None:
             return pooled.flatten(1)
+        states = output.last_hidden_state
+        if states.ndim == 4:  # of a convolutional network
+            return states.mean((2, 3))
         if no_pooler:
-            return output.last_hidden_state[:, 0]
-        return output.last_hidden_state[:, class_tokens:].mean(1)
+            return states[:, 0]
+        return states[:, class_tokens:].mean(1)
 
     return Network(f"{model.config.model_type}-{digest.hexdigest()[:16]}", function)
 

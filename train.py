@@ -44,7 +44,6 @@ import lora
 from metrics import (
     BAD_SHARE,
     FID_WEIGHTS,
-    IMAGENET_SCALE,
     LPIPS,
     Flags,
     add_common_flags,
@@ -415,6 +414,9 @@ def load_perceptual(base, args):
     if args.perceptual == "vgg":
         features = vgg_features(base)
     return partial(perceptual_loss, features, blur_timestep(base))
+
+
+IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, sd
 
 
 def vgg_features(base):

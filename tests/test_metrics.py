@@ -361,7 +361,7 @@ def class_token(model, images):
 
 def test_dinov2_gives_what_dgm_eval_defines(tmp_path):
     """Straight to a square, ImageNet's mean and spread, the class token after the last norm."""
-    scale = metrics.IMAGENET_SCALE
+    scale = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     how = dict(do_center_crop=False, image_mean=scale[0], image_std=scale[1])
     model = tiny_dinov2(tmp_path, size={"height": 56, "width": 56}, **how)
     pixels = noise(3, size=100)[:, :, :80]
@@ -386,12 +386,19 @@ def test_a_vision_model_sees_images_as_its_own_processor_makes_them(tmp_path):
 def test_other_weights_or_another_preparation_are_another_network_in_the_cache(tmp_path):
     import json
 
-    tiny_dinov2(tmp_path)
-    name = metrics.load_features(str(tmp_path), "cpu").name
+    model = tiny_dinov2(tmp_path / "a")
+    model.layernorm.bias.data += 1
+    model.save_pretrained(tmp_path)
+    names = {metrics.load_features(str(tmp_path / "a"), "cpu").name}
+    metrics.copy_file(
+        tmp_path / "a/preprocessor_config.json", tmp_path / "preprocessor_config.json"
+    )
+    names.add(metrics.load_features(str(tmp_path), "cpu").name)
     file = tmp_path / "preprocessor_config.json"
     settings = json.loads(file.read_text()) | {"image_mean": [0.1, 0.1, 0.1]}
     file.write_text(json.dumps(settings))
-    assert metrics.load_features(str(tmp_path), "cpu").name != name
+    names.add(metrics.load_features(str(tmp_path), "cpu").name)
+    assert len(names) == 3
 
 
 LAYERS = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -464,6 +471,17 @@ def test_a_file_without_the_pooler_gives_the_class_token_and_one_with_it_the_poo
     bare.save_pretrained(tmp_path / "bare")
     vectors, expected = embedding_of(
         tmp_path / "bare", bare, lambda net, x: net(x).last_hidden_state[:, 0]
+    )
+    assert vectors == pytest.approx(expected, abs=1e-5)
+
+
+def test_maps_without_a_pooler_give_their_mean(tmp_path):
+    from transformers import SegformerConfig
+
+    config = SegformerConfig(hidden_sizes=[8, 8, 8, 16], depths=[1] * 4, decoder_hidden_size=8)
+    model = saved_model("SegformerModel", tmp_path, config)
+    vectors, expected = embedding_of(
+        tmp_path, model, lambda net, x: net(x).last_hidden_state.mean((2, 3))
     )
     assert vectors == pytest.approx(expected, abs=1e-5)
 
