@@ -4,6 +4,7 @@
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
     python evaluate.py REAL GENERATED --split runs/dfu/split.csv --utility --by sex
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
+    python evaluate.py --download
 
 REAL and GENERATED are folders of images, or tables such as metadata.csv. Prints a table, writes a
 report for any browser (--out) and the same figures for programs (--json):
