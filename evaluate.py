@@ -929,9 +929,7 @@ def parse_args():
     add = parser.add_argument_group("numbers").add_argument
     usual = [name for name in METRICS if name != "inception_score"]
     add("--metrics", type=metric_names, default=usual, help="default: all but inception_score")
-    add(
-        "--features", default="auto", help="texture, HUB-ID, PATH; auto: inception if it can be had"
-    )
+    add("--features", default="auto", help="auto (inception, else texture), HUB-ID or PATH")
     add("--resize", choices=("legacy", "clean"), default="legacy", help="as pytorch-fid, clean-fid")
     add("--bands", type=bands_table, default=BANDS, help="metric,excellent,good,fair; else default")
     add("--utility", action="store_true", help="do the images help a classifier? needs labels")
