@@ -678,6 +678,90 @@ def test_a_table_replaces_the_bands(tmp_path, monkeypatch):
     assert found["recall"]["band"] is None
 
 
+# ---------------------------------------------------------------- labels
+
+
+def of_labels(**counts):
+    """An ImageSet of so many images of each label."""
+    rows = []
+    for label, count in counts.items():
+        rows += [row(label=label.replace("_", " ")) for _ in range(count)]
+    pixels = torch.zeros(len(rows), 3, 1, 1, dtype=torch.uint8)
+    return evaluate.ImageSet("x", rows, pixels, np.zeros((len(rows), 1)))
+
+
+def compared_counts(real, fake):
+    """How many images of each label are compared, and what is said of the labels."""
+    real, fake, labels, sentences = evaluate.match_labels(real, fake, 0)
+    sides = labels[: len(real.rows)], labels[len(real.rows) :]
+    return [
+        dict(zip(*np.unique(side, return_counts=True), strict=True)) for side in sides
+    ], sentences
+
+
+def test_another_mix_of_labels_is_compared_at_the_real_one_whatever_the_case():
+    (real, fake), (sentence,) = compared_counts(
+        of_labels(wound=30, Chest_film=120), of_labels(Wound=75, chest__FILM=75)
+    )
+    assert real == {"wound": 30, "chest film": 120}
+    assert fake["chest film"] == 75
+    assert fake["wound"] in (18, 19)
+    assert '50% are "chest film", of the real ones 80%' in sentence
+    assert "94 generated and 150 real images" in sentence
+
+
+def test_labels_of_few_images_do_not_use_up_a_set():
+    many = {f"rare{k}": 1 for k in range(20)}
+    (real, fake), _ = compared_counts(of_labels(a=40, **many, b=40), of_labels(a=80, **many, b=80))
+    assert sum(real.values()) + sum(fake.values()) > 200
+    shares = [sum(side.get(name, 0) for name in many) / sum(side.values()) for side in (real, fake)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.02)
+
+
+def test_labels_of_one_set_alone_are_listed_and_their_images_stay():
+    (real, fake), sentences = compared_counts(of_labels(a=20, b=5), of_labels(a=20, c=7))
+    assert real == {"a": 20, "": 5}
+    assert fake == {"a": 20, "": 7}
+    assert sentences == [
+        "Only the real set has the labels b.",
+        "Only the generated set has the labels c.",
+    ]
+
+
+@pytest.mark.parametrize("label", ["", "c"])
+def test_sets_without_a_label_in_common_are_compared_as_they_are(label):
+    real = of_labels(a=20, b=5)
+    fake = of_labels(**{label: 7})
+    compared, other, labels, sentences = evaluate.match_labels(real, fake, 0)
+    assert compared is real
+    assert other is fake
+    assert set(labels) == {""}
+    assert len(sentences) == (2 if label else 0)
+
+
+def test_draws_keep_each_label_and_each_patient():
+    labels = ["a", "a", "b", "b", "b", "b"] * 10
+    groups = [str(k // 2) for k in range(30)] + [""] * 30
+    draws = evaluate.draws_by_label(labels, 30, 50, 0, groups)
+    is_a = np.array(labels) == "a"
+    assert (draws[0] == np.repeat([1, -1], 30)).all()
+    assert ((draws[:, is_a] == 1).sum(1) == 10).all()
+    assert (draws[:, :30:2] == draws[:, 1:30:2]).all()
+    assert len(np.unique(draws, axis=0)) > 40
+
+
+def test_another_mix_of_labels_is_no_difference_of_the_pictures(tmp_path, monkeypatch):
+    for name, dark, light in (("real", 10, 40), ("fake", 25, 25)):
+        (tmp_path / name).mkdir()
+        for label, count, change in (("dark", dark, darken), ("light", light, keep)):
+            draw(tmp_path / name / label, count, (name, label), change=change)
+    flags = ("--metrics", "kid,colour,ssim-pairs")
+    assert run_set(monkeypatch, "real", "fake", *flags)["p"] > 0.05
+    (tmp_path / "fake" / "light").rename(tmp_path / "fake" / "bright")
+    (tmp_path / "fake" / "dark").rename(tmp_path / "fake" / "dim")
+    assert run_set(monkeypatch, "real", "fake", *flags)["p"] <= 0.05
+
+
 # ---------------------------------------------------------------- copies
 
 
