@@ -24,6 +24,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,11 +173,12 @@ def units_of(groups):
     return list(units.values())
 
 
-def permutation_draws(n, m, count, seed, groups=()):
+def permutation_draws(n, m, count, seed, groups=(), labels=None):
     """int8 (1 + count, n + m): the sets as they are, then the pooled images divided again.
 
     groups: a name for each image. Groups stay whole if there are five or more and none is over half
-    of a set; an image that no longer fits is left out.
+    of a set; an image that no longer fits is left out. labels: of each image; both sets keep their
+    number of each, where a group counts under the label of its first image.
     """
     sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
     if len(sizes) < 5 or 2 * max(sizes) > min(n, m):
@@ -185,34 +187,19 @@ def permutation_draws(n, m, count, seed, groups=()):
     draws = np.zeros((1 + count, n + m), np.int8)
     draws[0, :n] = 1
     draws[0, n:] = -1
+    label_of = np.zeros(len(units), int) if labels is None else labels[[unit[0] for unit in units]]
+    rooms = Counter()
+    for unit, label in zip(units, label_of, strict=True):
+        rooms.update((side, label) for side in draws[0, unit])
     for row in range(1, 1 + count):
-        room = {1: n, -1: m}
+        room = rooms.copy()
         order = torch.randperm(len(units), generator=generator(seed, "permutation", row))
         for k in order.tolist():
-            for side in room:
-                if room[side] >= len(units[k]):
+            for side in (1, -1):
+                if room[side, label_of[k]] >= len(units[k]):
                     draws[row, units[k]] = side
-                    room[side] -= len(units[k])
+                    room[side, label_of[k]] -= len(units[k])
                     break
-    return draws
-
-
-def draws_by_label(labels, n, count, seed, groups):
-    """`permutation_draws` of n images and the others, exchanged within each label alone.
-
-    labels, groups: of each image. All images of a group count under the label of the first.
-    """
-    label_of = {}
-    strata = {}
-    for i, (label, group) in enumerate(zip(labels, groups, strict=True)):
-        label = label_of.setdefault(group or i, str(label))
-        strata.setdefault(label, []).append(i)
-    draws = np.zeros((1 + count, len(labels)), np.int8)
-    for label, members in strata.items():
-        first = sum(i < n for i in members)
-        inside = [groups[i] for i in members]
-        second = len(members) - first
-        draws[:, members] = permutation_draws(first, second, count, (seed, label), inside)
     return draws
 
 
@@ -450,29 +437,18 @@ class Entry:
 
 def evaluate_set(real, fake, known, tools):
     """The Entry of a generated set."""
-    args = tools.args
-    copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    *compared, mix = match_labels(real, fake, args.seed)
-    figures = measure_all(*compared, tools)
-    p, differences = test_together(figures)
-    features = pooled(real.features, fake.features, tools.network.standardise)
-    subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
-    utility = measure_utility(real, known, fake, tools) if args.utility else None
-    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, utility)
-
-
-def measure_all(real, fake, labels, tools):
-    """{metric: Figure} of two sets with the same mix of labels."""
     args, network = tools.args, tools.network
-    joint = collect_matrices(real, fake, tools)
-    n, m = len(real.rows), len(fake.rows)
-    groups = [row.group for row in real.rows + fake.rows]
-    draws = draws_by_label(labels, n, args.permutations, args.seed, groups)
+    copies = find_copies(known, fake, args)  # the largest matrices come and go first
+    *compared, labels, mix = match_labels(real, fake, args.seed)
+    joint = collect_matrices(*compared, tools)
+    n, m = [len(images.rows) for images in compared]
+    groups = [row.group for images in compared for row in images.rows]
+    draws = permutation_draws(n, m, args.permutations, args.seed, groups, labels)
     halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
     figures = {}
     for name in tools.names:
         figure = measure(name, joint, draws, halves)
-        if name == "frechet" and real.all_features is not None:
+        if name == "frechet" and compared[0].all_features is not None:
             every = pooled(real.all_features, fake.all_features, network.standardise)
             count = len(real.all_features)
             figure.value = frechet(every[:count], every[count:])
@@ -480,58 +456,59 @@ def measure_all(real, fake, labels, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    return figures
+    p, differences = test_together(figures)
+    features = pooled(real.features, fake.features, network.standardise)
+    subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
+    utility = measure_utility(real, known, fake, tools) if args.utility else None
+    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, utility)
 
 
 def match_labels(real, fake, seed):
-    """The images of both sets that are compared, the label of each, and sentences on the labels.
+    """The images of both sets that are compared, a number for the label of each, and sentences.
 
     Of labels that both sets have, images are drawn by the seed so that each has the same share in
-    both, at the ratio of the two sets that keeps the most images. Other labels become "".
+    both, at the ratio of the two sets that keeps the most. All other labels are as one, 0.
     """
-    labels = []
-    for images in (real, fake):
-        labels.append(np.array([text_key(row.label) for row in images.rows]))
-    names = np.setdiff1d(np.intersect1d(*labels), [""])
-    counts = np.stack([(side[:, None] == names).sum(0) for side in labels])
+    n = len(real.rows)
+    labels = np.array([text_key(row.label) for row in real.rows + fake.rows])
+    names = np.setdiff1d(np.intersect1d(labels[:n], labels[n:]), [""])
+    has_label = labels[:, None] == names  # (images, labels of both sets)
+    counts = has_label[:n].sum(0), has_label[n:].sum(0)
 
     def kept(ratio):
         return np.minimum(counts[1], ratio * counts[0]).sum() * (1 + 1 / ratio)
 
     ratio = max(counts[1] / counts[0], key=kept, default=1)
     wanted = np.minimum(counts[1], ratio * counts[0])
-    masks = [draw_mix(labels[0], names, wanted / ratio, seed)]
-    masks.append(draw_mix(labels[1], names, wanted, seed))
-    sentences = mix_sentences(labels, names, masks)
-    if not np.concatenate(masks).all():
-        real, fake = subset(real, masks[0]), subset(fake, masks[1])
-    compared = np.concatenate([labels[0][masks[0]], labels[1][masks[1]]])
-    return real, fake, np.where(np.isin(compared, names), compared, ""), sentences
+    keep = draw_mix(has_label[:n], wanted / ratio, seed), draw_mix(has_label[n:], wanted, seed)
+    sentences = mix_sentences(labels[:n], labels[n:], names, keep)
+    keep_all = np.concatenate(keep)
+    if not keep_all.all():
+        real, fake = subset(real, keep[0]), subset(fake, keep[1])
+    return real, fake, (has_label @ np.arange(1, 1 + len(names)))[keep_all], sentences
 
 
-def draw_mix(labels, names, counts, seed):
-    """Which images are drawn, (N,): of each name its count, nearly; all of other names."""
-    mask = ~np.isin(labels, names)
-    totals = np.rint(np.cumsum(counts)).astype(int)  # parts of an image add up over the names
-    for name, count in zip(names, np.diff(totals, prepend=0), strict=True):
-        members = np.flatnonzero(labels == name)
-        order = torch.randperm(len(members), generator=generator(seed, "label", str(name)))
-        mask[members[order[:count]]] = True
-    return mask
+def draw_mix(has_label, counts, seed):
+    """bool (N,): about so many images of each label (N, labels), and all without one."""
+    limits = np.diff(np.rint(np.cumsum(counts)), prepend=0)  # parts of an image add up
+    order = torch.randperm(len(has_label), generator=generator(seed, "labels")).numpy()
+    keep = np.zeros(len(has_label), bool)
+    keep[order] = (~has_label[order] | (has_label[order].cumsum(0) <= limits)).all(1)
+    return keep
 
 
-def mix_sentences(labels, names, masks):
-    """How the labels of the two sets differ and how many images are compared, [str]."""
+def mix_sentences(real, fake, names, keep):
+    """How the labels (N,) and (M,) differ and how many images are compared, [str]."""
     sentences = []
-    if not np.concatenate(masks).all():
-        real, fake = [(side[:, None] == names).mean(0) for side in labels]
-        k = np.abs(fake - real).argmax()
-        text = f'Of the generated images {fake[k]:.0%} are "{names[k]}", of the real ones '
-        text += f"{real[k]:.0%}: compared are {masks[1].sum()} generated and {masks[0].sum()} real "
-        sentences.append(text + "images with the same mix of labels.")
-    for kind, side in zip(("real", "generated"), labels, strict=True):
+    if not (keep[0].all() and keep[1].all()):
+        shares = [(side[:, None] == names).mean(0) for side in (real, fake)]
+        k = np.abs(shares[1] - shares[0]).argmax()
+        text = f'Of the generated images {shares[1][k]:.0%} are "{names[k]}", of the real ones '
+        text += f"{shares[0][k]:.0%}: compared are {keep[1].sum()} generated and {keep[0].sum()} "
+        sentences.append(text + "real images with the same mix of labels.")
+    for kind, side in (("real", real), ("generated", fake)):
         alone = np.setdiff1d(side, [*names, ""])
-        if len(alone) and all(map(any, labels)):
+        if len(alone) and any(real) and any(fake):
             sentences.append(f"Only the {kind} set has the labels {', '.join(alone)[:200]}.")
     return sentences
 
@@ -769,7 +746,7 @@ def resamples(rows, seed, count=1000):
 
 def digits(value, count=3, sign=""):
     """A figure for a table: `count` significant digits, no exponent for everyday sizes."""
-    if isinstance(value, int):
+    if isinstance(value, int | str):
         return str(value)
     if value is None or not np.isfinite(value):
         return "–"
@@ -906,10 +883,10 @@ def print_table(header, rows):
 GUIDE = """Chance is what a figure is when both sets are mixed and divided again, many times.
 p_high is how often chance is as bad or worse than the generated images, p_low how often it is as
 good or better. Of so many figures one is often small by chance: only rows with a word in the column
-"differs" count.""".replace("\n", " ")
+"differs" count."""
 
 HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
-many generated images against one half, which can be compared with it.""".replace("\n", " ")
+many generated images against one half, which can be compared with it."""
 
 FIGURES = """<h2>What the figures are</h2><p>With fewer than 50 images only gross differences show.
 <b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
@@ -942,7 +919,7 @@ def records_table(records):
     """HTML: a table of dicts with the same keys, as in the JSON."""
     rows = []
     for record in records:
-        rows.append([cell if isinstance(cell, str) else digits(cell) for cell in record.values()])
+        rows.append(map(digits, record.values()))
     return table(records[0], rows)
 
 
