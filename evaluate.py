@@ -779,7 +779,8 @@ PHRASES = [
     ("grain", "sharpness, noise or JPEG blocks", "closer in sharpness, noise and JPEG blocks"),
     ("precision density", "too few look real", "more of them look real"),
     ("recall coverage", "too little of the real variety", "more of the real variety"),
-    ("ssim_pairs lpips_pairs", "too much alike", "less alike one another"),
+    # a mixture of two different sets is less alike than each of them: this says nothing of which is
+    ("ssim_pairs lpips_pairs", "likeness to one another", "likeness to one another"),
     ("ssim_nearest lpips_nearest", "too far from a real image", "nearer to a real image"),
     ("inception_score", "contents less clear or varied", "contents clearer or more varied"),
 ]
@@ -787,18 +788,18 @@ PHRASES = [
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    text = ["By these figures they cannot be told from the real ones"]
+    opening = "By these figures they cannot be told from the real ones"
     worse = name_differences(entry.differences, "worse")
     better = name_differences(entry.differences, "too good")
     if worse:
-        text = ["They can be told from the real ones"]
+        opening = "They can be told from the real ones"
     elif better:
-        text = ["They are not like fresh real images, but too good"]
-    text[0] += f" (p = {digits(entry.p, 2)} for all figures together)."
+        opening = "They are too good: better than fresh real images would be"
+    text = [f"{opening} (p = {digits(entry.p, 2)} for all figures together)."]
     if worse:
         text.append(f"What differs, the clearest first: {worse}.")
     if better:
-        text.append(f"Better than fresh real images would be: {better}.")
+        text.append(f"Too good for fresh images: {better}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
     text += entry.mix
     for classifier, doses in (entry.utility or {}).items():
@@ -811,10 +812,9 @@ def name_differences(differences, kind):
     """The metrics of one kind in plain words, those that see the same together; "" if none is."""
     found = {}
     for name, difference in differences.items():
-        if difference == kind:
-            for names, *phrases in PHRASES:
-                if name in names.split():
-                    found.setdefault(phrases[kind != "worse"], []).append(name)
+        for names, *phrases in PHRASES:
+            if difference == kind and name in names.split():
+                found.setdefault(phrases[kind != "worse"], []).append(name)
     return "; ".join(f"{phrase} ({', '.join(names)})" for phrase, names in found.items())
 
 
@@ -881,9 +881,9 @@ def print_table(header, rows):
 # ---------------------------------------------------------------- the report
 
 GUIDE = """Chance is what a figure is when both sets are mixed and divided again, many times.
-p_high is how often chance is as bad or worse than the generated images, p_low how often it is as
-good or better. Of so many figures one is often small by chance: only rows with a word in the column
-"differs" count."""
+p_high is how often chance is as bad as the generated images or worse, p_low how often it is as good
+or better. Of so many p one is often small by chance: only rows with a word in the column "differs"
+count."""
 
 HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
 many generated images against one half, which can be compared with it."""
@@ -917,10 +917,7 @@ def paragraph(text, kind=""):
 
 def records_table(records):
     """HTML: a table of dicts with the same keys, as in the JSON."""
-    rows = []
-    for record in records:
-        rows.append(map(digits, record.values()))
-    return table(records[0], rows)
+    return table(records[0], [map(digits, record.values()) for record in records])
 
 
 def gallery(title, images, seed):
