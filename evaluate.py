@@ -437,8 +437,19 @@ class Entry:
 
 def evaluate_set(real, fake, known, tools):
     """The Entry of a generated set."""
-    args, network = tools.args, tools.network
+    args = tools.args
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
+    figures, mix = measure_figures(real, fake, tools)
+    p, differences = test_together(figures)
+    features = pooled(real.features, fake.features, tools.network.standardise)
+    subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
+    utility = measure_utility(real, known, fake, tools) if args.utility else None
+    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, utility)
+
+
+def measure_figures(real, fake, tools):
+    """{metric: Figure}, and sentences on the labels of the images that are compared."""
+    args, network = tools.args, tools.network
     *compared, labels, mix = match_labels(real, fake, args.seed)
     joint = collect_matrices(*compared, tools)
     n, m = [len(images.rows) for images in compared]
@@ -456,11 +467,7 @@ def evaluate_set(real, fake, known, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    p, differences = test_together(figures)
-    features = pooled(real.features, fake.features, network.standardise)
-    subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
-    utility = measure_utility(real, known, fake, tools) if args.utility else None
-    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, utility)
+    return figures, mix
 
 
 def match_labels(real, fake, seed):
