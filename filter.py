@@ -58,7 +58,6 @@ from metrics import (
     generator,
     grain,
     has_lpips,
-    label_list,
     list_images,
     load_features,
     load_lpips,
@@ -74,6 +73,7 @@ from metrics import (
     pick_resolution,
     read_split,
     read_table,
+    read_text,
     run_script,
     same_unit,
     share_range,
@@ -648,7 +648,6 @@ RATING_COLUMNS = {  # role -> usual names
     "shows": ("shows",),
 }
 NO_VALUE = ("-", "?", "na", "n/a", "#n/a", "nan", "none", "null")  # of R, Excel and pandas
-SCALE_ENDS = (1, 2, 3, 5, 7, 10, 100)
 
 
 @dataclass
@@ -723,8 +722,8 @@ def read_rating_rows(path):
         if not image:
             wrong = f"names no image: {needed}"
         elif rating not in (1, 2, 3):
-            wrong = f"rating must be 1, 2 or 3, not {row['rating'][:40]!r} (of {image[:200]})"
-            wrong = f"{wrong}; {explain_scale(set(texts) - {''})}"
+            wrong = f"must be 1 (bad), 2 (usable) or 3 (good), not {row['rating'][:40]!r}"
+            wrong = f"rating {wrong} (of {image[:200]}): write other scales as thirds of theirs"
         elif not 1 <= level < np.inf:
             wrong = f"expert_level must be a number from 1, not {row['expert_level'][:40]!r}"
         if wrong:
@@ -744,24 +743,6 @@ def read_number(text):
         return float(text.replace(",", "."))
     except ValueError:
         return np.nan
-
-
-def explain_scale(texts):
-    """The ratings of a column that holds others than 1 to 3, and how to write them as such.
-
-    Numbers are cut into thirds of the least usual scale that holds them all.
-    """
-    found = ", ".join(repr(text[:40]) for text in sorted(texts)[:11])
-    values = [read_number(text) for text in texts]
-    if not np.isfinite(values).all():
-        return f"found {found}: write 1 for bad, 2 for usable, 3 for good"
-    low = min(1, *values)
-    high = min([end for end in SCALE_ENDS if end >= max(values)], default=max(values))
-    third = (high - low) / 3
-    return (
-        f"found {found}: write 1 for those below {low + third:.3g}, 3 for those above "
-        f"{high - third:.3g}, 2 for others, or the other way round where less is better"
-    )
 
 
 def ends_of(path):
@@ -833,24 +814,31 @@ SCALE_TEXT = """1 bad: it misleads, or nobody would take it for such a picture
 3 good: it could stand among real ones"""
 RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--line:#30363d;
 --paper:#05070a;--mark:#6cb0ff}[hidden]{display:none!important}
-body{max-width:none;padding:0;touch-action:manipulation}h1,form{max-width:40rem;margin:1rem auto;
-padding:0 1rem}form p,#scale{margin:.8rem 0}#scale{white-space:pre-line;padding-left:.9rem;
-border-left:.3rem solid var(--mark)}
+body{max-width:none;padding:0;touch-action:manipulation}
+h1,form{max-width:40rem;margin:1rem auto;padding:0 1rem}form p,#scale{margin:.8rem 0}
+#scale{white-space:pre-line;padding-left:.9rem;border-left:.3rem solid var(--mark)}
 button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--line);
 border-radius:.4rem;padding:.5rem .8rem;margin:.15rem;min-height:2.8rem}
-button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}
-#rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}#note{width:min(94%,30rem)}
-#picture{position:relative;overflow:hidden;touch-action:none;user-select:none;width:100%;height:58vh;
-height:58svh}#picture img{position:absolute;left:50%;top:50%}progress{width:min(94%,30rem);height:.5rem}
-#rater{color:var(--mark)}#view{color:var(--soft);font-size:.85rem}#view label{white-space:nowrap}
-#view input{width:5rem;min-height:1.5rem;padding:0;vertical-align:middle}
-@media(min-aspect-ratio:6/5){#rate{display:grid;grid-template-columns:minmax(0,1fr) minmax(19rem,36vw);
-gap:.8rem;align-items:center}#picture{height:calc(100vh - 1rem);height:calc(100svh - 1rem)}}
+button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}#rater{color:var(--mark)}
+#rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}
+#note,progress{width:min(94%,30rem)}progress{height:.5rem}#ask span{display:inline-block}
+#marks button{min-width:6.5rem;border-color:var(--soft)}#marks button[aria-pressed=true]{
+border-color:var(--mark)}#view{color:var(--soft);font-size:.85rem}
+#view label{white-space:nowrap}#view input{width:5rem;min-height:1.5rem;padding:0;
+vertical-align:middle}#picture{position:relative;overflow:hidden;touch-action:none;
+user-select:none;height:min(58vh,100vw)}#picture img{position:absolute;left:50%;top:50%}
+@media(min-aspect-ratio:6/5){#rate{display:grid;gap:.8rem;align-items:center;
+grid-template-columns:minmax(0,1fr) minmax(19rem,36vw)}#picture[hidden]+div{grid-column:1/-1}
+#picture{height:calc(100vh - 1rem);height:calc(100svh - 1rem)}}
 @media(max-height:34rem)and (min-aspect-ratio:6/5){#rate{font-size:.85rem;align-items:start;
-grid-template-columns:minmax(0,1fr) 26rem}button,#note{min-height:2.2rem;padding:.2rem .6rem}}</style>"""
+grid-template-columns:minmax(0,1fr) 26rem}#rate :is(button,#note){min-height:2.2rem;
+padding:.2rem .6rem}}</style>"""
 RATING_BODY = """<form id="start">
-<p>You see {count} pictures, one after the other. Mark each with the keys 1, 2, 3 or the buttons:</p>
-<div id="scale">{scale}</div>{more}
+<p>You see <span id="count"></span> pictures, one after the other. Mark each by a key, 1, 2 or 3,
+or by a button:</p>
+<div id="scale">SCALE</div>
+<p id="how-blind">Some are real. Say of each whether you take it for real, r, or generated, g.</p>
+<p id="how-shows">Does it show its label? Say yes, y, or no, n; neither where you cannot tell.</p>
 <p>Nothing leaves this browser. It keeps every answer at once (not so a private window): close the
 page when you like, open it here again and go on. At the end you save a file, ratings-<i>your
 name</i>.csv. It will be in the folder for downloads: send it to whoever gave you this page.</p>
@@ -861,16 +849,17 @@ name</i>.csv. It will be in the folder for downloads: send it to whoever gave yo
 <main id="rate" hidden><div id="picture"></div><div>
 <p><b id="rater"></b> <button data-key="c">other rater (c)</button></p>
 <progress id="bar"></progress><p id="where" aria-live="polite"></p>
-<div id="work"><p id="text"></p>
-<div id="ask"><span id="question"></span> <button data-key="y">yes (y)</button>
-<button data-key="n">no (n)</button></div>
+<div id="work">
+<div id="ask"><span id="question"></span> <span><button data-key="y">yes (y)</button>
+<button data-key="n">no (n)</button></span></div>
 <div id="guesses"><button data-key="r">real (r)</button>
 <button data-key="g">generated (g)</button></div>
-<div><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
-<button data-key="3">3 good</button></div><input id="note" placeholder="note (t), Enter ends it">
+<div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
+<button data-key="3">3 good</button></div><p id="text"></p>
+<input id="note" placeholder="note (t), Enter ends it">
 </div><div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
 the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></div>
-<button data-key="u">undo (u)</button><button data-key="s">skip (s)</button>
+<button data-key="u">undo (u)</button><button data-key="s" id="skip">skip (s)</button>
 <button id="save">save the file</button>
 <div id="view"><label>zoom <input id="zoom" type="range" min="1" max="8" step="any"></label>
 <label>brightness <input id="brightness" type="range" min=".2" max="3" step="any"></label>
@@ -952,14 +941,15 @@ function show() {
   $("bar").max = facts.length; $("bar").value = at; $("rater").textContent = rater;
   $("where").textContent = (done ? "The end" : `${at + 1} of ${facts.length}`)
     + `, ${marked} marked` + (safe ? "" : "; this browser keeps nothing: save before closing");
-  for (const id of ["picture", "work", "view"]) $(id).hidden = done;
+  for (const id of ["picture", "work", "view", "skip"]) $(id).hidden = done;
   $("end").hidden = !done; $("file").textContent = file();
   if (done) return;
   $("picture").innerHTML = IMAGES[at];
   const image = $("picture").firstChild;
   image.alt = `picture ${at + 1}`; image.draggable = false; image.onload = draw;
   $("text").textContent = BLIND || fact[1] == fact[6] ? "" : fact[1];
-  $("question").textContent = `Shows: ${fact[6]}?`; $("ask").hidden = !fact[6];
+  $("question").textContent = `Shows: ${fact[6].replaceAll("|", ", ")}?`;
+  $("ask").hidden = !fact[6];
   $("guesses").hidden = !BLIND; $("note").value = answer.comment || "";
   const chosen = [answer.rating, {1: "y", 0: "n"}[answer.shows], answer.guess?.[0]];
   for (const b of document.querySelectorAll("[data-key]"))
@@ -1037,8 +1027,10 @@ function draw() {  // as stored; larger than the room: shrunk; of few pixels: an
   image.style.width = w * fit + "px";
   image.style.transform = `translate(-50%, -50%) translate(${x}px, ${y}px) scale(${level("zoom")})`;
   image.style.filter = `brightness(${level("brightness")}) contrast(${level("contrast")})`;
-  $("shown").textContent = `${w} × ${h} pixels` + (times > 1 ? `, enlarged ${+times.toFixed(1)} times`
-    : times < 1 ? `, shown at ${Math.round(100 * times)} %` : "");
+  let shown = "";
+  if (times > 1) shown = `, enlarged ${+times.toFixed(1)} times`;
+  if (times < 1) shown = `, shown at ${Math.round(100 * times)} %`;
+  $("shown").textContent = `${w} × ${h} pixels${shown}`;
 }
 function zoomAt(e, factor) {  // what is under the pointer stays there
   const box = $("picture").getBoundingClientRect(), before = level("zoom");
@@ -1068,14 +1060,17 @@ $("picture").onpointermove = e => {
 $("picture").onpointerup = $("picture").onpointercancel = e => pointers.delete(e.pointerId);
 for (const id of SLIDERS) $(id).oninput = draw;
 addEventListener("resize", () => { if ($("picture").firstChild) draw(); });
+$("count").textContent = facts.length;
+$("how-blind").hidden = !BLIND; $("how-shows").hidden = !facts.some(f => f[6]);
 queue(begin);
 </script>"""
 
 
 def write_rating_page(args):
     """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings-NAME.csv."""
-    real_rows = list_real(args.blind, args) if args.blind else []
+    scale = read_text(args.scale_text) if args.scale_text else SCALE_TEXT
     rows = list_images(args.generated)
+    real_rows = list_real(args.blind, args) if args.blind else []
     ratings = drop_missing(read_ratings(args.rated, [row.path for row in rows + real_rows]))
     rated = {content_hash(rating.path) for rating in ratings}
     rows = choose_images(rows, rated, args)
@@ -1095,32 +1090,30 @@ def write_rating_page(args):
     facts = []
     images = []
     shown = rows + real_rows
-    asked = questions(rows, real_rows)
+    labels = labels_to_ask(rows, real_rows)
     for place in draw_order(len(shown), args.seed, "page"):
-        facts.append(facts_of(shown[place], place >= len(rows), asked[place], args.rating_page))
+        facts.append(facts_of(shown[place], place >= len(rows), labels[place], args.rating_page))
         images.append(shown[place].measured)
-    scale = Path(args.scale_text).read_text("utf-8-sig") if args.scale_text else SCALE_TEXT
     body = rating_page(facts, images, bool(args.blind), scale)
     write_file(args.rating_page, page("Rate pictures", body))
-    print(f"{args.rating_page}: {len(rows)} generated, {len(real_rows)} real images")
-    print(f"open it in a browser; pictures have up to {size} pixels a side")
+    counts = f"{len(rows)} generated, {len(real_rows)} real images"
+    print(f"{args.rating_page}: {counts}, at most {size} pixels a side; open it in a browser")
     print("next: " + command("filter.py", args.generated, "--fit", "ratings-NAME.csv"))
 
 
 def draw_blind(rows, real_rows, size, seed):
-    """Real rows to mix in, one in five, and the pixels a side at which none is enlarged.
+    """Real rows to mix in, one in five, and the pixels a side at which no image is enlarged.
 
-    The resolution must tell nobody which are real: smaller real ones, of four times as many or of
-    half of all, are left out.
+    Sharpness must tell nobody which are real: smaller real ones, out of four times as many or half
+    of all, are left out.
     """
     wanted = max(1, round(len(rows) / 4))
     drawn = draw_order(len(real_rows), seed, "blind")[: 4 * wanted]
-    real_rows = [real_rows[i] for i in drawn]
     rows, _ = load_pixels(rows, 64, measure=short_side)
-    real_rows, _ = load_pixels(real_rows, 64, measure=short_side)
-    sides = sorted((row.measured for row in real_rows), reverse=True)
+    real_rows, _ = load_pixels([real_rows[i] for i in drawn], 64, measure=short_side)
+    sides = sorted(row.measured for row in real_rows)
     enough = min(wanted, (len(sides) + 1) // 2)
-    size = min(size, *sides[:enough][-1:], *[row.measured for row in rows])
+    size = min([size, *sides[-enough:], *[row.measured for row in rows]])
     return [row for row in real_rows if row.measured >= size][:wanted], size
 
 
@@ -1128,12 +1121,12 @@ def short_side(image):
     return min(image.size)
 
 
-def questions(rows, real_rows):
-    """The label that each image is asked to show: with real ones, always one of the generated.
+def labels_to_ask(rows, real_rows):
+    """What each image is asked to show; where real ones are among them, a label of generated ones.
 
-    Of real images alone, or of some, it would tell which they are.
+    Else a label, or that there is none, would tell which are real.
     """
-    own = [", ".join(label_list(row.label)) or row.caption for row in rows + real_rows]
+    own = [row.label or row.caption for row in rows + real_rows]
     if not real_rows:
         return own
     known = {text_key(name): name for name in own[: len(rows)] if name}
@@ -1141,7 +1134,7 @@ def questions(rows, real_rows):
     return [known.get(text_key(name), others[i % len(others)]) for i, name in enumerate(own)]
 
 
-def facts_of(row, is_real, asked, page_path):
+def facts_of(row, is_real, label, page_path):
     """What a page knows of an image: path, caption, modality, group, is real, SHA-256, label.
 
     The path is as seen from the page's folder, so that both can be moved together.
@@ -1151,30 +1144,17 @@ def facts_of(row, is_real, asked, page_path):
         path = os.path.relpath(path, os.path.dirname(os.path.abspath(page_path)))
     path = Path(path).as_posix()
     digest = content_hash(row.path)
-    return [path, row.caption, modality_of(row), row.group, int(is_real), digest, asked]
+    return [path, row.caption, modality_of(row), row.group, int(is_real), digest, label]
 
 
 def rating_page(facts, images, blind, scale):
     """The body of a rating page; facts: those of each image, see facts_of; scale: a text."""
-    more = ""
-    if blind:
-        more += (
-            "<p>Some are real. Say of each whether you take it for real, r, or generated, g.</p>"
-        )
-    if any(fact[-1] for fact in facts):
-        more += (
-            "<p>Does it show its label? Say yes, y, or no, n; neither where you cannot tell.</p>"
-        )
-    constants = {
-        "BLIND": blind,
-        "FACTS": base64.b64encode(json.dumps(facts).encode()).decode(),
-        "IMAGES": images,
-    }
-    body = RATING_BODY.format(count=len(facts), scale=html.escape(scale), more=more)
-    parts = [RATING_STYLE, body]
-    for name, value in constants.items():
-        parts.append(f"<script>const {name} = {json.dumps(value)};</script>\n")
-    return "".join(parts) + RATING_SCRIPT
+    unread = base64.b64encode(json.dumps(facts).encode()).decode()  # nor seen in the source
+    return f"""{RATING_STYLE}{RATING_BODY.replace("SCALE", html.escape(scale))}<script>
+const BLIND = {json.dumps(blind)};
+const FACTS = "{unread}";
+const IMAGES = {json.dumps(images)};
+</script>{RATING_SCRIPT}"""
 
 
 def choose_images(rows, rated, args):
@@ -1265,10 +1245,8 @@ class Rated:
 
 def fit(args):
     """Learn a selector from ratings; write it only where it predicts them better than chance."""
-    rows = list_images(args.generated) if args.generated else []
     real_rows = list_real(args.reference, args) if args.reference else []
-    files = [row.path for row in rows + real_rows]
-    ratings = drop_missing(generated_only(read_ratings(args.fit, files)))
+    ratings = read_generated(args, real_rows)
     good = args.good or 3
     rated = gather(ratings, good)
     if len(set(rated.groups)) < 2:
@@ -1282,37 +1260,48 @@ def fit(args):
     # by the root of its size, a block of many descriptors weighs no more than one of few
     spread = np.maximum(descriptors.std(0), 1e-6) * np.sqrt(np.repeat(BLOCKS, BLOCKS))
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
-    low, high = measured["interval"]
-    figures = f"AUROC {measured['auroc']:.2f}, 95 % {low:.2f} to {high:.2f}, p {measured['p']:.2g}"
-    if not (measured["p"] <= 0.05 and low > 0.5):
-        warnings.append(f"the ratings do not predict quality better than chance ({figures})")
+    if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
+        warnings.append(
+            f"the ratings do not predict quality better than chance: {in_words(measured)}"
+        )
     refuse_fit(warnings, args)
-    times = 100 * measured["auroc"]
-    print(f"of two pictures it picks the better {times:.0f} times in 100")
-    print(f"{figures}; {len(ratings)} ratings of {len(rated.rows)} images")
+    print(f"{in_words(measured)}, by {len(ratings)} ratings of {len(rated.rows)} images")
+    shown = [read_number(rating.shows) for rating in ratings if rating.shows]
+    if shown:
+        print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
     classes, class_weights = fit_classes(real_rows, size, mean, spread, args.seed)
     modalities = sorted(set(rated.modalities))
     settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
-    folder = args.generated or os.path.dirname(os.path.relpath(rated.rows[0].path))
-    words = (folder, "--reference", args.reference or "REAL", "--selector", args.out)
+    generated = args.generated or os.path.dirname(rated.rows[0].path)
+    words = (generated, "--reference", args.reference or "REAL", "--selector", args.out)
     print("next:", command("filter.py", *words))
 
 
-def generated_only(ratings):
-    """The ratings of generated images: a selector that sees real ones may learn that real is good."""
-    generated = [rating for rating in ratings if not rating.is_real]
-    if len(generated) < len(ratings):
-        note(f"{len(ratings) - len(generated)} ratings of real images teach the selector nothing")
-    if not generated:
-        fail("--fit: all rated images are real; a selector is for generated ones")
-    return generated
+def in_words(measured):
+    """How well a selector does, a sentence with its figures."""
+    times = f"{100 * measured['auroc']:.0f} times in 100"
+    low, high = measured["interval"]
+    figures = f"95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g}"
+    return f"of two pictures it picks the better {times} ({figures})"
 
 
 def refuse_fit(warnings, args):
     """Stop for what speaks against a selector, unless --force."""
     if warnings and not args.force:
         fail(f"no selector written: {'; '.join(warnings)} (--force writes it and marks it)")
+
+
+def read_generated(args, real_rows):
+    """The ratings of generated images; of real ones a selector could learn that real is good."""
+    rows = list_images(args.generated) if args.generated else []
+    ratings = read_ratings(args.fit, [row.path for row in rows + real_rows])
+    generated = [rating for rating in ratings if not rating.is_real]
+    if len(generated) < len(ratings):
+        note(f"{len(ratings) - len(generated)} ratings are of real images: not used")
+    if not generated:
+        fail(f"{args.fit[0]}: all rated images are real; a selector needs generated ones")
+    return drop_missing(generated)
 
 
 def gather(ratings, good):

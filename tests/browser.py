@@ -1,6 +1,5 @@
 """A Chromium to open pages in, driven through its DevTools pipe: keys, reloads, sudden death."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -84,7 +83,7 @@ class Browser:
 
     def open(self, path):
         self.call("Page.navigate", url=f"file://{path}")
-        self.wait(f"document.readyState == 'complete' && location.href.startsWith('file:')")
+        self.wait("document.readyState == 'complete' && location.href.startsWith('file:')")
 
     def evaluate(self, script):
         """The value of a JavaScript expression, of a promise what it gives."""
@@ -102,15 +101,16 @@ class Browser:
 
     def press(self, key, code=""):
         """One key, as a keyboard sends it: what it writes, and where it lies."""
-        text = {"text": key} if len(key) == 1 else {}
+        text = {"text": {"Enter": "\r"}.get(key, key)} if len(key) == 1 or key == "Enter" else {}
         event = {"key": key, "code": code}
         self.call("Input.dispatchKeyEvent", type="keyDown", **event, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def kill(self):
         """End the browser and all its processes at once, as a power cut would."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.returncode is not None:
+            return
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         os.close(self.write_end)
         os.close(self.read_end)
