@@ -833,7 +833,7 @@ grid-template-columns:minmax(0,1fr) minmax(19rem,36vw)}#picture[hidden]+div{grid
 @media(max-height:34rem)and (min-aspect-ratio:6/5){#rate{font-size:.85rem;align-items:start;
 grid-template-columns:minmax(0,1fr) 26rem}#rate :is(button,#note){min-height:2.2rem;
 padding:.2rem .6rem}}</style>"""
-RATING_BODY = """<form id="start">
+RATING_BODY = """<form id="start" hidden>
 <p>You see <span id="count"></span> pictures, one after the other. Mark each by a key, 1, 2 or 3,
 or by a button:</p>
 <div id="scale">SCALE</div>
@@ -870,6 +870,7 @@ const $ = id => document.getElementById(id), SLIDERS = ["zoom", "brightness", "c
 const bytes = Uint8Array.from(atob(FACTS), c => c.charCodeAt(0));
 const facts = JSON.parse(new TextDecoder().decode(bytes));
 let rater = "", answers = {}, at = 0, safe = true, work = Promise.resolve();
+let moving = false;  // to another picture: until it shows, keys are of no picture
 
 // Answers are kept by rater and by the hash of the picture's file. The database is on the disk
 // before the next picture shows; localStorage alone would lose seconds when a browser is killed.
@@ -971,7 +972,12 @@ async function press(key) {
   if (/[123s]/.test(key)) at++;
   show();
 }
-function queue(job) { work = work.then(job); return work; }  // one after another
+function queue(job) { work = work.then(job); }  // one after another
+function take(key) {
+  if (moving) return;
+  moving = /[123su]/.test(key);
+  queue(async () => { await press(key); moving = false; });
+}
 function keyOf(e) {  // rows of digits write others on some keyboards; some write no Latin letters
   const digit = /^(?:Digit|Numpad)([0-3])$/.exec(e.code), key = e.key.toLowerCase();
   if (digit) return digit[1];
@@ -985,13 +991,13 @@ document.addEventListener("keydown", e => {
     return;
   }
   const key = keyOf(e), button = document.querySelector(`[data-key="${key}"]`);
-  if (key == "t") $("note").focus();
-  else if (button?.offsetParent) queue(() => press(key));
+  if (key == "t") { if (!moving) $("note").focus(); }
+  else if (button?.offsetParent) take(key);
   else return;
   e.preventDefault();
 });
 for (const b of document.querySelectorAll("[data-key]"))
-  b.onclick = () => { queue(() => press(b.dataset.key)); b.blur(); };
+  b.onclick = () => { take(b.dataset.key); b.blur(); };
 $("note").oninput = () => {
   const hash = facts[at][5]; (answers[hash] ||= {}).comment = $("note").value;
   queue(() => keep(hash));

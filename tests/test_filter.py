@@ -1193,10 +1193,10 @@ def begin_as(browser, name):
 
 
 def press(browser, keys):
-    """Press keys one after the other and wait until the last picture is marked."""
+    """Press keys, each when the page has done what the one before it asked for."""
     for key in keys:
         browser.press(*key)
-    browser.evaluate("work")
+        browser.evaluate("work")
 
 
 def saved_ratings(browser, folder):
