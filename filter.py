@@ -12,8 +12,8 @@
 scores together. A fixed limit prints the share of real images that it would refuse. --out holds
 copies of the kept images, metadata.csv (ready for train.py), decisions.csv and filter.html.
 --rating-page writes a page for any browser: an expert presses 1 (bad), 2 (usable) or 3 (good) and
-saves ratings.csv. --fit learns a selector from ratings, unless they predict nothing or repeat who
-rated or what.
+saves ratings-NAME.csv. --fit learns a selector from the ratings of generated images, unless they
+predict nothing or repeat who rated or what.
 """
 
 import base64

@@ -812,6 +812,35 @@ def test_a_file_that_is_no_selector_is_refused(selector, tmp_path, capsys):
         assert "is not a selector" in line
 
 
+def test_a_selector_learns_from_generated_images_alone(rated, tmp_path, run, capsys):
+    """Real ones that the doctor calls good, and that are not there, change nothing."""
+    lines = [[*row.values(), 0, 1] for row in read_table(rated / "ratings.csv")[:60]]
+    lines[0][-1] = 0
+    header = [*HEADER, "real", "shows"]
+    write_csv(rated / "blind.csv", header, lines)
+    real_lines = [[f"gone-{i}.png", 3, "x-ray", 3, "real", f"r{i}", 1, ""] for i in range(30)]
+    write_csv(rated / "both.csv", header, lines + real_lines)
+    flags = ["--reference", rated / "real.csv", "--force", "--out"]
+
+    run(filter_script, "--fit", rated / "blind.csv", *flags, tmp_path / "blind")
+    capsys.readouterr()
+    run(filter_script, "--fit", rated / "both.csv", *flags, tmp_path / "both")
+    output, errors = capsys.readouterr()
+
+    assert (tmp_path / "both").read_bytes() == (tmp_path / "blind").read_bytes()
+    assert errors.endswith("\n30 ratings are of real images: not used\n")
+    assert re.search(r"of two pictures it picks the better \d+ times in 100 \(95 %: 0\.", output)
+    assert "1 of 60 ratings say that the label is not shown" in output
+    words = f"{rated} --reference {rated / 'real.csv'} --selector {tmp_path / 'both'}"
+    assert output.endswith(f"filter.py {words}\n")
+
+
+def test_ratings_of_real_images_alone_teach_nothing(tmp_path, refused):
+    write_csv(tmp_path / "r.csv", ["image_path", "rating", "real"], [["a.png", 3, "1"]])
+
+    assert "all rated images are real" in refused(filter_script, "--fit", tmp_path / "r.csv")
+
+
 def test_from_shuffled_ratings_no_selector_is_written(rated, tmp_path, refused, run):
     out = tmp_path / "s.safetensors"
     flags = ["--fit", rated / "shuffled.csv", "--out", out]
