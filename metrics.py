@@ -1262,10 +1262,14 @@ def stored_size(path):
         return read_image(path).size
 
 
+def square_side(row, crop):
+    """The side of the square that fit_square makes of an image, before it is resized."""
+    return max(row.size) if crop == "pad" else min(row.size)
+
+
 def report_enlarged(rows, resolution, crop):
     """Say how many real images are smaller than what they are compared with."""
-    side = max if crop == "pad" else min
-    small = sum(side(row.size) < resolution for row in rows)
+    small = sum(square_side(row, crop) < resolution for row in rows)
     if small:
         note(f"{small} of {len(rows)} real images have fewer than {resolution} px: enlarged")
 
