@@ -1199,11 +1199,11 @@ def test_real_images_of_a_blind_page_are_prepared_as_typed(sets, tmp_path, run, 
     monkeypatch.setattr(filter_script, "thumbnail", lambda image, *_, **how: shown.append(image))
     flags = ["--suggest", 10, "--blind", real, "--crop", "pad"]
     run(filter_script, sets[1], "--rating-page", tmp_path / "rate.html", *flags)
-    white = [image for image in shown if image.getpixel((48, 48)) == 255]
+    white = [image for image in shown if image.getpixel((48, 48)) == (255, 255, 255)]
     assert len(white) == 2
     for image in white:
         assert image.size == (96, 96)
-        assert image.getpixel((48, 4)) == 0  # the border
+        assert image.getpixel((48, 4)) == (0, 0, 0)  # the border
 
 
 def made_page(path):
