@@ -47,11 +47,12 @@ from metrics import (
     command,
     copy_chances,
     copy_distances,
-    curve,
     data_set,
+    dot_lines,
     extract,
     fail,
     fit_square,
+    fold,
     frechet,
     generator,
     kid,
@@ -68,6 +69,8 @@ from metrics import (
     need_weights,
     number,
     page,
+    pair,
+    paragraph,
     pick_device,
     pick_resolution,
     pooled,
@@ -84,8 +87,8 @@ from metrics import (
     stored_grain,
     table,
     text_key,
-    thumbnail,
     write_file,
+    zoom,
 )
 
 HALVES = 20  # random halves of the real set
@@ -437,7 +440,8 @@ class Copies:
     count: int = None  # None: they were not looked for
     chance: float = 1.0  # of so many or more, binomial
     pairs: list = ()  # the 12 nearest, as in the JSON
-    numbers: list = ()  # (generated, known) image of each pair
+    numbers: list = ()  # (generated, known) image of each copy, then of each pair
+    copies: list = ()  # as in the JSON, the most alike first
 
 
 @dataclass
@@ -851,22 +855,56 @@ def figure_rows(entry):
     return rows
 
 
-# metrics that see the same, and what is said of them where they are worse than chance, or too good
+# metrics that see the same, their plain name, and what is said of them where they are worse than
+# chance, or too good
 PHRASES = [
-    ("fid frechet kid", "the images as a whole", "closer as a whole"),
-    ("colour", "colours", "closer in colour"),
-    ("grain", "sharpness, noise or JPEG blocks", "closer in sharpness, noise and JPEG blocks"),
-    ("precision density", "too few look real", "more of them look real"),
-    ("recall coverage", "too little of the real variety", "more of the real variety"),
+    ("fid frechet kid", "likeness as a whole", "the images as a whole", "closer as a whole"),
+    ("precision density", "looks real", "too few look real", "more of them look real"),
+    ("recall coverage", "variety", "too little of the real variety", "more of the real variety"),
+    ("colour", "colour", "colours", "closer in colour"),
+    (
+        "grain",
+        "sharpness and noise",
+        "sharpness, noise or JPEG blocks",
+        "closer in sharpness, noise and JPEG blocks",
+    ),
+    (
+        "ssim_nearest lpips_nearest",
+        "nearness to a real image",
+        "too far from a real image",
+        "nearer to a real image",
+    ),
     # a mixture of two different sets is less alike than each of them: this says nothing of which is
-    ("ssim_pairs lpips_pairs", "likeness to one another", "likeness to one another"),
-    ("ssim_nearest lpips_nearest", "too far from a real image", "nearer to a real image"),
-    ("inception_score", "contents less clear or varied", "contents clearer or more varied"),
+    ("ssim_pairs lpips_pairs", *["likeness to one another"] * 3),
+    (
+        "inception_score",
+        "clear contents",
+        "contents less clear or varied",
+        "contents clearer or more varied",
+    ),
 ]
+
+
+DIFFERENCES = {  # colour and words on the page
+    None: ("mark", "no clear difference"),
+    "worse": ("two", "differs: worse"),
+    "too good": ("four", "differs: too good"),
+}
 
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
+    text = findings(entry) + entry.mix
+    if entry.utility_note:
+        text.append(entry.utility_note)
+    for classifier, doses in (entry.utility or {}).items():
+        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
+    text.append(entry.copies.sentence)
+    return " ".join(text)
+
+
+def findings(entry):
+    """Whether and how the sets differ, in sentences."""
     opening = "By these figures they cannot be told from the real ones"
     worse = name_differences(entry.differences, "worse")
     better = name_differences(entry.differences, "too good")
@@ -880,20 +918,14 @@ def verdict(entry):
     if better:
         text.append(f"Too good for fresh images: {better}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
-    text += entry.mix
-    if entry.utility_note:
-        text.append(entry.utility_note)
-    for classifier, doses in (entry.utility or {}).items():
-        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
-    text.append(entry.copies.sentence)
-    return " ".join(text)
+    return text
 
 
 def name_differences(differences, kind):
     """The metrics of one kind in plain words, those that see the same together; "" if none is."""
     found = {}
     for name, difference in differences.items():
-        for names, *phrases in PHRASES:
+        for names, _, *phrases in PHRASES:
             if difference == kind and name in names.split():
                 found.setdefault(phrases[kind != "worse"], []).append(name)
     return "; ".join(f"{phrase} ({', '.join(names)})" for phrase, names in found.items())
@@ -969,7 +1001,12 @@ count."""
 HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
 many generated images against one half, which can be compared with it."""
 
-FIGURES = """<h2>What the figures are</h2><p>With fewer than 50 images only gross differences show.
+PAGE_GUIDE = """The bar is what chance gives where both sets are of one kind: 95 % of many mixtures
+of them, divided again. The dot is the generated set: further right it is worse, further left better
+than fresh real images would be, as copies are. Of so many figures one is often outside by chance:
+only those count that are said to differ."""
+
+FIGURES = """<p>With fewer than 50 images only gross differences show.
 <b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
 <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored: sharpness, noise,
 JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
@@ -993,65 +1030,150 @@ ones, which the generator may know); 1000 bootstraps of whole patients. {version
 for diagnosis."""
 
 
-def paragraph(text, kind=""):
-    """HTML: a paragraph of plain text."""
-    return f'<p class="{kind}">{html.escape(text)}</p>'
-
-
 def records_table(records):
     """HTML: a table of dicts with the same keys, as in the JSON."""
-    return table(records[0], [map(digits, record.values()) for record in records])
+    header = [key.replace("_", " ") for key in records[0]]
+    return table(header, [map(digits, record.values()) for record in records])
 
 
-def gallery(title, images, seed):
-    """HTML: 24 images of a set, drawn by the seed."""
-    order = torch.randperm(len(images.rows), generator=generator(seed, "shown")).tolist()
-    shown = [thumbnail(images.pixels[i], 128) for i in sorted(order[:24])]
-    heading = f"<h3>{title}: {len(shown)} of {len(images.rows)}</h3>"
-    return f'{heading}<div class="grid">{"".join(shown)}</div>'
+def badges(entry):
+    """HTML: the verdict at a glance, in a colour, a sign and words."""
+    found = [("three", "✓ not told apart")]
+    if "worse" in entry.differences.values():
+        found = [("two", "✗ told apart")]
+    elif entry.differences:
+        found = [("four", "! too good")]
+    if entry.copies.copies or may_be_copies(entry):
+        found.append(("four", "! may be copies"))
+    marks = [
+        f'<b class="badge" style="--mark:var(--{colour})">{words}</b>' for colour, words in found
+    ]
+    return "".join(marks)
+
+
+def verdict_box(entry):
+    """HTML: what the figures say, without figures."""
+    text = [re.sub(r" \(.*?\)", "", sentence) for sentence in findings(entry)]
+    if min(len(entry.real.rows), len(entry.fake.rows)) < 50:
+        text.append("Of so few images only gross differences show.")
+    text.append(entry.copies.sentence)
+    return f'<div class="verdict">{badges(entry)}{paragraph(" ".join(text))}</div>'
+
+
+def gallery(entry, seed):
+    """HTML: as many real images as generated ones, drawn by the seed, side by side."""
+    count = min(12, len(entry.real.rows), len(entry.fake.rows))
+    sides = []
+    for title, images in (("Real", entry.real), ("Generated", entry.fake)):
+        order = torch.randperm(len(images.rows), generator=generator(seed, "shown")).tolist()
+        tiles = ""
+        for i in order[:count]:
+            tiles += zoom(images.pixels[i], f"{title}: {images.rows[i].file_name}")
+        heading = f"<h4>{title}: {count} of {len(images.rows)}</h4>"
+        sides.append(f'<div>{heading}<div class="tiles">{tiles}</div></div>')
+    return f'<div class="sides">{"".join(sides)}</div>'
+
+
+def place(figure, value):
+    """Where a value stands on the axis: at 40 to 60 % where chance is, to the right where worse."""
+    offset = value - figure.null
+    limit = figure.null_high if offset > 0 else figure.null_low
+    distance = np.arcsinh(offset / max(abs(limit - figure.null), 1e-12)) / np.arcsinh(1)
+    if not figure.lower_is_better:
+        distance = -distance
+    return np.clip(50 + 10 * distance, 0, 100)
+
+
+def figure_lines(entry):
+    """HTML: each figure next to what chance gives, those that see the same together."""
+    rows = []
+    for names, plain, *_ in PHRASES:
+        for name in names.split():
+            if name not in entry.metrics:
+                continue
+            figure = entry.metrics[name]
+            colour, words = DIFFERENCES[entry.differences.get(name)]
+            better = "lower" if figure.lower_is_better else "higher"
+            chance = f"{digits(figure.null_low)} to {digits(figure.null_high)}"
+            title = f"{digits(figure.value)}; chance gives {chance}"
+            dot = place(figure, figure.value)
+            note = f"{name}, {better} is better"
+            rows.append((plain, note, (40, 60), dot, title, words, colour))
+    return dot_lines(("", "too good", "as chance gives", "worse", "the generated set"), rows)
+
+
+def copies_section(entry, args):
+    """HTML: copies, then the nearest pairs, next to one another."""
+    parts = ['<div class="pairs">']
+    copies = entry.copies
+    shown = list(zip([*copies.copies, *copies.pairs], copies.numbers, strict=True))[:12]
+    size = entry.fake.pixels.shape[-1]
+    for record, (i, j) in shown:
+        fake, real = entry.fake.rows[i], entry.known.rows[j]
+        _, pixels = load_real([real], size, args)  # copies were searched small
+        keys = [key for key in record if key not in ("generated", "train", "label")]
+        text = ", ".join(f"{key} {digits(record[key], 2)}" for key in keys)
+        for kind, row in (("generated", fake), ("real", real)):
+            if row.label:
+                text += f"\nlabel of the {kind} one: {row.label}"
+        parts.append(pair(entry.fake.pixels[i], fake.file_name, pixels[0], real.file_name, text))
+    words = "Generated left, its nearest image right. This is no guarantee of privacy."
+    return f"{paragraph(words)}{''.join(parts)}</div>"
+
+
+def utility_section(entry):
+    """HTML: whether generated images help a classifier."""
+    parts = [paragraph(entry.utility_note)]
+    for name, doses in (entry.utility or {}).items():
+        rows = []
+        for dose in doses:
+            low, dot, high = [
+                np.clip(200 * dose[key] - 100, 0, 100) for key in ("low", "auroc", "high")
+            ]
+            title = f"AUROC {dose['auroc']:.3f}, 95 %: {dose['low']:.3f} to {dose['high']:.3f}"
+            words = f"{dose['auroc']:.3f}"
+            rows.append((f"{dose['share']} % added", "", (low, high), dot, title, words, "mark"))
+        parts.append(f"<h4>{name}</h4>" + paragraph(f"{dose_sentence(doses)}."))
+        parts.append(
+            dot_lines(("generated images", ".5 guesses", "", "1 never errs", "AUROC"), rows)
+        )
+        parts.append(fold("The numbers: 95 % of the AUROC, 99 % of the gain", records_table(doses)))
+    return "".join(parts)
 
 
 def set_section(entry, args):
-    """HTML: one generated set's part of the report."""
-    fake = entry.fake
-    parts = [f"<h2>{html.escape(fake.path)}</h2>", paragraph(verdict(entry), "verdict")]
-    parts += [paragraph(GUIDE), table(HEADER, figure_rows(entry)), paragraph(HALVES_GUIDE, "soft")]
+    """HTML: one generated set's part of the report, in the order in which people ask."""
+    count = len(entry.fake.rows)
+    numbers = (
+        paragraph(GUIDE) + table(HEADER, figure_rows(entry)) + paragraph(HALVES_GUIDE) + FIGURES
+    )
+    sections = {
+        "What do they look like?": gallery(entry, args.seed) + paragraph(" ".join(entry.mix)),
+        "Do they differ, and how?": paragraph(PAGE_GUIDE)
+        + figure_lines(entry)
+        + fold("The numbers", numbers),
+        "Are they copies?": copies_section(entry, args),
+    }
     if entry.utility_note:
-        parts.append("<h3>Do they help a classifier?</h3>")
-        parts.append(paragraph(entry.utility_note))
-    if entry.utility:
-        lines = {}
-        for name, doses in entry.utility.items():
-            lines[name] = [(dose["share"], dose["auroc"]) for dose in doses]
-            parts.append(paragraph(f"{name}; 95 % of the AUROC, 99 % of the gain"))
-            parts.append(records_table(doses))
-        parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
-    parts.append("<h3>Generated left, its nearest image right</h3>")
-    parts.append(paragraph("No guarantee of privacy. p: how often a fresh image would be as near."))
-    for pair, (i, j) in zip(entry.copies.pairs, entry.copies.numbers, strict=True):
-        both = thumbnail(fake.pixels[i], 128) + thumbnail(entry.known.pixels[j], 128)
-        figures = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}"
-        caption = html.escape(f"{figures}: {pair['generated']}, {pair['train']}")
-        parts.append(f'<figure><div class="grid">{both}</div>')
-        parts.append(f"<figcaption>{caption}</figcaption></figure>")
-    parts.append(gallery("Generated", fake, args.seed))
+        sections["Do they help a classifier?"] = utility_section(entry)
     if len(entry.subgroups) > 1:  # not all unknown
-        parts.append(f"<h3>By {html.escape(args.by)}</h3>")
-        parts.append(records_table(entry.subgroups))
+        sections[f"By {args.by}"] = records_table(entry.subgroups)
+    parts = [f"<h2>{html.escape(entry.fake.path)}: {count} images</h2>", verdict_box(entry)]
+    for title, body in sections.items():
+        parts.append(f"<h3>{html.escape(title)}</h3>{body}")
     return "\n".join(parts)
 
 
 def write_report(args, settings, entries):
     """Write --out: ranking where there are several sets, a section for each set, methods."""
-    body = [paragraph(settings["networks"], "soft")]
+    body = [paragraph(f"{args.real}: {len(entries[0].real.rows)} real images", "soft")]
     if len(entries) > 1:
         body.append("<h2>Ranking, by excess over chance; copies last</h2>")
         body.append(table(*ranking(entries)))
     body += [set_section(entry, args) for entry in entries]
-    body.append(gallery("Real", entries[0].real, args.seed))
     methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
-    body += [FIGURES, "<h2>How it was made</h2>", paragraph(methods)]
-    body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
+    how = paragraph(methods) + paragraph(command("evaluate.py", *sys.argv[1:]), "soft")
+    body += [fold("How it was made", how)]
     write_file(args.out, page("Generated against real images", "\n".join(body)))
 
 

@@ -56,6 +56,7 @@ from metrics import (
     find_column,
     find_file,
     fit_square,
+    fold,
     generator,
     grain,
     list_images,
@@ -71,6 +72,8 @@ from metrics import (
     note,
     number,
     page,
+    pair,
+    paragraph,
     pick_device,
     pick_resolution,
     read_table,
@@ -82,6 +85,7 @@ from metrics import (
     square_side,
     squared_distances,
     ssim_matrix,
+    table,
     text_key,
     thumbnail,
     write_csv,
@@ -236,22 +240,29 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
 
 def set_thresholds(reference, rows, alpha):
     """The largest rank that passes: of any image, and of each label with enough real images."""
-    worst = reference.rank(reference.real_scores).max(0)
-    if reference.copies is not None:  # those refused as copies are part of alpha
-        others = np.where(reference.same_patient, np.inf, reference.copies)
-        chances = copy_chances(reference.copies, others, reference.same_patient)
-        worst[chances <= copy_limit(len(rows))] = worst.max()
-    reference.thresholds[""] = conformal_threshold(worst, alpha)
+    labels = np.array([text_key(row.label) for row in rows])
+    reference.thresholds = label_thresholds(reference, labels, alpha)
     if np.isinf(reference.thresholds[""]):
         fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")
     text = f"calibrated on {len(rows)} real images by {', '.join(reference.real_scores)}"
     reference.summary.append(f"{text}: about {1 - alpha:.0%} of unseen real ones would pass")
-    labels = np.array([text_key(row.label) for row in rows])
+    for label in list(reference.thresholds)[1:]:
+        reference.summary.append(f'label "{label}" has its own threshold')
+
+
+def label_thresholds(reference, labels, alpha):
+    """The largest rank that passes: {label with enough real images, "" for any other: rank}."""
+    worst = reference.rank(reference.real_scores).max(0)
+    if reference.copies is not None:  # those refused as copies are part of alpha
+        others = np.where(reference.same_patient, np.inf, reference.copies)
+        chances = copy_chances(reference.copies, others, reference.same_patient)
+        worst[chances <= copy_limit(len(labels))] = worst.max()
+    thresholds = {"": conformal_threshold(worst, alpha)}
     for label in sorted(set(labels) - {""}):
         threshold = conformal_threshold(worst[labels == label], alpha)
         if np.isfinite(threshold):
-            reference.thresholds[label] = threshold
-            reference.summary.append(f'label "{label}" has its own threshold')
+            thresholds[label] = threshold
+    return thresholds
 
 
 def conformal_threshold(ranks, alpha):
@@ -434,7 +445,7 @@ def filter_images(args):
     reasons, scores, summary = decide(reference, selector, rows, pixels, wanted, args)
     kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     write_decisions(out, real_rows, all_rows, rows, reasons, scores)
-    body = report(rows, pixels, real, reasons, scores["nearest"], summary)
+    body = report(rows, pixels, real_rows, real, reasons, scores, reference, summary)
     write_file(out / "filter.html", page("What the filter kept", body))
     if not args.dry_run:
         copy_images(out, kept, mixed)
@@ -526,10 +537,14 @@ def decide(reference, selector, rows, pixels, wanted, args):
         best = best_and_diverse(vectors[passed], scores["quality"][passed], wanted)
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
-    # without details: copy, --max-lpips, quality, duplicate, not among the best
-    kinds = Counter(re.split(r" of | \(| \d", reason)[0] or "kept" for reason in reasons)
-    summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds.most_common()))
+    kinds = count_reasons(reasons).most_common()
+    summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds))
     return reasons, scores, summary
+
+
+def count_reasons(reasons):
+    """How many images each reason refuses, without details: copy, --max-lpips, quality, …"""
+    return Counter(re.split(r" of | \(| \d", reason)[0] or "kept" for reason in reasons)
 
 
 def refuse_duplicates(reference, reasons, rows, vectors, quality):
@@ -624,21 +639,48 @@ def copy_images(out, kept, mixed):
     write_csv(out / "metadata.csv", header + list(extra), lines)
 
 
-def report(rows, pixels, real, reasons, nearest_real, summary):
-    """HTML: kept and refused images, each next to its nearest real image with the reason."""
-    parts = [f"<p>{html.escape(line)}</p>" for line in summary]
-    parts.append("<p>Each next to its nearest real image; of many only every n-th.</p>")
-    parts.append('<div style="display:grid;gap:1rem;grid-template-columns:1fr 1fr">')
-    kept = np.array(reasons) == ""
-    for title, shown in (("Kept", np.flatnonzero(kept)), ("Refused", np.flatnonzero(~kept))):
-        parts.append(f"<div><h2>{title}</h2>")
-        for i in shown[:: 1 + len(shown) // 61]:
-            pair = thumbnail(pixels[i]) + thumbnail(real[nearest_real[i]])
-            caption = f"{html.escape(rows[i].file_name)}<br>{html.escape(reasons[i])}"
-            parts.append(f'<figure><div class="grid">{pair}</div>')
-            parts.append(f"<figcaption>{caption}</figcaption></figure>")
+def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
+    """HTML: how many are kept and why others are not, other limits, each next to its nearest."""
+    kinds = count_reasons(reasons)
+    title = f"Kept {kinds['kept']} of {len(rows)} generated images"
+    parts = [f'<div class="verdict"><b class="badge">{title}</b>']
+    parts.append(table(("why", "images"), kinds.most_common()) + "</div>")
+    parts.append("<h2>What would pass at another limit</h2>")
+    header = ("--calibrate", "share of unseen real images that pass", "generated images that pass")
+    parts.append(table(header, other_limits(reference, real_rows, rows, scores)))
+    parts.append(paragraph("By this limit alone, whatever else refuses them.", "soft"))
+    order = np.argsort(-scores["quality"], kind="stable")
+    kept = np.array(reasons)[order] == ""
+    for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
+        parts.append(f"<h2>{title}: {len(shown)}, the best first</h2>")
+        parts.append('<div class="pairs">')
+        step = 1 + len(shown) // 37
+        for i in shown[::step]:
+            j = scores["nearest"][i]
+            text = f"{reasons[i] or 'kept'}, quality {scores['quality'][i]:.2f}"
+            names = rows[i].file_name, real_rows[j].file_name
+            parts.append(pair(pixels[i], names[0], real[j], names[1], text, 256))
         parts.append("</div>")
-    return "".join(parts) + "</div>"
+        if step > 1:
+            parts.append(paragraph(f"Of many, one in {step} is shown.", "soft"))
+    parts.append(fold("How they were judged", "".join(map(paragraph, summary))))
+    return "".join(parts)
+
+
+def other_limits(reference, real_rows, rows, scores):
+    """Rows of a table: --calibrate, real images that pass, and how many generated ones do."""
+    real_labels = np.array([text_key(row.label) for row in real_rows])
+    labels = [text_key(row.label) for row in rows]
+    ranks = reference.rank(scores).max(0)
+    lines = []
+    for alpha in (0.01, 0.05, 0.1, 0.2, 0.5):
+        thresholds = label_thresholds(reference, real_labels, alpha)
+        limits = [thresholds.get(label, thresholds[""]) for label in labels]
+        passing = f"{np.sum(ranks <= limits)} of {len(rows)}"
+        if np.isinf(thresholds[""]):
+            passing = "too few real images to say"
+        lines.append((alpha, f"{1 - alpha:.0%}", passing))
+    return lines
 
 
 def draw_order(count, seed, *key):
@@ -1434,8 +1476,8 @@ def cross_validate(features, labels, weights, groups, seed):
     x = u * scale  # the same fit in at most n dimensions
     logits = np.zeros((len(PENALTIES), *labels.shape))
     for k, penalty in enumerate(PENALTIES):
-        for fold in np.unique(folds):
-            train = folds != fold
+        for part in np.unique(folds):
+            train = folds != part
             fitted = fit_logistic(x[train], labels[train], weights[train], penalty)
             logits[k, ~train] = predict(x[~train], fitted)
     losses = np.logaddexp(0, logits) - labels * logits

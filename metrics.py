@@ -7,7 +7,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; copy_chances
-    the page      page, table, thumbnail, curve
+    the page      page, table, dot_lines, thumbnail, zoom, pair, curve
 """
 
 import argparse
@@ -2185,14 +2185,28 @@ th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;
 th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
 td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}.soft{color:var(--soft)}
 .verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}
-.grid{display:flex;flex-wrap:wrap;gap:.3rem}figure .grid{flex-wrap:nowrap}
-.grid img{width:6rem;height:6rem;object-fit:cover;border-radius:.2rem}
-figure{display:inline-block;margin:0 .6rem .8rem 0}svg{width:35rem;max-width:100%;font-size:12px;
+.badge{display:inline-block;border:.15rem solid;border-radius:2rem;padding:0 .8rem;font-weight:700;
+margin:.2rem .5rem .2rem 0;color:var(--mark)}
+svg{width:35rem;max-width:100%;font-size:12px;
 text-anchor:middle}path,polyline{fill:none;stroke-width:2;stroke-linecap:round}
 pre{white-space:pre-wrap;border:1px solid var(--line);border-radius:.3rem;padding:.6rem}
 summary{cursor:pointer;padding:.4rem 0;font-weight:600}
 :focus-visible{outline:.15rem solid var(--mark)}
-figcaption{font-size:.8rem;color:var(--soft);max-width:12.3rem;overflow-wrap:anywhere}
+.sides{display:grid;grid-template-columns:1fr 1fr;gap:.5rem 1.5rem}.sides h4{margin:.5rem 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(10rem,100%),1fr));gap:.4rem}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20.4rem,100%),1fr));gap:1rem}
+figure{display:grid;grid-template-columns:1fr 1fr;gap:.3rem;margin:0;align-content:start}
+figcaption{grid-column:1/-1;font-size:.8rem;color:var(--soft);white-space:pre-line}
+.zoom summary{padding:0;list-style:none;cursor:zoom-in}.zoom summary::-webkit-details-marker{
+display:none}.zoom img{display:block;width:100%;border-radius:.2rem}.zoom[open]{grid-column:1/-1}
+.zoom[open] img{max-width:32rem;cursor:zoom-out}
+.lines{width:100%;max-width:50rem;table-layout:fixed}.lines :is(th,td){white-space:normal;
+text-align:left}.lines :is(th,td):first-child{width:29%}.lines :is(th,td):last-child{width:25%}
+.lines tbody th{color:var(--ink)}small{color:var(--soft);font-weight:400;display:block}
+.ends{display:flex;justify-content:space-between;gap:.5rem;line-height:1.2}
+.axis{display:block;width:100%;height:1.6rem;overflow:visible}.axis line{stroke:var(--line)}
+.axis rect{fill:var(--soft);opacity:.4}.axis circle{fill:var(--mark)}
+@media(max-width:30rem){.sides{gap:.5rem}}
 @media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}
 h2,h3{break-after:avoid}figure,tr{break-inside:avoid}}"""
 
@@ -2218,6 +2232,33 @@ def table(header, rows):
     return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
 
 
+def dot_lines(header, rows):
+    """An HTML table with an axis in each row, on it a grey bar and a dot.
+
+    header: over the names, the left, middle and right of the axis, and the words. A row: name,
+    note, bar (left, right) and dot in percent of the axis, what they say, words, the dot's colour.
+    """
+    names, *ends, words = [html.escape(text) for text in header]
+    ends = f'<div class="ends"><span>{"</span><span>".join(ends)}</span></div>'
+    heads = '<th scope="col">'.join(("", names, ends, words))
+    lines = [f"<thead><tr>{heads}</thead><tbody>"]
+    for name, note, (left, right), dot, title, words, colour in rows:
+        name, note, title, words = [html.escape(text) for text in (name, note, title, words)]
+        lines.append(
+            f'<tr style="--mark:var(--{colour})"><th scope="row">{name}<small>{note}</small>'
+            f'<td><svg class="axis" role="img"><title>{title}</title>'
+            '<line x1="0" x2="100%" y1="50%" y2="50%"/>'
+            f'<rect x="{left:.1f}%" width="{right - left:.1f}%" y="25%" height="50%"/>'
+            f'<circle cx="{dot:.1f}%" cy="50%" r="6"/></svg><td>{words}'
+        )
+    return f'<table class="lines">{"".join(lines)}</table>\n'
+
+
+def paragraph(text, kind=""):
+    """HTML: a paragraph of plain text."""
+    return f'<p class="{kind}">{html.escape(text)}</p>\n'
+
+
 def fold(title, body):
     """HTML that shows its body once the title is clicked."""
     return f"<details><summary>{html.escape(title)}</summary>{body}</details>\n"
@@ -2233,6 +2274,19 @@ def thumbnail(image, size=96, alt="", quality=85, **options):
     image.save(buffer, "JPEG", quality=quality, **options)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
+
+
+def zoom(image, alt, size=384):
+    """A picture of at most `size` pixels a side that a click, or Enter, shows larger."""
+    return f'<details class="zoom"><summary>{thumbnail(image, size, alt)}</summary></details>'
+
+
+def pair(generated, generated_name, real, real_name, text, size=384):
+    """HTML: a generated picture next to a real one, over lines of plain text and their names."""
+    both = zoom(generated, f"generated: {generated_name}", size)
+    both += zoom(real, f"real: {real_name}", size)
+    caption = html.escape(f"{text}\ngenerated: {generated_name}\nreal: {real_name}")
+    return f"<figure>{both}<figcaption>{caption}</figcaption></figure>\n"
 
 
 def curve(series, x_label="", y_label=""):
