@@ -24,13 +24,14 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import special, stats
+from scipy.sparse import csgraph
 from torch import nn
 from tqdm import tqdm
 
@@ -59,6 +60,7 @@ from metrics import (
     load_pixels,
     lpips_matrix,
     near_duplicates,
+    near_identical,
     nearest,
     number,
     page,
@@ -150,48 +152,46 @@ def units_of(groups):
     return list(units.values())
 
 
+def shuffles(count, size, *key):
+    """`count` random orders of `size` things: (count, size)."""
+    return torch.rand(count, size, generator=generator(*key)).argsort(1).numpy()
+
+
 def permutation_draws(n, m, count, seed, groups=()):
     """int8 (1 + count, n + m): the sets as they are, then the pooled images divided again.
 
-    groups: a name for each image. Groups stay whole if there are five or more and none is over half
-    of a set; an image that no longer fits is left out.
+    groups: a patient for each image; `pick_compared` leaves one image of each in a set. Those of a
+    patient in both sets change places at random, all others are shuffled: if a generator is
+    perfect, every such division was as likely as the true one, so that p is exact.
     """
-    sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
-    if len(sizes) < 5 or 2 * max(sizes) > min(n, m):
-        groups = [""] * (n + m)
-    units = units_of(groups)
-    draws = np.zeros((1 + count, n + m), np.int8)
-    draws[0, :n] = 1
-    draws[0, n:] = -1
-    for row in range(1, 1 + count):
-        room = {1: n, -1: m}
-        order = torch.randperm(len(units), generator=generator(seed, "permutation", row))
-        for k in order.tolist():
-            for side in room:
-                if room[side] >= len(units[k]):
-                    draws[row, units[k]] = side
-                    room[side] -= len(units[k])
-                    break
+    draws = np.ones((1 + count, n + m), np.int8)
+    draws[:, n:] = -1
+    pairs = []
+    for unit in units_of(groups):
+        if len(unit) == 2 and unit[0] < n <= unit[1]:
+            pairs.append(unit)
+    pairs = np.array(pairs, int).reshape(-1, 2)
+    alone = np.setdiff1d(np.arange(n + m), pairs)
+    order = shuffles(count, len(alone), seed, "permutation")
+    draws[1:, alone] = draws[0, alone][order]
+    swapped = torch.rand(count, len(pairs), generator=generator(seed, "swap")).numpy() < 0.5
+    draws[1:, pairs[:, 0]] = np.where(swapped, -1, 1)
+    draws[1:, pairs[:, 1]] = np.where(swapped, 1, -1)
     return draws
 
 
-def half_draws(n, m, count, seed, groups=()):
+def half_draws(n, m, count, seed):
     """A random half of the real set against the other, and against as many generated images.
 
     Two int8 (count, n + m), all sides of equal size.
     """
     half = min(n, m) // 2
-    splits = permutation_draws(half, n - half, count, (seed, "halves"), groups[:n])[1:]
+    real = shuffles(count, n, seed, "halves of the real set")
+    fake = n + shuffles(count, m, seed, "halves of the generated set")
     against_real, against_fake = np.zeros((2, count, n + m), np.int8)
-    for row, split in enumerate(splits):
-        real = torch.randperm(n, generator=generator(seed, "half of the first set", row)).numpy()
-        fake = torch.randperm(m, generator=generator(seed, "half of the second set", row)).numpy()
-        first = real[split[real] == 1]
-        rest = real[split[real] == -1]
-        size = min(len(first), len(rest), m)  # whole patients can leave a half short
-        against_real[row, first[:size]] = against_fake[row, first[:size]] = 1
-        against_real[row, rest[:size]] = -1
-        against_fake[row, n + fake[:size]] = -1
+    for draws, others in ((against_real, real[:, half:]), (against_fake, fake)):
+        np.put_along_axis(draws, real[:, :half], 1, 1)
+        np.put_along_axis(draws, others[:, :half], -1, 1)
     return against_real, against_fake
 
 
@@ -205,19 +205,39 @@ def joint_matrices(real, fake, standardise):
     """
     features = pooled(real, fake, standardise)
     centred = features - features.mean(0)  # a large common mean costs digits
+    distances = squared_distances(centred, centred)
     return {
         "features": features,
         "points": np.linalg.qr(centred.T, mode="r").T,
-        "distance": squared_distances(centred, centred),
+        "distance": distances,
+        "order": distances.argsort(1).astype(np.int32),
         "kernel": (features @ features.T / features.shape[1] + 1) ** 3,
     }
 
 
 def frechet_draws(joint, draws):
-    """The Frechet distance of each draw."""
+    """The Frechet distance of each draw.
+
+    Where a set has fewer images than numbers an image, from the Gram matrix: the trace of the root
+    of S1 S2 is the nuclear norm of its block between the sets, centred.
+    """
     points = joint["points"]
-    draws = tqdm(draws, desc="Frechet", leave=False, disable=None)
-    return np.array([frechet(points[draw == 1], points[draw == -1]) for draw in draws])
+    bar = tqdm(draws, desc="Frechet", leave=False, disable=None, delay=2)
+    if min((draws == 1).sum(1).min(), (draws == -1).sum(1).min()) > points.shape[1]:
+        return np.array([frechet(points[draw == 1], points[draw == -1]) for draw in bar])
+    gram = points @ points.T
+    n, m = (draws == 1).sum(1), (draws == -1).sum(1)
+    first, second, between = pair_means(gram, draws)
+    trace_1 = (draws == 1) @ gram.diagonal() / n - first
+    trace_2 = (draws == -1) @ gram.diagonal() / m - second
+    nuclear = []
+    for draw in bar:
+        block = gram[draw == 1][:, draw == -1]
+        block = block - block.mean(0)
+        nuclear.append(np.linalg.norm(block - block.mean(1, keepdims=True), "nuc"))
+    root = np.array(nuclear) / np.sqrt((n - 1) * (m - 1))
+    gap = first + second - 2 * between + trace_1 / n + trace_2 / m
+    return np.maximum(0, gap + trace_1 + trace_2 - 2 * root)
 
 
 def pair_means(matrix, draws):
@@ -240,17 +260,25 @@ def neighbour_draws(which, joint, draws):
     """Precision, recall (k = 3), density or coverage (k = 5): number `which`, of each draw."""
     key = "neighbours", draws.tobytes()
     if key not in joint:  # all four are computed together
+        distances, order = joint["distance"], joint["order"]
         joint[key] = []
-        for draw in tqdm(draws, desc="neighbours", leave=False, disable=None):
-            i, j = draw == 1, draw == -1
-            blocks = [joint["distance"][np.ix_(*pair)] for pair in ((i, i), (j, j), (i, j))]
-            joint[key].append(precision_recall(*blocks, 3)[:2] + precision_recall(*blocks, 5)[2:])
+        for draw in tqdm(draws, desc="neighbours", leave=False, disable=None, delay=2):
+            figures = precision_recall(distances, order, draw, 3)[:2]
+            joint[key].append(figures + precision_recall(distances, order, draw, 5)[2:])
     return np.array(joint[key])[:, which]
 
 
 def nearest_draws(matrix, draws):
     """The mean over the second set of the smallest distance to the first, for each draw."""
-    return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
+    first, second = (draws == 1).T.copy(), (draws == -1).T
+    total = np.zeros(len(draws))
+    for distances, counts in zip(matrix, second, strict=True):
+        order = distances.argsort()
+        near = order[:64]
+        if not first[near].any(0).all():
+            near = order
+        total += counts * distances[near[first[near].argmax(0)]]
+    return total / second.sum(0)
 
 
 def inception_draws(logits, draws):
@@ -305,6 +333,8 @@ class ImageSet:
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     features: np.ndarray = None  # (N, D)
     all_features: np.ndarray = None  # also those of images that were not drawn
+    pictures: np.ndarray = None  # (N,), the same number for near-identical images
+    drawn: np.ndarray = None  # bool (N,), one image of each unit
     targets: np.ndarray = None  # (N, classes) in {0, 1}, for --utility
     small: torch.Tensor = None  # (N, 3, 64, 64), for --utility
 
@@ -325,7 +355,45 @@ def load_set(path, rows, resolution, tools):
         for start in range(0, len(others), 500):
             more_pixels = load_pixels(others[start : start + 500], resolution)[1]
             features.append(tools.extract(more_pixels))
-    return ImageSet(path, rows, pixels, features[0], np.concatenate(features))
+    units = find_units(path, rows, pixels, tools.args.seed)
+    return ImageSet(path, rows, pixels, features[0], np.concatenate(features), *units)
+
+
+def find_units(path, rows, pixels, seed, least=10):
+    """Numbers (N,), the same for near-identical images, and one image of each unit, bool (N,).
+
+    A unit is a patient, or a picture stored several times, which may join patients. Of fewer than
+    `least` units each image counts: then the figures hold for these patients alone.
+    """
+    near = near_identical(pixels)
+    _, pictures = csgraph.connected_components(near)
+    _, units = csgraph.connected_components(near | same_unit([row.group for row in rows]))
+    order = shuffles(1, len(rows), seed, "units", path)[0]
+    drawn = order[np.unique(units[order], return_index=True)[1]]
+    if len(drawn) < least:
+        drawn = order
+    repeated = (np.bincount(pictures) > 1).sum()
+    if repeated:
+        print(f"{path}: {repeated} pictures are stored more than once: each is one unit")
+    if len(drawn) < len(rows):
+        print(f"{path}: {len(drawn)} of {len(rows)} images are compared, one of each unit")
+    return pictures, np.isin(np.arange(len(rows)), drawn)
+
+
+def pick_compared(real, fake):
+    """Both sets with one image of each unit: these are exchangeable, a unit's images are alike.
+
+    A perfect generator need not repeat itself as the real set does. Where it repeats itself more,
+    that is its fault, and its repeats stay.
+    """
+    copies = [np.bincount(images.pictures) for images in (real, fake)]
+    if stats.mannwhitneyu(copies[1], copies[0], alternative="greater").pvalue < 0.001:
+        print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
+        fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
+    compared = []
+    for images in (real, fake):
+        compared.append(replace(subset(images, images.drawn), all_features=images.all_features))
+    return compared
 
 
 def list_real(args):
@@ -408,11 +476,12 @@ def evaluate_set(real, fake, known, tools):
     """The Entry of a generated set."""
     args, network = tools.args, tools.network
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    joint = collect_matrices(real, fake, tools)
-    n, m = len(real.rows), len(fake.rows)
-    groups = [row.group for row in real.rows + fake.rows]
+    compared = pick_compared(real, fake)
+    joint = collect_matrices(*compared, tools)
+    n, m = [len(images.rows) for images in compared]
+    groups = [row.group for images in compared for row in images.rows]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups)
-    halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
+    halves = half_draws(n, m, HALVES, args.seed) if min(n, m) > 3 else None
     figures = {}
     for name in tools.names:
         figure = measure(name, joint, draws, halves)
@@ -424,7 +493,7 @@ def evaluate_set(real, fake, known, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    features = joint["features"]["features"]
+    features = pooled(real.features, fake.features, network.standardise)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else None
     return Entry(fake, real, known, figures, copies, subgroups, utility)

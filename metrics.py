@@ -1747,9 +1747,14 @@ GAUSS /= GAUSS.sum()
 def ssim_matrix(first, second, device="cpu"):
     """SSIM of all pairs at 64 pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
 
-    Wang et al. 2004; for each place of the window, one matrix product serves all pairs.
+    Wang et al. 2004; for each place of the window, matrix products serve all pairs, in tiles that
+    stay in the processor's cache.
     """
-    weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
+    symmetric = first is second
+    tile = 256 if torch.device(device).type == "cpu" else 4096
+    roots = torch.tensor(np.outer(GAUSS, GAUSS).flatten() ** 0.5, dtype=torch.float32)
+    roots = roots.to(device)
+    constant = torch.tensor(9e-4, device=device)
 
     def shrink(pixels):  # -> (N, 64, 64)
         parts = []
@@ -1759,25 +1764,38 @@ def ssim_matrix(first, second, device="cpu"):
 
     with torch.inference_mode():
         first = shrink(first)
-        second = shrink(second)
+        second = first if symmetric else shrink(second)
         total = torch.zeros(len(first), len(second), device=device)
-        for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None):
-            y, x = divmod(place, 54)
-            patches_a, mean_a, light_a, spread_a = ssim_terms(first, weights, y, x)
-            patches_b, mean_b, light_b, spread_b = ssim_terms(second, weights, y, x)
-            covariance = (patches_a * (2 * weights)) @ patches_b.T
-            score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
-            total += score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
+        for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None, delay=2):
+            terms = ssim_terms(first, roots, *divmod(place, 54))
+            others = terms if symmetric else ssim_terms(second, roots, *divmod(place, 54))
+            for i in range(0, len(first), tile):
+                patches, means, divisors = [term[i : i + tile] for term in terms]
+                for j in range(i if symmetric else 0, len(second), tile):
+                    patches_b, means_b, divisors_b = [term[j : j + tile] for term in others]
+                    score = torch.addmm(constant, patches, patches_b.T, alpha=2)
+                    score.mul_(means @ means_b.T)
+                    divisor = divisors @ divisors_b.flip(1).T
+                    total[i : i + tile, j : j + tile].addcdiv_(score, divisor)
+    if symmetric:
+        total = total.triu() + total.triu(1).T
     return (total / 54**2).cpu().double().numpy()
 
 
-def ssim_terms(grey, weights, y, x):
-    """At one place: centred patches (N, 121), their means, their terms of SSIM's two divisors."""
+def ssim_terms(grey, roots, y, x):
+    """At one place: centred patches (N, 121), weighted; what the means' term and the divisors need.
+
+    For two pictures a and b, (La + Lb) (Sa + Sb), SSIM's two divisors, is a product of (La Sa, La,
+    Sa, 1) and (1, Sb, Lb, Lb Sb), and 2 Ma Mb + c one of two numbers for each.
+    """
     patches = grey[:, y : y + 11, x : x + 11].flatten(1)
-    mean = patches @ weights
-    patches = patches - mean[:, None]
-    spread = patches.square() @ weights
-    return patches, mean, mean**2 + 0.5e-4, spread + 4.5e-4
+    mean = patches @ roots.square()
+    patches = (patches - mean[:, None]).mul_(roots)
+    light = mean**2 + 0.5e-4
+    spread = patches.square().sum(1) + 4.5e-4
+    one = torch.ones_like(mean)
+    means = torch.stack([2**0.5 * mean, 1e-2 * one], 1)
+    return patches, means, torch.stack([light * spread, light, spread, one], 1)
 
 
 # ---------------------------------------------------------------- set against set
@@ -1809,9 +1827,12 @@ def frechet(first, second):
 def covariance_root(features):
     """R (at most D, D) with R' R the covariance of features (N, D)."""
     root = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    if len(root) > root.shape[1]:
+    if len(root) <= root.shape[1]:
+        return root
+    try:
+        return np.linalg.cholesky(root.T @ root).T
+    except np.linalg.LinAlgError:  # singular
         return np.linalg.qr(root, mode="r")
-    return root
 
 
 def kid(first, second):
@@ -1849,23 +1870,35 @@ def squared_distances(first, second):
     return distances
 
 
-def precision_recall(real, fake, cross, k):
+def precision_recall(distances, order, draw, k):
     """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    Squared distances: real (N, N), fake (M, M), cross (N, M). A ball reaches to the k-th neighbour
-    in its own set and includes its surface, so that coinciding points count as covered.
+    distances (N, N) of real (draw 1), generated (-1) and other images (0); order: argsort of its
+    rows. A ball reaches to the k-th neighbour in its own set and includes its surface, so that
+    coinciding points count as covered.
     """
-
-    def radii(distances):  # the 0-th neighbour is the point itself
-        nth = min(k, len(distances) - 1)
-        return np.partition(distances, nth, axis=1)[:, nth]
-
-    in_real_ball = cross <= radii(real)[:, None]
-    in_fake_ball = cross <= radii(fake)
-    precision = in_real_ball.any(0).mean()
-    recall = in_fake_ball.any(1).mean()
-    density = in_real_ball.sum(0).mean() / k
-    coverage = in_real_ball.any(1).mean()
+    covered = np.zeros(len(draw), bool)  # by a ball of the other set
+    inside = np.zeros(len(draw), int)  # how many of the other set are in its ball
+    is_real, is_fake = draw == 1, draw == -1
+    ranks = np.where(is_real, min(k, is_real.sum() - 1), min(k, is_fake.sum() - 1))
+    rows = np.flatnonzero(draw)
+    depth = 32  # of the nearest images that are looked at, more where they do not decide
+    while len(rows):
+        near = order[rows, :depth]
+        sides = draw[near] * draw[rows, None]  # 1 in its own set, -1 in the other
+        beyond = np.cumsum(sides == 1, 1) > ranks[rows, None]  # the 0-th neighbour is itself
+        to_near = distances[rows[:, None], near]
+        radius = np.where(beyond[:, -1], to_near[np.arange(len(rows)), beyond.argmax(1)], np.inf)
+        decided = (radius < to_near[:, -1]) | (depth >= len(draw))
+        hits = (to_near <= radius[:, None]) & (sides == -1) & decided[:, None]
+        inside[rows] = hits.sum(1)
+        covered[near[hits]] = True
+        rows = rows[~decided]
+        depth *= 8
+    precision = covered[is_fake].mean()
+    recall = covered[is_real].mean()
+    density = inside[is_real].sum() / (k * is_fake.sum())
+    coverage = (inside[is_real] > 0).mean()
     return precision, recall, density, coverage
 
 
@@ -1911,6 +1944,16 @@ def copy_distances(first, real):
             for view in (crops, crops.flip(2)):
                 torch.maximum(best_part, queries @ view.flatten(1).T, out=best_part)
     return (2 - 2 * best).clamp(min=0).sqrt().numpy()
+
+
+def near_identical(pixels, limit=0.2):
+    """bool (N, N): pictures that are the same, re-saved, mirrored or cropped to 90 % of a side.
+
+    Of 128 pixels, such crops of wounds, films and lesions lay within 0.2 for 96 to 100 % of them;
+    of other patients' pictures no more than 1 pair in 25,000 did.
+    """
+    near = copy_distances(pixels, pixels) < limit
+    return near | near.T
 
 
 def copy_limit(count):
