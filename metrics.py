@@ -1747,14 +1747,12 @@ GAUSS /= GAUSS.sum()
 def ssim_matrix(first, second, device="cpu"):
     """SSIM of all pairs at 64 pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
 
-    Wang et al. 2004; for each place of the window, matrix products serve all pairs, in tiles that
-    stay in the processor's cache.
+    Wang et al. 2004; for each place of the window, one matrix product serves a tile of pairs that
+    fits into the processor's cache.
     """
+    weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
     symmetric = first is second
     tile = 256 if torch.device(device).type == "cpu" else 4096
-    roots = torch.tensor(np.outer(GAUSS, GAUSS).flatten() ** 0.5, dtype=torch.float32)
-    roots = roots.to(device)
-    constant = torch.tensor(9e-4, device=device)
 
     def shrink(pixels):  # -> (N, 64, 64)
         parts = []
@@ -1763,39 +1761,38 @@ def ssim_matrix(first, second, device="cpu"):
         return torch.cat(parts)
 
     with torch.inference_mode():
-        first = shrink(first)
-        second = first if symmetric else shrink(second)
+        first, second = shrink(first), shrink(second)
         total = torch.zeros(len(first), len(second), device=device)
         for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None, delay=2):
-            terms = ssim_terms(first, roots, *divmod(place, 54))
-            others = terms if symmetric else ssim_terms(second, roots, *divmod(place, 54))
-            for i in range(0, len(first), tile):
-                patches, means, divisors = [term[i : i + tile] for term in terms]
-                for j in range(i if symmetric else 0, len(second), tile):
-                    patches_b, means_b, divisors_b = [term[j : j + tile] for term in others]
-                    score = torch.addmm(constant, patches, patches_b.T, alpha=2)
-                    score.mul_(means @ means_b.T)
-                    divisor = divisors @ divisors_b.flip(1).T
-                    total[i : i + tile, j : j + tile].addcdiv_(score, divisor)
+            rows = ssim_terms(first, weights, *divmod(place, 54)).split(tile)
+            columns = ssim_terms(second, weights, *divmod(place, 54)).split(tile)
+            for i, a in enumerate(rows):
+                for j, b in enumerate(columns):
+                    if i <= j or not symmetric:
+                        part = total[i * tile :, j * tile :][:tile, :tile]
+                        part += ssim_scores(a, b, weights)
     if symmetric:
         total = total.triu() + total.triu(1).T
     return (total / 54**2).cpu().double().numpy()
 
 
-def ssim_terms(grey, roots, y, x):
-    """At one place: centred patches (N, 121), weighted; what the means' term and the divisors need.
-
-    For two pictures a and b, (La + Lb) (Sa + Sb), SSIM's two divisors, is a product of (La Sa, La,
-    Sa, 1) and (1, Sb, Lb, Lb Sb), and 2 Ma Mb + c one of two numbers for each.
-    """
+def ssim_terms(grey, weights, y, x):
+    """At one place: centred patches, their means, their terms of SSIM's divisors: (N, 124)."""
     patches = grey[:, y : y + 11, x : x + 11].flatten(1)
-    mean = patches @ roots.square()
-    patches = (patches - mean[:, None]).mul_(roots)
-    light = mean**2 + 0.5e-4
-    spread = patches.square().sum(1) + 4.5e-4
-    one = torch.ones_like(mean)
-    means = torch.stack([2**0.5 * mean, 1e-2 * one], 1)
-    return patches, means, torch.stack([light * spread, light, spread, one], 1)
+    mean = patches @ weights
+    patches = patches - mean[:, None]
+    spread = patches.square() @ weights
+    terms = torch.stack([mean, mean**2 + 0.5e-4, spread + 4.5e-4], 1)
+    return torch.cat([patches, terms], 1)
+
+
+def ssim_scores(first, second, weights):
+    """The scores of all pairs of `ssim_terms`: (N, 124), (M, 124) -> (N, M)."""
+    patches_a, (mean_a, light_a, spread_a) = first[:, :121], first[:, 121:].T
+    patches_b, (mean_b, light_b, spread_b) = second[:, :121], second[:, 121:].T
+    covariance = (patches_a * (2 * weights)) @ patches_b.T
+    score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
+    return score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
 
 
 # ---------------------------------------------------------------- set against set
@@ -1879,22 +1876,22 @@ def precision_recall(distances, order, draw, k):
     """
     covered = np.zeros(len(draw), bool)  # by a ball of the other set
     inside = np.zeros(len(draw), int)  # how many of the other set are in its ball
-    is_real, is_fake = draw == 1, draw == -1
-    ranks = np.where(is_real, min(k, is_real.sum() - 1), min(k, is_fake.sum() - 1))
     rows = np.flatnonzero(draw)
     depth = 32  # of the nearest images that are looked at, more where they do not decide
     while len(rows):
         near = order[rows, :depth]
-        sides = draw[near] * draw[rows, None]  # 1 in its own set, -1 in the other
-        beyond = np.cumsum(sides == 1, 1) > ranks[rows, None]  # the 0-th neighbour is itself
         to_near = distances[rows[:, None], near]
-        radius = np.where(beyond[:, -1], to_near[np.arange(len(rows)), beyond.argmax(1)], np.inf)
-        decided = (radius < to_near[:, -1]) | (depth >= len(draw))
+        sides = draw[near] * draw[rows, None]  # 1 in its own set, -1 in the other
+        ranks = (sides == 1).cumsum(1)  # the first is the point itself
+        last = np.minimum(ranks, k + 1).argmax(1)  # of a tiny set the farthest
+        radius = to_near[np.arange(len(rows)), last]
+        decided = (ranks[:, -1] > k) & (radius < to_near[:, -1]) | (depth >= len(draw))
         hits = (to_near <= radius[:, None]) & (sides == -1) & decided[:, None]
         inside[rows] = hits.sum(1)
         covered[near[hits]] = True
         rows = rows[~decided]
         depth *= 8
+    is_real, is_fake = draw == 1, draw == -1
     precision = covered[is_fake].mean()
     recall = covered[is_real].mean()
     density = inside[is_real].sum() / (k * is_fake.sum())
