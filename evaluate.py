@@ -174,9 +174,9 @@ def permutation_draws(n, m, count, seed, groups=()):
     alone = np.setdiff1d(np.arange(n + m), pairs)
     order = shuffles(count, len(alone), seed, "permutation")
     draws[1:, alone] = draws[0, alone][order]
-    swapped = torch.rand(count, len(pairs), generator=generator(seed, "swap")).numpy() < 0.5
-    draws[1:, pairs[:, 0]] = np.where(swapped, -1, 1)
-    draws[1:, pairs[:, 1]] = np.where(swapped, 1, -1)
+    sides = torch.randint(2, (count, len(pairs)), generator=generator(seed, "swap")).numpy()
+    draws[1:, pairs[:, 0]] = 1 - 2 * sides
+    draws[1:, pairs[:, 1]] = 2 * sides - 1
     return draws
 
 

@@ -1744,55 +1744,50 @@ GAUSS = np.exp(-np.square(np.arange(-5.0, 6.0)) / 4.5)  # SSIM's window, sigma 1
 GAUSS /= GAUSS.sum()
 
 
-def ssim_matrix(first, second, device="cpu"):
+def ssim_matrix(first, second, device="cpu", height=128):
     """SSIM of all pairs at 64 pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
 
-    Wang et al. 2004; for each place of the window, one matrix product serves a tile of pairs that
-    fits into the processor's cache.
+    Wang et al. 2004; for each place of the window, one matrix product serves all pairs of `height`
+    pictures, few enough for the processor's cache. Of a set with itself, half of the pairs do.
     """
     weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
     symmetric = first is second
-    tile = 256 if torch.device(device).type == "cpu" else 4096
-
-    def shrink(pixels):  # -> (N, 64, 64)
-        parts = []
-        for part in pixels.split(64):
-            parts.append(F.adaptive_avg_pool2d(to_grey(part.to(device)), 64)[:, 0])
-        return torch.cat(parts)
-
     with torch.inference_mode():
-        first, second = shrink(first), shrink(second)
+        first = grey_pictures(first, device)
+        second = grey_pictures(second, device)
         total = torch.zeros(len(first), len(second), device=device)
         for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None, delay=2):
-            rows = ssim_terms(first, weights, *divmod(place, 54)).split(tile)
-            columns = ssim_terms(second, weights, *divmod(place, 54)).split(tile)
-            for i, a in enumerate(rows):
-                for j, b in enumerate(columns):
-                    if i <= j or not symmetric:
-                        part = total[i * tile :, j * tile :][:tile, :tile]
-                        part += ssim_scores(a, b, weights)
+            left = right = ssim_terms(first, weights, *divmod(place, 54))
+            if not symmetric:
+                right = ssim_terms(second, weights, *divmod(place, 54))
+            for i in range(0, len(first), height):
+                start = i if symmetric else 0
+                patches_a, mean_a, light_a, spread_a = [term[i : i + height] for term in left]
+                patches_b, mean_b, light_b, spread_b = [term[start:] for term in right]
+                covariance = (patches_a * (2 * weights)) @ patches_b.T
+                score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
+                score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
+                total[i : i + height, start:] += score
     if symmetric:
         total = total.triu() + total.triu(1).T
     return (total / 54**2).cpu().double().numpy()
 
 
+def grey_pictures(pixels, device):
+    """uint8 (N, 3, H, W) -> (N, 64, 64) in [0, 1]."""
+    parts = []
+    for part in pixels.split(64):
+        parts.append(F.adaptive_avg_pool2d(to_grey(part.to(device)), 64)[:, 0])
+    return torch.cat(parts)
+
+
 def ssim_terms(grey, weights, y, x):
-    """At one place: centred patches, their means, their terms of SSIM's divisors: (N, 124)."""
+    """At one place: centred patches (N, 121), their means, their terms of SSIM's two divisors."""
     patches = grey[:, y : y + 11, x : x + 11].flatten(1)
     mean = patches @ weights
     patches = patches - mean[:, None]
     spread = patches.square() @ weights
-    terms = torch.stack([mean, mean**2 + 0.5e-4, spread + 4.5e-4], 1)
-    return torch.cat([patches, terms], 1)
-
-
-def ssim_scores(first, second, weights):
-    """The scores of all pairs of `ssim_terms`: (N, 124), (M, 124) -> (N, M)."""
-    patches_a, (mean_a, light_a, spread_a) = first[:, :121], first[:, 121:].T
-    patches_b, (mean_b, light_b, spread_b) = second[:, :121], second[:, 121:].T
-    covariance = (patches_a * (2 * weights)) @ patches_b.T
-    score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
-    return score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
+    return patches, mean, mean**2 + 0.5e-4, spread + 4.5e-4
 
 
 # ---------------------------------------------------------------- set against set
