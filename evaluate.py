@@ -835,9 +835,10 @@ METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central s
 grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception Score in one
 split. Copies: correlation of 16-pixel thumbnails over mirror images and 90 % crops, conformal
 p-values of the distance and of its ratio to the second nearest. Null: {permutations} permutations,
-patients whole where there are five or more and none has over half of a set, seed {seed}; excess is
-the value less the null's median. Of more than {max_images} images so many were drawn; the Frechet
-value alone is of all. Real halves: median over {halves} random halves of the real set against each
+seed {seed}, of one image of each patient and of each picture that is stored several times, where
+there are ten or more; a patient's real and generated image change places with one another. Excess
+is the value less the null's median. Of more than {max_images} images so many were drawn; the
+Frechet value alone is of all. Real halves: median over {halves} random halves of the real set against each
 other; same size: of as many generated images against a half. Utility: ridge regression on the
 features and a network of three layers (200 steps of 32 images at 64 pixels), {seeds} paired seeds,
 tested on the held-out images of --split (no --split: on 30 % of the real ones, which the generator
