@@ -839,11 +839,11 @@ p-values of the distance and of its ratio to the second nearest. Null: {permutat
 seed {seed}, of one image of each patient and of each picture that is stored several times, where
 there are ten or more; a patient's real and generated image change places with one another. Excess
 is the value less the null's median. Of more than {max_images} images so many were drawn; the
-Frechet value alone is of all. Real halves: median over {halves} random halves of the real set against each
-other; same size: of as many generated images against a half. Utility: ridge regression on the
-features and a network of three layers (200 steps of 32 images at 64 pixels), {seeds} paired seeds,
-tested on the held-out images of --split (no --split: on 30 % of the real ones, which the generator
-may know); 1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
+Frechet value alone is of all. Real halves: median over {halves} random halves of the real set
+against each other; same size: of as many generated images against a half. Utility: ridge regression
+on the features and a network of three layers (200 steps of 32 images at 64 pixels), {seeds} paired
+seeds, tested on the held-out images of --split (no --split: on 30 % of the real ones, which the
+generator may know); 1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
 
 
 def paragraph(text, kind=""):
