@@ -804,7 +804,7 @@ def test_draws_keep_each_label():
 
 
 def test_another_mix_of_labels_is_no_difference_of_the_pictures(tmp_path, monkeypatch):
-    for name, dark, light in (("real", 10, 40), ("fake", 25, 25)):
+    for name, dark, light in (("real", 5, 45), ("fake", 25, 25)):
         (tmp_path / name).mkdir()
         for label, count, change in (("dark", dark, darken), ("light", light, keep)):
             draw(tmp_path / name / label, count, (name, label), change=change)
