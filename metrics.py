@@ -1969,31 +1969,41 @@ GAUSS = np.exp(-np.square(np.arange(-5.0, 6.0)) / 4.5)  # SSIM's window, sigma 1
 GAUSS /= GAUSS.sum()
 
 
-def ssim_matrix(first, second, device="cpu"):
+def ssim_matrix(first, second, device="cpu", height=128):
     """SSIM of all pairs at 64 pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
 
-    Wang et al. 2004; for each place of the window, one matrix product serves all pairs.
+    Wang et al. 2004; for each place of the window, one matrix product serves all pairs of `height`
+    pictures, few enough for the processor's cache. Of a set with itself, half of the pairs do.
     """
     weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
-
-    def shrink(pixels):  # -> (N, 64, 64)
-        parts = []
-        for part in pixels.split(64):
-            parts.append(F.adaptive_avg_pool2d(to_grey(part.to(device)), 64)[:, 0])
-        return torch.cat(parts)
-
+    symmetric = first is second
     with torch.inference_mode():
-        first = shrink(first)
-        second = shrink(second)
+        first = grey_pictures(first, device)
+        second = grey_pictures(second, device)
         total = torch.zeros(len(first), len(second), device=device)
-        for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None):
-            y, x = divmod(place, 54)
-            patches_a, mean_a, light_a, spread_a = ssim_terms(first, weights, y, x)
-            patches_b, mean_b, light_b, spread_b = ssim_terms(second, weights, y, x)
-            covariance = (patches_a * (2 * weights)) @ patches_b.T
-            score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
-            total += score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
+        for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None, delay=2):
+            left = right = ssim_terms(first, weights, *divmod(place, 54))
+            if not symmetric:
+                right = ssim_terms(second, weights, *divmod(place, 54))
+            for i in range(0, len(first), height):
+                start = i if symmetric else 0
+                patches_a, mean_a, light_a, spread_a = [term[i : i + height] for term in left]
+                patches_b, mean_b, light_b, spread_b = [term[start:] for term in right]
+                covariance = (patches_a * (2 * weights)) @ patches_b.T
+                score = torch.outer(2 * mean_a, mean_b).add_(1e-4).mul_(covariance.add_(9e-4))
+                score.div_(light_a[:, None] + light_b).div_(spread_a[:, None] + spread_b)
+                total[i : i + height, start:] += score
+    if symmetric:
+        total = total.triu() + total.triu(1).T
     return (total / 54**2).cpu().double().numpy()
+
+
+def grey_pictures(pixels, device):
+    """uint8 (N, 3, H, W) -> (N, 64, 64) in [0, 1]."""
+    parts = []
+    for part in pixels.split(64):
+        parts.append(F.adaptive_avg_pool2d(to_grey(part.to(device)), 64)[:, 0])
+    return torch.cat(parts)
 
 
 def ssim_terms(grey, weights, y, x):
@@ -2034,9 +2044,12 @@ def frechet(first, second):
 def covariance_root(features):
     """R (at most D, D) with R' R the covariance of features (N, D)."""
     root = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    if len(root) > root.shape[1]:
+    if len(root) <= root.shape[1]:
+        return root
+    try:
+        return np.linalg.cholesky(root.T @ root).T
+    except np.linalg.LinAlgError:  # singular
         return np.linalg.qr(root, mode="r")
-    return root
 
 
 def kid(first, second):
@@ -2074,23 +2087,35 @@ def squared_distances(first, second):
     return distances
 
 
-def precision_recall(real, fake, cross, k):
+def precision_recall(distances, order, draw, k):
     """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    Squared distances: real (N, N), fake (M, M), cross (N, M). A ball reaches to the k-th neighbour
-    in its own set and includes its surface, so that coinciding points count as covered.
+    distances (N, N) of real (draw 1), generated (-1) and other images (0); order: argsort of its
+    rows. A ball reaches to the k-th neighbour in its own set and includes its surface, so that
+    coinciding points count as covered.
     """
-
-    def radii(distances):  # the 0-th neighbour is the point itself
-        nth = min(k, len(distances) - 1)
-        return np.partition(distances, nth, axis=1)[:, nth]
-
-    in_real_ball = cross <= radii(real)[:, None]
-    in_fake_ball = cross <= radii(fake)
-    precision = in_real_ball.any(0).mean()
-    recall = in_fake_ball.any(1).mean()
-    density = in_real_ball.sum(0).mean() / k
-    coverage = in_real_ball.any(1).mean()
+    covered = np.zeros(len(draw), bool)  # by a ball of the other set
+    inside = np.zeros(len(draw), int)  # how many of the other set are in its ball
+    rows = np.flatnonzero(draw)
+    depth = 32  # of the nearest images that are looked at, more where they do not decide
+    while len(rows):
+        near = order[rows, :depth]
+        to_near = distances[rows[:, None], near]
+        sides = draw[near] * draw[rows, None]  # 1 in its own set, -1 in the other
+        ranks = (sides == 1).cumsum(1)  # the first is the point itself
+        last = np.minimum(ranks, k + 1).argmax(1)  # of a tiny set the farthest
+        radius = to_near[np.arange(len(rows)), last]
+        decided = (ranks[:, -1] > k) & (radius < to_near[:, -1]) | (depth >= len(draw))
+        hits = (to_near <= radius[:, None]) & (sides == -1) & decided[:, None]
+        inside[rows] = hits.sum(1)
+        covered[near[hits]] = True
+        rows = rows[~decided]
+        depth *= 8
+    is_real, is_fake = draw == 1, draw == -1
+    precision = covered[is_fake].mean()
+    recall = covered[is_real].mean()
+    density = inside[is_real].sum() / (k * is_fake.sum())
+    coverage = (inside[is_real] > 0).mean()
     return precision, recall, density, coverage
 
 
@@ -2136,6 +2161,16 @@ def copy_distances(first, real):
             for view in (crops, crops.flip(2)):
                 torch.maximum(best_part, queries @ view.flatten(1).T, out=best_part)
     return (2 - 2 * best).clamp(min=0).sqrt().numpy()
+
+
+def near_identical(pixels, limit=0.2):
+    """bool (N, N): pictures that are the same, re-saved, mirrored or cropped to 90 % of a side.
+
+    Of 128 pixels, such crops of wounds, films and lesions lay within 0.2 for 96 to 100 % of them;
+    of other patients' pictures no more than 1 pair in 25,000 did.
+    """
+    near = copy_distances(pixels, pixels) < limit
+    return near | near.T
 
 
 def copy_limit(count):
