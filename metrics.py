@@ -1771,20 +1771,6 @@ def ssim_matrix(first, second, device="cpu"):
     return (total / 54**2).cpu().double().numpy()
 
 
-def ssim_pairs(first, second):
-    """SSIM of each pair at full size, grey: uint8 (N, 3, H, W) twice -> (N,)."""
-    window = torch.tensor(np.outer(GAUSS, GAUSS), dtype=torch.float32)[None, None]
-    a = to_grey(first)
-    b = to_grey(second)
-    maps = F.conv2d(torch.cat([a, b, a * a, b * b, a * b]), window)
-    mean_a, mean_b, square_a, square_b, product = maps.chunk(5)
-    light = mean_a**2 + mean_b**2
-    spread = square_a + square_b - light
-    covariance = product - mean_a * mean_b
-    score = (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)
-    return (score / (light + 1e-4) / (spread + 9e-4)).mean((1, 2, 3))
-
-
 def ssim_terms(grey, weights, y, x):
     """At one place: centred patches (N, 121), their means, their terms of SSIM's two divisors."""
     patches = grey[:, y : y + 11, x : x + 11].flatten(1)
@@ -2035,27 +2021,26 @@ def curve(series, x_label="", y_label=""):
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
     x_ticks, y_ticks = map(round_numbers, every.T)
-    low = np.array([x_ticks[0], y_ticks[0]])
-    span = np.array([x_ticks[-1], y_ticks[-1]]) - low
+    low, high = np.stack([x_ticks[[0, -1]], y_ticks[[0, -1]]], axis=1)
 
     def positions(points):  # the axes cross at (50, 215)
-        return (points - low) / span * (350, -180) + (50, 215)
+        return (points - low) / (high - low) * (350, -180) + (50, 215)
 
     def text(x, y, content, colour="var(--soft)"):
         return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}">{html.escape(content)}</text>'
 
     parts = ['<path d="M50 30V215H405" stroke="var(--line)"/>']
+    parts += [text(225, 246, x_label), text(24, 12, y_label)]
     for value in x_ticks:
         parts.append(text(positions((value, 0))[0], 230, f"{value:.4g}"))
     for value in y_ticks:
-        parts.append(text(24, positions((0, value))[1] + 4, f"{value:.4g}"))
+        parts.append(text(24, positions((0, value))[1], f"{value:.4g}"))
     for n, (name, points) in enumerate(finite.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
         words = [f"{x:.1f},{y:.1f}" for x, y in positions(points)]
         line = " ".join(words[:1] + words)  # the first twice: one alone is a dot
         parts.append(f'<polyline points="{line}" stroke="{colour}"/>')
         parts.append(text(110 + 90 * n, 12, name, colour))
-    parts += [text(225, 246, x_label), text(24, 12, y_label)]
     label = html.escape(f"{', '.join(finite)} against {x_label}")
     return f'<svg viewBox="0 0 420 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
 

@@ -1059,40 +1059,31 @@ ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
 def contact_sheet(images, captions, names):
-    """One image of many: each whole in 160 pixels with its name, and a caption below its images.
+    """One image of many: each whole in 160 pixels, its name and its caption below it.
 
     Where captions mostly come several times in a row, each begins a new row.
     """
-    count = len(images)
-    changes = [i for i in range(1, count) if captions[i] != captions[i - 1]]
-    by_caption = 2 * len(changes) + 2 <= count
-    places = []
-    row = column = 0
-    for i in range(count):
-        if column == 8 or (by_caption and i in changes):
-            row += 1
-            column = 0
-        places.append((row, column))
-        column += 1
-    columns = 1 + max(column for _, column in places)
-    sheet = Image.new("RGB", (columns * 164 + 4, row * 208 + 212), "white")
+    changes = [i for i in range(1, len(images)) if captions[i] != captions[i - 1]]
+    by_caption = 2 * len(changes) + 2 <= len(images)
+    rows = [[]]
+    for i in range(len(images)):
+        if len(rows[-1]) == 8 or (by_caption and i in changes):
+            rows.append([])
+        rows[-1].append(i)
+    sheet = Image.new("RGB", (164 * max(map(len, rows)) + 4, 208 * len(rows) + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    room = 164 * columns - 4 if by_caption else 160
-    for image, caption, name, (row, column) in zip(images, captions, names, places, strict=True):
-        x = column * 164 + 4
-        y = row * 208 + 4
-        sheet.paste(ImageOps.contain(image, (160, 160)), (x, y))
-        words = in_lines(name, 1, 160, pen)
-        if column == 0 or not by_caption:
-            words += "\n" + in_lines(caption, 2, room, pen)
-        pen.text((x, y + 161), words, fill="black", spacing=2)
+    for y, row in enumerate(rows):
+        for x, i in enumerate(row):
+            sheet.paste(ImageOps.contain(images[i], (160, 160)), (164 * x + 4, 208 * y + 4))
+            words = in_lines(names[i], 1, pen) + "\n" + in_lines(captions[i], 2, pen)
+            pen.text((164 * x + 4, 208 * y + 165), words, fill="black", spacing=2)
     return sheet
 
 
-def in_lines(text, count, width, pen):
-    """A text in at most `count` lines of this width, cut in the middle: captions differ at ends."""
+def in_lines(text, count, pen):
+    """A text in at most `count` lines of 160 pixels, cut in the middle: captions differ at ends."""
     text = " ".join(text.split())
-    columns = max(8, int(width * len(text) / max(1, pen.textlength(text))))
+    columns = max(8, int(160 * len(text) / max(1, pen.textlength(text))))
     keep = len(text) // 2
     lines = textwrap.wrap(text, columns)
     while len(lines) > count:

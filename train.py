@@ -59,7 +59,6 @@ from metrics import (
     extract,
     fail,
     find_weights,
-    fit_square,
     fold,
     frechet,
     generator,
@@ -83,7 +82,7 @@ from metrics import (
     share_range,
     split_labels,
     split_rows,
-    ssim_pairs,
+    ssim_matrix,
     table,
     taps,
     thumbnail,
@@ -1243,9 +1242,9 @@ def draw_grid(base, state, args, log):
     with averaged_model(base, state, args):
         pixels = draw_pictures(base, jobs, args)
     if RANK == 0:
-        images = [picture(one) for one in pixels]
         names = [str(number + 1) for _, number in jobs]
-        grid = contact_sheet(images, [prompt for prompt, _ in jobs], names)
+        prompts = [prompt for prompt, _ in jobs]
+        grid = contact_sheet([picture(one) for one in pixels], prompts, names)
         save_png(grid, path, "\n".join(args.val_prompts))
         log.add_picture(grid, state.step)
 
@@ -1477,13 +1476,15 @@ def write_report(state, draw, args):
     losses = {"training": mean_points(steps, "loss")}
     losses["validation"] = mean_points(state.history, "val_loss")
     body += "<h2>Loss</h2>" + curve(losses, "step")
-    typed = vars(flag_parser().parse_args())
-    flags = {True: [], False: []}
+    parser = flag_parser()
+    typed = vars(parser.parse_args())
+    chosen = []
+    others = []
     for name, value in vars(args).items():
-        is_set = typed[name] != flag_parser().get_default(name)
-        flags[is_set].append(("--" + name.replace("_", "-"), value))
-    body += "<h2>Flags that were set</h2>" + table(("flag", "value"), flags[True])
-    body += fold("All other flags", table(("flag", "value"), flags[False]))
+        flags = others if typed[name] == parser.get_default(name) else chosen
+        flags.append(("--" + name.replace("_", "-"), value))
+    body += "<h2>Flags that were set</h2>" + table(("flag", "value"), chosen)
+    body += fold("All other flags", table(("flag", "value"), others))
     more = ""
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
         more += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
@@ -1524,15 +1525,13 @@ def preview(args):
     rows = list_data(args)
     base = find_base(args.base, note)
     args = with_defaults(args, rows, base)
-    readable, pixels = load_rows(rows, args, measure=size_and_white, strict=False, bad_share=1)
+    readable, pixels = load_rows(rows, args, measure=image_size, strict=False, bad_share=1)
     if not readable:
         fail(f"{args.data}: none of {len(rows)} images can be read")
     report_remarks(readable)
     unreadable = [row.file_name for row in rows if not hasattr(row, "measured")]
-    advice = (
-        f"delete them or get them again; without --preview more than {BAD_SHARE:.0%} end the run"
-    )
-    warn(unreadable, "images that cannot be read", advice)
+    limit = f"training skips up to {BAD_SHARE:.0%} and ends above: delete them or get them again"
+    warn(unreadable, f"images of {len(rows)} that cannot be read", limit)
     describe_data(readable)
     warn_of_captions(readable)
     warn_of_duplicates(readable, pixels, args)
@@ -1543,15 +1542,10 @@ def preview(args):
     print("next: the same command without --preview, or " + command("train.py", "--data", folder))
 
 
-def size_and_white(image):
-    """The width, the height and the lightest grey value of an image as stored."""
-    return *image.size, image.convert("L").getextrema()[1]
-
-
 def warn_of_captions(rows):
     """Warn of captions that end in the middle, and of one caption for several labels."""
     words = "with of in on at by for from to and or no the a an without showing shows".split()
-    ending = re.compile(rf"(\b({'|'.join(words)})|[,:;(])\s*$")
+    ending = re.compile(rf"(\s({'|'.join(words)})|[,:;(])\s*$")
     cut = [row.file_name for row in rows if ending.search(row.caption)]
     warn(cut, "captions that end in the middle", "fill the empty cells or leave these rows out")
     labels = sorted({row.label for row in rows})
@@ -1562,7 +1556,7 @@ def warn_of_captions(rows):
 def warn_of_pictures(rows, pixels, args):
     """Warn of pictures that are small, have borders or marks, or are unlike all others."""
     small = torch.cat([F.adaptive_avg_pool2d(to_grey(part), 128) for part in pixels.split(64)])
-    sizes = torch.tensor([row.measured[:2] for row in rows]).double()
+    sizes = torch.tensor([row.measured for row in rows]).double()
     sides = sizes.amax(1) if args.crop == "pad" else sizes.amin(1)
 
     def warn_of(found, share, what, advice):
@@ -1572,11 +1566,8 @@ def warn_of_pictures(rows, pixels, args):
     what = f"images of fewer pixels than --resolution {args.resolution}, blurred by enlarging"
     warn_of(sides < args.resolution, 0.1, what, "get larger ones, or train at fewer pixels")
     if args.crop != "pad":
-        borders = border_widths(small) > 3
-        advice = "crop them off the files: the model learns to draw them"
-        if args.crop != "fundus" and cuts_borders(pixels[borders]):
-            advice = "--crop fundus cuts them off"
-        warn_of(borders, 0.5, "images with a black or white border", advice)
+        advice = "crop them off, or the model draws them (on all four sides: --crop fundus)"
+        warn_of(border_widths(small) > 3, 0.5, "images with a black or white border", advice)
     if len(rows) < 20:  # too few to say what is usual
         return
     means = torch.cat([part.float().mean((2, 3)) for part in pixels.split(64)]).double()
@@ -1599,20 +1590,12 @@ def border_widths(grey):
     """
     widest = torch.zeros(len(grey))
     for turn in range(4):
-        turned = grey[:, 0].rot90(turn, (1, 2))
-        dark = turned < 0.08
-        light = turned > 0.92
-        width = (dark.all(2) | light.all(2)).cumprod(1).sum(1)
+        extreme = ((grey[:, 0] - 0.5).abs() > 0.42).rot90(turn, (1, 2))
+        width = extreme.all(2).cumprod(1).sum(1)
         after = (width + 2).clamp(max=grey.shape[-1] - 1)  # the first row may be a mixture
-        inside = (dark | light)[torch.arange(len(grey)), after].float().mean(1)
+        inside = extreme[torch.arange(len(grey)), after].float().mean(1)
         widest = widest.maximum(width * (inside < 0.5))
     return widest
-
-
-def cuts_borders(pixels):
-    """Whether --crop fundus would take the borders off most of these pictures."""
-    crops = [v2.functional.pil_to_tensor(fit_square(picture(one), 128, "fundus")) for one in pixels]
-    return len(crops) > 0 and (border_widths(to_grey(torch.stack(crops))) > 3).float().mean() < 0.5
 
 
 def unlike(features, floor):
@@ -1624,23 +1607,22 @@ def unlike(features, floor):
 
 
 def marked(grey):
-    """Which of (N, 128, 128) in [0, 1] show the small mark that most share, such as a letter: (N,).
+    """Which of (N, 128, 128) in [0, 1] show a small mark that many share, such as a letter: (N,).
 
     A mark is fine detail that varies less over the pictures than it stands out in their mean.
     """
     detail = grey - F.avg_pool2d(grey[:, None], 9, 1, 4, count_include_pad=False)[:, 0]
     mean = detail.mean(0)
-    is_steady = (mean.abs() > 0.03) & (mean.abs() > 0.75 * (detail.std(0) + 0.01))
+    is_steady = mean.abs() > 0.6 * (detail.std(0) + 0.02)
     parts, _ = ndimage.label(ndimage.binary_dilation(is_steady, iterations=3))
-    best = torch.zeros(len(grey), dtype=torch.bool)
+    result = torch.zeros(len(grey), dtype=torch.bool)
     for rows, columns in ndimage.find_objects(parts):
-        shape = mean[rows, columns].shape
-        if min(shape) <= 18 and max(shape) <= 48:  # else it is an edge, such as a disc's
+        wanted = mean[None, rows, columns]
+        height, width = wanted.shape[1:]
+        if height <= 18 and width <= 48:  # else it is an edge, such as a disc's
             patches = detail[:, rows, columns].flatten(1)
-            likeness = torch.corrcoef(torch.cat([mean[None, rows, columns].flatten(1), patches]))[0]
-            if (likeness[1:] > 0.7).sum() > best.sum():
-                best = likeness[1:] > 0.7
-    return best
+            result |= F.cosine_similarity(patches, wanted.flatten(1)) > 0.7
+    return result
 
 
 def show_ceiling(base, pixels, folder, args):
@@ -1648,17 +1630,29 @@ def show_ceiling(base, pixels, folder, args):
     vae = load_vae(base, pick_device(args.device))
     places = torch.linspace(0, len(pixels) - 1, min(12, len(pixels))).long()
     before = pixels[places]
-    parts = tqdm(before.split(1), "VAE", unit="image", leave=False)
-    after = torch.cat([decode(vae, encode(vae, part)[0]) for part in parts])
+    after = []
+    for one in tqdm(before.split(1), "VAE", unit="image", leave=False):
+        after.append(decode(vae, encode(vae, one)[0]))
+    after = torch.cat(after)
     error = (before.float() - after.float()).square().mean((1, 2, 3))
     psnr = (10 * (255**2 / error).log10()).mean()
-    ssim = ssim_pairs(before, after)
-    shown = ssim.argsort()[[0, len(ssim) // 2, -1]]
-    sheet = torch.cat([torch.cat([before[shown], after[shown]], 3)], 2)
-    save_png(picture(torch.cat(list(sheet), 1)), folder / "vae.png", "")
-    figures = f"PSNR {psnr:.1f} dB, SSIM {ssim.mean():.3f} of {len(ssim)} images"
-    print(f"{args.base}'s VAE keeps {figures}: see {folder}/vae.png (left: before, right: after)")
-    print("no training draws finer; where what matters is lost, try a larger --resolution")
+    ssim = []
+    for first, second in zip(before, after, strict=True):
+        ssim.append(ssim_matrix(tiles(first), tiles(second)).diagonal().mean())
+    shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
+    pairs = torch.cat([before, after], 3)[shown]
+    save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png", "")
+    figures = (
+        f"PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}: look at {folder}/vae.png, left as stored"
+    )
+    print(f"the VAE of {args.base} keeps {figures}")
+    print("no training draws finer; if it loses what matters, try a larger --resolution")
+
+
+def tiles(pixels):
+    """(3, S, S) in squares of 64 pixels: (N, 3, 64, 64)."""
+    side = min(64, pixels.shape[-1])
+    return pixels.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1)
 
 
 def describe_data(rows):
@@ -1666,10 +1660,8 @@ def describe_data(rows):
     splits = Counter(row.split for row in rows)
     parts = f"{splits['train']} to train on, {splits['val']} for validation"
     print(f"{len(rows)} images: {parts}, {splits['test']} for a test")
-    widths, heights, whites = zip(*[row.measured for row in rows], strict=True)
-    sides = widths + heights
+    sides = list(chain.from_iterable(row.measured for row in rows))
     print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}")
-    print(f"the lightest grey value of an image is from {min(whites)} to {max(whites)}")
     groups = {}
     for row in rows:
         for label in split_labels(row):
