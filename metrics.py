@@ -1968,9 +1968,8 @@ pre{white-space:pre-wrap;border:1px solid var(--line);border-radius:.3rem;paddin
 summary{cursor:pointer;padding:.4rem 0;font-weight:600}
 :focus-visible{outline:.15rem solid var(--mark)}
 figcaption{font-size:.8rem;color:var(--soft);max-width:12.3rem;overflow-wrap:anywhere}
-@media print{body{max-width:none}details::details-content{content-visibility:visible;height:auto}
-.wide{overflow:visible}table{font-size:.6rem}
-h2,figure,tr{break-inside:avoid}}"""
+@media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}
+h2,h3{break-after:avoid}figure,tr{break-inside:avoid}}"""
 
 
 def page(title, body):

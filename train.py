@@ -1510,9 +1510,9 @@ def outcome(state, skipped, args):
 
 
 def mean_points(lines, key):
-    """At most 40 points of a curve, each the mean of several steps."""
+    """At most 20 points of a curve, each the mean of several steps."""
     values = [(line["step"], line[key]) for line in lines]
-    parts = np.array_split(np.array(values, float).reshape(-1, 2), 40)
+    parts = np.array_split(np.array(values, float).reshape(-1, 2), 20)
     return [part.mean(0) for part in parts if len(part)]
 
 

@@ -814,6 +814,8 @@ def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "saved" in said
+    latest = tmp_path / "checkpoints" / "latest.pt"
+    assert f"sample.py --checkpoint {latest} --prompt 'a " in said
     stopped = int(said.split("stopped at step ")[1].split(",")[0])
     assert torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["step"] == stopped
 
@@ -1538,7 +1540,7 @@ def test_the_report_answers_first_and_folds_the_rest(flags, tmp_path, run, monke
     run(train, *flags, *long, "--out", tmp_path)
     report = (tmp_path / "report.html").read_text()
     answer = "Best validation loss 0.25 at step 8 of 12; the last is 0.3."
-    order = [answer, "sample.py", "drawn at step 12", "<svg", ">--lr<", "<details>", ">--ema<"]
+    order = [answer, "sample.py", "drawn at step 12", "<svg", ">--lr<", "All other flags", ">--ema<"]
     places = [report.index(words) for words in order]
     assert places == sorted(places)
     assert "<b>" not in report and 'alt=""' not in report
