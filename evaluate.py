@@ -4,6 +4,7 @@
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
     python evaluate.py REAL GENERATED --split runs/dfu/split.csv --utility --by sex
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
+    python evaluate.py --download
 
 REAL and GENERATED are folders of images, or tables such as metadata.csv. Prints a table, writes a
 report for any browser (--out) and the same figures for programs (--json):
@@ -35,7 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 from metrics import (
-    FID_WEIGHTS,
+    WEIGHTS,
     Flags,
     Network,
     add_comparison_flags,
@@ -47,10 +48,8 @@ from metrics import (
     data_set,
     extract,
     fail,
-    find_weights,
     frechet,
     generator,
-    has_lpips,
     kid,
     label_list,
     list_images,
@@ -60,6 +59,7 @@ from metrics import (
     lpips_matrix,
     near_duplicates,
     nearest,
+    need_weights,
     number,
     page,
     pick_device,
@@ -68,6 +68,7 @@ from metrics import (
     precision_recall,
     read_split,
     read_table,
+    resolve_auto,
     run_script,
     same_unit,
     set_hash,
@@ -917,7 +918,7 @@ def bands_table(path):
 def parse_args():
     parser = Flags(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("real", metavar="REAL", type=data_set, help="real images: a folder or a table")
+    add("real", metavar="REAL", type=data_set, nargs="?", help="real images: a folder or a table")
     add("generated", metavar="GENERATED", type=data_set, nargs="*", help="folders or tables")
     add("--checkpoint", help="draw from a checkpoint, or from each of a folder")
     add("--num-samples", type=number(2, 10**6), default=200, help="images from each checkpoint")
@@ -928,7 +929,7 @@ def parse_args():
     add = parser.add_argument_group("numbers").add_argument
     usual = [name for name in METRICS if name != "inception_score"]
     add("--metrics", type=metric_names, default=usual, help="default: all but inception_score")
-    add("--features", default="auto", help="texture, HUB-ID, PATH; auto: inception if it is there")
+    add("--features", default="auto", help="auto (inception, else texture), HUB-ID or PATH")
     add("--resize", choices=("legacy", "clean"), default="legacy", help="as pytorch-fid, clean-fid")
     add("--bands", type=bands_table, default=BANDS, help="metric,excellent,good,fair; else default")
     add("--utility", action="store_true", help="do the images help a classifier? needs labels")
@@ -937,35 +938,34 @@ def parse_args():
     add = parser.add_argument_group("output").add_argument
     add("--out", default="report.html", help="the report")
     add("--json", help="the figures for programs")
+    add("--download", action="store_true", help="get the published networks' weights, and end")
     add_comparison_flags(parser.add_argument_group("comparison"))
     args = parser.parse_args()
     for path in (args.out, args.json or ""):  # known before an hour of work
         if os.path.isdir(path):
             fail(f"{path}: is a directory; give a file to write to")
-    if not args.generated and not args.checkpoint:
-        fail("nothing to compare REAL with: give GENERATED, one or more folders, or --checkpoint")
+    if args.download:  # it ends here, as --help does
+        for name in WEIGHTS:
+            print(need_weights(name, "--download"))
+        sys.exit()
+    if not args.real or not (args.generated or args.checkpoint):
+        fail("nothing to compare: give REAL and GENERATED, one or more folders, or --checkpoint")
     return args
 
 
 def load_tools(args):
-    """Metrics and networks; LPIPS is left out where its weights are not there."""
-    names, net, features = args.metrics, args.lpips, args.features
-    if net == "auto":
-        net = "alex" if has_lpips("alex") else "none"
-    if net == "none":
-        names = [name for name in names if METRICS[name][2] != "lpips"]
-        print("LPIPS is left out; --lpips alex says which weights it needs")
+    """Metrics and networks; LPIPS is left out where its weights cannot be had."""
+    device = pick_device(args.device)
+    without_lpips = [name for name in args.metrics if METRICS[name][2] != "lpips"]
+    net = "none" if without_lpips == args.metrics else args.lpips
+    features, net = resolve_auto(args.features, net)
+    names = without_lpips if net == "none" else args.metrics
     if not names:
         fail("--metrics: only LPIPS is asked for, and it is left out")
-    if features == "auto":
-        features = "inception" if find_weights(FID_WEIGHTS) else "texture"
-    device = pick_device(args.device)
     network = load_features(features, device, args.resize)
     if "inception_score" in names and network.head is None:
         fail("--metrics inception_score: needs --features inception or its weight file")
-    lpips = None
-    if any(METRICS[name][2] == "lpips" for name in names):
-        lpips = load_lpips(net, device)
+    lpips = None if net == "none" else load_lpips(net, device)
     return Tools(names, network, lpips, device, args)
 
 
@@ -988,9 +988,9 @@ def describe(tools, resolution, entries):
 
 
 def main(args):
-    tools = load_tools(args)
     real_rows, known_rows = list_real(args)
     sets = [(path, share_range(list_images(path))) for path in args.generated]
+    tools = load_tools(args)
     if args.checkpoint:
         sets += draw_checkpoints(args)
     for path, rows in [(args.real, real_rows), *sets]:

@@ -57,7 +57,6 @@ from metrics import (
     find_file,
     generator,
     grain,
-    has_lpips,
     list_images,
     load_features,
     load_lpips,
@@ -73,6 +72,7 @@ from metrics import (
     pick_resolution,
     read_split,
     read_table,
+    resolve_auto,
     run_script,
     same_unit,
     share_range,
@@ -179,6 +179,9 @@ def measure_reference(
     less real than all but this share of real images. max_lpips, min_ssim: limits to the nearest.
     Real images that are too few for that, or all of one patient, are an error.
     """
+    if max_lpips is not None and lpips == "auto":
+        lpips = "alex"
+    features, lpips = resolve_auto(features, lpips)
     network = load_features(features, device)
 
     def texture_of(images):
@@ -211,11 +214,9 @@ def measure_reference(
 
 
 def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
-    """The comparisons and limits of a Reference by LPIPS, if asked for or there, and by SSIM."""
+    """The comparisons and limits of a Reference by LPIPS and SSIM."""
     comparisons = {}
     limits = []
-    if lpips == "auto":
-        lpips = "alex" if max_lpips is not None or has_lpips("alex") else "none"
     if lpips != "none":
         network = load_lpips(lpips, device)
         comparisons["lpips"] = partial(
@@ -1286,7 +1287,9 @@ def parse_args(argv=None):
     add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
     add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
     how = parser.add_argument_group("comparison")
-    how.add_argument("--features", default="texture", help="texture, inception, HUB-ID or PATH")
+    how.add_argument(
+        "--features", default="texture", help="texture, inception, auto, HUB-ID or PATH"
+    )
     add_comparison_flags(how)
     args = parser.parse_args(argv)
     check_args(args)

@@ -46,7 +46,6 @@ import lora
 from metrics import (
     BAD_SHARE,
     FID_WEIGHTS,
-    IMAGENET_SCALE,
     LPIPS,
     Flags,
     add_common_flags,
@@ -58,7 +57,6 @@ from metrics import (
     existing_file,
     extract,
     fail,
-    find_weights,
     fold,
     frechet,
     generator,
@@ -69,6 +67,7 @@ from metrics import (
     load_weights,
     near_duplicates,
     need,
+    need_weights,
     note,
     number,
     page,
@@ -439,12 +438,12 @@ def load_perceptual(base, args):
     return partial(perceptual_loss, features, blur_timestep(base))
 
 
+IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, sd
+
+
 def vgg_features(base):
     """A function: latents -> VGG-16 conv3_3 after its ReLU (as Johnson et al. 2016)."""
-    name = LPIPS["vgg"][2]
-    path = find_weights(name)
-    if path is None:
-        fail(f"--perceptual vgg: needs {name} in the cache; --perceptual vae needs no file")
+    path = need_weights(LPIPS["vgg"][2][0], "--perceptual vgg (vae needs no file)")
     trunk = trunk_of("vgg16", load_weights(path)).to(base.device)
     mean, std = torch.tensor(IMAGENET_SCALE, device=base.device)[:, :, None, None]
 
@@ -1619,7 +1618,7 @@ def marked(grey):
     for rows, columns in ndimage.find_objects(parts):
         wanted = mean[None, rows, columns]
         height, width = wanted.shape[1:]
-        if height <= 18 and width <= 48:  # else it is an edge, such as a disc's
+        if height <= 24 and width <= 60:  # else it is an edge, such as a disc's
             patches = detail[:, rows, columns].flatten(1)
             result |= F.cosine_similarity(patches, wanted.flatten(1)) > 0.7
     return result
@@ -1933,8 +1932,8 @@ def check_validation(val_rows, args):
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}")
     if args.patience and not (val_rows and args.validate_every):
         fail("--patience counts validations: give --val-split or --val-data, and --validate-every")
-    if args.select_by == "fid" and find_weights(FID_WEIGHTS) is None:
-        fail(f"--select-by fid: needs {FID_WEIGHTS} in the cache; --select-by kid needs no file")
+    if args.select_by == "fid":
+        need_weights(FID_WEIGHTS, "--select-by fid (kid needs no file)")
 
 
 # ---------------------------------------------------------------- main

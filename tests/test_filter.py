@@ -167,6 +167,19 @@ def test_lpips_limits_and_joins_the_scores_where_its_network_is_there(monkeypatc
     assert (scores["lpips"][:2] == 0).all()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_lpips_auto_is_alex_where_it_can_be_had_and_else_one_line(is_there, monkeypatch, capsys):
+    real = as_pixels([wound(i, 64) for i in range(24)])
+    if is_there:
+        monkeypatch.setattr("metrics.PROBLEMS", [])
+        monkeypatch.setattr("metrics.get_weights", lambda name: name)
+    monkeypatch.setattr(filter_script, "load_lpips", lambda net, device: net)
+    monkeypatch.setattr(filter_script, "lpips_matrix", lambda pixels, **_: np.eye(24))
+    reference = filter_script.measure_reference([Row("", "")] * 24, real, "cpu")
+    assert ("lpips" in reference.real_scores) == is_there
+    assert capsys.readouterr().err.count("LPIPS none") == (not is_there)
+
+
 def test_a_picture_that_is_twice_in_the_reference_does_not_hide_its_copies(
     sets, filtered, tmp_path
 ):
