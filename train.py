@@ -210,16 +210,12 @@ def is_due(step, every, args):
 
 
 def out_of_patience(state, args):
-    """True once --patience validations in a row gained less than MIN_GAIN of the best before."""
-    figure = args.select_by.replace("-", "_")
-    best = math.inf
-    without_gain = 0
-    for entry in state.history:
-        without_gain += 1
-        if best == math.inf or entry[figure] < best - MIN_GAIN * abs(best):
-            best = entry[figure]
-            without_gain = 0
-    return 0 < args.patience <= without_gain
+    """True once --patience validations gained, all together, less than MIN_GAIN over the best."""
+    values = [entry[args.select_by.replace("-", "_")] for entry in state.history]
+    if not 0 < args.patience < len(values):
+        return False
+    best = min(values[: -args.patience])
+    return min(values[-args.patience :]) > best - MIN_GAIN * abs(best)
 
 
 MIN_GAIN = 0.002
@@ -1629,22 +1625,18 @@ def show_ceiling(base, pixels, folder, args):
     vae = load_vae(base, pick_device(args.device))
     places = torch.linspace(0, len(pixels) - 1, min(12, len(pixels))).long()
     before = pixels[places]
-    after = []
-    for one in tqdm(before.split(1), "VAE", unit="image", leave=False):
-        after.append(decode(vae, encode(vae, one)[0]))
-    after = torch.cat(after)
-    error = (before.float() - after.float()).square().mean((1, 2, 3))
-    psnr = (10 * (255**2 / error).log10()).mean()
+    after = torch.empty_like(before)
     ssim = []
-    for first, second in zip(before, after, strict=True):
-        ssim.append(ssim_matrix(tiles(first), tiles(second)).diagonal().mean())
+    for i, one in enumerate(tqdm(before, "VAE", unit="image", leave=False)):
+        after[i] = decode(vae, encode(vae, one[None])[0])[0]
+        ssim.append(ssim_matrix(tiles(one), tiles(after[i])).diagonal().mean())
+    error = (before.float() - after.float()).square().mean((1, 2, 3))
+    psnr = (10 * (255**2 / (error + 0.01)).log10()).mean()
     shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
     pairs = torch.cat([before, after], 3)[shown]
     save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png", "")
-    figures = (
-        f"PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}: look at {folder}/vae.png, left as stored"
-    )
-    print(f"the VAE of {args.base} keeps {figures}")
+    figures = f"PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}"
+    print(f"the VAE of {args.base} keeps {figures}: look at {folder}/vae.png, left as stored")
     print("no training draws finer; if it loses what matters, try a larger --resolution")
 
 
@@ -1865,7 +1857,7 @@ def flag_parser():
     add("--val-steps", type=number(1, 999), default=25, help="denoising steps of the grid")
     add("--val-guidance-scale", type=factor, default=5.0, help="of the grid")
     add("--select-by", choices=figures, default="val-loss", help="what makes a checkpoint the best")
-    gain = f"stop after validations that gain less than {MIN_GAIN:.1%} each".replace("%", " %%")
+    gain = f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)"
     add("--patience", type=count, default=0, help=gain)
     add("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")
     add("--wandb", action="store_true", help="mirror TensorBoard's log to Weights & Biases")
@@ -1916,7 +1908,7 @@ def with_defaults(args, rows, base):
         args.steps = math.ceil(args.epochs * len(rows) / effective_batch(args))
     if args.validate_every is None:
         args.validate_every = math.ceil(args.steps / 10)
-    own = own_resolution(base) if base else 512
+    own = own_resolution(base) if base else args.resolution or 512
     args.resolution = args.resolution or own
     if args.resolution < own:
         note(
