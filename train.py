@@ -1569,7 +1569,9 @@ def warn_of_pictures(rows, pixels, args):
     layout = F.adaptive_avg_pool2d(small, 8).flatten(1).double()
     layout = F.normalize(layout - layout.mean(1, keepdim=True))
     warn_of(unlike(sizes.log(), 0.1) > 6, 0, "images of a size unlike all others", UNLIKE)
-    warn_of(unlike(means.diff(), 3) > 7, 0, "images of a tint unlike all others", UNLIKE)
+    tint = means.diff()
+    usual = max(2, float(tint.std(0).max()) / 4)  # photographs vary, films hardly
+    warn_of(unlike(tint, usual) > 7, 0, "images of a tint unlike all others", UNLIKE)
     warn_of(unlike(layout, 0.02) > 3.7, 0, "images of a layout unlike all others", UNLIKE)
     what = "images with the same mark at the same place"
     warn_of(marked(small[:, 0]), 0.25, what, "black it out or crop it off: the model learns it")
