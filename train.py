@@ -802,7 +802,7 @@ def list_class_images(count, args):
     if len(rows) < count:
         words = ("--prompt", args.class_prompt, "--num-images", count, "--out", folder)
         draw = command("sample.py", "--base", args.base, *words)
-        fail(f"--class-data {folder}: has {len(rows)} images, {count} are needed; type: {draw}")
+        fail(f"{folder} has {len(rows)} images of the class, {count} are needed; type: {draw}")
     for row in rows:
         row.caption = args.class_prompt
         row.split = "class"

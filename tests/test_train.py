@@ -103,7 +103,7 @@ def setup(base, images, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         args = train.parse_args()
         rows = train.list_data(args)
-        args = train.with_defaults(args, rows)
+        args = train.with_defaults(args, rows, base)
         loaded = train.prepare_base(args, CPU)
         weights = train.trainable_weights(loaded, args)
         streams, _ = train.load_data(loaded, rows, args)
