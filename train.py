@@ -1556,7 +1556,7 @@ def warn_of_captions(rows):
 def warn_of_pictures(rows, pixels, args):
     """Warn of pictures that are small, have borders or marks, or are unlike all others."""
     small = torch.cat([F.adaptive_avg_pool2d(to_grey(part), 128) for part in pixels.split(64)])
-    sizes = torch.tensor([row.size for row in rows]).double()
+    sizes = torch.tensor([row.size for row in rows])
     sides = sizes.amax(1) if args.crop == "pad" else sizes.amin(1)
 
     def warn_of(found, share, what, advice):
@@ -1570,8 +1570,8 @@ def warn_of_pictures(rows, pixels, args):
         warn_of(border_widths(small) > 3, 0.5, "images with a black or white border", advice)
     if len(rows) < 20:  # too few to say what is usual
         return
-    means = torch.cat([part.float().mean((2, 3)) for part in pixels.split(64)]).double()
-    layout = F.adaptive_avg_pool2d(small, 8).flatten(1).double()
+    means = torch.cat([part.float().mean((2, 3)) for part in pixels.split(64)])
+    layout = F.adaptive_avg_pool2d(small, 8).flatten(1)
     layout = F.normalize(layout - layout.mean(1, keepdim=True))
     warn_of(unlike(sizes.log(), 0.1) > 6, 0, "images of a size unlike all others", UNLIKE)
     tint = means.diff()
@@ -1602,6 +1602,7 @@ def border_widths(grey):
 
 def unlike(features, floor):
     """How far each of (N, D) is from its 4th nearest, in usual distances above the median: (N,)."""
+    features = features.double()
     parts = features.split(1024)
     distances = torch.cat([torch.cdist(part, features).kthvalue(5).values for part in parts])
     above = distances - distances.median()
