@@ -2222,10 +2222,14 @@ td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}.soft{color
 .verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}
 .grid{display:flex;flex-wrap:wrap;gap:.3rem}figure .grid{flex-wrap:nowrap}
 .grid img{width:6rem;height:6rem;object-fit:cover;border-radius:.2rem}
-figure{display:inline-block;margin:0 .6rem .8rem 0}svg{max-width:100%;height:auto}
+figure{display:inline-block;margin:0 .6rem .8rem 0}svg{width:35rem;max-width:100%;font-size:12px;
+text-anchor:middle}path,polyline{fill:none;stroke-width:2;stroke-linecap:round}
+pre{white-space:pre-wrap;border:1px solid var(--line);border-radius:.3rem;padding:.6rem}
+summary{cursor:pointer;padding:.4rem 0;font-weight:600}
+:focus-visible{outline:.15rem solid var(--mark)}
 figcaption{font-size:.8rem;color:var(--soft);max-width:12.3rem;overflow-wrap:anywhere}
 @media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}
-h2,figure,tr{break-inside:avoid}}"""
+h2,h3{break-after:avoid}figure,tr{break-inside:avoid}}"""
 
 
 def page(title, body):
@@ -2242,14 +2246,19 @@ def table(header, rows):
     """An HTML table; every cell is escaped."""
 
     def line(tag, cells):
-        texts = [f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells]
+        texts = [f"<{tag}>{html.escape(str(cell))}" for cell in cells]
         return f"<tr>{''.join(texts)}</tr>\n"
 
-    lines = [line("th", header)] + [line("td", row) for row in rows]
+    lines = [line('th scope="col"', header)] + [line("td", row) for row in rows]
     return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
 
 
-def thumbnail(image, size=96, quality=85, **options):
+def fold(title, body):
+    """HTML that shows its body once the title is clicked."""
+    return f"<details><summary>{html.escape(title)}</summary>{body}</details>\n"
+
+
+def thumbnail(image, size=96, alt="", quality=85, **options):
     """An <img> of a PIL image or uint8 pixels (3, H, W): a JPEG of at most `size` pixels a side."""
     if not isinstance(image, Image.Image):
         image = picture(image)
@@ -2258,7 +2267,7 @@ def thumbnail(image, size=96, quality=85, **options):
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, **options)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
 
 
 def curve(series, x_label="", y_label=""):
@@ -2270,29 +2279,36 @@ def curve(series, x_label="", y_label=""):
     every = np.concatenate(list(finite.values()))
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
-    low = every.min(0)
-    span = np.ptp(every, 0)
-    span[span == 0] = 1
+    x_ticks, y_ticks = map(round_numbers, every.T)
+    low, high = np.stack([x_ticks[[0, -1]], y_ticks[[0, -1]]], axis=1)
 
-    def positions(points):  # the axes cross at (70, 220)
-        return (points - low) / span * (540, -192) + (70, 220)
+    def positions(points):  # the axes cross at (50, 215)
+        return (points - low) / (high - low) * (350, -180) + (50, 215)
 
     def text(x, y, content, colour="var(--soft)"):
         return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}">{html.escape(content)}</text>'
 
-    parts = ['<path d="M70 20V220H625" fill="none" stroke="var(--line)"/>']
-    for value in (low, low + span / 2, low + span):
-        x, y = positions(value)
-        parts.append(text(x, 238, f"{value[0]:.4g}"))
-        parts.append(text(35, y + 4, f"{value[1]:.4g}"))
+    parts = ['<path d="M50 30V215H405" stroke="var(--line)"/>']
+    parts += [text(225, 246, x_label), text(24, 12, y_label)]
+    for value in x_ticks:
+        parts.append(text(positions((value, 0))[0], 230, f"{value:.4g}"))
+    for value in y_ticks:
+        parts.append(text(24, positions((0, value))[1], f"{value:.4g}"))
     for n, (name, points) in enumerate(finite.items()):
         colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
         words = [f"{x:.1f},{y:.1f}" for x, y in positions(points)]
         line = " ".join(words[:1] + words)  # the first twice: one alone is a dot
-        style = f'fill="none" stroke="{colour}" stroke-width="3" stroke-linecap="round"'
-        parts.append(f'<polyline points="{line}" {style}/>')
-        parts.append(text(150 + 140 * n, 12, name, colour))
-    parts.append(text(340, 256, x_label))
-    parts.append(text(35, 12, y_label))
-    style = 'width="640" height="260" font-size="12" text-anchor="middle"'
-    return f'<svg viewBox="0 0 640 260" role="img" {style}>{"".join(parts)}</svg>\n'
+        parts.append(f'<polyline points="{line}" stroke="{colour}"/>')
+        parts.append(text(110 + 90 * n, 12, name, colour))
+    label = html.escape(f"{', '.join(finite)} against {x_label}")
+    return f'<svg viewBox="0 0 420 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
+
+
+def round_numbers(values):
+    """Round numbers at even steps, from below the least of the values to above the greatest."""
+    low = min(values)
+    span = max(values) - low or abs(low) or 1
+    step = 10.0 ** math.ceil(math.log10(span)) / 5
+    while span < 2 * step:
+        step /= 2
+    return np.arange(math.floor(low / step), math.ceil((low + span) / step) + 1) * step

@@ -1007,6 +1007,15 @@ def test_a_thumbnail_is_no_larger_than_asked_and_takes_pixels_or_pictures():
     assert text == metrics.thumbnail(metrics.picture(pixels), 32)
 
 
+def test_an_axis_has_few_round_numbers_around_all_values():
+    for values, expected in (
+        ([0.213, 0.356], [0.2, 0.25, 0.3, 0.35, 0.4]),
+        ([10, 600], [0, 200, 400, 600]),
+        ([-0.002, 0.0001], [-0.002, -0.001, 0, 0.001]),
+    ):
+        np.testing.assert_allclose(metrics.round_numbers(values), expected)
+
+
 def test_a_curve_without_a_finite_point_says_so_and_one_point_is_a_dot():
     assert "nothing to draw" in metrics.curve({"loss": [(0, float("nan"))]})
-    assert 'points="70.0,220.0 70.0,220.0"' in metrics.curve({"loss": [(0, 1.0)]})
+    assert 'points="50.0,215.0 50.0,215.0"' in metrics.curve({"loss": [(0, 1.0)]})
