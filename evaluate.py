@@ -25,8 +25,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -35,6 +34,7 @@ import numpy as np
 import scipy
 import torch
 from scipy import special
+from scipy.sparse import csgraph
 from torch import nn
 from tqdm import tqdm
 
@@ -65,6 +65,7 @@ from metrics import (
     load_real,
     lpips_matrix,
     near_duplicates,
+    near_identical,
     nearest,
     need_weights,
     number,
@@ -181,53 +182,51 @@ def units_of(groups):
     return list(units.values())
 
 
+def shuffles(count, size, *key):
+    """`count` random orders of `size` things: (count, size)."""
+    return torch.rand(count, size, generator=generator(*key)).argsort(1).numpy()
+
+
 def permutation_draws(n, m, count, seed, groups=(), labels=None):
     """int8 (1 + count, n + m): the sets as they are, then the pooled images divided again.
 
-    groups: a name for each image. Groups stay whole if there are five or more and none is over half
-    of a set; an image that no longer fits is left out. labels: of each image; both sets keep their
-    number of each, where a group counts under the label of its first image.
+    groups: a patient for each image; `pick_compared` leaves one image of each in a set. Those of a
+    patient in both sets change places at random, all others are shuffled: if a generator is
+    perfect, every such division was as likely as the true one, so that p is exact. labels: numbers
+    for each image; both sets keep their number of each.
     """
-    sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
-    if len(sizes) < 5 or 2 * max(sizes) > min(n, m):
-        groups = [""] * (n + m)
-    units = units_of(groups)
-    draws = np.zeros((1 + count, n + m), np.int8)
-    draws[0, :n] = 1
-    draws[0, n:] = -1
-    label_of = np.zeros(len(units), int) if labels is None else labels[[unit[0] for unit in units]]
-    rooms = Counter()
-    for unit, label in zip(units, label_of, strict=True):
-        rooms.update((side, label) for side in draws[0, unit])
-    for row in range(1, 1 + count):
-        room = rooms.copy()
-        order = torch.randperm(len(units), generator=generator(seed, "permutation", row))
-        for k in order.tolist():
-            for side in (1, -1):
-                if room[side, label_of[k]] >= len(units[k]):
-                    draws[row, units[k]] = side
-                    room[side, label_of[k]] -= len(units[k])
-                    break
+    draws = np.ones((1 + count, n + m), np.int8)
+    draws[:, n:] = -1
+    if labels is None:
+        labels = np.zeros(n + m, int)
+    pairs = []
+    for unit in units_of(groups):
+        if len(unit) == 2 and unit[0] < n <= unit[1] and len(set(labels[unit])) == 1:
+            pairs.append(unit)
+    pairs = np.array(pairs, int).reshape(-1, 2)
+    alone = np.setdiff1d(np.arange(n + m), pairs)
+    for label in np.unique(labels):
+        members = alone[labels[alone] == label]
+        order = shuffles(count, len(members), seed, "permutation", str(label))
+        draws[1:, members] = draws[0, members][order]
+    sides = torch.randint(2, (count, len(pairs)), generator=generator(seed, "swap")).numpy()
+    draws[1:, pairs[:, 0]] = 1 - 2 * sides
+    draws[1:, pairs[:, 1]] = 2 * sides - 1
     return draws
 
 
-def half_draws(n, m, count, seed, groups=()):
+def half_draws(n, m, count, seed):
     """A random half of the real set against the other, and against as many generated images.
 
     Two int8 (count, n + m), all sides of equal size.
     """
     half = min(n, m) // 2
-    splits = permutation_draws(half, n - half, count, (seed, "halves"), groups[:n])[1:]
+    real = shuffles(count, n, seed, "halves of the real set")
+    fake = n + shuffles(count, m, seed, "halves of the generated set")
     against_real, against_fake = np.zeros((2, count, n + m), np.int8)
-    for row, split in enumerate(splits):
-        real = torch.randperm(n, generator=generator(seed, "half of the first set", row)).numpy()
-        fake = torch.randperm(m, generator=generator(seed, "half of the second set", row)).numpy()
-        first = real[split[real] == 1]
-        rest = real[split[real] == -1]
-        size = min(len(first), len(rest), m)  # whole patients can leave a half short
-        against_real[row, first[:size]] = against_fake[row, first[:size]] = 1
-        against_real[row, rest[:size]] = -1
-        against_fake[row, n + fake[:size]] = -1
+    for draws, others in ((against_real, real[:, half:]), (against_fake, fake)):
+        np.put_along_axis(draws, real[:, :half], 1, 1)
+        np.put_along_axis(draws, others[:, :half], -1, 1)
     return against_real, against_fake
 
 
@@ -241,10 +240,12 @@ def joint_matrices(real, fake, standardise):
     """
     features = pooled(real, fake, standardise)
     centred = features - features.mean(0)  # a large common mean costs digits
+    distances = squared_distances(centred, centred)
     return {
         "features": features,
         "points": np.linalg.qr(centred.T, mode="r").T,
-        "distance": squared_distances(centred, centred),
+        "distance": distances,
+        "order": distances.argsort(1).astype(np.int32),
         "kernel": (features @ features.T / features.shape[1] + 1) ** 3,
     }
 
@@ -252,7 +253,7 @@ def joint_matrices(real, fake, standardise):
 def frechet_draws(joint, draws):
     """The Frechet distance of each draw."""
     points = joint["points"]
-    draws = tqdm(draws, desc="Frechet", leave=False, disable=None)
+    draws = tqdm(draws, desc="Frechet", leave=False, disable=None, delay=2)
     return np.array([frechet(points[draw == 1], points[draw == -1]) for draw in draws])
 
 
@@ -276,17 +277,17 @@ def neighbour_draws(which, joint, draws):
     """Precision, recall (k = 3), density or coverage (k = 5): number `which`, of each draw."""
     key = "neighbours", draws.tobytes()
     if key not in joint:  # all four are computed together
+        distances, order = joint["distance"], joint["order"]
         joint[key] = []
-        for draw in tqdm(draws, desc="neighbours", leave=False, disable=None):
-            i, j = draw == 1, draw == -1
-            blocks = [joint["distance"][np.ix_(*pair)] for pair in ((i, i), (j, j), (i, j))]
-            joint[key].append(precision_recall(*blocks, 3)[:2] + precision_recall(*blocks, 5)[2:])
+        for draw in tqdm(draws, desc="neighbours", leave=False, disable=None, delay=2):
+            figures = precision_recall(distances, order, draw, 3)[:2]
+            joint[key].append(figures + precision_recall(distances, order, draw, 5)[2:])
     return np.array(joint[key])[:, which]
 
 
 def nearest_draws(matrix, draws):
     """The mean over the second set of the smallest distance to the first, for each draw."""
-    return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
+    return np.array([matrix[draw == 1][:, draw == -1].min(0).mean() for draw in draws])
 
 
 def inception_draws(logits, draws):
@@ -341,6 +342,8 @@ class ImageSet:
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     features: np.ndarray = None  # (N, D)
     all_features: np.ndarray = None  # also those of images that were not drawn
+    pictures: np.ndarray = None  # (N,), the same number for near-identical images
+    drawn: np.ndarray = None  # bool (N,), one image of each unit
     targets: np.ndarray = None  # (N, classes) in {0, 1}, for --utility
     small: torch.Tensor = None  # (N, 3, 64, 64), for --utility
 
@@ -361,7 +364,45 @@ def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_gra
         for start in range(0, len(others), 500):
             more_pixels = load(others[start : start + 500], resolution)[1]
             features.append(tools.extract(more_pixels))
-    return ImageSet(path, rows, pixels, features[0], np.concatenate(features))
+    units = find_units(path, rows, pixels, tools.args.seed)
+    return ImageSet(path, rows, pixels, features[0], np.concatenate(features), *units)
+
+
+def find_units(path, rows, pixels, seed, least=10):
+    """Numbers (N,), the same for near-identical images, and one image of each unit, bool (N,).
+
+    A unit is a patient, or a picture stored several times, which may join patients. Of fewer than
+    `least` units each image counts: then the figures hold for these patients alone.
+    """
+    near = near_identical(pixels)
+    _, pictures = csgraph.connected_components(near)
+    _, units = csgraph.connected_components(near | same_unit([row.group for row in rows]))
+    order = shuffles(1, len(rows), seed, "units", path)[0]
+    drawn = order[np.unique(units[order], return_index=True)[1]]
+    if len(drawn) < least:
+        drawn = order
+    repeated = (np.bincount(pictures) > 1).sum()
+    if repeated:
+        print(f"{path}: {repeated} pictures are stored more than once: each is one unit")
+    if len(drawn) < len(rows):
+        print(f"{path}: {len(drawn)} of {len(rows)} images are compared, one of each unit")
+    return pictures, np.isin(np.arange(len(rows)), drawn)
+
+
+def pick_compared(real, fake):
+    """Both sets with one image of each unit: these are exchangeable, a unit's images are alike.
+
+    A perfect generator need not repeat itself as the real set does. Where it repeats itself more,
+    that is its fault, and its repeats stay.
+    """
+    copies = [np.bincount(images.pictures) for images in (real, fake)]
+    if scipy.stats.mannwhitneyu(copies[1], copies[0], alternative="greater").pvalue < 0.001:
+        print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
+        fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
+    compared = []
+    for images in (real, fake):
+        compared.append(replace(subset(images, images.drawn), all_features=images.all_features))
+    return compared
 
 
 def load_reference(rows, resolution, fakes, tools):
@@ -480,12 +521,12 @@ def evaluate_set(real, fake, known, tools):
 def measure_figures(real, fake, tools):
     """{metric: Figure}, and sentences on the labels of the images that are compared."""
     args, network = tools.args, tools.network
-    *compared, labels, mix = match_labels(real, fake, args.seed)
+    *compared, labels, mix = match_labels(*pick_compared(real, fake), args.seed)
     joint = collect_matrices(*compared, tools)
     n, m = [len(images.rows) for images in compared]
     groups = [row.group for images in compared for row in images.rows]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups, labels)
-    halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
+    halves = half_draws(n, m, HALVES, args.seed) if min(n, m) > 3 else None
     figures = {}
     for name in tools.names:
         figure = measure(name, joint, draws, halves)
@@ -885,16 +926,10 @@ PHRASES = [
 ]
 
 
-DIFFERENCES = {  # colour and words on the page
-    None: ("mark", "no clear difference"),
-    "worse": ("two", "differs: worse"),
-    "too good": ("four", "differs: too good"),
-}
-
-
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    text = findings(entry) + entry.mix
+    _, text = findings(entry)
+    text += entry.mix
     if entry.utility_note:
         text.append(entry.utility_note)
     for classifier, doses in (entry.utility or {}).items():
@@ -904,13 +939,16 @@ def verdict(entry):
 
 
 def findings(entry):
-    """Whether and how the sets differ, in sentences."""
+    """Whether and how the sets differ: a mark of few words, and sentences."""
+    mark = "✓ not told apart"
     opening = "By these figures they cannot be told from the real ones"
     worse = name_differences(entry.differences, "worse")
     better = name_differences(entry.differences, "too good")
     if worse:
+        mark = "✗ told apart"
         opening = "They can be told from the real ones"
     elif better:
+        mark = "! too good"
         opening = "They are too good: better than fresh real images would be"
     text = [f"{opening} (p = {digits(entry.p, 2)} for all figures together)."]
     if worse:
@@ -918,7 +956,7 @@ def findings(entry):
     if better:
         text.append(f"Too good for fresh images: {better}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
-    return text
+    return mark, text
 
 
 def name_differences(differences, kind):
@@ -1004,30 +1042,34 @@ many generated images against one half, which can be compared with it."""
 PAGE_GUIDE = """The bar is what chance gives where both sets are of one kind: 95 % of many mixtures
 of them, divided again. The dot is the generated set: further right it is worse, further left better
 than fresh real images would be, as copies are. Of so many figures one is often outside by chance:
-only those count that are said to differ."""
+only those count that are said to differ. Of fewer
+than 50 images only gross differences show."""
 
-FIGURES = """<p>With fewer than 50 images only gross differences show.
-<b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
+FIGURES = """<p><b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
 <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored: sharpness, noise,
 JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
 real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest real image, and of
 generated images to one another. <b>band</b>: by a fixed table; compare it with real halves.</p>"""
+
+SUBGROUPS = """kid: how far the real images of a subgroup are from generated ones, error: one standard
+deviation of it; real vs rest: how far they are from the other real images."""
 
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
 network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
 coverage with 5; Inception Score in one split. Copies: correlation of 16-pixel thumbnails over
 mirror images and 90 % crops, conformal p-values of the distance and of its ratio to the second
-nearest. Null: {permutations} permutations, patients whole where there are five or more and none has
-over half of a set, within each label, seed {seed}; p of all figures: Westfall and Young's minP. Of
-more than {max_images} images so many were drawn; the Frechet value alone is of all, where the mix
-of labels is the same. Real halves: median over {halves} random halves of the real set against each
-other; same size: of as many generated images against a half. Utility: ridge regression on the
-features and a network of three layers (200 steps of 32 images at 64 pixels), on real and generated
-images together or, generated first, 200 steps on these (for 0 %, on real ones) and 200 on real
-ones; {seeds} paired seeds, tested on the held-out images of --run (without: on 30 % of the real
-ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}. Not
-for diagnosis."""
+nearest. Null: {permutations} permutations, seed {seed}, within each label, of one image of each
+patient and of each picture that is stored several times, where there are ten or more; a patient's
+real and generated image change places with one another. p of all figures: Westfall and Young's
+minP. Of more than {max_images} images so many were drawn; the Frechet value alone is of all, where
+the mix of labels is the same. Real halves: median over {halves} random halves of the real set
+against each other; same size: of as many generated images against a half. Utility: ridge regression
+on the features and a network of three layers (200 steps of 32 images at 64 pixels), on real and
+generated images together or, generated first, 200 steps on these (for 0 %, on real ones) and 200 on
+real ones; {seeds} paired seeds, tested on the held-out images of --run (without: on 30 % of the
+real ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}.
+Not for diagnosis."""
 
 
 def records_table(records):
@@ -1036,145 +1078,113 @@ def records_table(records):
     return table(header, [map(digits, record.values()) for record in records])
 
 
-def badges(entry):
-    """HTML: the verdict at a glance, in a colour, a sign and words."""
-    found = [("three", "✓ not told apart")]
-    if "worse" in entry.differences.values():
-        found = [("two", "✗ told apart")]
-    elif entry.differences:
-        found = [("four", "! too good")]
-    if entry.copies.copies or may_be_copies(entry):
-        found.append(("four", "! may be copies"))
-    marks = [
-        f'<b class="badge" style="--mark:var(--{colour})">{words}</b>' for colour, words in found
-    ]
-    return "".join(marks)
-
-
 def verdict_box(entry):
-    """HTML: what the figures say, without figures."""
-    text = [re.sub(r" \(.*?\)", "", sentence) for sentence in findings(entry)]
-    if min(len(entry.real.rows), len(entry.fake.rows)) < 50:
-        text.append("Of so few images only gross differences show.")
-    text.append(entry.copies.sentence)
-    return f'<div class="verdict">{badges(entry)}{paragraph(" ".join(text))}</div>'
+    """HTML: the verdict at a glance, a sign and words in a colour, then in sentences."""
+    mark, text = findings(entry)
+    kind = {"✗": "worse", "!": "too"}.get(mark[0], "")
+    marks = f'<b class="badge {kind}">{mark}</b>'
+    if entry.copies.copies or may_be_copies(entry):
+        marks += '<b class="badge too">! may be copies</b>'
+    plain = re.sub(r" \(.*?\)", "", " ".join(text))  # without figures
+    return f'<div class="verdict">{marks}{paragraph(f"{plain} {entry.copies.sentence}")}</div>'
 
 
 def gallery(entry, seed):
     """HTML: as many real images as generated ones, drawn by the seed, side by side."""
     count = min(12, len(entry.real.rows), len(entry.fake.rows))
-    sides = []
+    sides = ""
     for title, images in (("Real", entry.real), ("Generated", entry.fake)):
-        order = torch.randperm(len(images.rows), generator=generator(seed, "shown")).tolist()
-        tiles = ""
+        sides += f'<div><h4>{title}: {count} of {len(images.rows)}</h4><div class="tiles">'
+        order = torch.randperm(len(images.rows), generator=generator(seed, "shown"))
         for i in order[:count]:
-            tiles += zoom(images.pixels[i], f"{title}: {images.rows[i].file_name}")
-        heading = f"<h4>{title}: {count} of {len(images.rows)}</h4>"
-        sides.append(f'<div>{heading}<div class="tiles">{tiles}</div></div>')
-    return f'<div class="sides">{"".join(sides)}</div>'
-
-
-def place(figure, value):
-    """Where a value stands on the axis: at 40 to 60 % where chance is, to the right where worse."""
-    offset = value - figure.null
-    limit = figure.null_high if offset > 0 else figure.null_low
-    distance = np.arcsinh(offset / max(abs(limit - figure.null), 1e-12)) / np.arcsinh(1)
-    if not figure.lower_is_better:
-        distance = -distance
-    return np.clip(50 + 10 * distance, 0, 100)
+            sides += zoom(images.pixels[i], f"{title}: {images.rows[i].file_name}")
+        sides += "</div></div>"
+    return f'<div class="sides">{sides}</div>'
 
 
 def figure_lines(entry):
     """HTML: each figure next to what chance gives, those that see the same together."""
-    rows = []
+    lines = []
     for names, plain, *_ in PHRASES:
         for name in names.split():
             if name not in entry.metrics:
                 continue
             figure = entry.metrics[name]
-            colour, words = DIFFERENCES[entry.differences.get(name)]
             better = "lower" if figure.lower_is_better else "higher"
+            note = f"{name}, {better} is better"
             chance = f"{digits(figure.null_low)} to {digits(figure.null_high)}"
             title = f"{digits(figure.value)}; chance gives {chance}"
-            dot = place(figure, figure.value)
-            note = f"{name}, {better} is better"
-            rows.append((plain, note, (40, 60), dot, title, words, colour))
-    return dot_lines(("", "too good", "as chance gives", "worse", "the generated set"), rows)
+            words = entry.differences.get(name, "no clear difference")
+            lines.append((plain, note, 40, 60, place(figure), title, words))
+    return dot_lines(("", "too good", "chance", "worse", "the set is"), lines)
+
+
+def place(figure):
+    """Where its dot is, in percent: chance gives 40 to 60, worse is further right, at a log scale."""
+    limit = figure.null_high if figure.excess > 0 else figure.null_low
+    steps = np.arcsinh(figure.excess / max(abs(limit - figure.null), 1e-12)) / np.arcsinh(1)
+    return 50 + 10 * steps * (1 if figure.lower_is_better else -1)
 
 
 def copies_section(entry, args):
-    """HTML: copies, then the nearest pairs, next to one another."""
-    parts = ['<div class="pairs">']
+    """HTML: copies, then the nearest pairs."""
+    text = "Generated left, its nearest image right. This is no guarantee of privacy."
+    pairs = ""
     copies = entry.copies
-    shown = list(zip([*copies.copies, *copies.pairs], copies.numbers, strict=True))[:12]
-    size = entry.fake.pixels.shape[-1]
-    for record, (i, j) in shown:
-        fake, real = entry.fake.rows[i], entry.known.rows[j]
-        _, pixels = load_real([real], size, args)  # copies were searched small
-        keys = [key for key in record if key not in ("generated", "train", "label")]
-        text = ", ".join(f"{key} {digits(record[key], 2)}" for key in keys)
-        for kind, row in (("generated", fake), ("real", real)):
-            if row.label:
-                text += f"\nlabel of the {kind} one: {row.label}"
-        parts.append(pair(entry.fake.pixels[i], fake.file_name, pixels[0], real.file_name, text))
-    words = "Generated left, its nearest image right. This is no guarantee of privacy."
-    return f"{paragraph(words)}{''.join(parts)}</div>"
+    records = [*copies.copies, *copies.pairs]
+    for record, (i, j) in list(zip(records, copies.numbers, strict=True))[:12]:
+        row = entry.known.rows[j]
+        _, pixels = load_real([row], entry.fake.pixels.shape[-1], args)  # were searched small
+        figures = f"distance {digits(record.get('distance'))}, p {digits(record.get('p'), 2)}"
+        fake = entry.fake.pixels[i], entry.fake.rows[i]
+        pairs += pair(fake, (pixels[0], row), record.get("kind", figures))
+    return f'{paragraph(text)}<div class="pairs">{pairs}</div>'
 
 
 def utility_section(entry):
     """HTML: whether generated images help a classifier."""
-    parts = [paragraph(entry.utility_note)]
+    body = paragraph(entry.utility_note)
+    header = ("generated images", "0.5 guesses", "", "1 never errs", "AUROC")
     for name, doses in (entry.utility or {}).items():
-        rows = []
+        lines = []
         for dose in doses:
-            low, dot, high = [
-                np.clip(200 * dose[key] - 100, 0, 100) for key in ("low", "auroc", "high")
-            ]
-            title = f"AUROC {dose['auroc']:.3f}, 95 %: {dose['low']:.3f} to {dose['high']:.3f}"
-            words = f"{dose['auroc']:.3f}"
-            rows.append((f"{dose['share']} % added", "", (low, high), dot, title, words, "mark"))
-        parts.append(f"<h4>{name}</h4>" + paragraph(f"{dose_sentence(doses)}."))
-        parts.append(
-            dot_lines(("generated images", ".5 guesses", "", "1 never errs", "AUROC"), rows)
-        )
-        parts.append(fold("The numbers: 95 % of the AUROC, 99 % of the gain", records_table(doses)))
-    return "".join(parts)
+            places = [200 * dose[key] - 100 for key in ("low", "high", "auroc")]
+            title = f"95 %: {dose['low']:.3f} to {dose['high']:.3f}"
+            lines.append((f"{dose['share']} %", title, *places, title, f"{dose['auroc']:.3f}"))
+        body += f"<h4>{name}</h4>{paragraph(dose_sentence(doses))}{dot_lines(header, lines)}"
+    return body
 
 
 def set_section(entry, args):
     """HTML: one generated set's part of the report, in the order in which people ask."""
-    count = len(entry.fake.rows)
-    numbers = (
-        paragraph(GUIDE) + table(HEADER, figure_rows(entry)) + paragraph(HALVES_GUIDE) + FIGURES
-    )
-    sections = {
-        "What do they look like?": gallery(entry, args.seed) + paragraph(" ".join(entry.mix)),
-        "Do they differ, and how?": paragraph(PAGE_GUIDE)
-        + figure_lines(entry)
-        + fold("The numbers", numbers),
-        "Are they copies?": copies_section(entry, args),
-    }
+    fake = entry.fake
+    numbers = paragraph(GUIDE) + table(HEADER, figure_rows(entry)) + paragraph(HALVES_GUIDE)
+    body = f"<h2>{html.escape(fake.path)}: {len(fake.rows)} images</h2>{verdict_box(entry)}"
+    body += f"<h3>What do they look like?</h3>{gallery(entry, args.seed)}"
+    body += paragraph(" ".join(entry.mix))
+    body += f"<h3>Do they differ, and how?</h3>{paragraph(PAGE_GUIDE)}{figure_lines(entry)}"
+    body += fold("The numbers", numbers + FIGURES)
+    body += f"<h3>Are they copies?</h3>{copies_section(entry, args)}"
     if entry.utility_note:
-        sections["Do they help a classifier?"] = utility_section(entry)
+        body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
-        sections[f"By {args.by}"] = records_table(entry.subgroups)
-    parts = [f"<h2>{html.escape(entry.fake.path)}: {count} images</h2>", verdict_box(entry)]
-    for title, body in sections.items():
-        parts.append(f"<h3>{html.escape(title)}</h3>{body}")
-    return "\n".join(parts)
+        header = [key.replace("_", " ") for key in entry.subgroups[0]]
+        rows = [map(digits, subgroup.values()) for subgroup in entry.subgroups]
+        body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}{table(header, rows)}"
+    return body
 
 
 def write_report(args, settings, entries):
     """Write --out: ranking where there are several sets, a section for each set, methods."""
-    body = [paragraph(f"{args.real}: {len(entries[0].real.rows)} real images", "soft")]
+    body = paragraph(f"{args.real}: {len(entries[0].real.rows)} real images", "soft")
     if len(entries) > 1:
-        body.append("<h2>Ranking, by excess over chance; copies last</h2>")
-        body.append(table(*ranking(entries)))
-    body += [set_section(entry, args) for entry in entries]
+        body += f"<h2>Ranking, by excess over chance; copies last</h2>{table(*ranking(entries))}"
+    for entry in entries:
+        body += set_section(entry, args)
     methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
     how = paragraph(methods) + paragraph(command("evaluate.py", *sys.argv[1:]), "soft")
-    body += [fold("How it was made", how)]
-    write_file(args.out, page("Generated against real images", "\n".join(body)))
+    body += f"<h2>How it was made</h2>{fold('Methods, settings and the command', how)}"
+    write_file(args.out, page("Generated against real images", body))
 
 
 JSON_KEYS = "value null null_low null_high excess p_high p_low real_vs_real band".split()

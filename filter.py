@@ -56,7 +56,6 @@ from metrics import (
     find_column,
     find_file,
     fit_square,
-    fold,
     generator,
     grain,
     list_images,
@@ -240,8 +239,7 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
 
 def set_thresholds(reference, rows, alpha):
     """The largest rank that passes: of any image, and of each label with enough real images."""
-    labels = np.array([text_key(row.label) for row in rows])
-    reference.thresholds = label_thresholds(reference, labels, alpha)
+    reference.thresholds = find_thresholds(reference, rows, alpha)
     if np.isinf(reference.thresholds[""]):
         fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")
     text = f"calibrated on {len(rows)} real images by {', '.join(reference.real_scores)}"
@@ -250,14 +248,15 @@ def set_thresholds(reference, rows, alpha):
         reference.summary.append(f'label "{label}" has its own threshold')
 
 
-def label_thresholds(reference, labels, alpha):
-    """The largest rank that passes: {label with enough real images, "" for any other: rank}."""
+def find_thresholds(reference, rows, alpha):
+    """The largest rank that passes: {"" for any image, label with enough real images: rank}."""
     worst = reference.rank(reference.real_scores).max(0)
     if reference.copies is not None:  # those refused as copies are part of alpha
         others = np.where(reference.same_patient, np.inf, reference.copies)
         chances = copy_chances(reference.copies, others, reference.same_patient)
-        worst[chances <= copy_limit(len(labels))] = worst.max()
+        worst[chances <= copy_limit(len(rows))] = worst.max()
     thresholds = {"": conformal_threshold(worst, alpha)}
+    labels = np.array([text_key(row.label) for row in rows])
     for label in sorted(set(labels) - {""}):
         threshold = conformal_threshold(worst[labels == label], alpha)
         if np.isfinite(threshold):
@@ -642,43 +641,38 @@ def copy_images(out, kept, mixed):
 def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     """HTML: how many are kept and why others are not, other limits, each next to its nearest."""
     kinds = count_reasons(reasons)
-    title = f"Kept {kinds['kept']} of {len(rows)} generated images"
-    parts = [f'<div class="verdict"><b class="badge">{title}</b>']
-    parts.append(table(("why", "images"), kinds.most_common()) + "</div>")
-    parts.append("<h2>What would pass at another limit</h2>")
-    header = ("--calibrate", "share of unseen real images that pass", "generated images that pass")
-    parts.append(table(header, other_limits(reference, real_rows, rows, scores)))
-    parts.append(paragraph("By this limit alone, whatever else refuses them.", "soft"))
+    body = f'<div class="verdict"><b>Kept {kinds["kept"]} of {len(rows)} generated images.</b>'
+    body += table(("what became of them", "images"), kinds.most_common())
+    body += "</div><h2>What would pass at another limit</h2>"
+    body += table(LIMITS_HEADER, other_limits(reference, real_rows, rows, scores))
     order = np.argsort(-scores["quality"], kind="stable")
     kept = np.array(reasons)[order] == ""
     for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
-        parts.append(f"<h2>{title}: {len(shown)}, the best first</h2>")
-        parts.append('<div class="pairs">')
         step = 1 + len(shown) // 37
+        body += f"<h2>{title}: {len(shown)}, the best first</h2>"
+        body += f'<p>Shown is every image, or of many one in {step}.</p><div class="pairs">'
         for i in shown[::step]:
             j = scores["nearest"][i]
             text = f"{reasons[i] or 'kept'}, quality {scores['quality'][i]:.2f}"
-            names = rows[i].file_name, real_rows[j].file_name
-            parts.append(pair(pixels[i], names[0], real[j], names[1], text, 256))
-        parts.append("</div>")
-        if step > 1:
-            parts.append(paragraph(f"Of many, one in {step} is shown.", "soft"))
-    parts.append(fold("How they were judged", "".join(map(paragraph, summary))))
-    return "".join(parts)
+            body += pair((pixels[i], rows[i]), (real[j], real_rows[j]), text, 256)
+        body += "</div>"
+    how = "".join(map(paragraph, summary))
+    return f"{body}<h2>How they were judged</h2>{how}"
+
+
+LIMITS_HEADER = ("--calibrate", "unseen real images that pass", "of these images pass it")
 
 
 def other_limits(reference, real_rows, rows, scores):
-    """Rows of a table: --calibrate, real images that pass, and how many generated ones do."""
-    real_labels = np.array([text_key(row.label) for row in real_rows])
-    labels = [text_key(row.label) for row in rows]
+    """Rows under LIMITS_HEADER."""
     ranks = reference.rank(scores).max(0)
     lines = []
     for alpha in (0.01, 0.05, 0.1, 0.2, 0.5):
-        thresholds = label_thresholds(reference, real_labels, alpha)
-        limits = [thresholds.get(label, thresholds[""]) for label in labels]
-        passing = f"{np.sum(ranks <= limits)} of {len(rows)}"
+        thresholds = find_thresholds(reference, real_rows, alpha)
+        limits = [thresholds.get(text_key(row.label), thresholds[""]) for row in rows]
+        passing = np.sum(ranks <= limits)
         if np.isinf(thresholds[""]):
-            passing = "too few real images to say"
+            passing = "too few real images"
         lines.append((alpha, f"{1 - alpha:.0%}", passing))
     return lines
 
@@ -1476,8 +1470,8 @@ def cross_validate(features, labels, weights, groups, seed):
     x = u * scale  # the same fit in at most n dimensions
     logits = np.zeros((len(PENALTIES), *labels.shape))
     for k, penalty in enumerate(PENALTIES):
-        for part in np.unique(folds):
-            train = folds != part
+        for fold in np.unique(folds):
+            train = folds != fold
             fitted = fit_logistic(x[train], labels[train], weights[train], penalty)
             logits[k, ~train] = predict(x[~train], fitted)
     losses = np.logaddexp(0, logits) - labels * logits

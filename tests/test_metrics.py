@@ -84,6 +84,12 @@ def test_frechet_is_exact_where_there_are_fewer_images_than_features():
     assert frechet(few, fewer) == pytest.approx(81.927116573, rel=1e-6)
 
 
+def test_frechet_of_a_set_without_spread_in_a_direction_is_that_of_the_others():
+    flat_real = np.concatenate([REAL, np.zeros((60, 1))], 1)
+    flat_fake = np.concatenate([FAKE, np.zeros((50, 1))], 1)
+    assert frechet(flat_real, flat_fake) == pytest.approx(frechet(REAL, FAKE), rel=1e-10)
+
+
 def test_frechet_of_a_set_with_itself_is_zero_and_shifts_and_turns_do_not_move_it():
     turn = np.linalg.qr(np.random.RandomState(3).randn(16, 16))[0]
     turned = frechet(REAL[::-1] @ turn + 5, FAKE @ turn + 5)
@@ -108,18 +114,36 @@ def test_the_jackknife_from_row_sums_is_the_jackknife_by_leaving_each_image_out(
     assert kid(real, fake)[1] == pytest.approx(slow**0.5, rel=1e-9)
 
 
-def distance_blocks():
-    real = squared_distances(REAL, REAL)
-    fake = squared_distances(FAKE, FAKE)
-    return real, fake, squared_distances(REAL, FAKE)
+def precision_recall(first, second, k):
+    """The four figures of two sets."""
+    both = np.concatenate([first, second])
+    distances = squared_distances(both, both)
+    draw = np.repeat(np.array([1, -1], np.int8), (len(first), len(second)))
+    return metrics.precision_recall(distances, distances.argsort(1), draw, k)
 
 
 @pytest.mark.parametrize(
     "k, expected", [(3, (0.7, 0.7833333333333, 0.68, 0.75)), (5, (0.78, 0.9, 0.716, 0.9))]
 )
 def test_precision_recall_density_and_coverage_agree_with_prdc(k, expected):
-    ours = metrics.precision_recall(*distance_blocks(), k)
-    assert ours == pytest.approx(expected, abs=1e-12)  # prdc 0.2
+    assert precision_recall(REAL, FAKE, k) == pytest.approx(expected, abs=1e-12)  # prdc 0.2
+
+
+@pytest.mark.parametrize("n, m, spread", [(3, 4, 1), (200, 9, 1), (9, 200, 1), (60, 50, 0.01)])
+def test_precision_and_the_others_of_tiny_unequal_narrow_and_coinciding_sets(n, m, spread):
+    r = np.random.RandomState(0)
+    real = r.randint(3, size=(n, 2))  # many of them at one place
+    fake = spread * r.randn(m, 2) + 1
+    cross = squared_distances(real, fake)
+    radii = []
+    for points in (real, fake):
+        own = np.sort(squared_distances(points, points), 1)
+        radii.append(own[:, min(3, len(points) - 1)])
+    in_real = cross <= radii[0][:, None]
+    in_fake = cross <= radii[1]
+    expected = [in_real.any(0).mean(), in_fake.any(1).mean()]
+    expected += [in_real.sum() / (3 * m), in_real.any(1).mean()]
+    assert precision_recall(real, fake, 3) == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_rows_are_at_distance_zero_whatever_rounding_leaves():
@@ -268,8 +292,7 @@ def test_kid_is_torch_fidelitys():
 def test_precision_recall_density_and_coverage_are_prdcs():
     theirs = pytest.importorskip("prdc").compute_prdc(REAL, FAKE, 5)
     expected = [theirs[name] for name in ("precision", "recall", "density", "coverage")]
-    ours = metrics.precision_recall(*distance_blocks(), 5)
-    assert ours == pytest.approx(expected, abs=1e-12)
+    assert precision_recall(REAL, FAKE, 5) == pytest.approx(expected, abs=1e-12)
 
 
 def test_kid_is_torchmetrics():
@@ -298,6 +321,13 @@ def test_ssim_agrees_with_scikit_image():
             theirs[i, j] = structural_similarity(a, b, **how)
     # the matrix is of fp32 products
     assert metrics.ssim_matrix(first, second) == pytest.approx(theirs, abs=2e-5)
+
+
+def test_ssim_of_a_set_with_itself_is_symmetric_and_that_of_two_equal_sets():
+    pixels = noise(9, size=64)
+    alone = metrics.ssim_matrix(pixels, pixels, height=4)
+    assert (alone == alone.T).all()
+    assert alone == pytest.approx(metrics.ssim_matrix(pixels, pixels.clone()), abs=1e-6)
 
 
 def lpips_network(net, trunk_state, weights):
