@@ -1010,7 +1010,7 @@ def ranking(entries):
         error = 1.96 * np.std(figure.half_gaps)
         excess = f"{digits(figure.excess, sign='+')} ± {digits(error, 2)}"
         rows.append([entry.fake.path, len(entry.fake.rows), excess, note])
-    return ["set", "images", f"{name}: excess ± 95 %", ""], rows
+    return ["set", "images", f"{name}: excess ± 95 %", "next to the first"], rows
 
 
 def print_entry(entry):
@@ -1045,14 +1045,15 @@ than fresh real images would be, as copies are. Of so many figures one is often 
 only those count that are said to differ. Of fewer
 than 50 images only gross differences show."""
 
-FIGURES = """<p><b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
-<b>colour</b>: the same of their colours, <b>grain</b> of the files as stored: sharpness, noise,
-JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
-real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest real image, and of
-generated images to one another. <b>band</b>: by a fixed table; compare it with real halves.</p>"""
+FIGURES = """<p><b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of
+the two sets; <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored:
+sharpness, noise, JPEG's blocks. <b>precision, density</b>: generated images that look real.
+<b>recall, coverage</b>: real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest
+real image, and of generated images to one another. <b>band</b>: by a fixed table; compare it with
+real halves.</p>"""
 
-SUBGROUPS = """kid: how far the real images of a subgroup are from generated ones, error: one standard
-deviation of it; real vs rest: how far they are from the other real images."""
+SUBGROUPS = """kid: how far the real images of a subgroup are from generated ones; error: one
+standard deviation of it; real_vs_rest: how far they are from the other real images."""
 
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
@@ -1072,34 +1073,22 @@ real ones, which the generator may know); 1000 bootstraps of whole patients. {ve
 Not for diagnosis."""
 
 
-def records_table(records):
-    """HTML: a table of dicts with the same keys, as in the JSON."""
-    header = [key.replace("_", " ") for key in records[0]]
-    return table(header, [map(digits, record.values()) for record in records])
-
-
 def verdict_box(entry):
     """HTML: the verdict at a glance, a sign and words in a colour, then in sentences."""
     mark, text = findings(entry)
-    kind = {"✗": "worse", "!": "too"}.get(mark[0], "")
-    marks = f'<b class="badge {kind}">{mark}</b>'
+    marks = f'<b class="badge {mark}">{mark}</b>'
     if entry.copies.copies or may_be_copies(entry):
-        marks += '<b class="badge too">! may be copies</b>'
+        marks += '<b class="badge copies">! may be copies</b>'
     plain = re.sub(r" \(.*?\)", "", " ".join(text))  # without figures
     return f'<div class="verdict">{marks}{paragraph(f"{plain} {entry.copies.sentence}")}</div>'
 
 
-def gallery(entry, seed):
-    """HTML: as many real images as generated ones, drawn by the seed, side by side."""
-    count = min(12, len(entry.real.rows), len(entry.fake.rows))
-    sides = ""
-    for title, images in (("Real", entry.real), ("Generated", entry.fake)):
-        sides += f'<div><h4>{title}: {count} of {len(images.rows)}</h4><div class="tiles">'
-        order = torch.randperm(len(images.rows), generator=generator(seed, "shown"))
-        for i in order[:count]:
-            sides += zoom(images.pixels[i], f"{title}: {images.rows[i].file_name}")
-        sides += "</div></div>"
-    return f'<div class="sides">{sides}</div>'
+def gallery(title, images, seed):
+    """HTML: 12 images of a set, drawn by the seed."""
+    order = torch.randperm(len(images.rows), generator=generator(seed, "shown"))[:12]
+    tiles = [zoom(images.pixels[i], f"{title}: {images.rows[i].file_name}") for i in order]
+    heading = f"<h4>{title}: {len(order)} of {len(images.rows)}</h4>"
+    return f'<div>{heading}<div class="tiles">{"".join(tiles)}</div></div>'
 
 
 def figure_lines(entry):
@@ -1120,7 +1109,7 @@ def figure_lines(entry):
 
 
 def place(figure):
-    """Where its dot is, in percent: chance gives 40 to 60, worse is further right, at a log scale."""
+    """Where its dot is, in percent: chance gives 40 to 60, worse is right, far is logarithmic."""
     limit = figure.null_high if figure.excess > 0 else figure.null_low
     steps = np.arcsinh(figure.excess / max(abs(limit - figure.null), 1e-12)) / np.arcsinh(1)
     return 50 + 10 * steps * (1 if figure.lower_is_better else -1)
@@ -1160,17 +1149,18 @@ def set_section(entry, args):
     fake = entry.fake
     numbers = paragraph(GUIDE) + table(HEADER, figure_rows(entry)) + paragraph(HALVES_GUIDE)
     body = f"<h2>{html.escape(fake.path)}: {len(fake.rows)} images</h2>{verdict_box(entry)}"
-    body += f"<h3>What do they look like?</h3>{gallery(entry, args.seed)}"
-    body += paragraph(" ".join(entry.mix))
+    body += '<h3>What do they look like?</h3><div class="sides">'
+    body += gallery("Real", entry.real, args.seed) + gallery("Generated", fake, args.seed)
+    body += f"</div>{paragraph(' '.join(entry.mix))}"
     body += f"<h3>Do they differ, and how?</h3>{paragraph(PAGE_GUIDE)}{figure_lines(entry)}"
     body += fold("The numbers", numbers + FIGURES)
     body += f"<h3>Are they copies?</h3>{copies_section(entry, args)}"
     if entry.utility_note:
         body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
-        header = [key.replace("_", " ") for key in entry.subgroups[0]]
         rows = [map(digits, subgroup.values()) for subgroup in entry.subgroups]
-        body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}{table(header, rows)}"
+        body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}"
+        body += table(entry.subgroups[0], rows)
     return body
 
 
@@ -1183,7 +1173,7 @@ def write_report(args, settings, entries):
         body += set_section(entry, args)
     methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
     how = paragraph(methods) + paragraph(command("evaluate.py", *sys.argv[1:]), "soft")
-    body += f"<h2>How it was made</h2>{fold('Methods, settings and the command', how)}"
+    body += fold("How it was made", how)
     write_file(args.out, page("Generated against real images", body))
 
 

@@ -638,20 +638,24 @@ def copy_images(out, kept, mixed):
     write_csv(out / "metadata.csv", header + list(extra), lines)
 
 
+REASONS = """Texture: the pattern of edges and surfaces. Colour: tints, and what is bright where.
+Grain: sharpness, noise, JPEG's blocks. Quality: 1 looks most like the real images, 0 least, by the
+worst of these; with a selector, how likely an expert is to call it good."""
+
+
 def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     """HTML: how many are kept and why others are not, other limits, each next to its nearest."""
     kinds = count_reasons(reasons)
     body = f'<div class="verdict"><b>Kept {kinds["kept"]} of {len(rows)} generated images.</b>'
     body += table(("what became of them", "images"), kinds.most_common())
-    body += "</div><h2>What would pass at another limit</h2>"
-    body += table(LIMITS_HEADER, other_limits(reference, real_rows, rows, scores))
+    body += f"{paragraph(REASONS)}</div><h2>What would pass at another limit</h2>"
+    body += other_limits(reference, real_rows, rows, scores)
     order = np.argsort(-scores["quality"], kind="stable")
     kept = np.array(reasons)[order] == ""
     for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
-        step = 1 + len(shown) // 37
-        body += f"<h2>{title}: {len(shown)}, the best first</h2>"
-        body += f'<p>Shown is every image, or of many one in {step}.</p><div class="pairs">'
-        for i in shown[::step]:
+        some = shown[:: 1 + len(shown) // 37]
+        body += f'<h2>{title}: {len(some)} of {len(shown)}, the best first</h2><div class="pairs">'
+        for i in some:
             j = scores["nearest"][i]
             text = f"{reasons[i] or 'kept'}, quality {scores['quality'][i]:.2f}"
             body += pair((pixels[i], rows[i]), (real[j], real_rows[j]), text, 256)
@@ -660,21 +664,18 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     return f"{body}<h2>How they were judged</h2>{how}"
 
 
-LIMITS_HEADER = ("--calibrate", "unseen real images that pass", "of these images pass it")
-
-
 def other_limits(reference, real_rows, rows, scores):
-    """Rows under LIMITS_HEADER."""
+    """HTML: how many images would pass at other values of --calibrate."""
     ranks = reference.rank(scores).max(0)
     lines = []
     for alpha in (0.01, 0.05, 0.1, 0.2, 0.5):
         thresholds = find_thresholds(reference, real_rows, alpha)
         limits = [thresholds.get(text_key(row.label), thresholds[""]) for row in rows]
-        passing = np.sum(ranks <= limits)
+        passing = f"{np.sum(ranks <= limits)} of {len(rows)}"
         if np.isinf(thresholds[""]):
             passing = "too few real images"
         lines.append((alpha, f"{1 - alpha:.0%}", passing))
-    return lines
+    return table(("--calibrate", "unseen real images that pass", "generated ones"), lines)
 
 
 def draw_order(count, seed, *key):

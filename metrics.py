@@ -2217,11 +2217,14 @@ sans-serif;overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}
 h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;
+white-space:normal;overflow-wrap:break-word}
 td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}.soft{color:var(--soft)}
 .verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}
 .badge{display:inline-block;border:.15rem solid;border-radius:2rem;padding:0 .8rem;font-weight:700;
-margin:.2rem .5rem .2rem 0;color:var(--three)}.worse{color:var(--two)}.too{color:var(--four)}
+margin:.2rem .5rem .2rem 0;color:var(--two)}
+.badge.not{color:var(--three)}.worse{color:var(--two)}:is(.too,.copies).badge,.too{
+color:var(--four)}
 svg{width:35rem;max-width:100%;font-size:12px;text-anchor:middle}path,polyline{fill:none;stroke-width:2;stroke-linecap:round}
 pre{white-space:pre-wrap;border:1px solid var(--line);border-radius:.3rem;padding:.6rem}
 summary{cursor:pointer;padding:.4rem 0;font-weight:600}
@@ -2242,8 +2245,8 @@ text-align:left}.lines :is(th,td):first-child{width:29%}.lines :is(th,td):last-c
 .axis{display:block;width:100%;height:1.6rem;overflow:visible}.axis line{stroke:var(--line)}
 .axis rect{fill:var(--soft);opacity:.4}.axis circle{fill:currentColor}
 @media(max-width:30rem){.sides{gap:.5rem}}
-@media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}
-h2,h3{break-after:avoid}figure,tr{break-inside:avoid}}"""
+@media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}th,td{
+white-space:normal}h2,h3{break-after:avoid}figure,tr{break-inside:avoid}}"""
 
 
 def page(title, body):
@@ -2268,23 +2271,23 @@ def table(header, rows):
 
 
 def dot_lines(header, rows):
-    """An HTML table with an axis in each row, on it a grey bar and a dot.
+    """An HTML table with an axis in each row, on it a grey bar and a dot; all texts are HTML.
 
     header: over the names, the left, middle and right of the axis, and the words. A row: name,
     note, left and right of the bar and dot in percent of the axis, what they say, words.
     """
-    names, *ends, words = map(html.escape, header)
+    names, *ends, words = header
     ends = f'<div class="ends"><span>{"</span><span>".join(ends)}</span></div>'
     heads = '<th scope="col">'.join(("", names, ends, words))
     lines = [f"<thead><tr>{heads}</thead><tbody>"]
     for name, note, *places, title, words in rows:
         left, right, dot = np.clip(places, 0, 100)
         lines.append(
-            f'<tr><th scope="row">{html.escape(name)}<small>{html.escape(note)}</small>'
-            f'<td><svg class="axis {words}" role="img"><title>{html.escape(title)}</title>'
+            f'<tr><th scope="row">{name}<small>{note}</small>'
+            f'<td><svg class="axis {words}" role="img"><title>{title}</title>'
             '<line x1="0" x2="100%" y1="50%" y2="50%"/>'
             f'<rect x="{left:.1f}%" width="{right - left:.1f}%" y="25%" height="50%"/>'
-            f'<circle cx="{dot:.1f}%" cy="50%" r="6"/></svg><td>{html.escape(words)}'
+            f'<circle cx="{dot:.1f}%" cy="50%" r="6"/></svg><td>{words}'
         )
     return f'<table class="lines">{"".join(lines)}</table>\n'
 
@@ -2317,7 +2320,7 @@ def zoom(image, alt, size=384):
 
 
 def pair(generated, real, text, size=384):
-    """HTML: a generated picture next to a real one, each (pixels, row), over text and their names."""
+    """HTML: a generated picture next to a real one, each (pixels, row), over text and names."""
     pictures = ""
     for kind, (pixels, row) in (("generated", generated), ("real", real)):
         pictures += zoom(pixels, f"{kind}: {row.file_name}", size)

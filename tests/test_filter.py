@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import Browser, needs_chromium
+from browser import Browser, needs_chromium, page_faults
 from PIL import Image, ImageFilter, ImageOps
 
 import filter as filter_script
@@ -322,6 +322,34 @@ def test_95_of_100_unseen_images_pass_all_scores_together():
 
 
 # ---------------------------------------------------------------- what stays, and what is written
+
+
+@needs_chromium
+def test_the_page_counts_shows_the_best_first_and_names_other_limits(sets, filtered, tmp_path):
+    generated = tmp_path / "generated"
+    shutil.copytree(sets[1], generated)
+    hostile = "<img src=x onerror=x>.png"
+    shutil.copy(generated / "fresh-00.png", generated / hostile)
+
+    out = filtered((sets[0], generated), "--calibrate", 0.05, "--drop-copies", "--dry-run")
+
+    assert page_faults(out / "filter.html", tmp_path / "phone") == []
+    page = (out / "filter.html").read_text()
+    found = decisions(out)
+    kept = [name for name, row in found.items() if row["kept"] == "1"]
+    assert f"Kept {len(kept)} of {len(found)} generated images." in page
+    assert hostile not in page
+    captions = re.findall("<figcaption>(.*?), quality (.*?)\ngenerated: (.*?)\nreal: ", page)
+    assert len(captions) > 50
+    for good in (True, False):
+        values = [float(value) for reason, value, _ in captions if (reason == "kept") == good]
+        assert values == sorted(values, reverse=True)
+    limits = dict(re.findall("<tr><td>(0[.0-9]+)<td>.*?<td>([0-9]+) of", page))
+    passing = sum(
+        row["reason"] in ("", "copy") or "copy" in row["reason"] for row in found.values()
+    )
+    assert len(kept) <= int(limits["0.05"]) <= passing
+    assert int(limits["0.05"]) >= int(limits["0.1"]) >= int(limits["0.5"])
 
 
 def test_two_images_of_one_name_are_refused(sets, tmp_path, refused):
