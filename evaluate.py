@@ -1105,7 +1105,7 @@ def figure_lines(entry):
             title = f"{digits(figure.value)}; chance gives {chance}"
             words = entry.differences.get(name, "no clear difference")
             lines.append((plain, note, 40, 60, place(figure), title, words))
-    return dot_lines(("", "too good", "chance", "worse", "the set is"), lines)
+    return dot_lines(("", "too good", "chance", "worse", "verdict"), lines)
 
 
 def place(figure):

@@ -2246,7 +2246,8 @@ text-align:left}.lines :is(th,td):first-child{width:29%}.lines :is(th,td):last-c
 .axis rect{fill:var(--soft);opacity:.4}.axis circle{fill:currentColor}
 @media(max-width:30rem){.sides{gap:.5rem}}
 @media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}th,td{
-white-space:normal}h2,h3{break-after:avoid}figure,tr{break-inside:avoid}}"""
+white-space:normal}::details-content{content-visibility:visible}h2,h3{break-after:avoid}
+figure,tr{break-inside:avoid}}"""
 
 
 def page(title, body):
