@@ -10,7 +10,8 @@ report for any browser (--out) and the same figures for programs (--json):
 
 {"format": 1, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
-"band"}}, "memorisation": {"likely_copies", "pairs": [{"generated", "train", "distance", "p"}]},
+"band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
+"similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
 "subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
 "gain_high"}]}]}
 
@@ -24,25 +25,26 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import special, stats
+from scipy import special
 from torch import nn
 from tqdm import tqdm
 
 from metrics import (
     FID_WEIGHTS,
+    SAME_PICTURE,
+    CopyFinder,
     Flags,
     Network,
     add_comparison_flags,
     colour,
     command,
-    copy_chances,
-    copy_distances,
     curve,
     data_set,
     extract,
@@ -58,12 +60,12 @@ from metrics import (
     load_lpips,
     load_pixels,
     lpips_matrix,
-    near_duplicates,
     nearest,
     number,
     page,
     pick_device,
     pick_resolution,
+    picture_distances,
     pooled,
     precision_recall,
     read_split,
@@ -378,13 +380,14 @@ def draw_checkpoints(args):
 
 @dataclass
 class Copies:
-    """Generated images as near to a real image as few fresh ones would be."""
+    """Generated images that are training images, and how near the others lie to them."""
 
     sentence: str
-    count: int = None  # None: they were not looked for
-    chance: float = 1.0  # of so many or more, binomial
+    copies: list = ()  # as in the JSON, the most alike first
     pairs: list = ()  # the 12 nearest, as in the JSON
-    numbers: list = ()  # (generated, known) image of each pair
+    numbers: list = ()  # (generated, known) image of each copy, then of each pair
+    count: int = 0  # nearer to a known image than few are to another
+    chance: float = 1.0  # of so many or more
 
 
 @dataclass
@@ -460,30 +463,75 @@ def band(limits, figure):
 
 
 def find_copies(known, fake, args):
-    """Generated images nearer to a known image than those of two patients are to one another."""
-    same = same_unit([row.group for row in known.rows])
-    for i, j, _ in near_duplicates(known.pixels):  # a picture stored twice is one
-        same[i, j] = same[j, i] = True
+    """Generated images that are the same picture as a known one, and those nearer than usual."""
+    index, similarity, kinds = CopyFinder(known.pixels).find(fake.pixels)
+    numbers = []
+    copies = []
+    for i in np.argsort(-similarity, kind="stable")[: (similarity >= SAME_PICTURE).sum()]:
+        row = known.rows[index[i]]
+        names = {"generated": fake.rows[i].file_name, "train": row.file_name, "kind": kinds[i]}
+        copies.append(names | {"label": row.label, "similarity": similarity[i]})
+        numbers.append((i, index[i]))
     n, m = len(known.rows), len(fake.rows)
-    if n < 3 or same.all(1).any():
-        return Copies("Copies were not looked for: it takes images of three patients or more.")
-    distances = copy_distances(fake.pixels, known.pixels)
-    p = copy_chances(copy_distances(known.pixels, known.pixels), distances, same)
-    limit = max(0.01, 2 / (n + 1))
-    count = int((p <= limit).sum())
-    chance = stats.binom.sf(count - 1, m, limit)
-    expected = f"{digits(limit * m, 2)} expected, p {digits(chance, 2)}"
+    distances = picture_distances(torch.cat([known.pixels, fake.pixels]))
+    pairs, pair_numbers = nearest_pairs(distances, known, fake)
+    groups = [row.group for row in known.rows + fake.rows]
+    draws = permutation_draws(n, m, args.permutations, args.seed, groups)
+    counts, share, chance = count_near(distances, groups, draws)
     kind = "training" if args.split or args.train_data else "real"
-    advice = "likely copies, look at the pairs" if chance <= 0.01 else "no sign of copying"
-    text = f"{count} of {m} generated images lie as near to one of {n} {kind} images as 1 in "
-    text += f"{1 / limit:.0f} fresh ones would ({expected}): {advice}."
-    index, distance = nearest(distances)
-    numbers = [(i, index[i]) for i in np.lexsort((distance, p))[:12]]
+    text = copies_sentence(copies, m, f"one of {n} {kind} images")
+    text += f" {counts[0]} of {m} lie as near to one as {share:.1%} of images do to another "
+    text += f"({digits(counts[1:].mean(), 2)} expected, p {digits(chance, 2)})"
+    if chance <= 0.01:
+        text += ": more than by chance, look at the pairs"
+    elif not copies:
+        text += ": no sign of copying"
+    return Copies(text + ".", copies, pairs, numbers + pair_numbers, counts[0], chance)
+
+
+def copies_sentence(copies, count, known):
+    """The first copies by name, and how many there are of each label."""
+    if not copies:
+        text = f"No generated image is the same picture as {known}"
+        return text + " (mirrored, turned, cropped, re-saved or of other grey values)."
+    parts = [f"{copy['generated']} of {copy['train']} ({copy['kind']})" for copy in copies[:3]]
+    if copies[3:]:
+        parts.append(f"{len(copies) - 3} more")
+    text = f"{len(copies)} of {count} generated images are copies of {known}: {', '.join(parts)}."
+    labels = Counter(copy["label"] for copy in copies if copy["label"])
+    if labels:
+        text += f" By label: {', '.join(f'{name} {n}' for name, n in labels.most_common())}."
+    return text
+
+
+def nearest_pairs(distances, known, fake):
+    """The 12 nearest pairs as in the JSON, and their numbers; p: among known images' distances."""
+    n = len(known.rows)
+    _, usual = nearest(distances[:n, :n], same_unit([row.group for row in known.rows]))
+    index, distance = nearest(distances[n:, :n])
+    p = (1 + np.searchsorted(np.sort(usual), distance, "right")) / (n + 1)
+    numbers = [(i, index[i]) for i in np.argsort(distance, kind="stable")[:12]]
     pairs = []
     for i, j in numbers:
         names = {"generated": fake.rows[i].file_name, "train": known.rows[j].file_name}
         pairs.append(names | {"distance": float(distance[i]), "p": p[i]})
-    return Copies(text, count, chance, pairs, numbers)
+    return pairs, numbers
+
+
+def count_near(distances, groups, draws):
+    """How many images of the second set lie near one of the first, in each draw.
+
+    Near: as the nearest 1 % of all images (at least 20) to one of another group. Also returns that
+    share, and how often chance gives as many; of equal counts, the nearer ones are higher.
+    """
+    distances = np.where(same_unit(groups), np.inf, distances)
+    share = min(1, max(0.01, 20 / len(distances)))
+    limit = np.quantile(distances.min(1), share, method="lower")
+    closeness = np.where(distances <= limit, 1 + limit - distances, 0)
+    reached = ((draws == 1) @ closeness) * (draws == -1)
+    counts = (reached > 0).sum(1)
+    ranks = counts + 1e-6 * reached.sum(1)
+    return counts, share, np.mean(ranks >= ranks[0])
 
 
 def may_be_copies(entry):
@@ -495,7 +543,9 @@ def may_be_copies(entry):
     if close.issuperset(("ssim_nearest", "lpips_nearest")):  # a blur is near by SSIM alone
         return True
     many = 0.1 * len(entry.fake.rows)
-    return (entry.copies.count or 0) > many and entry.copies.chance <= 0.001
+    if len(entry.copies.copies) > many:
+        return True
+    return entry.copies.count > many and entry.copies.chance <= 0.001
 
 
 def subgroups_of(row, column):
@@ -790,9 +840,10 @@ images score against one another (real halves).</p>"""
 METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central square and resized to
 {resolution} pixels (Lanczos); {resize} resizing before the network; {networks}. SSIM at 64 pixels,
 grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception Score in one
-split. Copies: correlation of 16-pixel thumbnails over mirror images and 90 % crops, conformal
-p-values of the distance and of its ratio to the second nearest. Null: {permutations} permutations,
-patients whole where there are five or more and none has over half of a set, seed {seed}; excess is
+split. Copies: pictures are laid over each other by an affine map, and the local contrast of 70 % of
+squares (8 x 8 of 64 x 64 pixels) correlates by {same_picture}; distance of pairs: of 12-pixel
+thumbnails, p among the real images' distances. Null: {permutations} permutations, patients whole
+where there are five or more and none has over half of a set, seed {seed}; excess is
 the value less the null's median. Of more than {max_images} images so many were drawn; the Frechet
 value alone is of all. Real halves: median over {halves} random halves of the real set against each
 other; same size: of as many generated images against a half. Utility: ridge regression on the
@@ -837,10 +888,15 @@ def set_section(entry, args):
         parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
     parts.append("<h3>Generated left, its nearest image right</h3>")
     parts.append(paragraph("No guarantee of privacy. p: how often a fresh image would be as near."))
-    for pair, (i, j) in zip(entry.copies.pairs, entry.copies.numbers, strict=True):
+    shown = [*entry.copies.copies, *entry.copies.pairs]
+    for pair, (i, j) in zip(shown, entry.copies.numbers, strict=True):
         both = thumbnail(fake.pixels[i], 128) + thumbnail(entry.known.pixels[j], 128)
-        figures = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}"
-        caption = html.escape(f"{figures}: {pair['generated']}, {pair['train']}")
+        words = [
+            f"{key} {value if isinstance(value, str) else digits(value)}"
+            for key, value in pair.items()
+            if value != ""
+        ]
+        caption = html.escape(", ".join(words))
         parts.append(f'<figure><div class="grid">{both}</div>')
         parts.append(f"<figcaption>{caption}</figcaption></figure>")
     parts.append(gallery("Generated", fake, args.seed))
@@ -858,7 +914,7 @@ def write_report(args, settings, entries):
         body.append(table(*ranking(entries)))
     body += [set_section(entry, args) for entry in entries]
     body.append(gallery("Real", entries[0].real, args.seed))
-    methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
+    methods = METHODS.format(same_picture=SAME_PICTURE, halves=HALVES, seeds=SEEDS, **settings)
     body += [GUIDE, "<h2>How it was made</h2>", paragraph(methods)]
     body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
     write_file(args.out, page("Generated against real images", "\n".join(body)))
@@ -875,7 +931,9 @@ def write_json(args, settings, entries):
         for name, figure in entry.metrics.items():
             figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "metrics": figures}
-        result["memorisation"] = {"likely_copies": entry.copies.count, "pairs": entry.copies.pairs}
+        copies = entry.copies.copies
+        result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
+        result["memorisation"]["pairs"] = entry.copies.pairs
         result["subgroups"] = entry.subgroups
         if entry.utility:
             result["utility"] = entry.utility["linear probe"]
