@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 from metrics import (
     FID_WEIGHTS,
-    SAME_PICTURE,
     CopyFinder,
     Flags,
     Network,
@@ -464,10 +463,11 @@ def band(limits, figure):
 
 def find_copies(known, fake, args):
     """Generated images that are the same picture as a known one, and those nearer than usual."""
-    index, similarity, kinds = CopyFinder(known.pixels).find(fake.pixels)
+    finder = CopyFinder(known.pixels, [row.group for row in known.rows])
+    index, similarity, kinds = finder.find(fake.pixels)
     numbers = []
     copies = []
-    for i in np.argsort(-similarity, kind="stable")[: (similarity >= SAME_PICTURE).sum()]:
+    for i in np.argsort(-similarity, kind="stable")[: (similarity >= finder.limit).sum()]:
         row = known.rows[index[i]]
         names = {"generated": fake.rows[i].file_name, "train": row.file_name, "kind": kinds[i]}
         copies.append(names | {"label": row.label, "similarity": similarity[i]})
@@ -841,15 +841,16 @@ METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central s
 {resolution} pixels (Lanczos); {resize} resizing before the network; {networks}. SSIM at 64 pixels,
 grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception Score in one
 split. Copies: pictures are laid over each other by an affine map, and the local contrast of 70 % of
-squares (8 x 8 of 64 x 64 pixels) correlates by {same_picture}; distance of pairs: of 12-pixel
-thumbnails, p among the real images' distances. Null: {permutations} permutations, patients whole
-where there are five or more and none has over half of a set, seed {seed}; excess is
-the value less the null's median. Of more than {max_images} images so many were drawn; the Frechet
-value alone is of all. Real halves: median over {halves} random halves of the real set against each
-other; same size: of as many generated images against a half. Utility: ridge regression on the
-features and a network of three layers (200 steps of 32 images at 64 pixels), {seeds} paired seeds,
-tested on the held-out images of --split (no --split: on 30 % of the real ones, which the generator
-may know); 1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
+squares (8 x 8 of 64 x 64 pixels) correlates better than any two real images' is likely to; distance
+of pairs: of 12-pixel thumbnails; p: how many real images are as near to another. Null:
+{permutations} permutations, patients whole where there are five or more and none has over half of a
+set, seed {seed}; excess is the value less the null's median. Of more than {max_images} images so
+many were drawn; the Frechet value alone is of all. Real halves: median over {halves} random halves
+of the real set against each other; same size: of as many generated images against a half. Utility:
+ridge regression on the features and a network of three layers (200 steps of 32 images at 64
+pixels), {seeds} paired seeds, tested on the held-out images of --split (no --split: on 30 % of the
+real ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}.
+Not for diagnosis."""
 
 
 def paragraph(text, kind=""):
@@ -887,16 +888,15 @@ def set_section(entry, args):
             parts.append(records_table(doses))
         parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
     parts.append("<h3>Generated left, its nearest image right</h3>")
-    parts.append(paragraph("No guarantee of privacy. p: how often a fresh image would be as near."))
-    shown = [*entry.copies.copies, *entry.copies.pairs]
-    for pair, (i, j) in zip(shown, entry.copies.numbers, strict=True):
+    parts.append(
+        paragraph("No guarantee of privacy. p: how many real images are as near to another's.")
+    )
+    for records in (entry.copies.copies, entry.copies.pairs):
+        if records:
+            parts.append(records_table(records))
+    for i, j in entry.copies.numbers:
         both = thumbnail(fake.pixels[i], 128) + thumbnail(entry.known.pixels[j], 128)
-        words = [
-            f"{key} {value if isinstance(value, str) else digits(value)}"
-            for key, value in pair.items()
-            if value != ""
-        ]
-        caption = html.escape(", ".join(words))
+        caption = html.escape(f"{fake.rows[i].file_name}, {entry.known.rows[j].file_name}")
         parts.append(f'<figure><div class="grid">{both}</div>')
         parts.append(f"<figcaption>{caption}</figcaption></figure>")
     parts.append(gallery("Generated", fake, args.seed))
@@ -914,7 +914,7 @@ def write_report(args, settings, entries):
         body.append(table(*ranking(entries)))
     body += [set_section(entry, args) for entry in entries]
     body.append(gallery("Real", entries[0].real, args.seed))
-    methods = METHODS.format(same_picture=SAME_PICTURE, halves=HALVES, seeds=SEEDS, **settings)
+    methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
     body += [GUIDE, "<h2>How it was made</h2>", paragraph(methods)]
     body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
     write_file(args.out, page("Generated against real images", "\n".join(body)))

@@ -39,7 +39,6 @@ from scipy import special, stats
 from metrics import (
     BAD_SHARE,
     COLUMNS,
-    SAME_PICTURE,
     CopyFinder,
     Flags,
     Row,
@@ -113,7 +112,7 @@ class Reference:
         is_copy = np.zeros(len(rows), bool)
         if self.copies is not None:
             copied, scores["similarity"], _ = self.copies.find(pixels)
-            is_copy = scores["similarity"] >= SAME_PICTURE
+            is_copy = scores["similarity"] >= self.copies.limit
             nearest_real = np.where(is_copy, copied, nearest_real)
         ranks = self.rank(scores)
         scores["nearest"] = nearest_real
@@ -200,7 +199,7 @@ def measure_reference(
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
-        reference.copies = CopyFinder(pixels)
+        reference.copies = CopyFinder(pixels, [row.group for row in rows])
     if calibrate is not None:
         set_thresholds(reference, rows, calibrate)
     return reference

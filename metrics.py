@@ -1886,7 +1886,7 @@ def nearest(distances, forbidden=False):
 
 PICTURE = 64  # pixels a side at which pictures are compared
 THUMBNAIL = 12
-SAME_PICTURE = 0.62  # of different patients' pictures, wounds or films, hardly any agrees so well
+SAME_PICTURE = 0.62  # of different patients' wounds or films, hardly two agree so well
 
 
 class CopyFinder:
@@ -1896,12 +1896,17 @@ class CopyFinder:
     over it by an affine map, and the details of the best are compared.
     """
 
-    def __init__(self, real_pixels):
+    def __init__(self, real_pixels, groups):
         self.pictures = grey_and_mask(real_pixels)
         self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
         self.turns, self.crops = poses()
         coarse = local_contrast(self.pictures, 6.0, 2.0)
         self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
+        # of a kind whose pictures are all alike, copies must agree better
+        same = torch.from_numpy(same_unit(groups))
+        chosen = range(0, len(groups), 1 + len(groups) // 100)
+        usual = [self.find_one(self.pictures[i : i + 1], same[i])[1] for i in chosen]
+        self.limit = min(max(SAME_PICTURE, np.median(usual) + 0.25), 0.9)
 
     def find(self, pixels):
         """For each of uint8 (N, 3, S, S): number of the real picture, `agreement`, kind of copy."""
@@ -1912,10 +1917,11 @@ class CopyFinder:
         indices, scores, kinds = zip(*found, strict=True)
         return np.array(indices), np.array(scores), kinds
 
-    def find_one(self, picture):
+    def find_one(self, picture, forbidden=()):
         coarse = local_contrast(picture, 6.0, 2.0)
         likeness = thumbnails(coarse, self.turns) @ self.thumbnails.T
         likeness = likeness.reshape(-1, len(self.pictures))  # (turns x crops, n)
+        likeness[:, forbidden] = 0
         views = likeness.abs().argmax(0)
         likeness = likeness.gather(0, views[None])[0]
         index = likeness.abs().topk(min(40, len(likeness))).indices
