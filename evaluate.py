@@ -4,19 +4,20 @@
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
     python evaluate.py REAL GENERATED --split runs/dfu/split.csv --utility --by sex
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
+    python evaluate.py --download
 
 REAL and GENERATED are folders of images, or tables such as metadata.csv. Prints a table, writes a
 report for any browser (--out) and the same figures for programs (--json):
 
-{"format": 1, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "metrics":
+{"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
 "subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
 "gain_high"}]}]}
 
-"utility" is of the linear probe, "classifiers" of both. share is in percent, low and high hold
-95 %, those of the gain 99 %; what does not apply is null or absent.
+"p" is of all metrics together. "utility" is of the linear probe, "classifiers" of both. share is
+in percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
 """
 
 import html
@@ -32,12 +33,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import special
+from scipy import special, stats
 from torch import nn
 from tqdm import tqdm
 
 from metrics import (
-    FID_WEIGHTS,
+    WEIGHTS,
     CopyFinder,
     Flags,
     Network,
@@ -48,10 +49,8 @@ from metrics import (
     data_set,
     extract,
     fail,
-    find_weights,
     frechet,
     generator,
-    has_lpips,
     kid,
     label_list,
     list_images,
@@ -60,6 +59,7 @@ from metrics import (
     load_pixels,
     lpips_matrix,
     nearest,
+    need_weights,
     number,
     page,
     pick_device,
@@ -69,6 +69,7 @@ from metrics import (
     precision_recall,
     read_split,
     read_table,
+    resolve_auto,
     run_script,
     same_unit,
     set_hash,
@@ -78,6 +79,7 @@ from metrics import (
     ssim_matrix,
     stored_grain,
     table,
+    text_key,
     thumbnail,
     write_file,
 )
@@ -108,6 +110,7 @@ class Figure:
     p_high: float  # how often chance is as bad or worse: small where the sets differ
     p_low: float  # how often chance is as good or better: small where images are copies
     lower_is_better: bool
+    ranks: np.ndarray  # of each draw, how rare it is as bad and as good, (2, draws)
     real_vs_real: float = None  # one half of the real images against the other, median
     same_size: float = None  # as many generated images against a half, median
     half_gaps: np.ndarray = np.nan  # same_size less real_vs_real, half by half, (HALVES,)
@@ -116,14 +119,34 @@ class Figure:
 
 def yardstick(values, lower_is_better):
     """The Figure of values[0] next to what chance gives, values[1:]."""
-    value, null = values[0], values[1:]
-    as_high, as_low = np.sum(null >= value), np.sum(null <= value)
+    low, median, high = np.percentile(values[1:], (2.5, 50, 97.5))
+    badness = np.round(values / (np.abs(values).max() or 1), 9)  # equal but for rounding: a tie
     if not lower_is_better:
-        as_high, as_low = as_low, as_high
-    low, median, high = np.percentile(null, (2.5, 50, 97.5))
-    p_high = (1 + as_high) / (1 + len(null))
-    p_low = (1 + as_low) / (1 + len(null))
-    return Figure(value, median, low, high, value - median, p_high, p_low, lower_is_better)
+        badness = -badness
+    ranks = stats.rankdata([-badness, badness], "max", axis=1)
+    p_high, p_low = ranks[:, 0] / len(values)
+    # Each metric has a draw of rank 1: among equal ranks the one further out is rarer. No z-score
+    # is over sqrt(draws), so that this is less than half a rank.
+    outlying = (badness - badness.mean()) / (badness.std() or 1) / (2 * np.sqrt(len(values)))
+    ranks = ranks + [-outlying, outlying]
+    excess = values[0] - median
+    return Figure(values[0], median, low, high, excess, p_high, p_low, lower_is_better, ranks)
+
+
+def test_together(figures):
+    """p of all figures together, and {name: "worse" or "too good"} of those that differ.
+
+    Westfall and Young's minP (1993): the smallest rank of any figure against that of each draw. The
+    rarest comes first.
+    """
+    ranks = np.array([figure.ranks for figure in figures.values()])  # (figures, 2, draws)
+    smallest = ranks.min((0, 1))
+    differences = {}
+    for name, figure in sorted(figures.items(), key=lambda item: item[1].ranks[:, 0].min()):
+        worse, better = figure.ranks[:, 0]
+        if np.mean(smallest <= min(worse, better)) <= 0.05:
+            differences[name] = "worse" if worse < better else "too good"
+    return np.mean(smallest <= smallest[0]), differences
 
 
 def measure(name, joint, draws, halves):
@@ -151,11 +174,12 @@ def units_of(groups):
     return list(units.values())
 
 
-def permutation_draws(n, m, count, seed, groups=()):
+def permutation_draws(n, m, count, seed, groups=(), labels=None):
     """int8 (1 + count, n + m): the sets as they are, then the pooled images divided again.
 
     groups: a name for each image. Groups stay whole if there are five or more and none is over half
-    of a set; an image that no longer fits is left out.
+    of a set; an image that no longer fits is left out. labels: of each image; both sets keep their
+    number of each, where a group counts under the label of its first image.
     """
     sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
     if len(sizes) < 5 or 2 * max(sizes) > min(n, m):
@@ -164,14 +188,18 @@ def permutation_draws(n, m, count, seed, groups=()):
     draws = np.zeros((1 + count, n + m), np.int8)
     draws[0, :n] = 1
     draws[0, n:] = -1
+    label_of = np.zeros(len(units), int) if labels is None else labels[[unit[0] for unit in units]]
+    rooms = Counter()
+    for unit, label in zip(units, label_of, strict=True):
+        rooms.update((side, label) for side in draws[0, unit])
     for row in range(1, 1 + count):
-        room = {1: n, -1: m}
+        room = rooms.copy()
         order = torch.randperm(len(units), generator=generator(seed, "permutation", row))
         for k in order.tolist():
-            for side in room:
-                if room[side] >= len(units[k]):
+            for side in (1, -1):
+                if room[side, label_of[k]] >= len(units[k]):
                     draws[row, units[k]] = side
-                    room[side] -= len(units[k])
+                    room[side, label_of[k]] -= len(units[k])
                     break
     return draws
 
@@ -397,28 +425,43 @@ class Entry:
     real: ImageSet
     known: ImageSet  # what was searched for copies
     metrics: dict  # name: Figure
+    p: float  # of all metrics together
+    differences: dict  # metric: "worse" or "too good", rarest first
     copies: Copies
+    mix: list  # sentences on the labels
     subgroups: list  # as in the JSON
     utility: dict = None  # classifier: list of doses, as in the JSON
 
     def first(self):
-        """Name and Figure of the first metric, by which sets are called alike and ranked."""
+        """Name and Figure of the first metric, by which sets are ranked."""
         return next(iter(self.metrics.items()))
 
 
 def evaluate_set(real, fake, known, tools):
     """The Entry of a generated set."""
-    args, network = tools.args, tools.network
+    args = tools.args
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    joint = collect_matrices(real, fake, tools)
-    n, m = len(real.rows), len(fake.rows)
-    groups = [row.group for row in real.rows + fake.rows]
-    draws = permutation_draws(n, m, args.permutations, args.seed, groups)
+    figures, mix = measure_figures(real, fake, tools)
+    p, differences = test_together(figures)
+    features = pooled(real.features, fake.features, tools.network.standardise)
+    subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
+    utility = measure_utility(real, known, fake, tools) if args.utility else None
+    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, utility)
+
+
+def measure_figures(real, fake, tools):
+    """{metric: Figure}, and sentences on the labels of the images that are compared."""
+    args, network = tools.args, tools.network
+    *compared, labels, mix = match_labels(real, fake, args.seed)
+    joint = collect_matrices(*compared, tools)
+    n, m = [len(images.rows) for images in compared]
+    groups = [row.group for images in compared for row in images.rows]
+    draws = permutation_draws(n, m, args.permutations, args.seed, groups, labels)
     halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
     figures = {}
     for name in tools.names:
         figure = measure(name, joint, draws, halves)
-        if name == "frechet" and len(real.all_features) + len(fake.all_features) > n + m:
+        if name == "frechet" and compared[0].all_features is not None:
             every = pooled(real.all_features, fake.all_features, network.standardise)
             count = len(real.all_features)
             figure.value = frechet(every[:count], every[count:])
@@ -426,10 +469,57 @@ def evaluate_set(real, fake, known, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    features = joint["features"]["features"]
-    subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
-    utility = measure_utility(real, known, fake, tools) if args.utility else None
-    return Entry(fake, real, known, figures, copies, subgroups, utility)
+    return figures, mix
+
+
+def match_labels(real, fake, seed):
+    """The images of both sets that are compared, a number for the label of each, and sentences.
+
+    Of labels that both sets have, images are drawn by the seed so that each has the same share in
+    both, at the ratio of the two sets that keeps the most. All other labels are as one, 0.
+    """
+    n = len(real.rows)
+    labels = np.array([text_key(row.label) for row in real.rows + fake.rows])
+    names = np.setdiff1d(np.intersect1d(labels[:n], labels[n:]), [""])
+    has_label = labels[:, None] == names  # (images, labels of both sets)
+    counts = has_label[:n].sum(0), has_label[n:].sum(0)
+
+    def kept(ratio):
+        return np.minimum(counts[1], ratio * counts[0]).sum() * (1 + 1 / ratio)
+
+    ratio = max(counts[1] / counts[0], key=kept, default=1)
+    wanted = np.minimum(counts[1], ratio * counts[0])
+    keep = draw_mix(has_label[:n], wanted / ratio, seed), draw_mix(has_label[n:], wanted, seed)
+    sentences = mix_sentences(labels[:n], labels[n:], names, keep)
+    keep_all = np.concatenate(keep)
+    if not keep_all.all():
+        real, fake = subset(real, keep[0]), subset(fake, keep[1])
+    return real, fake, (has_label @ np.arange(1, 1 + len(names)))[keep_all], sentences
+
+
+def draw_mix(has_label, counts, seed):
+    """bool (N,): about so many images of each label (N, labels), and all without one."""
+    limits = np.diff(np.rint(np.cumsum(counts)), prepend=0)  # parts of an image add up
+    order = torch.randperm(len(has_label), generator=generator(seed, "labels")).numpy()
+    keep = np.zeros(len(has_label), bool)
+    keep[order] = (~has_label[order] | (has_label[order].cumsum(0) <= limits)).all(1)
+    return keep
+
+
+def mix_sentences(real, fake, names, keep):
+    """How the labels (N,) and (M,) differ and how many images are compared, [str]."""
+    sentences = []
+    if not (keep[0].all() and keep[1].all()):
+        shares = [(side[:, None] == names).mean(0) for side in (real, fake)]
+        k = np.abs(shares[1] - shares[0]).argmax()
+        text = f'Of the generated images {shares[1][k]:.0%} are "{names[k]}", of the real ones '
+        text += f"{shares[0][k]:.0%}: compared are {keep[1].sum()} generated and {keep[0].sum()} "
+        sentences.append(text + "real images with the same mix of labels.")
+    for kind, side in (("real", real), ("generated", fake)):
+        alone = np.setdiff1d(side, [*names, ""])
+        if len(alone) and any(real) and any(fake):
+            sentences.append(f"Only the {kind} set has the labels {', '.join(alone)[:200]}.")
+    return sentences
 
 
 def collect_matrices(real, fake, tools):
@@ -535,17 +625,12 @@ def count_near(distances, groups, draws):
 
 
 def may_be_copies(entry):
-    """Whether a set lies closer to the real one than chance allows, as a whole or by images."""
-    close = {name for name, figure in entry.metrics.items() if figure.p_low <= 0.01}
-    distances = [name for name in ("fid", "frechet", "kid") if name in entry.metrics]
-    if close.intersection(distances[:1]):
-        return True
-    if close.issuperset(("ssim_nearest", "lpips_nearest")):  # a blur is near by SSIM alone
-        return True
+    """Whether a set is too close to the real one, as a whole or by images."""
+    name, _ = entry.first()
     many = 0.1 * len(entry.fake.rows)
-    if len(entry.copies.copies) > many:
-        return True
-    return entry.copies.count > many and entry.copies.chance <= 0.001
+    too_many = entry.copies.count > many and entry.copies.chance <= 0.001
+    too_many |= len(entry.copies.copies) > many
+    return too_many or entry.differences.get(name) == "too good"
 
 
 def subgroups_of(row, column):
@@ -717,15 +802,17 @@ def resamples(rows, seed, count=1000):
 
 def digits(value, count=3, sign=""):
     """A figure for a table: `count` significant digits, no exponent for everyday sizes."""
+    if isinstance(value, int | str):
+        return str(value)
     if value is None or not np.isfinite(value):
         return "–"
     if 1e-9 <= abs(value) < 1e-4:
         return f"{value:{sign}.1e}"
-    count = max(count, len(str(int(abs(value)))))
-    return f"{round(value, 9):{sign}.{count}g}"
+    value = float(f"{round(value, 9):.{count}g}")
+    return f"{value:{sign}.{max(count, len(str(int(abs(value)))))}g}"
 
 
-HEADER = "metric,better,value,band,by chance: median [95 %],excess,p_high,p_low".split(",")
+HEADER = "metric,better,value,differs,band,by chance: median [95 %],excess,p_high,p_low".split(",")
 HEADER += ["real halves", "same size"]
 
 
@@ -735,40 +822,56 @@ def figure_rows(entry):
     for name, f in entry.metrics.items():
         chance = f"{digits(f.null)} [{digits(f.null_low)} – {digits(f.null_high)}]"
         better = "lower" if f.lower_is_better else "higher"
-        row = [name, better, digits(f.value, 4), f.band or "–", chance, digits(f.excess, sign="+")]
-        row += [f"{f.p_high:.2g}", f"{f.p_low:.2g}", digits(f.real_vs_real), digits(f.same_size)]
-        rows.append(row)
+        row = [name, better, digits(f.value), entry.differences.get(name, "–"), f.band or "–"]
+        row += [chance, digits(f.excess, sign="+"), digits(f.p_high, 2), digits(f.p_low, 2)]
+        rows.append(row + [digits(f.real_vs_real), digits(f.same_size)])
     return rows
+
+
+# metrics that see the same, and what is said of them where they are worse than chance, or too good
+PHRASES = [
+    ("fid frechet kid", "the images as a whole", "closer as a whole"),
+    ("colour", "colours", "closer in colour"),
+    ("grain", "sharpness, noise or JPEG blocks", "closer in sharpness, noise and JPEG blocks"),
+    ("precision density", "too few look real", "more of them look real"),
+    ("recall coverage", "too little of the real variety", "more of the real variety"),
+    # a mixture of two different sets is less alike than each of them: this says nothing of which is
+    ("ssim_pairs lpips_pairs", "likeness to one another", "likeness to one another"),
+    ("ssim_nearest lpips_nearest", "too far from a real image", "nearer to a real image"),
+    ("inception_score", "contents less clear or varied", "contents clearer or more varied"),
+]
 
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    first, figure = entry.first()
-    worse = {name for name, figure in entry.metrics.items() if figure.p_high <= 0.05}
-    much_worse = {name for name, figure in entry.metrics.items() if figure.p_high <= 0.01}
-    drawn_value = figure.null + figure.excess  # figure.value may be of more images
-    values = f"{first} is {digits(drawn_value)}, chance alone gives {digits(figure.null)}"
-    values += f" (p_high {figure.p_high:.2g})"
-    text = []
-    if may_be_copies(entry):
-        text.append("They may be copies: they lie closer to the real ones than fresh images do.")
-    elif first not in worse:
-        text.append(f"They cannot be told from the real ones at this number of images: {values}.")
-    if first in worse:  # only then: of ten figures one is often low by chance
-        text.append(f"These images can be told from the real ones: {values}.")
-        if "precision" in worse:
-            text.append("Many of them look like no real image (precision).")
-        narrow = " and ".join(sorted(worse & {"recall", "coverage"}))
-        if narrow:
-            text.append(f"They show less variety than the real ones ({narrow}).")
-    if "colour" in much_worse:
-        text.append("Their colours differ from the real ones'.")
-    if "grain" in much_worse:
-        text.append("Their sharpness, noise or JPEG blocks differ from the real ones' as stored.")
+    opening = "By these figures they cannot be told from the real ones"
+    worse = name_differences(entry.differences, "worse")
+    better = name_differences(entry.differences, "too good")
+    if worse:
+        opening = "They can be told from the real ones"
+    elif better:
+        opening = "They are too good: better than fresh real images would be"
+    text = [f"{opening} (p = {digits(entry.p, 2)} for all figures together)."]
+    if worse:
+        text.append(f"What differs, the clearest first: {worse}.")
+    if better:
+        text.append(f"Too good for fresh images: {better}.")
+        text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
+    text += entry.mix
     for classifier, doses in (entry.utility or {}).items():
         text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
     text.append(entry.copies.sentence)
     return " ".join(text)
+
+
+def name_differences(differences, kind):
+    """The metrics of one kind in plain words, those that see the same together; "" if none is."""
+    found = {}
+    for name, difference in differences.items():
+        for names, *phrases in PHRASES:
+            if difference == kind and name in names.split():
+                found.setdefault(phrases[kind != "worse"], []).append(name)
+    return "; ".join(f"{phrase} ({', '.join(names)})" for phrase, names in found.items())
 
 
 def dose_sentence(doses):
@@ -815,6 +918,14 @@ def ranking(entries):
     return ["set", "images", f"{name}: excess ± 95 %", ""], rows
 
 
+def print_entry(entry):
+    """Print one set's verdict, the guide and the table."""
+    print(f"\n{entry.fake.path}: {len(entry.fake.rows)} images")
+    print(f"{verdict(entry)}\n\n{GUIDE}\n")
+    print_table(HEADER, figure_rows(entry))
+    print(HALVES_GUIDE)
+
+
 def print_table(header, rows):
     """Print a table as plain text."""
     rows = [list(map(str, row)) for row in (header, *rows)]
@@ -825,17 +936,20 @@ def print_table(header, rows):
 
 # ---------------------------------------------------------------- the report
 
-GUIDE = """<h2>How to read the table</h2><p>Two samples of the same patients' images never score
-zero: at a hundred images chance alone moves every figure, and with fewer than 50 only gross
-differences show. So each value stands next to what chance gives when both sets are pooled and
-divided again. <b>excess</b> is what is left. <b>p_high</b> is how often chance is as bad or worse:
-under 0.05, the sets differ. <b>p_low</b> is how often chance is as good or better: under 0.01, the
-images are closer than fresh ones would be, as copies are. <b>frechet, kid</b>: distance of the two
-sets; <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored: sharpness,
-noise, JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>recall,
-coverage</b>: real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest real image,
-and of generated images to one another. <b>band</b>: by a fixed table; compare it with what the real
-images score against one another (real halves).</p>"""
+GUIDE = """Chance is what a figure is when both sets are mixed and divided again, many times.
+p_high is how often chance is as bad as the generated images or worse, p_low how often it is as good
+or better. Of so many p one is often small by chance: only rows with a word in the column "differs"
+count."""
+
+HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
+many generated images against one half, which can be compared with it."""
+
+FIGURES = """<h2>What the figures are</h2><p>With fewer than 50 images only gross differences show.
+<b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
+<b>colour</b>: the same of their colours, <b>grain</b> of the files as stored: sharpness, noise,
+JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
+real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest real image, and of
+generated images to one another. <b>band</b>: by a fixed table; compare it with real halves.</p>"""
 
 METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central square and resized to
 {resolution} pixels (Lanczos); {resize} resizing before the network; {networks}. SSIM at 64 pixels,
@@ -844,13 +958,13 @@ split. Copies: pictures are laid over each other by an affine map, and the local
 squares (8 x 8 of 64 x 64 pixels) correlates better than any two real images' is likely to; distance
 of pairs: of 12-pixel thumbnails; p: how many real images are as near to another. Null:
 {permutations} permutations, patients whole where there are five or more and none has over half of a
-set, seed {seed}; excess is the value less the null's median. Of more than {max_images} images so
-many were drawn; the Frechet value alone is of all. Real halves: median over {halves} random halves
-of the real set against each other; same size: of as many generated images against a half. Utility:
-ridge regression on the features and a network of three layers (200 steps of 32 images at 64
-pixels), {seeds} paired seeds, tested on the held-out images of --split (no --split: on 30 % of the
-real ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}.
-Not for diagnosis."""
+set, within each label, seed {seed}; p of all figures: Westfall and Young's minP. Of more than
+{max_images} images so many were drawn; the Frechet value alone is of all, where the mix of labels
+is the same. Real halves: median over {halves} random halves of the real set against each other;
+same size: of as many generated images against a half. Utility: ridge regression on the features and
+a network of three layers (200 steps of 32 images at 64 pixels), {seeds} paired seeds, tested on the
+held-out images of --split (no --split: on 30 % of the real ones, which the generator may know);
+1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
 
 
 def paragraph(text, kind=""):
@@ -860,10 +974,7 @@ def paragraph(text, kind=""):
 
 def records_table(records):
     """HTML: a table of dicts with the same keys, as in the JSON."""
-    rows = []
-    for record in records:
-        rows.append([cell if isinstance(cell, str) else digits(cell) for cell in record.values()])
-    return table(records[0], rows)
+    return table(records[0], [map(digits, record.values()) for record in records])
 
 
 def gallery(title, images, seed):
@@ -878,7 +989,7 @@ def set_section(entry, args):
     """HTML: one generated set's part of the report."""
     fake = entry.fake
     parts = [f"<h2>{html.escape(fake.path)}</h2>", paragraph(verdict(entry), "verdict")]
-    parts.append(table(HEADER, figure_rows(entry)))
+    parts += [paragraph(GUIDE), table(HEADER, figure_rows(entry)), paragraph(HALVES_GUIDE, "soft")]
     if entry.utility:
         parts.append("<h3>Do they help a classifier?</h3>")
         lines = {}
@@ -907,7 +1018,7 @@ def set_section(entry, args):
 
 
 def write_report(args, settings, entries):
-    """Write --out: ranking where there are several sets, a section for each set, guide, methods."""
+    """Write --out: ranking where there are several sets, a section for each set, methods."""
     body = [paragraph(settings["networks"], "soft")]
     if len(entries) > 1:
         body.append("<h2>Ranking, by excess over chance; copies last</h2>")
@@ -915,7 +1026,7 @@ def write_report(args, settings, entries):
     body += [set_section(entry, args) for entry in entries]
     body.append(gallery("Real", entries[0].real, args.seed))
     methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
-    body += [GUIDE, "<h2>How it was made</h2>", paragraph(methods)]
+    body += [FIGURES, "<h2>How it was made</h2>", paragraph(methods)]
     body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
     write_file(args.out, page("Generated against real images", "\n".join(body)))
 
@@ -930,7 +1041,8 @@ def write_json(args, settings, entries):
         figures = {}
         for name, figure in entry.metrics.items():
             figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
-        result = {"path": entry.fake.path, "n": len(entry.fake.rows), "metrics": figures}
+        result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
+        result["metrics"] = figures
         copies = entry.copies.copies
         result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
         result["memorisation"]["pairs"] = entry.copies.pairs
@@ -940,7 +1052,7 @@ def write_json(args, settings, entries):
             result["classifiers"] = entry.utility
         generated.append(result)
     real = {"path": args.real, "n": len(entries[0].real.rows)}
-    content = {"format": 1, "settings": settings, "real": real, "generated": generated}
+    content = {"format": 2, "settings": settings, "real": real, "generated": generated}
     without_nan = json.loads(json.dumps(content), parse_constant=lambda name: None)
     write_file(args.json, json.dumps(without_nan, indent=1))
 
@@ -975,7 +1087,7 @@ def bands_table(path):
 def parse_args():
     parser = Flags(__doc__)
     add = parser.add_argument_group("data").add_argument
-    add("real", metavar="REAL", type=data_set, help="real images: a folder or a table")
+    add("real", metavar="REAL", type=data_set, nargs="?", help="real images: a folder or a table")
     add("generated", metavar="GENERATED", type=data_set, nargs="*", help="folders or tables")
     add("--checkpoint", help="draw from a checkpoint, or from each of a folder")
     add("--num-samples", type=number(2, 10**6), default=200, help="images from each checkpoint")
@@ -986,7 +1098,7 @@ def parse_args():
     add = parser.add_argument_group("numbers").add_argument
     usual = [name for name in METRICS if name != "inception_score"]
     add("--metrics", type=metric_names, default=usual, help="default: all but inception_score")
-    add("--features", default="auto", help="texture, HUB-ID, PATH; auto: inception if it is there")
+    add("--features", default="auto", help="auto (inception, else texture), HUB-ID or PATH")
     add("--resize", choices=("legacy", "clean"), default="legacy", help="as pytorch-fid, clean-fid")
     add("--bands", type=bands_table, default=BANDS, help="metric,excellent,good,fair; else default")
     add("--utility", action="store_true", help="do the images help a classifier? needs labels")
@@ -995,35 +1107,34 @@ def parse_args():
     add = parser.add_argument_group("output").add_argument
     add("--out", default="report.html", help="the report")
     add("--json", help="the figures for programs")
+    add("--download", action="store_true", help="get the published networks' weights, and end")
     add_comparison_flags(parser.add_argument_group("comparison"))
     args = parser.parse_args()
     for path in (args.out, args.json or ""):  # known before an hour of work
         if os.path.isdir(path):
             fail(f"{path}: is a directory; give a file to write to")
-    if not args.generated and not args.checkpoint:
-        fail("nothing to compare REAL with: give GENERATED, one or more folders, or --checkpoint")
+    if args.download:  # it ends here, as --help does
+        for name in WEIGHTS:
+            print(need_weights(name, "--download"))
+        sys.exit()
+    if not args.real or not (args.generated or args.checkpoint):
+        fail("nothing to compare: give REAL and GENERATED, one or more folders, or --checkpoint")
     return args
 
 
 def load_tools(args):
-    """Metrics and networks; LPIPS is left out where its weights are not there."""
-    names, net, features = args.metrics, args.lpips, args.features
-    if net == "auto":
-        net = "alex" if has_lpips("alex") else "none"
-    if net == "none":
-        names = [name for name in names if METRICS[name][2] != "lpips"]
-        print("LPIPS is left out; --lpips alex says which weights it needs")
+    """Metrics and networks; LPIPS is left out where its weights cannot be had."""
+    device = pick_device(args.device)
+    without_lpips = [name for name in args.metrics if METRICS[name][2] != "lpips"]
+    net = "none" if without_lpips == args.metrics else args.lpips
+    features, net = resolve_auto(args.features, net)
+    names = without_lpips if net == "none" else args.metrics
     if not names:
         fail("--metrics: only LPIPS is asked for, and it is left out")
-    if features == "auto":
-        features = "inception" if find_weights(FID_WEIGHTS) else "texture"
-    device = pick_device(args.device)
     network = load_features(features, device, args.resize)
     if "inception_score" in names and network.head is None:
         fail("--metrics inception_score: needs --features inception or its weight file")
-    lpips = None
-    if any(METRICS[name][2] == "lpips" for name in names):
-        lpips = load_lpips(net, device)
+    lpips = None if net == "none" else load_lpips(net, device)
     return Tools(names, network, lpips, device, args)
 
 
@@ -1046,9 +1157,9 @@ def describe(tools, resolution, entries):
 
 
 def main(args):
-    tools = load_tools(args)
     real_rows, known_rows = list_real(args)
     sets = [(path, share_range(list_images(path))) for path in args.generated]
+    tools = load_tools(args)
     if args.checkpoint:
         sets += draw_checkpoints(args)
     for path, rows in [(args.real, real_rows), *sets]:
@@ -1066,9 +1177,7 @@ def main(args):
         fake = load_set(path, rows, resolution, tools)
         entry = evaluate_set(real, fake, known, tools)
         entries.append(entry)
-        print(f"\n{path}: {len(fake.rows)} images")
-        print_table(HEADER, figure_rows(entry))
-        print(verdict(entry))
+        print_entry(entry)
     entries.sort(key=rank_key)
     if len(entries) > 1:
         print("\nranking:")

@@ -12,13 +12,12 @@
 scores together. A fixed limit prints the share of real images that it would refuse. --out holds
 copies of the kept images, metadata.csv (ready for train.py), decisions.csv and filter.html.
 --rating-page writes a page for any browser: an expert presses 1 (bad), 2 (usable) or 3 (good) and
-saves ratings.csv. --fit learns a selector from ratings, unless they predict nothing or repeat who
-rated or what.
+saves ratings-NAME.csv. --fit learns a selector from the ratings of generated images, unless they
+predict nothing or repeat who rated or what.
 """
 
 import base64
 import contextlib
-import hashlib
 import html
 import itertools
 import json
@@ -53,9 +52,9 @@ from metrics import (
     fail,
     find_column,
     find_file,
+    fit_square,
     generator,
     grain,
-    has_lpips,
     list_images,
     load_features,
     load_lpips,
@@ -71,6 +70,8 @@ from metrics import (
     pick_resolution,
     read_split,
     read_table,
+    read_text,
+    resolve_auto,
     run_script,
     same_unit,
     share_range,
@@ -176,6 +177,9 @@ def measure_reference(
     less real than all but this share of real images. max_lpips, min_ssim: limits to the nearest.
     Real images that are too few for that, or all of one patient, are an error.
     """
+    if max_lpips is not None and lpips == "auto":
+        lpips = "alex"
+    features, lpips = resolve_auto(features, lpips)
     network = load_features(features, device)
 
     def texture_of(images):
@@ -206,11 +210,9 @@ def measure_reference(
 
 
 def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
-    """The comparisons and limits of a Reference by LPIPS, if asked for or there, and by SSIM."""
+    """The comparisons and limits of a Reference by LPIPS and SSIM."""
     comparisons = {}
     limits = []
-    if lpips == "auto":
-        lpips = "alex" if max_lpips is not None or has_lpips("alex") else "none"
     if lpips != "none":
         network = load_lpips(lpips, device)
         comparisons["lpips"] = partial(
@@ -635,9 +637,9 @@ RATING_COLUMNS = {  # role -> usual names
     "guess": ("guess",),
     "real": ("real",),
     "sha256": ("sha256",),
+    "shows": ("shows",),
 }
 NO_VALUE = ("-", "?", "na", "n/a", "#n/a", "nan", "none", "null")  # of R, Excel and pandas
-SCALE_ENDS = (1, 2, 3, 5, 7, 10, 100)
 
 
 @dataclass
@@ -654,7 +656,12 @@ class Rating:
     guess: str  # "real" or "generated", of a blind page
     real: str  # "1" or "0", of a blind page
     sha256: str  # of the image's file, "" where the ratings file has none
+    shows: str  # "1" or "0": does it show its label?
     path: str = ""  # absolute, "" where the image is not found
+
+    @property
+    def is_real(self):
+        return read_number(self.real) == 1
 
 
 def read_ratings(paths, files=()):
@@ -707,8 +714,8 @@ def read_rating_rows(path):
         if not image:
             wrong = f"names no image: {needed}"
         elif rating not in (1, 2, 3):
-            wrong = f"rating must be 1, 2 or 3, not {row['rating'][:40]!r} (of {image[:200]})"
-            wrong = f"{wrong}; {explain_scale(set(texts) - {''})}"
+            wrong = f"must be 1 (bad), 2 (usable) or 3 (good), not {row['rating'][:40]!r}"
+            wrong = f"rating {wrong} (of {image[:200]}): write other scales as thirds of theirs"
         elif not 1 <= level < np.inf:
             wrong = f"expert_level must be a number from 1, not {row['expert_level'][:40]!r}"
         if wrong:
@@ -728,24 +735,6 @@ def read_number(text):
         return float(text.replace(",", "."))
     except ValueError:
         return np.nan
-
-
-def explain_scale(texts):
-    """The ratings of a column that holds others than 1 to 3, and how to write them as such.
-
-    Numbers are cut into thirds of the least usual scale that holds them all.
-    """
-    found = ", ".join(repr(text[:40]) for text in sorted(texts)[:11])
-    values = [read_number(text) for text in texts]
-    if not np.isfinite(values).all():
-        return f"found {found}: write 1 for bad, 2 for usable, 3 for good"
-    low = min(1, *values)
-    high = min([end for end in SCALE_ENDS if end >= max(values)], default=max(values))
-    third = (high - low) / 3
-    return (
-        f"found {found}: write 1 for those below {low + third:.3g}, 3 for those above "
-        f"{high - third:.3g}, 2 for others, or the other way round where less is better"
-    )
 
 
 def ends_of(path):
@@ -811,127 +800,340 @@ def drop_missing(ratings):
     return [rating for rating in ratings if rating.path]
 
 
+PAGE_SIDE = 768  # the most pixels a side of a picture on a rating page
+SCALE_TEXT = """1 bad: it misleads, or nobody would take it for such a picture
+2 usable: it has faults, and yet shows what it should
+3 good: it could stand among real ones"""
 RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--line:#30363d;
---paper:#05070a;--mark:#6cb0ff}h1{display:none}body{text-align:center;touch-action:manipulation}
-#picture img{margin:.5rem auto;width:min(94vw,62vh)}
+--paper:#05070a;--mark:#6cb0ff}[hidden]{display:none!important}
+body{max-width:none;padding:0;touch-action:manipulation}
+h1,form{max-width:40rem;margin:1rem auto;padding:0 1rem}form p,#scale{margin:.8rem 0}
+#scale{white-space:pre-line;padding-left:.9rem;border-left:.3rem solid var(--mark)}
 button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--line);
-border-radius:.4rem;padding:.6rem 1rem;margin:.2rem;min-height:3rem}
-button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}
-[hidden]{display:none!important}progress,#note{width:min(94vw,62vh)}
-#guesses,#marks{display:inline-block}</style>"""
-RATING_BODY = """<form id="start"><p>Your name <input id="name" required> <select id="level">
-<option value="3">specialist<option value="2">resident<option value="1">student</select></p>
-<button>Start</button></form>
-<main id="rate" hidden><progress id="bar"></progress><div id="where" aria-live="polite"></div>
-<div id="picture"></div><p id="text"></p>
+border-radius:.4rem;padding:.5rem .8rem;margin:.15rem;min-height:2.8rem}
+button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}#rater{color:var(--mark)}
+#rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}
+#note,progress{width:min(94%,30rem)}progress{height:.5rem}#ask span{display:inline-block}
+#marks button{min-width:6.5rem;border-color:var(--soft)}#marks button[aria-pressed=true]{
+border-color:var(--mark)}#view{color:var(--soft);font-size:.85rem}
+#view label{white-space:nowrap}#view input{width:5rem;min-height:1.5rem;padding:0;
+vertical-align:middle}#picture{position:relative;overflow:hidden;touch-action:none;
+user-select:none;height:min(58vh,100vw)}#picture img{position:absolute;left:50%;top:50%}
+@media(min-aspect-ratio:6/5){#rate{display:grid;gap:.8rem;align-items:center;
+grid-template-columns:minmax(0,1fr) minmax(19rem,36vw)}#picture[hidden]+div{grid-column:1/-1}
+#picture{height:calc(100vh - 1rem);height:calc(100svh - 1rem)}}
+@media(max-height:34rem)and (min-aspect-ratio:6/5){#rate{font-size:.85rem;align-items:start;
+grid-template-columns:minmax(0,1fr) 26rem}#rate :is(button,#note){min-height:2.2rem;
+padding:.2rem .6rem}}</style>"""
+RATING_BODY = """<form id="start" hidden>
+<p>You see <span id="count"></span> pictures, one after the other. Mark each by a key, 1, 2 or 3,
+or by a button:</p>
+<div id="scale">SCALE</div>
+<p id="how-blind">Some are real. Say of each whether you take it for real, r, or generated, g.</p>
+<p id="how-shows">Does it show its label? Say yes, y, or no, n; neither where you cannot tell.</p>
+<p>Nothing leaves this browser. It keeps every answer at once (not so a private window): close the
+page when you like, open it here again and go on. At the end you save a file, ratings-<i>your
+name</i>.csv. It will be in the folder for downloads: send it to whoever gave you this page.</p>
+<p><label>Your name <input id="name" required list="names" autocomplete="off"></label>
+<datalist id="names"></datalist> <select id="level" aria-label="experience">
+<option value="3">specialist<option value="2">resident<option value="1">student</select>
+<button>Start</button></p></form>
+<main id="rate" hidden><div id="picture"></div><div>
+<p><b id="rater"></b> <button data-key="c">other rater (c)</button></p>
+<progress id="bar"></progress><p id="where" aria-live="polite"></p>
+<div id="work">
+<div id="ask"><span id="question"></span> <span><button data-key="y">yes (y)</button>
+<button data-key="n">no (n)</button></span></div>
 <div id="guesses"><button data-key="r">real (r)</button>
 <button data-key="g">generated (g)</button></div>
 <div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
-<button data-key="3">3 good</button></div><input id="note" placeholder="note (n), Enter ends it">
-<div><button data-key="u">undo (u)</button><button data-key="s">skip (s)</button>
-<button id="save">save ratings.csv</button><button id="next">another rater</button></div></main>"""
+<button data-key="3">3 good</button></div><p id="text"></p>
+<input id="note" placeholder="note (t), Enter ends it">
+</div><div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
+the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></div>
+<button data-key="u">undo (u)</button><button data-key="s" id="skip">skip (s)</button>
+<button id="save">save the file</button>
+<div id="view"><label>zoom <input id="zoom" type="range" min="1" max="8" step="any"></label>
+<label>brightness <input id="brightness" type="range" min=".2" max="3" step="any"></label>
+<label>contrast <input id="contrast" type="range" min=".2" max="4" step="any"></label>
+<button data-key="0">reset (0)</button><div id="shown"></div></div></div></main>"""
 RATING_SCRIPT = r"""<script>
-const $ = id => document.getElementById(id), store = "medlora-" + PAGE;
+const $ = id => document.getElementById(id), SLIDERS = ["zoom", "brightness", "contrast"];
 const bytes = Uint8Array.from(atob(FACTS), c => c.charCodeAt(0));
 const facts = JSON.parse(new TextDecoder().decode(bytes));
-let state = null, safe = true;
-function keep() {
-  try { localStorage.setItem(store, JSON.stringify(state)); } catch { safe = false; }
+let rater = "", answers = {}, at = 0, safe = true, work = Promise.resolve();
+let moving = false;  // to another picture: until it shows, keys are of no picture
+
+// Answers are kept by rater and by the hash of the picture's file. The database is on the disk
+// before the next picture shows; localStorage alone would lose seconds when a browser is killed.
+const database = new Promise(done => {
+  try {
+    const request = indexedDB.open("medlora", 1);
+    request.onupgradeneeded = () => request.result.createObjectStore("answers");
+    request.onsuccess = () => done(request.result);
+    request.onerror = request.onblocked = () => done(null);
+  } catch { done(null); }
+});
+async function keep(hash) {
+  const answer = answers[hash], name = rater;
+  answer.time = Date.now(); answer.level = $("level").value; safe = false;
+  try {
+    localStorage.setItem(JSON.stringify(["medlora", name, hash]), JSON.stringify(answer));
+    safe = true;
+  } catch {}
+  const db = await database;
+  await new Promise(done => {
+    try {
+      const write = db.transaction("answers", "readwrite", {durability: "strict"});
+      write.objectStore("answers").put(answer, [name, hash]);
+      write.oncomplete = () => { safe = true; done(); };
+      write.onabort = done;
+    } catch { done(); }
+  });
 }
+async function recall() {  // [[rater, hash, answer], …], the newest last
+  const found = [];
+  try {
+    for (const [key, value] of Object.entries(localStorage)) {
+      try {
+        const [owner, ...rest] = JSON.parse(key);
+        if (owner === "medlora") found.push([...rest, JSON.parse(value)]);
+      } catch {}  // of another page
+    }
+  } catch {}
+  const db = await database;
+  if (db) await new Promise(done => {
+    const read = db.transaction("answers").objectStore("answers").openCursor();
+    read.onerror = done;
+    read.onsuccess = () => {
+      if (!read.result) return done();
+      found.push([...read.result.key, read.result.value]); read.result.continue();
+    };
+  });
+  return found.sort((a, b) => a[2].time - b[2].time);
+}
+async function begin() {
+  const found = await recall();
+  $("names").replaceChildren(...[...new Set(found.map(f => f[0]))].map(n => new Option(n, n)));
+  if (found.length) [$("name").value, $("level").value] = [found.at(-1)[0], found.at(-1)[2].level];
+  $("rate").hidden = true; $("start").hidden = document.querySelector("h1").hidden = false;
+  $("name").focus(); $("name").select();
+}
+async function start() {
+  rater = $("name").value.trim(); answers = {};
+  for (const [name, hash, answer] of await recall()) if (name === rater) answers[hash] = answer;
+  at = facts.findIndex(f => !answers[f[5]]?.rating && !answers[f[5]]?.skipped);
+  if (at < 0) at = facts.length;
+  $("start").hidden = document.querySelector("h1").hidden = true; $("rate").hidden = false;
+  show();
+}
+function file() { return `ratings-${rater.replace(/[^\p{L}\p{N}]+/gu, "-")}.csv`; }
 function show() {
-  const i = state.at, done = i >= facts.length, answer = state.answers[i] || {};
-  const rated = Object.values(state.answers).filter(a => a.rating);
-  $("start").hidden = true; $("rate").hidden = false;
-  $("bar").max = facts.length; $("bar").value = i;
-  $("where").textContent = (done ? "Done" : `${i + 1} of ${facts.length}`)
-    + `, ${rated.length} rated` + (safe ? "" : "; this browser keeps nothing: save before closing");
-  for (const id of ["picture", "text", "guesses", "marks", "note"])
-    $(id).hidden = done || id == "guesses" && !BLIND;
+  const done = at >= facts.length, fact = facts[at] || [], answer = answers[fact[5]] || {};
+  const marked = facts.filter(f => answers[f[5]]?.rating).length;
+  $("bar").max = facts.length; $("bar").value = at; $("rater").textContent = rater;
+  $("where").textContent = (done ? "The end" : `${at + 1} of ${facts.length}`)
+    + `, ${marked} marked` + (safe ? "" : "; this browser keeps nothing: save before closing");
+  for (const id of ["picture", "work", "view", "skip"]) $(id).hidden = done;
+  $("end").hidden = !done; $("file").textContent = file();
   if (done) return;
-  $("picture").innerHTML = IMAGES[i]; $("text").textContent = BLIND ? "" : facts[i][1];
-  $("note").value = answer.comment || "";
-  for (const b of document.querySelectorAll("[data-key]")) b.setAttribute("aria-pressed",
-    b.dataset.key == answer.rating || b.dataset.key == (answer.guess || "-")[0]);
+  $("picture").innerHTML = IMAGES[at];
+  const image = $("picture").firstChild;
+  image.alt = `picture ${at + 1}`; image.draggable = false; image.onload = draw;
+  $("text").textContent = BLIND || fact[1] == fact[6] ? "" : fact[1];
+  $("question").textContent = `Shows: ${fact[6].replaceAll("|", ", ")}?`;
+  $("ask").hidden = !fact[6];
+  $("guesses").hidden = !BLIND; $("note").value = answer.comment || "";
+  const chosen = [answer.rating, {1: "y", 0: "n"}[answer.shows], answer.guess?.[0]];
+  for (const b of document.querySelectorAll("[data-key]"))
+    b.setAttribute("aria-pressed", chosen.includes(b.dataset.key));
+  reset();
 }
-function press(key) {
-  const i = state.at, done = i >= facts.length, answer = state.answers[i] || {};
-  if (key == "u") {
-    if (i) { state.at--; delete (state.answers[i - 1] || {}).rating; }
-  } else if (done) return;
-  else if (key == "s") { delete answer.rating; state.at++; }
-  else if (key == "r" || key == "g") {
-    if (BLIND) answer.guess = key == "r" ? "real" : "generated";
-  } else { answer.rating = key; state.at++; }
-  if (key != "u") state.answers[i] = answer;
-  keep(); show();
+async function press(key) {
+  if (key == "c") return begin();
+  if (key == "0") return reset();
+  if (key == "u" ? !at : at >= facts.length) return;
+  if (key == "u") at--;
+  const hash = facts[at][5], answer = answers[hash] ||= {};
+  if (key == "u") { delete answer.rating; delete answer.skipped; }
+  else if (key == "s") { delete answer.rating; answer.skipped = true; }
+  else if (key == "y" || key == "n") answer.shows = key == "y" ? 1 : 0;
+  else if (key == "r" || key == "g") answer.guess = key == "r" ? "real" : "generated";
+  else answer.rating = key;
+  await keep(hash);
+  if (/[123s]/.test(key)) at++;
+  show();
 }
-function table() {
-  const cell = t => /[",\n\r]/.test(t) ? '"' + String(t).replaceAll('"', '""') + '"' : t;
-  const lines = facts.map((f, i) => { const a = state.answers[i] || {};
-    return a.rating && [f[0], a.rating, f[2], state.level, f[1], state.name, f[3],
-      a.comment || "", a.guess || "", f[4], f[5]]; }).filter(line => line);
-  const header = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real,"
-    + "sha256";
-  return [header.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
+function queue(job) { work = work.then(job); }  // one after another
+function take(key) {
+  if (moving) return;
+  moving = /[123su]/.test(key);
+  queue(async () => { await press(key); moving = false; });
+}
+function keyOf(e) {  // rows of digits write others on some keyboards; some write no Latin letters
+  const digit = /^(?:Digit|Numpad)([0-3])$/.exec(e.code), key = e.key.toLowerCase();
+  if (digit) return digit[1];
+  if (e.key == "Backspace") return "u";
+  return /^[a-z0-9]$/.test(key) ? key : (/^Key([A-Z])$/.exec(e.code) || ["", ""])[1].toLowerCase();
 }
 document.addEventListener("keydown", e => {
-  const typing = e.target.id == "note" && e.key != "Enter" && e.key != "Escape";
-  if (typing || e.target.id == "name") return;
-  if (e.repeat || e.ctrlKey || e.metaKey || e.altKey || !state) return;
-  const key = e.key == "Backspace" ? "u" : e.key.toLowerCase();
-  if (e.target.id == "note") $("note").blur();
-  else if (key == "n") $("note").focus();
-  else if (/^[123usrg]$/.test(key)) press(key);
+  if (e.repeat || e.ctrlKey || e.metaKey || e.altKey || $("rate").hidden) return;
+  if (e.target.id == "note") {
+    if (e.key == "Enter" || e.key == "Escape") $("note").blur();
+    return;
+  }
+  const key = keyOf(e), button = document.querySelector(`[data-key="${key}"]`);
+  if (key == "t") { if (!moving) $("note").focus(); }
+  else if (button?.offsetParent) take(key);
   else return;
   e.preventDefault();
 });
 for (const b of document.querySelectorAll("[data-key]"))
-  b.onclick = () => { press(b.dataset.key); b.blur(); };
-$("note").oninput = () => { (state.answers[state.at] ||= {}).comment = $("note").value; keep(); };
-$("start").onsubmit = e => { e.preventDefault(); const name = $("name").value.trim();
-  state = {name, level: $("level").value, at: 0, answers: {}}; keep(); show(); };
-$("save").onclick = () => { const a = document.createElement("a");
+  b.onclick = () => { take(b.dataset.key); b.blur(); };
+$("note").oninput = () => {
+  const hash = facts[at][5]; (answers[hash] ||= {}).comment = $("note").value;
+  queue(() => keep(hash));
+};
+$("start").onsubmit = e => { e.preventDefault(); queue(start); };
+function table() {
+  const cell = t => /[",\n\r]/.test(t) ? '"' + String(t).replaceAll('"', '""') + '"' : t;
+  const lines = facts.map(f => { const a = answers[f[5]] || {};
+    return a.rating && [f[0], a.rating, f[2], a.level, f[1], rater, f[3],
+      a.comment ?? "", a.guess ?? "", f[4], f[5], f[6], a.shows ?? ""]; }).filter(line => line);
+  const header = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real,"
+    + "sha256,label,shows";
+  return [header.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
+}
+$("save").onclick = () => {
+  const a = document.createElement("a");
   const text = "\ufeff" + table();  // spreadsheets take a file without this mark for another code
   a.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
-  a.download = "ratings.csv"; a.click(); };
-$("next").onclick = () => { if (confirm("Is ratings.csv saved? This clears the page.")) {
-  localStorage.removeItem(store); location.reload(); } };
-try { state = JSON.parse(localStorage.getItem(store)); } catch { safe = false; }
-if (state) show();
+  a.download = file(); a.click(); $("save").blur();
+};
+
+// The view: wheel, pinch or slider zooms, dragging moves, dragging with the right button windows.
+let x = 0, y = 0;
+const pointers = new Map(), level = id => Number($(id).value);
+function reset() { for (const id of SLIDERS) $(id).value = 1; draw(); }
+function draw() {  // as stored; larger than the room: shrunk; of few pixels: an integer times
+  const image = $("picture").firstChild, w = image.naturalWidth, h = image.naturalHeight;
+  if (!w) return;
+  const room = Math.min($("picture").clientWidth / w, $("picture").clientHeight / h);
+  const fit = Math.min(room, Math.max(1, Math.floor(Math.min(room, 512 / Math.max(w, h)))));
+  const times = fit * level("zoom");
+  if (level("zoom") == 1) x = y = 0;
+  image.style.width = w * fit + "px";
+  image.style.transform = `translate(-50%, -50%) translate(${x}px, ${y}px) scale(${level("zoom")})`;
+  image.style.filter = `brightness(${level("brightness")}) contrast(${level("contrast")})`;
+  let shown = "";
+  if (times > 1) shown = `, enlarged ${+times.toFixed(1)} times`;
+  if (times < 1) shown = `, shown at ${Math.round(100 * times)} %`;
+  $("shown").textContent = `${w} × ${h} pixels${shown}`;
+}
+function zoomAt(e, factor) {  // what is under the pointer stays there
+  const box = $("picture").getBoundingClientRect(), before = level("zoom");
+  $("zoom").value = before * factor;
+  const moved = 1 - level("zoom") / before;
+  x += (e.clientX - box.x - box.width / 2 - x) * moved;
+  y += (e.clientY - box.y - box.height / 2 - y) * moved;
+}
+$("picture").onwheel = e => { e.preventDefault(); zoomAt(e, 1.002 ** -e.deltaY); draw(); };
+$("picture").oncontextmenu = e => e.preventDefault();
+$("picture").onpointerdown = e => {
+  pointers.set(e.pointerId, e); $("picture").setPointerCapture(e.pointerId);
+};
+$("picture").onpointermove = e => {
+  const last = pointers.get(e.pointerId);
+  if (!last) return;
+  const dx = e.clientX - last.clientX, dy = e.clientY - last.clientY;
+  const other = [...pointers.values()].find(p => p.pointerId != e.pointerId);
+  const apart = p => Math.hypot(p.clientX - other.clientX, p.clientY - other.clientY);
+  if (other) zoomAt(e, apart(e) / Math.max(1, apart(last)));
+  else if (e.buttons == 2) {
+    $("brightness").value = level("brightness") - dy / 200;
+    $("contrast").value = level("contrast") + dx / 200;
+  } else if (level("zoom") > 1) { x += dx; y += dy; }
+  pointers.set(e.pointerId, e); draw();
+};
+$("picture").onpointerup = $("picture").onpointercancel = e => pointers.delete(e.pointerId);
+for (const id of SLIDERS) $(id).oninput = draw;
+addEventListener("resize", () => { if ($("picture").firstChild) draw(); });
+$("count").textContent = facts.length;
+$("how-blind").hidden = !BLIND; $("how-shows").hidden = !facts.some(f => f[6]);
+queue(begin);
 </script>"""
 
 
 def write_rating_page(args):
-    """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings.csv."""
+    """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings-NAME.csv."""
+    scale = read_text(args.scale_text) if args.scale_text else SCALE_TEXT
     rows = list_images(args.generated)
     real_rows = list_real(args.blind, args) if args.blind else []
-    files = [row.path for row in rows + real_rows]
-    ratings = drop_missing(read_ratings(args.rated, files))
+    ratings = drop_missing(read_ratings(args.rated, [row.path for row in rows + real_rows]))
     rated = {content_hash(rating.path) for rating in ratings}
-    size = args.resolution or pick_resolution(rows, real_rows)
-    rows, pixels = load_pixels(rows, size)
-    chosen = choose_images(rows, pixels, rated, args)
-    real_rows = [row for row in real_rows if content_hash(row.path) not in rated]
-    drawn = draw_order(len(real_rows), args.seed, "blind")[: max(1, round(len(chosen) / 4))]
-    real_rows, real = load_pixels([real_rows[i] for i in drawn], size)
+    rows = choose_images(rows, rated, args)
+    size = args.resolution or PAGE_SIDE
+    if args.blind:
+        real_rows = [row for row in real_rows if content_hash(row.path) not in rated]
+        real_rows, size = draw_blind(rows, real_rows, size, args.seed)
 
+    def embed(image):
+        if args.blind:
+            image = fit_square(image, size)
+        # one encoding for all, so that none gives itself away
+        return thumbnail(image, size, quality=95, subsampling=0)
+
+    rows, _ = load_pixels(rows, 64, measure=embed)
+    real_rows, _ = load_pixels(real_rows, 64, measure=embed)
     facts = []
     images = []
-    shown = torch.cat([pixels[chosen], real])
-    shown_rows = [rows[i] for i in chosen] + real_rows
+    shown = rows + real_rows
+    labels = labels_to_ask(rows, real_rows)
     for place in draw_order(len(shown), args.seed, "page"):
-        row = shown_rows[place]
-        is_real = int(place >= len(chosen))
-        facts.append(facts_of(row, is_real, args.rating_page))
-        # one encoding for all, so that none gives itself away
-        images.append(thumbnail(shown[place], size, quality=95, subsampling=0))
-    write_file(args.rating_page, page("Rate", rating_page(facts, images, bool(args.blind))))
-    print(f"{args.rating_page}: {len(chosen)} generated, {len(real)} real images, {size} pixels")
-    print("open it in a browser\nnext: " + command("filter.py", "--fit", "ratings.csv"))
+        facts.append(facts_of(shown[place], place >= len(rows), labels[place], args.rating_page))
+        images.append(shown[place].measured)
+    body = rating_page(facts, images, bool(args.blind), scale)
+    write_file(args.rating_page, page("Rate pictures", body))
+    counts = f"{len(rows)} generated, {len(real_rows)} real images"
+    print(f"{args.rating_page}: {counts}, at most {size} pixels a side; open it in a browser")
+    print("next: " + command("filter.py", args.generated, "--fit", "ratings-NAME.csv"))
 
 
-def facts_of(row, is_real, page_path):
-    """What a page knows of an image: path, caption, modality, group, is real, SHA-256.
+def draw_blind(rows, real_rows, size, seed):
+    """Real rows to mix in, one in five, and the pixels a side at which no image is enlarged.
+
+    Sharpness must tell nobody which are real: smaller real ones, out of four times as many or half
+    of all, are left out.
+    """
+    wanted = max(1, round(len(rows) / 4))
+    drawn = draw_order(len(real_rows), seed, "blind")[: 4 * wanted]
+    rows, _ = load_pixels(rows, 64, measure=short_side)
+    real_rows, _ = load_pixels([real_rows[i] for i in drawn], 64, measure=short_side)
+    sides = sorted(row.measured for row in real_rows)
+    enough = min(wanted, (len(sides) + 1) // 2)
+    size = min([size, *sides[-enough:], *[row.measured for row in rows]])
+    return [row for row in real_rows if row.measured >= size][:wanted], size
+
+
+def short_side(image):
+    return min(image.size)
+
+
+def labels_to_ask(rows, real_rows):
+    """What each image is asked to show; where real ones are among them, a label of generated ones.
+
+    Else a label, or that there is none, would tell which are real.
+    """
+    own = [row.label or row.caption for row in rows + real_rows]
+    if not real_rows:
+        return own
+    known = {text_key(name): name for name in own[: len(rows)] if name}
+    others = list(known.values()) or [""]
+    return [known.get(text_key(name), others[i % len(others)]) for i, name in enumerate(own)]
+
+
+def facts_of(row, is_real, label, page_path):
+    """What a page knows of an image: path, caption, modality, group, is real, SHA-256, label.
 
     The path is as seen from the page's folder, so that both can be moved together.
     """
@@ -939,26 +1141,25 @@ def facts_of(row, is_real, page_path):
     with contextlib.suppress(ValueError):  # on another drive of Windows
         path = os.path.relpath(path, os.path.dirname(os.path.abspath(page_path)))
     path = Path(path).as_posix()
-    return [path, row.caption, modality_of(row), row.group, is_real, content_hash(row.path)]
+    digest = content_hash(row.path)
+    return [path, row.caption, modality_of(row), row.group, int(is_real), digest, label]
 
 
-def rating_page(facts, images, blind):
-    """The body of a rating page; facts: those of each image, see facts_of."""
-    facts = json.dumps(facts).encode()
-    constants = {
-        "PAGE": hashlib.sha256(facts).hexdigest()[:16],
-        "BLIND": blind,
-        "FACTS": base64.b64encode(facts).decode(),
-        "IMAGES": images,
-    }
-    parts = [RATING_STYLE, RATING_BODY]
-    for name, value in constants.items():
-        parts.append(f"<script>const {name} = {json.dumps(value)};</script>\n")
-    return "".join(parts) + RATING_SCRIPT
+def rating_page(facts, images, blind, scale):
+    """The body of a rating page; facts: those of each image, see facts_of; scale: a text."""
+    unread = base64.b64encode(json.dumps(facts).encode()).decode()  # nor seen in the source
+    return f"""{RATING_STYLE}{RATING_BODY.replace("SCALE", html.escape(scale))}<script>
+const BLIND = {json.dumps(blind)};
+const FACTS = "{unread}";
+const IMAGES = {json.dumps(images)};
+</script>{RATING_SCRIPT}"""
 
 
-def choose_images(rows, pixels, rated, args):
-    """The numbers of the images to rate, all or --suggest; rated: hashes of rated images' files."""
+def choose_images(rows, rated, args):
+    """The rows to rate, all or --suggest; rated: hashes of the files of rated images."""
+    selector = load_selector(args.selector) if args.selector else None
+    if args.suggest:
+        rows, pixels = load_pixels(rows, selector.size if selector else pick_resolution(rows))
     done = [i for i, row in enumerate(rows) if content_hash(row.path) in rated]
     count = len(rows) - len(done)
     if args.suggest:
@@ -967,14 +1168,14 @@ def choose_images(rows, pixels, rated, args):
     if not 0 < count <= 500:
         fail(f"{args.generated}: {count} images to rate (--suggest picks some)")
     if not args.suggest:
-        return [i for i in range(len(rows)) if i not in done]
+        return [row for i, row in enumerate(rows) if i not in done]
     worth = np.ones(len(rows))
-    if args.selector:
-        selector = load_selector(args.selector)
-        _, scores = selector.judge(load_pixels(rows, selector.size)[1], rows)
+    if selector:
+        _, scores = selector.judge(pixels, rows)
         worth = 1 - np.abs(scores["quality"] - 0.5)  # most where it is least sure
     vectors = describe(pixels)
-    return best_and_diverse(vectors / (vectors.std(0) + 1e-9), worth, count, done)
+    chosen = best_and_diverse(vectors / (vectors.std(0) + 1e-9), worth, count, done)
+    return [rows[i] for i in chosen]
 
 
 def kappa(first, second):
@@ -993,8 +1194,7 @@ def print_agreement(args):
         ratings.setdefault(rating.expert, {})[rating.path or rating.image] = rating.rating
         if rating.real and rating.guess:
             counts = guesses.setdefault(rating.expert, np.zeros((2, 2), int))
-            is_generated = int(read_number(rating.real) != 1)
-            counts[is_generated, int(text_key(rating.guess) != "real")] += 1
+            counts[int(not rating.is_real), int(text_key(rating.guess) != "real")] += 1
     if len(ratings) < 2 and not guesses:
         fail("--agreement: one rater and no guesses: nothing to compare")
     for (a, first), (b, second) in itertools.combinations(ratings.items(), 2):
@@ -1043,10 +1243,8 @@ class Rated:
 
 def fit(args):
     """Learn a selector from ratings; write it only where it predicts them better than chance."""
-    rows = list_images(args.generated) if args.generated else []
     real_rows = list_real(args.reference, args) if args.reference else []
-    files = [row.path for row in rows + real_rows]
-    ratings = drop_missing(read_ratings(args.fit, files))
+    ratings = read_generated(args, real_rows)
     good = args.good or 3
     rated = gather(ratings, good)
     if len(set(rated.groups)) < 2:
@@ -1060,23 +1258,48 @@ def fit(args):
     # by the root of its size, a block of many descriptors weighs no more than one of few
     spread = np.maximum(descriptors.std(0), 1e-6) * np.sqrt(np.repeat(BLOCKS, BLOCKS))
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
-    low, high = measured["interval"]
-    figures = f"AUROC {measured['auroc']:.2f}, 95 % {low:.2f} to {high:.2f}, p {measured['p']:.2g}"
-    if not (measured["p"] <= 0.05 and low > 0.5):
-        warnings.append(f"the ratings do not predict quality better than chance ({figures})")
+    if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
+        warnings.append(
+            f"the ratings do not predict quality better than chance: {in_words(measured)}"
+        )
     refuse_fit(warnings, args)
-    print(f"{len(ratings)} ratings of {len(rated.rows)} images: {figures}")
+    print(f"{in_words(measured)}, by {len(ratings)} ratings of {len(rated.rows)} images")
+    shown = [read_number(rating.shows) for rating in ratings if rating.shows]
+    if shown:
+        print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
     classes, class_weights = fit_classes(real_rows, size, mean, spread, args.seed)
     modalities = sorted(set(rated.modalities))
     settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
-    print("next:", command("filter.py", "GENERATED", "--reference", "REAL", "--selector", args.out))
+    generated = args.generated or os.path.dirname(rated.rows[0].path)
+    words = (generated, "--reference", args.reference or "REAL", "--selector", args.out)
+    print("next:", command("filter.py", *words))
+
+
+def in_words(measured):
+    """How well a selector does, a sentence with its figures."""
+    times = f"{100 * measured['auroc']:.0f} times in 100"
+    low, high = measured["interval"]
+    figures = f"95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g}"
+    return f"of two pictures it picks the better {times} ({figures})"
 
 
 def refuse_fit(warnings, args):
     """Stop for what speaks against a selector, unless --force."""
     if warnings and not args.force:
         fail(f"no selector written: {'; '.join(warnings)} (--force writes it and marks it)")
+
+
+def read_generated(args, real_rows):
+    """The ratings of generated images; of real ones a selector could learn that real is good."""
+    rows = list_images(args.generated) if args.generated else []
+    ratings = read_ratings(args.fit, [row.path for row in rows + real_rows])
+    generated = [rating for rating in ratings if not rating.is_real]
+    if len(generated) < len(ratings):
+        note(f"{len(ratings) - len(generated)} ratings are of real images: not used")
+    if not generated:
+        fail(f"{args.fit[0]}: all rated images are real; a selector needs generated ones")
+    return drop_missing(generated)
 
 
 def gather(ratings, good):
@@ -1104,7 +1327,7 @@ def objections(ratings, rated):
     """What speaks against fitting these ratings, before an image is looked at: [str]."""
     found = []
     values = [rating.rating for rating in ratings]
-    for name in ("modality", "expert", "expert_level", "prompt", "real"):
+    for name in ("modality", "expert", "expert_level", "prompt"):
         v = cramers_v(values, [getattr(rating, name) for rating in ratings])
         if v > 0.6:
             found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
@@ -1269,6 +1492,7 @@ def parse_args(argv=None):
     add = rate.add_argument
     add("--suggest", type=number(1, 500), help="only N, those that teach most")
     add("--blind", type=data_set, help="mix real images in, one in five")
+    add("--scale-text", type=existing_file, help="text file: what 1, 2 and 3 mean on the page")
     add("--rated", nargs="+", type=existing_file, default=[], metavar="CSV", help="leave these out")
     add("--good", type=int, choices=[2, 3], help="least rating of a good image (default: 3)")
     add("--force", action="store_true", help="write a selector in spite of objections, marked")
@@ -1277,7 +1501,9 @@ def parse_args(argv=None):
     add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
     add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
     how = parser.add_argument_group("comparison")
-    how.add_argument("--features", default="texture", help="texture, inception, HUB-ID or PATH")
+    how.add_argument(
+        "--features", default="texture", help="texture, inception, auto, HUB-ID or PATH"
+    )
     add_comparison_flags(how)
     args = parser.parse_args(argv)
     check_args(args)
@@ -1297,7 +1523,7 @@ def check_args(args):
         "selector": ("min_quality", "min_alignment"),
         "mix": ("share",),
         "fit": ("good", "force"),
-        "rating_page": ("suggest", "blind", "rated"),
+        "rating_page": ("suggest", "blind", "rated", "scale_text"),
     }
     for needed, names in needs.items():
         for name in names:

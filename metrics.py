@@ -5,7 +5,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     reading       read_image: rasters, DICOM files, volumes
     listing       list_images, read_table, fill_captions, split_rows
     pixels        fit_square, share_range, load_pixels, near_duplicates
-    descriptors   texture, colour, grain; load_features, extract
+    descriptors   texture, colour, grain; get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
     the page      page, table, thumbnail, curve
 """
@@ -29,6 +29,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import string
 import sys
 import unicodedata
@@ -36,9 +37,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
+import huggingface_hub.constants
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -138,7 +143,7 @@ def add_comparison_flags(group):
     group.add_argument("--split", type=existing_file, help="split.csv of a run: what it held out")
     group.add_argument("--group-column", help="real images' column of patients (default: by name)")
     nets = ["auto", "none", "alex", "vgg", "squeeze"]
-    group.add_argument("--lpips", choices=nets, default="auto", help="auto: alex if it is there")
+    group.add_argument("--lpips", choices=nets, default="auto", help="auto: alex if it can be had")
     sides = "pixels a side (default: the smallest stored side, 64 to 256)"
     group.add_argument("--resolution", type=number(64, 4096), help=sides)
     group.add_argument("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
@@ -1425,12 +1430,138 @@ def stored_grain(image):
     return grain(torch.from_numpy(values).permute(2, 0, 1)[None])[0]
 
 
-# ---------------------------------------------------------------- networks
+# ---------------------------------------------------------------- weights, downloaded once
 
 CACHE = Path(os.environ.get("MEDLORA_CACHE") or Path.home() / ".cache" / "medlora")
 FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, sd
+TORCHVISION = "https://download.pytorch.org/models/"
+LPIPS_LAYERS = (
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/v0.1.4/lpips/weights/v0.1/"
+)
+WEIGHTS = {  # file: (folder on the web, SHA-256, MB, licence)
+    FID_WEIGHTS: (
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        95.6,
+        "Apache-2.0",
+    ),
+    "alexnet-owt-7be5be79.pth": (
+        TORCHVISION,
+        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        244.4,
+        "BSD-3-Clause",
+    ),
+    "vgg16-397923af.pth": (
+        TORCHVISION,
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        553.4,
+        "BSD-3-Clause",
+    ),
+    "squeezenet1_1-b8a52dc0.pth": (
+        TORCHVISION,
+        "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
+        5,
+        "BSD-3-Clause",
+    ),
+    "alex.pth": (
+        LPIPS_LAYERS,
+        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+        0.01,
+        "BSD-2-Clause",
+    ),
+    "vgg.pth": (
+        LPIPS_LAYERS,
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+        0.01,
+        "BSD-2-Clause",
+    ),
+    "squeeze.pth": (
+        LPIPS_LAYERS,
+        "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
+        0.01,
+        "BSD-2-Clause",
+    ),
+}
+PATIENCE = 8  # seconds that a network may be silent
+PROBLEMS = []  # why downloads failed in this command
+
+
+def get_weights(name):
+    """The path of a file of WEIGHTS, downloaded once, or None and PROBLEMS says why.
+
+    Copies in our cache or torch's own count if they are whole.
+    """
+    folder, sha256, size, licence = WEIGHTS[name]
+    for place in (Path(torch.hub.get_dir()) / "checkpoints", CACHE):
+        path = place / name
+        if path.is_file() and content_hash(path) == sha256:
+            return path
+    try:
+        wait_for(folder + name)
+        note(f"downloading {folder}{name}: {size:g} MB, licence {licence}")
+        os.makedirs(CACHE, exist_ok=True)
+        torch.hub.download_url_to_file(folder + name, path, sha256)
+    except (OSError, HTTPException, RuntimeError) as error:  # the last: another SHA-256
+        PROBLEMS.append(error)
+        return None
+    return path
+
+
+def wait_for(url):
+    """Return when an address answers; else, after PATIENCE seconds at the latest, an OSError."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    for problem in PROBLEMS:
+        if isinstance(problem, TimeoutError):  # a network that hangs is waited for once
+            raise problem
+    socket.setdefaulttimeout(PATIENCE + 1)  # of each read
+    with ThreadPool(1) as pool:  # that limit leaves out the name server
+        answer = pool.apply_async(urlopen, (url,))
+        answer.wait(PATIENCE)
+        if not answer.ready():
+            raise TimeoutError(f"no answer in {PATIENCE} seconds")
+        with contextlib.suppress(HTTPError):  # an answer, too
+            answer.get().close()
+
+
+def need_weights(name, purpose):
+    """The path of a file of WEIGHTS that a flag asks for; fail() where it cannot be had."""
+    path = get_weights(name)
+    if path is None:
+        fail(
+            f"{purpose}: needs {name}, which cannot be downloaded ({PROBLEMS[-1]}): put "
+            f"{WEIGHTS[name][0]}{name} into {CACHE}"
+        )
+    return path
+
+
+def resolve_auto(features, lpips):
+    """The flags, where auto is the published network; one line where its weights are not there."""
+    if features == "auto":
+        features = "inception" if get_weights(FID_WEIGHTS) else "texture"
+    if lpips == "auto":
+        lpips = "alex" if all(map(get_weights, LPIPS["alex"][2])) else "none"
+    if PROBLEMS:
+        note(
+            f"features {features}, LPIPS {lpips}: published weights are missing ({PROBLEMS[0]}); "
+            "`evaluate.py --download` gets them where internet is"
+        )
+    return features, lpips
+
+
+def from_hub(name, patterns):
+    """The folder of a Hub id's files of these patterns, downloaded once."""
+    try:
+        wait_for(huggingface_hub.constants.ENDPOINT)
+        offline = False
+    except OSError:
+        offline = True
+    return huggingface_hub.snapshot_download(
+        name, allow_patterns=patterns, local_files_only=offline
+    )
+
+
+# ---------------------------------------------------------------- networks
 
 
 @dataclass
@@ -1444,18 +1575,8 @@ class Network:
     head: np.ndarray = None  # Inception's last layer (1008, 2048)
 
 
-def find_weights(name):
-    """The path of a weight file in our cache or torch's own, or None."""
-    for folder in (CACHE, Path(torch.hub.get_dir()) / "checkpoints"):
-        if (folder / name).is_file():
-            return folder / name
-    return None
-
-
-def load_weights(path, sha256=""):
-    """The state dict of a .pth file; fail() if it is damaged or its SHA-256 begins otherwise."""
-    if sha256 and not content_hash(path).startswith(sha256):
-        fail(f"{path}: is damaged or another file (its SHA-256 is not {sha256[:8]}…): get it again")
+def load_weights(path):
+    """The state dict of a .pth file; fail() if it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises a dozen kinds for a damaged file
@@ -1470,10 +1591,7 @@ def load_features(name, device, resize="legacy"):
     if name == "texture":
         return Network("texture-1", texture_in_parts, standardise=True)
     if name == "inception":
-        name = find_weights(FID_WEIGHTS)
-        if name is None:
-            source = "github.com/mseitzer/pytorch-fid, release fid_weights"
-            fail(f"--features inception: no such file: put {FID_WEIGHTS} ({source}) into {CACHE}")
+        name = need_weights(FID_WEIGHTS, "--features inception")
     if os.path.isfile(name):
         return load_inception(name, device, resize)
     return load_vision_model(name, device)
@@ -1505,7 +1623,7 @@ def load_inception(path, device, resize):
     if resize == "clean":
         name += "-clean"
     head = net.head.cpu().double().numpy()
-    return Network(name, pool3, published=digest == FID_SHA256, head=head)
+    return Network(name, pool3, published=digest == WEIGHTS[FID_WEIGHTS][1], head=head)
 
 
 def clean_resize(pixels, side):
@@ -1546,31 +1664,51 @@ def fid_inception(state):
 
 
 def load_vision_model(name, device):
-    """The Network of a vision model of transformers: CLIP's image embedding, else the CLS token."""
+    """The Network of a vision model of transformers, prepared and pooled as it was published.
+
+    Its own image processor, by Pillow, makes its input. The output is the image embedding (CLIP,
+    SigLIP), else what the model pools (DINOv2's class token), else the class token where the file
+    leaves out the pooler (DINO), else the mean of the patches (MAE).
+    """
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        processor = transformers.AutoImageProcessor.from_pretrained(name)
-        model = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0][:120]
-        fail(f"--features {name}: no such weight file or vision model ({reason})")
+        if not os.path.isdir(name):
+            name = from_hub(name, ("*.json", "model*.safetensors"))
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")
+        model, loaded = transformers.AutoModel.from_pretrained(
+            name, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # the Hub's client alone raises a dozen kinds
+        fail(
+            f"--features {name}: no such weight file or vision model ({str(error)[:150]}); of the "
+            "Hub's, `hf download` one where internet is and give its folder"
+        )
+    no_pooler = any(key.startswith("pooler.") for key in loaded["missing_keys"])
+    if no_pooler:
+        model.pooler = None  # its weights are random
+    model.config.mask_ratio = 0.0  # MAE would hide three quarters of an image
     model = model.to(device).eval().requires_grad_(False)
-    digest = hashlib.sha256(processor.to_json_string().encode())
-    for weight in model.state_dict().values():
-        digest.update(weight.cpu().float().numpy().tobytes())
+    class_tokens = sum(key.endswith("cls_token") for key in model.state_dict())
+    digest = hashlib.sha256(repr(processor).encode())
+    for path in sorted(Path(name).glob("model*.safetensors")):
+        digest.update(path.read_bytes())
+    embed = getattr(model, "get_image_features", model)
 
     def function(pixels):
         images = processor(images=list(pixels.cpu()), return_tensors="pt")["pixel_values"]
-        images = images.to(device)
-        if model.config.model_type == "clip":
-            return model.visual_projection(model.vision_model(images).pooler_output)
-        states = model(images).last_hidden_state
+        output = embed(pixel_values=images.to(device))
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        states = output.last_hidden_state
         if states.ndim == 4:  # of a convolutional network
             return states.mean((2, 3))
-        return states[:, 0]
+        if no_pooler:
+            return states[:, 0]
+        return states[:, class_tokens:].mean(1)
 
     return Network(f"{model.config.model_type}-{digest.hexdigest()[:16]}", function)
 
@@ -1627,14 +1765,13 @@ def read_vector(path):
 # ---------------------------------------------------------------- image against image: LPIPS, SSIM
 
 LPIPS_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # mean, sd of images in [-1, 1]
-LPIPS = {  # trunk of torchvision, its layers, its file, SHA-256 of the linear layers v0.1
-    "alex": ("alexnet", (1, 4, 7, 9, 11), "alexnet-owt-7be5be79.pth", "df73285e"),
-    "vgg": ("vgg16", (3, 8, 15, 22, 29), "vgg16-397923af.pth", "a78928a0"),
+LPIPS = {  # trunk of torchvision, its layers, files: trunk, linear layers v0.1
+    "alex": ("alexnet", (1, 4, 7, 9, 11), ("alexnet-owt-7be5be79.pth", "alex.pth")),
+    "vgg": ("vgg16", (3, 8, 15, 22, 29), ("vgg16-397923af.pth", "vgg.pth")),
     "squeeze": (
         "squeezenet1_1",
         (1, 4, 7, 9, 10, 11, 12),
-        "squeezenet1_1-b8a52dc0.pth",
-        "4a5350f2",
+        ("squeezenet1_1-b8a52dc0.pth", "squeeze.pth"),
     ),
 }
 
@@ -1660,35 +1797,17 @@ def taps(trunk, images, indices):
     return maps
 
 
-def lpips_files(net):
-    """The paths of LPIPS's trunk and of its linear layers (in the package lpips), each or None."""
-    linear = None
-    package = importlib.util.find_spec("lpips")
-    if package:
-        linear = Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth"
-    return find_weights(LPIPS[net][2]), linear
-
-
-def has_lpips(net):
-    """Whether the weight files of that LPIPS are there."""
-    return None not in lpips_files(net)
-
-
 def load_lpips(net, device):
     """The Network of LPIPS v0.1; net: alex, vgg or squeeze. See lpips_vectors."""
-    kind, layers, file, digest = LPIPS[net]
-    if not has_lpips(net):
-        source = f"https://download.pytorch.org/models/{file} in {CACHE}"
-        fail(f"LPIPS ({net}) needs {source}, and its own layers: pip install lpips")
-    trunk_path, linear_path = lpips_files(net)
-    trunk = trunk_of(kind, load_weights(trunk_path, file.split("-")[-1][:8])).to(device)
-    linear = load_weights(linear_path, digest)  # of each layer, in order
-    weights = [weight[0].to(device) for weight in linear.values()]
+    kind, layers, files = LPIPS[net]
+    trunk, linear = [load_weights(need_weights(file, f"--lpips {net}")) for file in files]
+    trunk = trunk_of(kind, trunk).to(device)
+    weights = [weight[0].to(device) for weight in linear.values()]  # of each layer, in order
 
     def function(pixels):
         return lpips_vectors(pixels / 127.5 - 1, trunk, layers, weights)
 
-    return Network(net, function, published=True)
+    return Network(net, function)
 
 
 def lpips_vectors(images, trunk, layers, weights):

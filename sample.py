@@ -49,6 +49,7 @@ from metrics import (
     fill_captions,
     find_column,
     fit_square,
+    from_hub,
     generator,
     list_images,
     load_pixels,
@@ -281,10 +282,8 @@ def find_base(name):
         return place
     if place.count("/") != 1:
         fail(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
-    from huggingface_hub import snapshot_download
-
     try:
-        return snapshot_download(place, allow_patterns=PARTS)
+        return from_hub(place, PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds
         fail(
             f"--base {name}: no such folder, and cannot get {place} from the Hub "

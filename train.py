@@ -44,7 +44,6 @@ import lora
 from metrics import (
     BAD_SHARE,
     FID_WEIGHTS,
-    IMAGENET_SCALE,
     LPIPS,
     Flags,
     add_common_flags,
@@ -56,7 +55,6 @@ from metrics import (
     existing_file,
     extract,
     fail,
-    find_weights,
     frechet,
     generator,
     kid,
@@ -66,6 +64,7 @@ from metrics import (
     load_weights,
     near_duplicates,
     need,
+    need_weights,
     number,
     page,
     pick_device,
@@ -417,12 +416,12 @@ def load_perceptual(base, args):
     return partial(perceptual_loss, features, blur_timestep(base))
 
 
+IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, sd
+
+
 def vgg_features(base):
     """A function: latents -> VGG-16 conv3_3 after its ReLU (as Johnson et al. 2016)."""
-    name = LPIPS["vgg"][2]
-    path = find_weights(name)
-    if path is None:
-        fail(f"--perceptual vgg: needs {name} in the cache; --perceptual vae needs no file")
+    path = need_weights(LPIPS["vgg"][2][0], "--perceptual vgg (vae needs no file)")
     trunk = trunk_of("vgg16", load_weights(path)).to(base.device)
     mean, std = torch.tensor(IMAGENET_SCALE, device=base.device)[:, :, None, None]
 
@@ -1744,8 +1743,8 @@ def check_validation(val_rows, args):
         fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}")
     if args.patience and not (val_rows and args.validate_every):
         fail("--patience counts validations: give --val-split or --val-data, and --validate-every")
-    if args.select_by == "fid" and find_weights(FID_WEIGHTS) is None:
-        fail(f"--select-by fid: needs {FID_WEIGHTS} in the cache; --select-by kid needs no file")
+    if args.select_by == "fid":
+        need_weights(FID_WEIGHTS, "--select-by fid (kid needs no file)")
 
 
 # ---------------------------------------------------------------- main

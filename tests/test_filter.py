@@ -6,12 +6,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import Browser, needs_chromium
 from PIL import Image, ImageFilter, ImageOps
 
 import filter as filter_script
@@ -153,6 +154,19 @@ def test_lpips_limits_and_joins_the_scores_where_its_network_is_there(monkeypatc
     assert reasons == ["", "", "--max-lpips 40", "--max-lpips 40"]
     assert "lpips" in reference.real_scores
     assert (scores["lpips"][:2] == 0).all()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_lpips_auto_is_alex_where_it_can_be_had_and_else_one_line(is_there, monkeypatch, capsys):
+    real = as_pixels([wound(i, 64) for i in range(24)])
+    if is_there:
+        monkeypatch.setattr("metrics.PROBLEMS", [])
+        monkeypatch.setattr("metrics.get_weights", lambda name: name)
+    monkeypatch.setattr(filter_script, "load_lpips", lambda net, device: net)
+    monkeypatch.setattr(filter_script, "lpips_matrix", lambda pixels, **_: np.eye(24))
+    reference = filter_script.measure_reference([Row("", "")] * 24, real, "cpu")
+    assert ("lpips" in reference.real_scores) == is_there
+    assert capsys.readouterr().err.count("LPIPS none") == (not is_there)
 
 
 def test_a_picture_that_is_twice_in_the_reference_does_not_hide_its_copies(
@@ -799,6 +813,35 @@ def test_a_file_that_is_no_selector_is_refused(selector, tmp_path, capsys):
         assert "is not a selector" in line
 
 
+def test_a_selector_learns_from_generated_images_alone(rated, tmp_path, run, capsys):
+    """Real ones that the doctor calls good, and that are not there, change nothing."""
+    lines = [[*row.values(), 0, 1] for row in read_table(rated / "ratings.csv")[:60]]
+    lines[0][-1] = 0
+    header = [*HEADER, "real", "shows"]
+    write_csv(rated / "blind.csv", header, lines)
+    real_lines = [[f"gone-{i}.png", 3, "x-ray", 3, "real", f"r{i}", 1, ""] for i in range(30)]
+    write_csv(rated / "both.csv", header, lines + real_lines)
+    flags = ["--reference", rated / "real.csv", "--force", "--out"]
+
+    run(filter_script, "--fit", rated / "blind.csv", *flags, tmp_path / "blind")
+    capsys.readouterr()
+    run(filter_script, "--fit", rated / "both.csv", *flags, tmp_path / "both")
+    output, errors = capsys.readouterr()
+
+    assert (tmp_path / "both").read_bytes() == (tmp_path / "blind").read_bytes()
+    assert errors.endswith("\n30 ratings are of real images: not used\n")
+    assert re.search(r"of two pictures it picks the better \d+ times in 100 \(95 %: 0\.", output)
+    assert "1 of 60 ratings say that the label is not shown" in output
+    words = f"{rated} --reference {rated / 'real.csv'} --selector {tmp_path / 'both'}"
+    assert output.endswith(f"filter.py {words}\n")
+
+
+def test_ratings_of_real_images_alone_teach_nothing(tmp_path, refused):
+    write_csv(tmp_path / "r.csv", ["image_path", "rating", "real"], [["a.png", 3, "1"]])
+
+    assert "all rated images are real" in refused(filter_script, "--fit", tmp_path / "r.csv")
+
+
 def test_from_shuffled_ratings_no_selector_is_written(rated, tmp_path, refused, run):
     out = tmp_path / "s.safetensors"
     flags = ["--fit", rated / "shuffled.csv", "--out", out]
@@ -846,7 +889,7 @@ def test_ratings_that_repeat_the_experts_level_are_refused_by_that_name(tmp_path
     assert not out.exists()
 
 
-@pytest.mark.parametrize("column", ["modality", "prompt", "expert", "real"])
+@pytest.mark.parametrize("column", ["modality", "prompt", "expert"])
 def test_ratings_that_repeat_what_was_rated_or_who_rated_are_refused(column, tmp_path, refused):
     write_wounds(tmp_path, 40)
     rows = [[f"{i}.png", 1 + i % 3, f"kind {i % 3}"] for i in range(40)]
@@ -870,9 +913,9 @@ def test_too_few_good_images_are_refused(tmp_path, refused):
 @pytest.mark.parametrize(
     "rating, level, message",
     [
-        (4, 3, "row 3: rating must be 1, 2 or 3, not '4'"),
-        (2.5, 3, "row 3: rating must be 1, 2 or 3"),
-        ("gut", 3, "row 3: rating must be 1, 2 or 3, not 'gut' (of b.png)"),
+        (4, 3, "row 3: rating must be 1 (bad), 2 (usable) or 3 (good), not '4'"),
+        (2.5, 3, "row 3: rating must be 1 (bad)"),
+        ("gut", 3, "3 (good), not 'gut' (of b.png)"),
         (2, 0, "row 3: expert_level must be a number from 1"),
         (2, "senior", "not 'senior'"),
     ],
@@ -1105,88 +1148,198 @@ def test_a_rating_page_leaves_out_what_is_rated_and_asks_where_the_selector_doub
     assert "0 images to rate" in message
 
 
-BROWSERS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
-CHROMIUM = next(filter(None, BROWSERS), None)
-DRIVER = """<script>
-const key = k => document.dispatchEvent(
-  new KeyboardEvent("keydown", {key: k, bubbles: true, cancelable: true}));
-const log = JSON.parse(sessionStorage.getItem("log") || "[]");
-const rate = (k, guess) => {
-  if (guess) key(guess);
-  log.push([$("picture").innerHTML, k, guess]);
-  key(k);
-};
-addEventListener("load", () => {
-  if (!log.length) {
-    $("name").value = 'Dr. "A", Ünal'; $("start").requestSubmit();
-    for (let n = 0; n < 8; n++) rate("123"[n % 3], n % 2 ? "r" : "g");
-    key("2"); key("u");  // a slip, taken back
-    $("note").value = 'soft, "very"'; $("note").dispatchEvent(new Event("input"));
-    rate("1", "r"); key("s");  // and one is skipped
-    sessionStorage.setItem("log", JSON.stringify(log)); location.reload();
-  } else {
-    for (let n = 0; n < 10; n++)
-      n % 2 ? rate("321"[n % 3]) : document.querySelector('[data-key="2"]').click();
-    // read at once: headless Chromium does not wait
-    window.Blob = function (parts) { this.text = parts.join(""); };
-    URL.createObjectURL = blob => {
-      const text = unescape(encodeURIComponent(JSON.stringify({text: blob.text, log})));
-      const shown = Object.assign(document.createElement("pre"), {id: "out"});
-      shown.textContent = btoa(text);
-      document.body.replaceChildren(shown);
-      return "#";
-    };
-    $("save").click();
-  }
-});
-</script>"""
-
-
-def drive(page, tmp_path):
-    """What the driven page shows in the end, as the driver wrote it."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000"]
-    for attempt in range(3):  # on a busy machine it may show the page as before the reload
-        profile = f"--user-data-dir={tmp_path}/profile-{attempt}"
-        command = [CHROMIUM, *flags, profile, "--dump-dom", f"file://{page}"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-        output = re.search('<pre id="out">(.*?)</pre>', shown)
-        if output:
-            return json.loads(base64.b64decode(output[1]))
-    pytest.fail("the page did not get to its end")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here to open the rating page in")
-def test_the_rating_page_saves_what_was_pressed_across_a_reload(sets, tmp_path, run):
-    page = tmp_path / "rate.html"
-    flags = ["--suggest", 20, "--blind", sets[0], "--resolution", 64]
-    run(filter_script, sets[1], "--rating-page", page, *flags)
-    text = page.read_text()
-    (tmp_path / "driven.html").write_text(text + DRIVER)
-
-    saved = drive(tmp_path / "driven.html", tmp_path)
-
+def made_page(path):
+    """What a rating page holds: the facts of each image, see facts_of, and the images."""
+    text = Path(path).read_text()
     facts = json.loads(base64.b64decode(re.search('const FACTS = "(.*)"', text)[1]))
-    images = json.loads(re.search(r"const IMAGES = (\[.*\]);", text)[1])
-    assert len(facts) == len(images) == 20
+    images = []
+    for tag in json.loads(re.search(r"const IMAGES = (\[.*\]);", text)[1]):
+        data = base64.b64decode(re.search('base64,([^"]*)', tag)[1])
+        images.append(Image.open(io.BytesIO(data)))
+    return facts, images
+
+
+def test_the_page_shows_pictures_as_stored_up_to_768_pixels(tmp_path, run):
+    (tmp_path / "new").mkdir()
+    for name, size in (("film", (300, 200)), ("large", (1536, 1024)), ("small", (40, 64))):
+        wound(1, 64).resize(size).save(tmp_path / "new" / f"{name}.png")
+
+    run(filter_script, tmp_path / "new", "--rating-page", tmp_path / "rate.html")
+
+    facts, images = made_page(tmp_path / "rate.html")
+    sizes = {Path(fact[0]).stem: image.size for fact, image in zip(facts, images, strict=True)}
+    assert sizes == {"film": (300, 200), "large": (768, 512), "small": (40, 64)}
+
+
+def test_a_real_image_among_generated_ones_is_told_by_neither_size_nor_file(tmp_path, run):
+    """Small real ones are not shown: neither are they enlarged, nor all others made as small."""
+    for name, sides in (("new", [128] * 16), ("real", [40, *[300] * 9, 90, 80])):
+        (tmp_path / name).mkdir()
+        for i, side in enumerate(sides):
+            image = wound(i, 64).resize((side + 60 * (name == "real"), side))
+            image.save(tmp_path / name / (f"{i}.jpg" if name == "real" else f"{i}.png"))
+    page = tmp_path / "rate.html"
+
+    run(filter_script, tmp_path / "new", "--rating-page", page, "--blind", tmp_path / "real")
+
+    facts, images = made_page(page)
     assert sum(fact[4] for fact in facts) == 4
-    for hidden in (str(tmp_path.parent), "http:", "https:"):  # no name in clear, no server
-        assert hidden not in text
-    assert saved["text"].startswith("\ufeffimage_path,")  # or Excel takes it for another code
-    (tmp_path / "ratings.csv").write_text(saved["text"])
-    ratings = {}
-    for rating in filter_script.read_ratings([tmp_path / "ratings.csv"]):
-        ratings[rating.path] = rating
-    assert len(ratings) == 19  # one was skipped
-    for picture, pressed, *guess in saved["log"]:
-        path, _, _, _, is_real, digest = facts[images.index(picture)]
-        rating = ratings[os.path.normpath(tmp_path / path)]
-        assert rating.sha256 == digest == metrics.content_hash(rating.path)
-        assert rating.rating == int(pressed)
-        assert rating.real == str(is_real)
+    assert {Path(fact[0]).name for fact in facts if fact[4]} < {f"{i}.jpg" for i in range(1, 10)}
+    assert {image.size for image in images} == {(128, 128)}
+    assert len({str(image.quantization) for image in images}) == 1
+
+
+def test_of_real_images_a_blind_page_asks_for_labels_of_generated_ones_alone():
+    rows = [Row("", "", label="Ulcer"), Row("", "", caption="a burn"), Row("", "")]
+    real_rows = [Row("", "", label="ulcer"), Row("", "", label="scar", caption="x"), Row("", "")]
+
+    assert filter_script.labels_to_ask(rows, []) == ["Ulcer", "a burn", ""]
+    blind = filter_script.labels_to_ask(rows, real_rows)
+    assert blind[:2] == ["Ulcer", "a burn"]
+    assert blind[3] == "Ulcer"
+    assert {blind[2], *blind[4:]} <= {"Ulcer", "a burn"}
+    assert filter_script.labels_to_ask(rows[2:], real_rows) == [""] * 4
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """browse(page, width, height): it in a browser, always of one profile, killed in the end."""
+    started = []
+
+    def start(page, *size):
+        started.append(Browser(page, tmp_path / "profile", *size))
+        started[-1].wait("!document.getElementById('start').hidden")
+        return started[-1]
+
+    yield start
+    for browser in started:
+        browser.kill()
+
+
+def begin_as(browser, name):
+    browser.evaluate(f"$('name').value = {json.dumps(name)}")
+    browser.evaluate("document.querySelector('#start button').click()")
+    browser.wait("!$('rate').hidden && $('picture').firstChild.complete")
+
+
+def press(browser, keys):
+    """Press keys, each when the page has done what the one before it asked for."""
+    for key in keys:
+        browser.press(*key)
+        browser.evaluate("work")
+
+
+def saved_ratings(browser, folder):
+    """The ratings of the file that the page saves."""
+    folder.mkdir(exist_ok=True)
+    browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    browser.evaluate("$('save').click()")
+    end = time.monotonic() + 20
+    while not (found := list(folder.glob("*.csv"))):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found[0]
+
+
+AZERTY = {"1": ("&", "Digit1"), "2": ("é", "Digit2"), "3": ('"', "Digit3")}
+CZECH = {"1": ("+", "Digit1"), "2": ("ě", "Digit2"), "3": ("š", "Digit3")}
+NUMPAD = {"1": ("End", "Numpad1"), "2": ("2", "Numpad2"), "3": ("PageDown", "Numpad3")}
+CYRILLIC = {"r": ("к", "KeyR"), "g": ("п", "KeyG"), "y": ("н", "KeyY"), "n": ("т", "KeyN")}
+
+
+@needs_chromium
+def test_answers_outlive_a_killed_browser_and_are_saved_by_rater(sets, tmp_path, run, browse):
+    page = tmp_path / "rate.html"
+    table = tmp_path / "new.csv"
+    rows = [[str(path), "ulcer"] for path in sorted(Path(sets[1]).iterdir())]
+    write_csv(table, ["file_name", "label"], rows)
+    flags = ["--suggest", 15, "--blind", sets[0]]
+    run(filter_script, table, "--rating-page", page, *flags, "--resolution", 64)
+    facts, _ = made_page(page)
+
+    browser = browse(page)
+    begin_as(browser, 'Dr. "A", Ünal')
+    for i in range(9):
+        layout = (AZERTY, CZECH, NUMPAD)[i % 3]
+        guess, shows = ("r", "n") if i % 2 else ("g", "y")
+        press(browser, [CYRILLIC[guess], (shows, ""), layout["123"[i % 3]]])
+    browser.kill()  # within milliseconds of the last key
+    run(filter_script, table, "--rating-page", page, *flags)  # again, larger
+    again = browse(page)
+    assert again.evaluate("$('name').value") == 'Dr. "A", Ünal'
+    again.press("Enter", "Enter")
+    again.wait("!$('rate').hidden")
+    assert again.evaluate("$('where').textContent") == "10 of 15, 9 marked"
+    press(again, ["s", "3", ("Backspace",), *"tsoft", ("Enter", "Enter"), "1"])
+    press(again, "c")
+    begin_as(again, "Ben")
+    press(again, ["2"])
+    assert again.evaluate("[$('rater').textContent, at]") == ["Ben", 1]
+    press(again, "c")
+    begin_as(again, 'Dr. "A", Ünal')
+    press(again, "2222")
+    assert again.evaluate("!$('end').hidden && $('file').textContent") == "ratings-Dr-A-Ünal.csv"
+    saved = saved_ratings(again, tmp_path / "downloads")
+
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in again.requests)
+    assert saved.name == "ratings-Dr-A-Ünal.csv"
+    assert saved.read_bytes().startswith(b"\xef\xbb\xbf")  # or Excel takes it for another code
+    shutil.copy(saved, tmp_path)
+    ratings = filter_script.read_ratings([tmp_path / saved.name])
+    assert [rating.rating for rating in ratings] == [1, 2, 3] * 3 + [1] + [2] * 4
+    for i, rating in enumerate(ratings):
+        fact = facts[i + (i > 8)]  # one was skipped
+        assert rating.path == os.path.normpath(tmp_path / fact[0])
+        assert rating.sha256 == metrics.content_hash(rating.path)
+        assert rating.real == str(fact[4])
         assert rating.expert == 'Dr. "A", Ünal'
-        assert rating.guess == {"r": "real", "g": "generated"}.get((guess or [""])[0], "")
-    comments = [row["comment"] for row in read_table(tmp_path / "ratings.csv")]
-    assert comments.count('soft, "very"') == 1
+        answers = (["generated", "1"], ["real", "0"])[i % 2] if i < 9 else ["", ""]
+        assert [rating.guess, rating.shows] == answers
+    lines = read_table(saved)
+    assert {line["label"] for line in lines} == {"ulcer"}
+    assert [line["comment"] for line in lines].count("soft") == 1
+
+
+HOSTILE = '</script><img src=x onerror="hacked=1"><script>hacked=1</script>{0}${hacked=1}`"\''
+
+
+@needs_chromium
+@pytest.mark.parametrize("size", [(390, 844), (844, 390), (1280, 900)])
+def test_a_page_of_any_size_shows_the_marks_and_runs_nothing_of_what_it_shows(
+    size, tmp_path, run, browse
+):
+    wound(1, 64).resize((512, 512)).save(tmp_path / "<b>&.png")
+    row = ["<b>&.png", HOSTILE, HOSTILE + "label", HOSTILE]
+    write_csv(tmp_path / "new.csv", ["file_name", "text", "label", "modality"], [row])
+    (tmp_path / "scale.txt").write_text(HOSTILE)
+    page = tmp_path / "rate.html"
+    flags = ["--rating-page", page, "--scale-text", tmp_path / "scale.txt"]
+
+    run(filter_script, tmp_path / "new.csv", *flags)
+    browser = browse(page, *size)
+    scale = browser.evaluate("$('scale').textContent")
+    begin_as(browser, HOSTILE)
+    shown = browser.evaluate("[$('rater'), $('question'), $('text')].map(e => e.textContent)")
+    below = browser.evaluate(
+        "Math.max(...['picture', 'marks'].map(id => $(id).getBoundingClientRect().bottom))"
+    )
+    browser.evaluate(
+        "$('picture').onwheel({preventDefault() {}, deltaY: -500, clientX: 0, clientY: 0})"
+    )
+    zoomed = browser.evaluate("$('shown').textContent")
+    press(browser, ["0"])
+    plain = browser.evaluate("$('shown').textContent")
+    press(browser, ["1", "c"])
+    saved = read_table(saved_ratings(browser, tmp_path / "downloads"))
+
+    assert scale == HOSTILE
+    assert shown == [HOSTILE, f"Shows: {HOSTILE}label?", HOSTILE]
+    assert below <= size[1]
+    assert re.fullmatch(r"512 × 512 pixels, enlarged [\d.]+ times", zoomed)
+    assert plain == "512 × 512 pixels" + ("" if size[0] == 1280 else plain[16:])
+    assert [saved[0][name] for name in ("expert", "prompt", "modality")] == [HOSTILE] * 3
+    assert browser.evaluate("typeof hacked") == "undefined"
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in browser.requests)
 
 
 def write_agreement(folder, name, rows):
@@ -1345,36 +1498,17 @@ def test_a_file_in_which_nothing_is_rated_is_refused(tmp_path, refused):
 
 
 @pytest.mark.parametrize(
-    "values, expected",
-    [
-        (
-            "1 2 3 4 5",
-            "found '1', '2', '3', '4', '5': write 1 for those below 2.33, 3 for those ab",
-        ),
-        ("3 4 5", "below 2.33, 3 for those above 3.67, 2 for others, or the other way"),  # of five
-        ("0 1 2 3 4 5 6 7 8 9 10", "below 3.33, 3 for those above 6.67"),
-        ("0 1", "below 0.333, 3 for those above 0.667"),
-        ("0 1 2", "below 0.667, 3 for those above 1.33"),
-        (
-            "1 1,5 2 3",
-            "found '1', '1,5', '2', '3': write 1 for those below 1.67, 3 for those above 2.3",
-        ),
-        ("0 50 85", "below 33.3, 3 for those above 66.7"),
-        ("-1 0 1", "below -0.333, 3 for those above 0.333"),
-        ("good bad 2", "found '2', 'bad', 'good': write 1 for bad, 2 for usable, 3 for good"),
-        ("1 inf", "found '1', 'inf': write 1 for bad"),
-    ],
+    "values", ["1 2 3 4 5", "0 1", "1 1,5 2 3", "-1 0 1", "good bad 2", "1 inf"]
 )
-def test_ratings_on_another_scale_are_refused_with_how_to_write_them(
-    values, expected, tmp_path, refused
-):
+def test_ratings_on_another_scale_are_refused_with_how_to_write_them(values, tmp_path, refused):
     rows = [f"{i}.png;{value}" for i, value in enumerate(values.split())]
     (tmp_path / "r.csv").write_text("\n".join(["image_path;rating", *rows]))
 
     message = refused(filter_script, "--agreement", tmp_path / "r.csv")
 
-    assert re.search(r"r\.csv: row \d+: rating must be 1, 2 or 3, not '", message)
-    assert expected in message
+    start = r"r\.csv: row \d+: rating must be 1 \(bad\), 2 \(usable\) or 3 \(good\), not '"
+    assert re.search(start, message)
+    assert message.endswith("write other scales as thirds of theirs")
 
 
 def test_of_an_experts_ratings_of_an_image_the_last_counts(tmp_path, capsys):

@@ -1,13 +1,21 @@
 """Numbers against values from outside: published packages run once and closed forms."""
 
+import contextlib
+import hashlib
 import importlib.util
 import io
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms.v2.functional import center_crop, normalize
 
 import metrics
 import phantoms
@@ -16,9 +24,12 @@ from metrics import Network, frechet, kid, squared_distances
 A = np.random.RandomState(0)
 REAL = A.randn(60, 16)
 FAKE = 1.1 * A.randn(50, 16) + 0.2
+LPIPS_PACKAGE = importlib.util.find_spec("lpips")
 needs_lpips = pytest.mark.skipif(
-    importlib.util.find_spec("lpips") is None, reason="the lpips package has the linear weights"
+    LPIPS_PACKAGE is None, reason="the lpips package has the linear weights"
 )
+if LPIPS_PACKAGE:
+    PACKAGED_LAYERS = Path(LPIPS_PACKAGE.origin).parent / "weights" / "v0.1"
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +303,7 @@ def test_ssim_agrees_with_scikit_image():
 
 def lpips_network(net, trunk_state, weights):
     """LPIPS on a trunk of these weights, with these weights of its layers' channels."""
-    kind, layers, _, _ = metrics.LPIPS[net]
+    kind, layers, _ = metrics.LPIPS[net]
     trunk = metrics.trunk_of(kind, trunk_state)
 
     def function(pixels):
@@ -324,35 +335,51 @@ def test_lpips_agrees_with_the_lpips_package_on_the_same_random_trunk(net):
 # ---------------------------------------------------------------- vision models of transformers
 
 
-def tiny_dinov2(folder):
+def tiny_dinov2(folder, **how):
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56)
     model = Dinov2Model(config).eval()
     model.save_pretrained(folder)
-    BitImageProcessor(
-        size={"shortest_edge": 64},
-        crop_size={"height": 56, "width": 56},
-        image_mean=[0.5, 0.4, 0.3],
-        image_std=[0.2, 0.2, 0.3],
-    ).save_pretrained(folder)
+    BitImageProcessor(**how).save_pretrained(folder)
     return model
 
 
-def test_a_vision_transformer_gives_its_class_token_of_images_as_its_own_processor_makes_them(
-    tmp_path,
-):
-    from torchvision.transforms.v2.functional import center_crop, normalize
+def resized(pixels, side):
+    """Pictures as Pillow resizes them, bicubic, as dgm-eval's DINOv2 encoder does: 0 to 1."""
+    parts = []
+    for image in pixels:
+        picture = metrics.picture(image).resize((side, side), Image.Resampling.BICUBIC)
+        parts.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255)
+    return torch.stack(parts)
 
-    model = tiny_dinov2(tmp_path)
-    pixels = noise(2, size=64)
-    images = normalize(center_crop(pixels, [56, 56]) / 255, [0.5, 0.4, 0.3], [0.2, 0.2, 0.3])
+
+def class_token(model, images):
     with torch.no_grad():
-        expected = model(pixel_values=images).last_hidden_state[:, 0]
+        return model(pixel_values=images).last_hidden_state[:, 0].numpy()
+
+
+def test_dinov2_gives_what_dgm_eval_defines(tmp_path):
+    """Straight to a square, ImageNet's mean and spread, the class token after the last norm."""
+    scale = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    how = dict(do_center_crop=False, image_mean=scale[0], image_std=scale[1])
+    model = tiny_dinov2(tmp_path, size={"height": 56, "width": 56}, **how)
+    pixels = noise(3, size=100)[:, :, :80]
+    vectors = metrics.extract(pixels, metrics.load_features(str(tmp_path), "cpu"), "cpu")
+    expected = class_token(model, normalize(resized(pixels, 56), *scale))
+    assert vectors == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_vision_model_sees_images_as_its_own_processor_makes_them(tmp_path):
+    scale = [0.5, 0.4, 0.3], [0.2, 0.2, 0.3]
+    how = dict(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56})
+    model = tiny_dinov2(tmp_path, image_mean=scale[0], image_std=scale[1], **how)
+    pixels = noise(2, size=100)
     network = metrics.load_features(str(tmp_path), "cpu")
     vectors = metrics.extract(pixels, network, "cpu")
-    assert vectors == pytest.approx(expected.numpy(), abs=1e-4)  # two ways to scale in fp32
+    images = center_crop(resized(pixels, 64), [56, 56])
+    assert vectors == pytest.approx(class_token(model, normalize(images, *scale)), abs=1e-5)
     assert network.name.startswith("dinov2-")
     assert not network.published
 
@@ -360,48 +387,283 @@ def test_a_vision_transformer_gives_its_class_token_of_images_as_its_own_process
 def test_other_weights_or_another_preparation_are_another_network_in_the_cache(tmp_path):
     import json
 
-    tiny_dinov2(tmp_path)
-    name = metrics.load_features(str(tmp_path), "cpu").name
+    model = tiny_dinov2(tmp_path / "a")
+    model.layernorm.bias.data += 1
+    model.save_pretrained(tmp_path)
+    names = {metrics.load_features(str(tmp_path / "a"), "cpu").name}
+    metrics.copy_file(
+        tmp_path / "a/preprocessor_config.json", tmp_path / "preprocessor_config.json"
+    )
+    names.add(metrics.load_features(str(tmp_path), "cpu").name)
     file = tmp_path / "preprocessor_config.json"
     settings = json.loads(file.read_text()) | {"image_mean": [0.1, 0.1, 0.1]}
     file.write_text(json.dumps(settings))
-    assert metrics.load_features(str(tmp_path), "cpu").name != name
+    names.add(metrics.load_features(str(tmp_path), "cpu").name)
+    assert len(names) == 3
 
 
-def test_clip_gives_its_image_embedding(tmp_path):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+LAYERS = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+SMALL = dict(LAYERS, hidden_size=16, image_size=32, patch_size=16)
 
-    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+def saved_model(name, folder, config):
+    """A model of transformers of random weights and a processor, in a folder."""
+    import transformers
+
     torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config=dict(size, projection_dim=8, vocab_size=10),
-        vision_config=dict(size, projection_dim=8, image_size=32, patch_size=16),
-        projection_dim=8,
-    )
-    model = CLIPModel(config).eval()
-    model.save_pretrained(tmp_path)
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
-    processor.save_pretrained(tmp_path)
-    pixels = noise(3, size=32)
-    images = processor(images=list(pixels), return_tensors="pt")["pixel_values"]
+    model = getattr(transformers, name)(config).eval()
+    model.save_pretrained(folder)
+    side = {"height": 32, "width": 32}
+    transformers.ViTImageProcessor(size=side).save_pretrained(folder)
+    return model
+
+
+def embedding_of(folder, model, pool):
+    """What load_features gives for random pictures, and what pool gives of the model's output."""
+    pixels = noise(2, size=32)
+    network = metrics.load_features(str(folder), "cpu")
+    vectors = metrics.extract(pixels, network, "cpu")
+    assert metrics.load_features(str(folder), "cpu").name == network.name  # nothing is random
     with torch.no_grad():
-        states = model.vision_model(pixel_values=images).pooler_output
-        expected = model.visual_projection(states)
-    vectors = metrics.extract(pixels, metrics.load_features(str(tmp_path), "cpu"), "cpu")
-    assert vectors == pytest.approx(expected.numpy(), abs=1e-5)
+        return vectors, pool(model, pixels / 127.5 - 1).flatten(1).numpy()
 
 
-def test_a_convolutional_vision_model_gives_the_mean_of_its_maps(tmp_path):
-    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetModel
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_clip_and_siglip_give_their_image_embedding(kind, tmp_path):
+    import transformers
 
-    torch.manual_seed(0)
+    size = dict(LAYERS, hidden_size=16, projection_dim=8)
+    parts = {"text_config": dict(size, vocab_size=10), "vision_config": dict(SMALL)}
+    if kind == "CLIP":
+        parts |= {"projection_dim": 8}
+    config = getattr(transformers, f"{kind}Config")(**parts)
+    model = saved_model(f"{kind}Model", tmp_path, config)
+
+    def pool(model, images):
+        pooled = model.vision_model(pixel_values=images).pooler_output
+        return model.visual_projection(pooled) if kind == "CLIP" else pooled
+
+    vectors, expected = embedding_of(tmp_path, model, pool)
+    assert vectors == pytest.approx(expected, abs=1e-5)
+
+
+def test_masked_autoencoders_give_the_mean_of_all_patches(tmp_path):
+    from transformers import ViTMAEConfig
+
+    model = saved_model("ViTMAEModel", tmp_path, ViTMAEConfig(**SMALL, mask_ratio=0.75))
+
+    def pool(model, images):
+        model.config.mask_ratio = 0.0
+        in_order = torch.arange(4.0).expand(2, 4)
+        return model(images, noise=in_order).last_hidden_state[:, 1:].mean(1)
+
+    vectors, expected = embedding_of(tmp_path, model, pool)
+    assert vectors == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_file_without_the_pooler_gives_the_class_token_and_one_with_it_the_pooler(tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    whole = saved_model("ViTModel", tmp_path / "whole", ViTConfig(**SMALL))
+    vectors, expected = embedding_of(tmp_path / "whole", whole, lambda net, x: net(x).pooler_output)
+    assert vectors == pytest.approx(expected, abs=1e-5)
+    bare = ViTModel(ViTConfig(**SMALL), add_pooling_layer=False).eval()
+    (tmp_path / "whole").rename(tmp_path / "bare")
+    bare.save_pretrained(tmp_path / "bare")
+    vectors, expected = embedding_of(
+        tmp_path / "bare", bare, lambda net, x: net(x).last_hidden_state[:, 0]
+    )
+    assert vectors == pytest.approx(expected, abs=1e-5)
+
+
+def test_maps_without_a_pooler_give_their_mean(tmp_path):
+    from transformers import SegformerConfig
+
+    config = SegformerConfig(hidden_sizes=[8, 8, 8, 16], depths=[1] * 4, decoder_hidden_size=8)
+    model = saved_model("SegformerModel", tmp_path, config)
+    vectors, expected = embedding_of(
+        tmp_path, model, lambda net, x: net(x).last_hidden_state.mean((2, 3))
+    )
+    assert vectors == pytest.approx(expected, abs=1e-5)
+
+
+def test_convolutional_and_windowed_networks_give_what_they_pool(tmp_path):
+    from transformers import ResNetConfig, SwinConfig
+
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    ResNetModel(config).save_pretrained(tmp_path)
-    ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=1.0).save_pretrained(tmp_path)
-    network = metrics.load_features(str(tmp_path), "cpu")
-    assert metrics.extract(noise(2), network, "cpu").shape == (2, 16)
+    resnet = saved_model("ResNetModel", tmp_path / "resnet", config)
+    config = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    swin = saved_model("SwinModel", tmp_path / "swin", config)
+    for folder, model in (("resnet", resnet), ("swin", swin)):
+        vectors, expected = embedding_of(
+            tmp_path / folder, model, lambda net, x: net(x).pooler_output
+        )
+        assert vectors.shape == (2, 16)
+        assert vectors == pytest.approx(expected, abs=1e-5)
+
+
+# ---------------------------------------------------------------- weights, downloaded once
+
+CONTENT = bytes(range(256)) * 400
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Serves CONTENT under any name, in the server's manner."""
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        manner = self.server.manner.get(self.path, self.server.manner.get("all"))
+        if manner == "silent":
+            self.server.closing.wait(20)
+        elif manner == "not found":
+            self.send_error(404)
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+            with contextlib.suppress(OSError):  # wait_for asks for no more than the header
+                self.wfile.write(CONTENT[: len(CONTENT) // 2])
+                if manner == "stalls":
+                    self.server.closing.wait(20)
+                elif manner != "breaks":
+                    self.wfile.write(CONTENT[len(CONTENT) // 2 :])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    """A server on the loopback that has every file of WEIGHTS, each the same small one."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.manner = {}
+    server.asked = []
+    server.closing = threading.Event()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    folder = f"http://127.0.0.1:{server.server_port}/"
+    entry = (folder, hashlib.sha256(CONTENT).hexdigest(), 0.1, "MIT")
+    monkeypatch.setattr(metrics, "WEIGHTS", dict.fromkeys(metrics.WEIGHTS, entry))
+    monkeypatch.setattr(metrics, "PROBLEMS", [])
+    monkeypatch.setattr(metrics, "PATIENCE", 0.3)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("no_proxy", "*")
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    socket.setdefaulttimeout(None)
+
+
+def test_weights_are_downloaded_once_and_named_with_their_size_and_licence(web, cache, capsys):
+    path = metrics.get_weights("vgg.pth")
+    said = capsys.readouterr().err
+    count = len(web.asked)
+    assert path == cache / "vgg.pth"
+    assert path.read_bytes() == CONTENT
+    assert "/vgg.pth: 0.1 MB, licence MIT" in said
+    assert metrics.get_weights("vgg.pth") == path
+    assert len(web.asked) == count
+    path.write_bytes(b"damaged")
+    assert metrics.get_weights("vgg.pth").read_bytes() == CONTENT
+
+
+def test_weights_in_the_cache_of_torch_are_taken_from_there(web, tmp_path):
+    place = tmp_path / "torch" / "hub" / "checkpoints" / "alex.pth"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(CONTENT)
+    assert metrics.get_weights("alex.pth") == place
+    assert web.asked == []
+
+
+@pytest.mark.parametrize(
+    ("manner", "said"),
+    [("not found", "404"), ("breaks", "hash"), ("silent", "no answer"), ("stalls", "timed out")],
+)
+def test_a_download_that_fails_leaves_nothing_and_says_what_to_put_where(
+    manner, said, web, cache, capsys
+):
+    web.manner["all"] = manner
+    with pytest.raises(SystemExit) as stop:
+        metrics.need_weights("alex.pth", "--lpips alex")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert line.startswith("error: --lpips alex: needs alex.pth")
+    assert said in line
+    assert f"put {metrics.WEIGHTS['alex.pth'][0]}alex.pth into {cache}" in line
+    assert not any(path.is_file() for path in cache.rglob("*"))
+
+
+def test_a_file_of_another_sha_256_is_not_kept(web, cache, monkeypatch):
+    folder, *rest = metrics.WEIGHTS["alex.pth"]
+    monkeypatch.setitem(metrics.WEIGHTS, "alex.pth", (folder, "0" * 64, *rest[1:]))
+    assert metrics.get_weights("alex.pth") is None
+    assert "invalid hash" in str(metrics.PROBLEMS)
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("manner", ["silent", "stalls"])
+def test_a_network_that_hangs_is_waited_for_once(manner, web):
+    web.manner["all"] = manner
+    assert metrics.get_weights("alex.pth") is None
+    count = len(web.asked)
+    assert metrics.get_weights("vgg.pth") is None
+    with pytest.raises(TimeoutError):
+        metrics.wait_for("http://127.0.0.1:1/")
+    assert len(web.asked) == count
+
+
+def test_a_silent_name_server_is_waited_for_no_longer(web, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: web.closing.wait(20))
+    assert metrics.get_weights("alex.pth") is None
+    assert "no answer" in str(metrics.PROBLEMS[0])
+
+
+def test_no_server_and_no_network_cost_nothing(web, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        entry = (f"http://127.0.0.1:{taken.getsockname()[1]}/", "", 1, "MIT")
+        monkeypatch.setitem(metrics.WEIGHTS, "alex.pth", entry)
+        assert metrics.get_weights("alex.pth") is None
+    assert "refused" in str(metrics.PROBLEMS[0])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert metrics.get_weights("vgg.pth") is None
+    assert "HF_HUB_OFFLINE" in str(metrics.PROBLEMS[1])
+    assert web.asked == []
+
+
+def test_processes_may_download_the_same_file_at_once(web, cache):
+    with ThreadPool(4) as pool:
+        paths = pool.map(metrics.get_weights, ["alex.pth"] * 4)
+    assert paths == [cache / "alex.pth"] * 4
+    assert [path.name for path in cache.iterdir()] == ["alex.pth"]
+    assert paths[0].read_bytes() == CONTENT
+
+
+def test_auto_is_the_published_network_and_one_line_says_where_it_is_not(web, capsys):
+    assert metrics.resolve_auto("texture", "none") == ("texture", "none")
+    assert web.asked == []
+    web.manner["/alex.pth"] = "not found"
+    assert metrics.resolve_auto("auto", "auto") == ("inception", "none")
+    said = [line for line in capsys.readouterr().err.splitlines() if "evaluate.py" in line]
+    assert len(said) == 1
+    assert "LPIPS none" in said[0]
+    del web.manner["/alex.pth"]
+    metrics.PROBLEMS.clear()
+    assert metrics.resolve_auto("auto", "auto") == ("inception", "alex")
+    assert "evaluate.py" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("manner", "offline"), [("silent", True), ("not found", False), ("", False)]
+)
+def test_the_hub_is_asked_only_where_it_answers(manner, offline, web, monkeypatch):
+    asked = {}
+    web.manner["all"] = manner
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", metrics.WEIGHTS["alex.pth"][0])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **how: asked.update(how))
+    metrics.from_hub("owner/name", "*.json")
+    assert asked["local_files_only"] == offline
 
 
 # ---------------------------------------------------------------- copies
@@ -525,7 +787,7 @@ LPIPS_VALUES = {
 @pytest.mark.parametrize("net", LPIPS_VALUES)
 def test_lpips_is_the_squared_distance_of_two_vectors(net):
     """On the trunk of research notes: seeded float64 weights, packaged linear layers."""
-    kind, layers, _, digest = metrics.LPIPS[net]
+    kind, layers, (_, file) = metrics.LPIPS[net]
     rs = np.random.RandomState(7)
     with torch.device("meta"):
         shapes = getattr(torchvision.models, kind)().features.state_dict(prefix="features.")
@@ -535,7 +797,8 @@ def test_lpips_is_the_squared_distance_of_two_vectors(net):
         if value.ndim == 4:
             drawn = rs.randn(*value.shape) * np.sqrt(2 / value[0].numel())
             state[name] = torch.from_numpy(drawn)
-    linear = metrics.load_weights(metrics.lpips_files(net)[1], digest)
+    linear = metrics.load_weights(PACKAGED_LAYERS / file)
+    assert metrics.content_hash(PACKAGED_LAYERS / file) == metrics.WEIGHTS[file][1]
     weights = [linear[f"lin{n}.model.1.weight"][0].double() for n in range(len(linear))]
     y, x = np.mgrid[0:64, 0:64] / 63
     images = []
@@ -612,25 +875,21 @@ def test_an_inception_of_other_weights_serves_but_is_not_called_published(tmp_pa
 
 
 @needs_lpips
-def test_lpips_takes_its_trunk_from_the_cache_and_refuses_a_damaged_one(cache, monkeypatch, capsys):
+def test_lpips_takes_its_files_from_the_cache(cache, monkeypatch):
     cache.mkdir()
-    torch.save(torchvision.models.alexnet(num_classes=2).state_dict(), cache / "new.pth")
-    kind, indices, _, digest = metrics.LPIPS["alex"]
-    name = f"alexnet-owt-{metrics.content_hash(cache / 'new.pth')[:8]}.pth"
-    monkeypatch.setitem(metrics.LPIPS, "alex", (kind, indices, name, digest))
-    assert not metrics.has_lpips("alex")
-    with pytest.raises(SystemExit):
-        metrics.load_lpips("alex", "cpu")
-    assert "pip install lpips" in capsys.readouterr().err
-    (cache / "new.pth").rename(cache / name)
-    assert metrics.has_lpips("alex")
+    trunk, layers = metrics.LPIPS["alex"][2]
+    with torch.device("meta"):
+        state = torchvision.models.alexnet().features.state_dict(prefix="features.")
+    state = {name: torch.rand(value.shape) for name, value in state.items()}
+    torch.save(state, cache / trunk)
+    metrics.copy_file(PACKAGED_LAYERS / layers, cache / layers)
+    entry = list(metrics.WEIGHTS[trunk])
+    entry[1] = metrics.content_hash(cache / trunk)
+    monkeypatch.setitem(metrics.WEIGHTS, trunk, entry)
+    assert metrics.resolve_auto("texture", "auto") == ("texture", "alex")
     matrix = metrics.lpips_matrix(noise(3), metrics.load_lpips("alex", "cpu"), "cpu")
     assert (matrix[np.triu_indices(3, 1)] > 0).all()
     assert (matrix.diagonal() == 0).all()
-    (cache / name).write_bytes(b"half")
-    with pytest.raises(SystemExit):
-        metrics.load_lpips("alex", "cpu")
-    assert "is damaged or another file" in capsys.readouterr().err
 
 
 def test_features_come_from_the_cache_and_a_torn_entry_is_computed_again(cache):
@@ -687,7 +946,7 @@ def test_a_weight_file_that_is_missing_damaged_or_another_is_refused_in_one_line
     torn.write_bytes(b"PK not weights")
     torch.save({"a": torch.zeros(1)}, other)
     messages = {
-        "inception": "no such file",
+        "inception": f"into {metrics.CACHE}",
         str(torn): "not a readable",
         str(other): "not the weights of FID",
         str(tmp_path / "missing.pth"): "no such weight file or vision model",

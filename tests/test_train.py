@@ -500,7 +500,7 @@ def test_the_best_is_chosen_by_pictures_where_there_are_fifty_to_compare_with(
             train.FID_WEIGHTS in refused(train, *flags)
             and not (tmp_path / "run" / "log.jsonl").exists()
         )
-    monkeypatch.setattr(train, "find_weights", lambda name: name)
+    monkeypatch.setattr(train, "need_weights", lambda name, purpose: name)
     monkeypatch.setattr(train, "load_features", lambda name, device: texture)
     run(train, *flags)
     seen = log_of(tmp_path / "run", figure)
@@ -1462,7 +1462,7 @@ def test_the_perceptual_loss_reaches_the_adapter_and_only_where_the_image_shows(
 
         torch.manual_seed(0)
         torch.save(vgg16(weights=None).state_dict(), tmp_path / "vgg.pth")
-        monkeypatch.setattr(train, "find_weights", lambda name: str(tmp_path / "vgg.pth"))
+        monkeypatch.setattr(train, "need_weights", lambda *_: str(tmp_path / "vgg.pth"))
     args, loaded, data, state = setup("--perceptual-weight", 0.1, "--perceptual", kind)
     for w in state.weights.values():
         w.data.add_(0.05)
@@ -1596,10 +1596,7 @@ def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
         (["--lr", "0"], "--lr: 0"),
     ],
 )
-def test_contradictions_and_missing_parts_are_one_line(
-    change, said, flags, tmp_path, refused, monkeypatch
-):
-    monkeypatch.setattr(train, "find_weights", lambda name: None)
+def test_contradictions_and_missing_parts_are_one_line(change, said, flags, tmp_path, refused):
     assert said in refused(train, *flags, "--out", tmp_path / "out", *change)
 
 
