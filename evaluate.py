@@ -570,7 +570,7 @@ def find_copies(known, fake, args):
     counts, share, chance = count_near(distances, groups, draws)
     kind = "training" if args.split or args.train_data else "real"
     text = copies_sentence(copies, m, f"one of {n} {kind} images")
-    text += f" {counts[0]} of {m} lie as near to one as {share:.1%} of images do to another "
+    text += f" {counts[0]} of {m} lie as near to one as {share:.0%} of images do to another "
     text += f"({digits(counts[1:].mean(), 2)} expected, p {digits(chance, 2)})"
     if chance <= 0.01:
         text += ": more than by chance, look at the pairs"
@@ -611,11 +611,11 @@ def nearest_pairs(distances, known, fake):
 def count_near(distances, groups, draws):
     """How many images of the second set lie near one of the first, in each draw.
 
-    Near: as the nearest 1 % of all images (at least 20) to one of another group. Also returns that
+    Near: as the nearest 5 % of all images (at least 40) to one of another group. Also returns that
     share, and how often chance gives as many; of equal counts, the nearer ones are higher.
     """
     distances = np.where(same_unit(groups), np.inf, distances)
-    share = min(1, max(0.01, 20 / len(distances)))
+    share = min(1, max(0.05, 40 / len(distances)))
     limit = np.quantile(distances.min(1), share, method="lower")
     closeness = np.where(distances <= limit, 1 + limit - distances, 0)
     reached = ((draws == 1) @ closeness) * (draws == -1)

@@ -2022,21 +2022,32 @@ class CopyFinder:
         coarse = local_contrast(self.pictures, 6.0, 2.0)
         self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
         # of a kind whose pictures are all alike, copies must agree better
-        same = torch.from_numpy(same_unit(groups))
         chosen = range(0, len(groups), 1 + len(groups) // 100)
-        usual = [self.find_one(self.pictures[i : i + 1], same[i])[1] for i in chosen]
-        self.limit = min(max(SAME_PICTURE, np.median(usual) + 0.25), 0.9)
+        others = self.find_each(self.pictures[chosen], torch.from_numpy(same_unit(groups))[chosen])
+        self.limit = min(
+            max(SAME_PICTURE, np.median([score for _, score, _ in others]) + 0.25), 0.9
+        )
 
     def find(self, pixels):
         """For each of uint8 (N, 3, S, S): number of the real picture, `agreement`, kind of copy."""
-        found = []
-        with torch.inference_mode():
-            for one in tqdm(pixels.split(1), desc="copies", leave=False, disable=None):
-                found.append(self.find_one(grey_and_mask(one)))
+        found = self.find_each(grey_and_mask(pixels), [()] * len(pixels))
         indices, scores, kinds = zip(*found, strict=True)
         return np.array(indices), np.array(scores), kinds
 
-    def find_one(self, picture, forbidden=()):
+    def find_each(self, pictures, forbidden):
+        """What find_one gives for each picture: one a thread, for its steps are small."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPool(threads) as pool:
+                jobs = zip(pictures.split(1), forbidden, strict=True)
+                found = pool.imap(lambda job: self.find_one(*job), jobs)
+                return list(tqdm(found, "copies", len(pictures), leave=False, disable=None))
+        finally:
+            torch.set_num_threads(threads)
+
+    def find_one(self, picture, forbidden):
+        """The same of one of `pictures`, leaving out some real ones."""
         coarse = local_contrast(picture, 6.0, 2.0)
         likeness = thumbnails(coarse, self.turns) @ self.thumbnails.T
         likeness = likeness.reshape(-1, len(self.pictures))  # (turns x crops, n)
@@ -2198,7 +2209,8 @@ def picture_distances(pixels):
         turned = squares.rot90(quarter, (1, 2))
         for view in (turned, turned.flip(2)):
             best = torch.maximum(best, vectors @ view.flatten(1).T)
-    return (2 - 2 * best).clamp(min=0).sqrt().numpy()
+    distances = (2 - 2 * best).clamp(min=0).sqrt()
+    return torch.where(distances < 0.01, 0, distances).numpy()  # rounding
 
 
 # ---------------------------------------------------------------- the page
