@@ -2,7 +2,7 @@
 
     python evaluate.py REAL GENERATED
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
-    python evaluate.py REAL GENERATED --split runs/dfu/split.csv --utility --by sex
+    python evaluate.py REAL GENERATED --run runs/dfu --utility --by sex
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
     python evaluate.py --download
 
@@ -16,8 +16,8 @@ report for any browser (--out) and the same figures for programs (--json):
 "subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
 "gain_high"}]}]}
 
-"p" is of all metrics together. "utility" is of the linear probe, "classifiers" of both. share is
-in percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
+"p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
+percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
 """
 
 import html
@@ -29,11 +29,13 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import scipy
 import torch
-from scipy import special, stats
+from scipy import special
 from torch import nn
 from tqdm import tqdm
 
@@ -49,14 +51,17 @@ from metrics import (
     data_set,
     extract,
     fail,
+    fit_square,
     frechet,
     generator,
     kid,
     label_list,
     list_images,
+    list_real,
     load_features,
     load_lpips,
     load_pixels,
+    load_real,
     lpips_matrix,
     nearest,
     need_weights,
@@ -67,13 +72,12 @@ from metrics import (
     picture_distances,
     pooled,
     precision_recall,
-    read_split,
     read_table,
+    report_enlarged,
     resolve_auto,
     run_script,
     same_unit,
     set_hash,
-    share_range,
     split_rows,
     squared_distances,
     ssim_matrix,
@@ -123,7 +127,7 @@ def yardstick(values, lower_is_better):
     badness = np.round(values / (np.abs(values).max() or 1), 9)  # equal but for rounding: a tie
     if not lower_is_better:
         badness = -badness
-    ranks = stats.rankdata([-badness, badness], "max", axis=1)
+    ranks = scipy.stats.rankdata([-badness, badness], "max", axis=1)
     p_high, p_low = ranks[:, 0] / len(values)
     # Each metric has a draw of rank 1: among equal ranks the one further out is rarer. No z-score
     # is over sqrt(draws), so that this is less than half a rank.
@@ -338,7 +342,7 @@ class ImageSet:
     small: torch.Tensor = None  # (N, 3, 64, 64), for --utility
 
 
-def load_set(path, rows, resolution, tools):
+def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_grain):
     """Read at most --max-images of a set, drawn by the seed; of the others, only the features."""
     limit = tools.args.max_images
     order = torch.randperm(len(rows), generator=generator(tools.args.seed, "max-images")).tolist()
@@ -346,30 +350,50 @@ def load_set(path, rows, resolution, tools):
     if others:
         print(f"{path}: {limit} of {len(rows)} images are drawn; the Frechet value is of all")
     rows = [rows[i] for i in sorted(order[:limit])]
-    rows, pixels = load_pixels(rows, resolution, measure=lambda x: (x.size, stored_grain(x)))
+    rows, pixels = load(rows, resolution, measure=measure)
     if len(rows) < 2:
         fail(f"{path}: {len(rows)} readable image; a comparison needs at least 2")
     features = [tools.extract(pixels)]
     if "frechet" in tools.names:
         for start in range(0, len(others), 500):
-            more_pixels = load_pixels(others[start : start + 500], resolution)[1]
+            more_pixels = load(others[start : start + 500], resolution)[1]
             features.append(tools.extract(more_pixels))
     return ImageSet(path, rows, pixels, features[0], np.concatenate(features))
 
 
-def list_real(args):
+def load_reference(rows, resolution, fakes, tools):
+    """The real set, prepared as the generator saw it."""
+    args = tools.args
+    sides = {side for fake in fakes for row in fake.rows for side in row.size}
+
+    def grain_as_seen(image):
+        if len(sides) == 1:  # squares of one size, as generators draw
+            image = fit_square(image, *sides, args.crop.replace("random", "center"))
+        return stored_grain(image)
+
+    load = partial(load_real, args=args)
+    real = load_set(args.real, rows, resolution, tools, load, grain_as_seen)
+    report_enlarged(real.rows, resolution, args.crop)
+    return real
+
+
+def list_reference(args):
     """The real rows to compare with, and those that are searched for copies."""
-    rows = known = share_range(list_images(args.real, group_column=args.group_column))
+    rows = known = list_real(args.real, args)
     columns = rows[0].fields
     if args.by not in ("label", *columns):
         fail(f"--by {args.by}: {args.real} has no such column (it has: {', '.join(columns)})")
-    if args.split:
-        read_split(rows, args.split)
+    if args.run:
         known = [row for row in rows if row.split == "train"]
         rows = [row for row in rows if row.split in ("val", "test")]
-        print(f"{args.split}: {len(rows)} images are held out, {len(known)} were trained on")
+        print(f"{args.run}: {len(rows)} images are held out, {len(known)} were trained on")
     if args.train_data:
-        known = share_range(list_images(args.train_data))
+        known = list_real(args.train_data, args)
+    if args.run and (len(rows) < 2 or not known):
+        fail(
+            f"--run {args.run}: too few of these images are held out, or trained on: train with "
+            "--val-split 0.4, or name its --val-data as REAL and its --data as --train-data"
+        )
     return rows, known
 
 
@@ -398,7 +422,7 @@ def draw_checkpoints(args):
             sys.exit(status)
         # a run of the same name may have left other prompts' images
         rows = [row for row in list_images(folder) if row.caption in prompts]
-        sets.append((folder, share_range(rows[: args.num_samples])))
+        sets.append((folder, rows[: args.num_samples]))
     return sets
 
 
@@ -431,6 +455,7 @@ class Entry:
     mix: list  # sentences on the labels
     subgroups: list  # as in the JSON
     utility: dict = None  # classifier: list of doses, as in the JSON
+    utility_note: str = ""  # what they are worth, or why there are none
 
     def first(self):
         """Name and Figure of the first metric, by which sets are ranked."""
@@ -445,8 +470,8 @@ def evaluate_set(real, fake, known, tools):
     p, differences = test_together(figures)
     features = pooled(real.features, fake.features, tools.network.standardise)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
-    utility = measure_utility(real, known, fake, tools) if args.utility else None
-    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, utility)
+    utility = measure_utility(real, known, fake, tools) if args.utility else (None, "")
+    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, *utility)
 
 
 def measure_figures(real, fake, tools):
@@ -531,7 +556,7 @@ def collect_matrices(real, fake, tools):
         joint["lpips"] = lpips_matrix(pixels, tools.lpips, tools.device, tools.args.batch_size)
     joint["features"] = joint_matrices(real.features, fake.features, tools.network.standardise)
     joint["colour"] = {"points": pooled(colour(real.pixels), colour(fake.pixels), True)}
-    grains = [[row.measured[1] for row in images.rows] for images in (real, fake)]
+    grains = [[row.measured for row in images.rows] for images in (real, fake)]
     joint["grain"] = {"points": pooled(*grains, True)}
     if "ssim" in needs:
         joint["ssim"] = ssim_matrix(pixels, pixels, tools.device)
@@ -568,7 +593,7 @@ def find_copies(known, fake, args):
     groups = [row.group for row in known.rows + fake.rows]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups)
     counts, share, chance = count_near(distances, groups, draws)
-    kind = "training" if args.split or args.train_data else "real"
+    kind = "training" if args.run or args.train_data else "real"
     text = copies_sentence(copies, m, f"one of {n} {kind} images")
     text += f" {counts[0]} of {m} lie as near to one as {share:.0%} of images do to another "
     text += f"({digits(counts[1:].mean(), 2)} expected, p {digits(chance, 2)})"
@@ -642,31 +667,38 @@ def subgroups_of(row, column):
     return [f"{decade}–{decade + 9}" for decade in decades[:1]]
 
 
-def subgroup_masks(rows, column):
-    """{subgroup: bool (N,), which images belong to it}, sorted."""
+def subgroup_masks(rows, column, unknown=None):
+    """{subgroup: bool (N,), which images belong to it}, sorted; `unknown` names what is in none."""
     masks = {}
     for i, row in enumerate(rows):
-        for name in subgroups_of(row, column):
+        names = subgroups_of(row, column)
+        if unknown and not names:
+            names = [unknown]
+        for name in names:
             masks.setdefault(name, np.zeros(len(rows), bool))[i] = True
     return dict(sorted(masks.items()))
 
 
 def measure_subgroups(features, real_rows, fake_rows, column):
-    """KID of each subgroup to generated ones of it (all, where they name none), as in the JSON.
+    """KID of each subgroup to generated ones, as in the JSON; None for fewer than 10 images.
 
+    compared_with: its own generated images or, where these name no subgroups, all of them.
     real_vs_rest: KID of its real images to the other real ones, how special they are.
     """
     real, fake = features[: len(real_rows)], features[len(real_rows) :]
-    fake_masks = subgroup_masks(fake_rows, column)
-    all_or_none = np.full(len(fake), not fake_masks)
+    fake_masks = subgroup_masks(fake_rows, column, "unknown")
+    has_own = set(fake_masks) != {"unknown"}
+    compared_with = "its own" if has_own else "all generated"
     found = []
-    for name, inside in subgroup_masks(real_rows, column).items():
-        same = fake_masks.get(name, all_or_none)
-        if min(inside.sum(), same.sum()) < 10:
-            continue
-        value, error = kid(real[inside], fake[same])
-        rest = kid(real[inside], real[~inside])[0] if (~inside).sum() > 2 else None
+    for name, inside in subgroup_masks(real_rows, column, "unknown").items():
+        same = fake_masks.get(name if has_own else "unknown", np.zeros(len(fake), bool))
+        value = error = rest = None
+        if min(inside.sum(), same.sum()) >= 10:
+            value, error = kid(real[inside], fake[same])
+            if (~inside).sum() > 2:
+                rest = kid(real[inside], real[~inside])[0]
         counts = {"group": name, "real": int(inside.sum()), "generated": int(same.sum())}
+        counts["compared_with"] = compared_with
         found.append(counts | {"kid": value, "error": error, "real_vs_rest": rest})
     return found
 
@@ -675,8 +707,16 @@ def measure_subgroups(features, real_rows, fake_rows, column):
 
 
 def measure_utility(real, known, fake, tools):
-    """What each dose of generated images does to a classifier: {classifier: doses of the JSON}."""
-    train, test, fake = utility_sets(real, known, fake, tools)
+    """What each dose of generated images does to a classifier: {classifier: doses of the JSON}.
+
+    Also a sentence on what that is worth or, with None, what was missing.
+    """
+    train, test, sentence = real_parts(real, known, tools.args)
+    classes, missing = shared_classes(train, test, fake)
+    if not classes:
+        return None, f"Whether they help a classifier is not measured: {missing}."
+    for images in (train, test, fake):
+        prepare(images, classes, tools)
     weights = resamples(test.rows, tools.args.seed)
     found = fit_classifiers(train, test, fake, weights, tools.args.seed)
     results = {}
@@ -686,35 +726,55 @@ def measure_utility(real, known, fake, tools):
         dose = {"share": share, "auroc": auroc[0], "low": low, "high": high, "gain": gain[0]}
         low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
         results.setdefault(name, []).append(dose | {"gain_low": low, "gain_high": high})
-    return results
+    return results, sentence
 
 
-def utility_sets(real, known, fake, tools, least=5):
-    """Training, test and generated images with `features`, `small` and `targets`.
+def real_parts(real, known, args):
+    """The real images to train classifiers on and to test them on; what a test on these is worth.
 
-    A class is a finding that `least` images of each show, and as many real ones lack.
+    Without --run, by a hash of the patient, as train.py splits.
     """
-    sets = [known, real, fake]
-    if not tools.args.split:
-        split_rows(real.rows, 0.3)
-        held_out = np.array([row.split == "val" for row in real.rows])
-        sets = [subset(real, ~held_out), subset(real, held_out), fake]
-    masks = [subgroup_masks(images.rows, "label") for images in sets]
+    if args.run:
+        return known, real, "Classifiers are tested on images that the generator never saw."
+    split_rows(real.rows, 0.3)
+    held_out = np.array([row.split == "val" for row in real.rows])
+    sentence = (
+        "The generator may have seen the images that classifiers are tested on (--run DIR takes "
+        "those that its run held out): gains are an upper bound."
+    )
+    return subset(real, ~held_out), subset(real, held_out), sentence
+
+
+def shared_classes(train, test, fake, least=5):
+    """Findings that `least` images of each set show and as many real ones lack, or what is missing.
+
+    The findings are those of the training images.
+    """
+    masks = [subgroup_masks(images.rows, "label") for images in (train, test, fake)]
     classes = []
+    counts = []
     for name in masks[0]:
-        if all(name in part and part[name].sum() >= least for part in masks):
-            if all((~part[name]).sum() >= least for part in masks[:2]):
-                classes.append(name)
-    if not classes:
-        found = ", ".join(masks[0])[:200]
-        fail(f"--utility: no label that {least} images of each set have and others lack: {found}")
-    for images, part in zip(sets, masks, strict=True):
-        images.targets = np.stack([part[name] for name in classes], 1).astype(float)
-        pixels = images.pixels.to(tools.device) / 64 - 2
-        images.small = nn.functional.interpolate(pixels, (64, 64), mode="area")
-        if images.features is None:
-            images.features = tools.extract(images.pixels)
-    return sets
+        shown = [int(part[name].sum()) if name in part else 0 for part in masks]
+        lacking = [len(train.rows) - shown[0], len(test.rows) - shown[1]]
+        if min(shown + lacking) >= least:
+            classes.append(name)
+        counts.append(f"{name} {'/'.join(map(str, shown))}")
+    there = ", ".join(counts[:9]) or "none (give a column label, or class folders)"
+    return classes, (
+        f"it takes a label that {least} images to train on, to test on and generated show, and as "
+        f"many real ones lack; there are {there}: hold out more (train.py --val-split 0.4), label "
+        "generated images (sample.py --label), or join labels into fewer"
+    )
+
+
+def prepare(images, classes, tools):
+    """Give a set what classifiers read: `features`, `small` and `targets` of the classes."""
+    masks = subgroup_masks(images.rows, "label")
+    images.targets = np.stack([masks[name] for name in classes], 1).astype(float)
+    pixels = images.pixels.to(tools.device) / 64 - 2
+    images.small = nn.functional.interpolate(pixels, (64, 64), mode="area")
+    if images.features is None:
+        images.features = tools.extract(images.pixels)
 
 
 def subset(images, mask):
@@ -727,19 +787,24 @@ def fit_classifiers(train, test, fake, weights, seed):
     """{(classifier, share): AUROC under each row of weights (B,), mean over SEEDS}."""
     shares = [share for share in SHARES if share * len(train.rows) <= 100 * len(fake.rows)]
     found = {}
-    for repeat in tqdm(range(SEEDS), desc="utility", disable=None):
+    for repeat, share in tqdm(list(product(range(SEEDS), shares)), "utility", disable=None):
         order = torch.randperm(len(fake.rows), generator=generator(seed, "added", repeat))
-        for share in shares:
-            added = order[: share * len(train.rows) // 100]
-            features = np.concatenate([train.features, fake.features[added]])
-            small = torch.cat([train.small, fake.small[added]])
-            targets = np.concatenate([train.targets, fake.targets[added]])
-            probe = linear_probe(features, targets)
-            cnn = small_cnn(small, targets, 200, (seed, repeat))
-            scores = {"linear probe": probe(test.features), "small CNN": cnn(test.small)}
-            for name, score in scores.items():
-                auroc = aurocs(score, test.targets, weights) / SEEDS
-                found[name, share] = found.get((name, share), 0) + auroc
+        added = order[: share * len(train.rows) // 100]
+        more = fake.small[added], fake.targets[added]
+        real = train.small, train.targets
+        both = torch.cat([real[0], more[0]]), np.concatenate([real[1], more[1]])
+        features = np.concatenate([train.features, fake.features[added]])
+        scores = {
+            "linear probe": linear_probe(features, both[1])(test.features),
+            "small CNN": small_cnn([both], 200, (seed, repeat))(test.small),
+        }
+        if share in (0, shares[-1]):  # not each dose: it takes twice the time
+            first = more if share else real
+            network = small_cnn([first, real], 200, (seed, repeat))
+            scores["small CNN, generated first"] = network(test.small)
+        for name, score in scores.items():
+            auroc = aurocs(score, test.targets, weights) / SEEDS
+            found[name, share] = found.get((name, share), 0) + auroc
     return found
 
 
@@ -752,8 +817,12 @@ def linear_probe(features, targets):
     return lambda other: (other - mean) / spread @ weights
 
 
-def small_cnn(images, targets, steps, seed):
-    """Train a network on (N, 3, 64, 64), (N, classes) in {0, 1}; returns images -> scores."""
+def small_cnn(stages, steps, seed):
+    """Train a network, stage by stage, on [(images (N, 3, 64, 64), targets (N, classes)), …].
+
+    Targets are in {0, 1}. Returns images -> scores.
+    """
+    images, targets = stages[0]
     layers = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "init").initial_seed())
@@ -762,15 +831,17 @@ def small_cnn(images, targets, steps, seed):
             layers += [nn.GroupNorm(4, maps)]
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, targets.shape[1])]
     net = nn.Sequential(*layers).to(images.device)
-    targets = torch.from_numpy(targets).to(images)
-    share = targets.mean(0).clamp(0.02, 0.98)
-    loss = nn.BCEWithLogitsLoss(pos_weight=(1 - share) / share)  # rare findings weigh as much
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    for step in range(steps):
-        picked = torch.randint(len(images), (32,), generator=generator(seed, "order", step))
-        loss(net(images[picked]), targets[picked]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for stage, (images, targets) in enumerate(stages):
+        targets = torch.from_numpy(targets).to(images)
+        share = targets.mean(0).clamp(0.02, 0.98)
+        loss = nn.BCEWithLogitsLoss(pos_weight=(1 - share) / share)  # rare findings weigh as much
+        for step in range(steps):
+            gen = generator(seed, "order", stage, step)
+            picked = torch.randint(len(images), (32,), generator=gen)
+            loss(net(images[picked]), targets[picked]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     net.requires_grad_(False)
     return lambda x: torch.cat([net(part) for part in x.split(256)]).cpu().double().numpy()
 
@@ -858,6 +929,8 @@ def verdict(entry):
         text.append(f"Too good for fresh images: {better}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
     text += entry.mix
+    if entry.utility_note:
+        text.append(entry.utility_note)
     for classifier, doses in (entry.utility or {}).items():
         text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
     text.append(entry.copies.sentence)
@@ -951,20 +1024,22 @@ JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>re
 real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest real image, and of
 generated images to one another. <b>band</b>: by a fixed table; compare it with real halves.</p>"""
 
-METHODS = """Real images: SHA-256 {real_hash}. All were cropped to the central square and resized to
-{resolution} pixels (Lanczos); {resize} resizing before the network; {networks}. SSIM at 64 pixels,
-grey. Precision and recall with 3 neighbours, density and coverage with 5; Inception Score in one
-split. Copies: pictures are laid over each other by an affine map, and the local contrast of 70 % of
-squares (8 x 8 of 64 x 64 pixels) correlates better than any two real images' is likely to; distance
-of pairs: of 12-pixel thumbnails; p: how many real images are as near to another. Null:
-{permutations} permutations, patients whole where there are five or more and none has over half of a
-set, within each label, seed {seed}; p of all figures: Westfall and Young's minP. Of more than
-{max_images} images so many were drawn; the Frechet value alone is of all, where the mix of labels
-is the same. Real halves: median over {halves} random halves of the real set against each other;
-same size: of as many generated images against a half. Utility: ridge regression on the features and
-a network of three layers (200 steps of 32 images at 64 pixels), {seeds} paired seeds, tested on the
-held-out images of --split (no --split: on 30 % of the real ones, which the generator may know);
-1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
+METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
+central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
+network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
+coverage with 5; Inception Score in one split. Copies: pictures are laid over each other by an
+affine map, and the local contrast of 70 % of squares (8 x 8 of 64 x 64 pixels) correlates better
+than any two real images' is likely to; distance of pairs: of 12-pixel thumbnails; p: how many real
+images are as near to another. Null: {permutations} permutations, patients whole where there are
+five or more and none has over half of a set, within each label, seed {seed}; p of all figures:
+Westfall and Young's minP. Of more than {max_images} images so many were drawn; the Frechet value
+alone is of all, where the mix of labels is the same. Real halves: median over {halves} random
+halves of the real set against each other; same size: of as many generated images against a half.
+Utility: ridge regression on the features and a network of three layers (200 steps of 32 images at
+64 pixels), on real and generated images together or, generated first, 200 steps on these (for 0 %,
+on real ones) and 200 on real ones; {seeds} paired seeds, tested on the held-out images of --run
+(without: on 30 % of the real ones, which the generator may know); 1000 bootstraps of whole
+patients. {versions}, {device}. Not for diagnosis."""
 
 
 def paragraph(text, kind=""):
@@ -990,8 +1065,10 @@ def set_section(entry, args):
     fake = entry.fake
     parts = [f"<h2>{html.escape(fake.path)}</h2>", paragraph(verdict(entry), "verdict")]
     parts += [paragraph(GUIDE), table(HEADER, figure_rows(entry)), paragraph(HALVES_GUIDE, "soft")]
-    if entry.utility:
+    if entry.utility_note:
         parts.append("<h3>Do they help a classifier?</h3>")
+        parts.append(paragraph(entry.utility_note))
+    if entry.utility:
         lines = {}
         for name, doses in entry.utility.items():
             lines[name] = [(dose["share"], dose["auroc"]) for dose in doses]
@@ -1011,7 +1088,7 @@ def set_section(entry, args):
         parts.append(f'<figure><div class="grid">{both}</div>')
         parts.append(f"<figcaption>{caption}</figcaption></figure>")
     parts.append(gallery("Generated", fake, args.seed))
-    if entry.subgroups:
+    if len(entry.subgroups) > 1:  # not all unknown
         parts.append(f"<h3>By {html.escape(args.by)}</h3>")
         parts.append(records_table(entry.subgroups))
     return "\n".join(parts)
@@ -1143,7 +1220,7 @@ def describe(tools, resolution, entries):
     args = tools.args
     rows = [row for entry in entries for row in entry.real.rows + entry.fake.rows]
     # where none was resized
-    native = all(row.measured[0] == (resolution, resolution) for row in rows)
+    native = all(row.size == (resolution, resolution) for row in rows)
     published = native and args.precision in ("auto", "fp32") and tools.network.published
     lpips = tools.lpips.name if tools.lpips else None
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
@@ -1157,24 +1234,22 @@ def describe(tools, resolution, entries):
 
 
 def main(args):
-    real_rows, known_rows = list_real(args)
-    sets = [(path, share_range(list_images(path))) for path in args.generated]
+    print(f"listing {args.real}")
+    real_rows, known_rows = list_reference(args)
+    sets = [(path, list_images(path)) for path in args.generated]
     tools = load_tools(args)
     if args.checkpoint:
         sets += draw_checkpoints(args)
-    for path, rows in [(args.real, real_rows), *sets]:
-        if args.utility and not any(row.label for row in rows):
-            fail(f"--utility: no labels in {path}: it needs a column label, or class folders")
-    resolution = args.resolution or pick_resolution(real_rows, *(rows for _, rows in sets))
-    real = load_set(args.real, real_rows, resolution, tools)
+    resolution = args.resolution or pick_resolution([row for _, rows in sets for row in rows])
+    print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
+    fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
+    real = load_reference(real_rows, resolution, fakes, tools)
     known = real
     if known_rows is not real_rows or len(known_rows) > args.max_images:
         size = resolution if args.utility else min(80, resolution)  # copies are searched small
-        known = ImageSet(args.real, *load_pixels(known_rows, size))
-    print(f"{len(real.rows)} real images at {resolution} px")
+        known = ImageSet(args.real, *load_real(known_rows, size, args))
     entries = []
-    for path, rows in sets:
-        fake = load_set(path, rows, resolution, tools)
+    for fake in fakes:
         entry = evaluate_set(real, fake, known, tools)
         entries.append(entry)
         print_entry(entry)
@@ -1191,6 +1266,8 @@ def main(args):
         write_json(args, settings, entries)
         print(f"figures: {os.path.abspath(args.json)}")
     words = [entries[0].fake.path, "--reference", args.real, "--calibrate", "0.05"]
+    if args.run:
+        words += ["--run", args.run]
     print("next:", command("filter.py", *words))
 
 

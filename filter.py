@@ -2,7 +2,7 @@
 
     python filter.py runs/new --reference wounds/ --calibrate 0.05 --drop-copies --out runs/kept
     python filter.py runs/new --reference wounds/ --max-lpips 0.30 --min-ssim 0.40 --out runs/kept
-    python filter.py runs/new --reference wounds/ --calibrate 0.05 --mix wounds/ --share 25
+    python filter.py runs/new --reference wounds/ --run runs/dfu --keep 50 --mix wounds/ --share 25
     python filter.py runs/new --rating-page rate.html --suggest 60 --blind wounds/
     python filter.py --agreement anna.csv ben.csv
     python filter.py --fit anna.csv ben.csv --reference wounds/ --out selector.safetensors
@@ -29,11 +29,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from scipy import special, stats
+from scipy import special
 
 from metrics import (
     BAD_SHARE,
@@ -56,9 +57,11 @@ from metrics import (
     generator,
     grain,
     list_images,
+    list_real,
     load_features,
     load_lpips,
     load_pixels,
+    load_real,
     lpips_matrix,
     modality_of,
     name_key,
@@ -68,13 +71,13 @@ from metrics import (
     page,
     pick_device,
     pick_resolution,
-    read_split,
     read_table,
     read_text,
+    report_enlarged,
     resolve_auto,
     run_script,
     same_unit,
-    share_range,
+    square_side,
     squared_distances,
     ssim_matrix,
     text_key,
@@ -407,10 +410,13 @@ def filter_images(args):
     out = Path(args.out).resolve()
     check_folders(out, args)
     selector = load_selector(args.selector) if args.selector else None
-    real_rows = list_real(args.reference, args)
+    print(f"listing {args.reference} and {args.generated}")
+    real_rows = list_training(args.reference, args)
     all_rows = list_images(args.generated)
-    size = pick_size(selector, real_rows, all_rows, args)
-    real_rows, real = load_pixels(real_rows, size)
+    size = pick_size(selector, all_rows, args)
+    print(f"reading {len(real_rows)} real and {len(all_rows)} generated images at {size} px")
+    real_rows, real = load_real(real_rows, size, args)
+    report_enlarged(real_rows, size, args.crop)
     rows, pixels = load_pixels(all_rows, size)
     flags = {name: getattr(args, name) for name in REFERENCE_FLAGS}
     reference = measure_reference(real_rows, real, pick_device(args.device), **flags)
@@ -439,7 +445,10 @@ def print_what_is_next(kept, mixed, args):
             print('some have a label and no caption: train with --prompt "… {labels}"')
         print("next: " + command("train.py", "--data", args.out))
     else:
-        print("next: " + command("evaluate.py", args.reference, args.generated, args.out))
+        words = [args.reference, args.generated, args.out]
+        if args.run:
+            words += ["--run", args.run]
+        print("next: " + command("evaluate.py", *words))
 
 
 def check_folders(out, args):
@@ -456,18 +465,22 @@ def check_folders(out, args):
         fail(f"--out {args.out} holds files that are not of a filtering: give another folder")
 
 
-def list_real(data, args):
-    """The rows of a real set without those that --split keeps for testing."""
-    rows = share_range(list_images(data, group_column=args.group_column))
-    if args.split:
-        read_split(rows, args.split)
-    return [row for row in rows if row.split != "test"]
+def list_training(data, args):
+    """The rows of a real set, with --run those that it was trained on alone."""
+    rows = list_real(data, args)
+    if not args.run:
+        return rows
+    training = [row for row in rows if row.split == "train"]
+    if not training:
+        fail(f"--run {args.run}: was trained on none of the images of {data}")
+    note(f"{data}: of {len(rows)} images the {len(training)} that {args.run} was trained on")
+    return training
 
 
-def pick_size(selector, real_rows, all_rows, args):
+def pick_size(selector, all_rows, args):
     """Pixels a side at which images are compared: the selector's, if there is one."""
     if not selector:
-        return args.resolution or pick_resolution(real_rows, all_rows)
+        return args.resolution or pick_resolution(all_rows)
     if args.resolution not in (None, selector.size):
         fail(f"--resolution {args.resolution}: the selector judges at {selector.size} pixels")
     selector.check_rows(all_rows, args.min_alignment)
@@ -479,7 +492,7 @@ def plan_mix(count, args):
     wanted = args.keep or count
     if not args.mix:
         return [], wanted
-    mixed = list_real(args.mix, args)
+    mixed = list_training(args.mix, args)
     share = args.share or 25
     return mixed, min(wanted, round(share / (100 - share) * len(mixed)))
 
@@ -1068,23 +1081,22 @@ def write_rating_page(args):
     """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings-NAME.csv."""
     scale = read_text(args.scale_text) if args.scale_text else SCALE_TEXT
     rows = list_images(args.generated)
-    real_rows = list_real(args.blind, args) if args.blind else []
+    real_rows = list_training(args.blind, args) if args.blind else []
     ratings = drop_missing(read_ratings(args.rated, [row.path for row in rows + real_rows]))
     rated = {content_hash(rating.path) for rating in ratings}
     rows = choose_images(rows, rated, args)
     size = args.resolution or PAGE_SIDE
     if args.blind:
-        real_rows = [row for row in real_rows if content_hash(row.path) not in rated]
-        real_rows, size = draw_blind(rows, real_rows, size, args.seed)
+        real_rows, size = draw_blind(rows, real_rows, rated, size, args)
 
-    def embed(image):
+    def embed(image, crop="center"):
         if args.blind:
-            image = fit_square(image, size)
+            image = fit_square(image, size, crop.replace("random", "center"))
         # one encoding for all, so that none gives itself away
         return thumbnail(image, size, quality=95, subsampling=0)
 
     rows, _ = load_pixels(rows, 64, measure=embed)
-    real_rows, _ = load_pixels(real_rows, 64, measure=embed)
+    real_rows, _ = load_real(real_rows, 64, args, measure=partial(embed, crop=args.crop))
     facts = []
     images = []
     shown = rows + real_rows
@@ -1099,24 +1111,21 @@ def write_rating_page(args):
     print("next: " + command("filter.py", args.generated, "--fit", "ratings-NAME.csv"))
 
 
-def draw_blind(rows, real_rows, size, seed):
+def draw_blind(rows, real_rows, rated, size, args):
     """Real rows to mix in, one in five, and the pixels a side at which no image is enlarged.
 
     Sharpness must tell nobody which are real: smaller real ones, out of four times as many or half
-    of all, are left out.
+    of all, are left out. rated: hashes of the files of rated images, which are not asked for again.
     """
     wanted = max(1, round(len(rows) / 4))
-    drawn = draw_order(len(real_rows), seed, "blind")[: 4 * wanted]
-    rows, _ = load_pixels(rows, 64, measure=short_side)
-    real_rows, _ = load_pixels([real_rows[i] for i in drawn], 64, measure=short_side)
-    sides = sorted(row.measured for row in real_rows)
+    real_rows = [row for row in real_rows if content_hash(row.path) not in rated]
+    drawn = draw_order(len(real_rows), args.seed, "blind")[: 4 * wanted]
+    rows, _ = load_pixels(rows, 64)
+    real_rows, _ = load_real([real_rows[i] for i in drawn], 64, args)
+    sides = sorted(square_side(row, args.crop) for row in real_rows)
     enough = min(wanted, (len(sides) + 1) // 2)
-    size = min([size, *sides[-enough:], *[row.measured for row in rows]])
-    return [row for row in real_rows if row.measured >= size][:wanted], size
-
-
-def short_side(image):
-    return min(image.size)
+    size = min([size, *sides[-enough:], *[min(row.size) for row in rows]])
+    return [row for row in real_rows if square_side(row, args.crop) >= size][:wanted], size
 
 
 def labels_to_ask(rows, real_rows):
@@ -1204,7 +1213,7 @@ def print_agreement(args):
         gen = generator(args.seed, "kappa", a, b)
         print(f"{a}, {b}: {describe_agreement(a_ratings, b_ratings, gen)}")
     for rater, counts in guesses.items():
-        p = stats.fisher_exact(counts).pvalue
+        p = scipy.stats.fisher_exact(counts).pvalue
         (hits, misses), (fooled, caught) = counts
         print(
             f"{rater}: real taken for real {hits}, for generated {misses}; generated taken for "
@@ -1243,7 +1252,7 @@ class Rated:
 
 def fit(args):
     """Learn a selector from ratings; write it only where it predicts them better than chance."""
-    real_rows = list_real(args.reference, args) if args.reference else []
+    real_rows = list_training(args.reference, args) if args.reference else []
     ratings = read_generated(args, real_rows)
     good = args.good or 3
     rated = gather(ratings, good)
@@ -1267,7 +1276,7 @@ def fit(args):
     shown = [read_number(rating.shows) for rating in ratings if rating.shows]
     if shown:
         print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
-    classes, class_weights = fit_classes(real_rows, size, mean, spread, args.seed)
+    classes, class_weights = fit_classes(real_rows, size, mean, spread, args)
     modalities = sorted(set(rated.modalities))
     settings = (size, good, 0.5, modalities, classes, warnings, measured)
     save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
@@ -1343,8 +1352,8 @@ def objections(ratings, rated):
 def cramers_v(first, second):
     """How far one name tells the other, 0 to 1, corrected for chance (Bergsma 2013)."""
     n = len(first)
-    counts = stats.contingency.crosstab(first, second).count
-    chi2 = stats.chi2_contingency(counts, correction=False).statistic
+    counts = scipy.stats.contingency.crosstab(first, second).count
+    chi2 = scipy.stats.chi2_contingency(counts, correction=False).statistic
     sides = np.array(counts.shape)
     phi = max(0, chi2 / n - np.prod(sides - 1) / (n - 1))
     least = min(sides - (sides - 1) ** 2 / (n - 1)) - 1
@@ -1399,7 +1408,7 @@ def auroc(scores, good, strata):
     for stratum in np.unique(strata):
         inside = strata == stratum
         positive = good[inside].sum(0)
-        ranks = stats.rankdata(scores[inside], axis=0)
+        ranks = scipy.stats.rankdata(scores[inside], axis=0)
         right += (ranks * good[inside]).sum(0) - positive * (positive + 1) / 2
         pairs += positive * (inside.sum() - positive)
     return right / np.where(pairs > 0, pairs, np.nan)
@@ -1447,18 +1456,18 @@ def fit_logistic(features, labels, weights, penalty):
     return fitted
 
 
-def fit_classes(rows, size, mean, spread, seed):
+def fit_classes(rows, size, mean, spread, args):
     """One logistic regression for each label of 8 real images or more: (labels, (D + 1, m))."""
     counts = Counter(name_of(row) for row in rows)
     classes = sorted(name for name in counts if name and counts[name] >= 8)
-    rows, pixels = load_pixels([row for row in rows if name_of(row) in classes], size)
+    rows, pixels = load_real([row for row in rows if name_of(row) in classes], size, args)
     groups = np.array([row.group or row.path for row in rows])
     if len(classes) < 2 or len(set(groups)) < 2:
         return [], np.zeros((len(mean) + 1, 0))
     features = (describe(pixels) - mean) / spread
     labels = np.array([np.equal(classes, name_of(row)) for row in rows], float)
     ones = np.ones(len(rows))
-    logits, penalties = cross_validate(features, labels, ones, groups, seed)
+    logits, penalties = cross_validate(features, labels, ones, groups, args.seed)
     right = np.mean(logits.argmax(1) == labels.argmax(1))
     print(f"{len(classes)} labels; {right:.0%} of real images left out look most like their own")
     return classes, fit_logistic(features, labels, ones, np.median(penalties))

@@ -45,10 +45,10 @@ from urllib.request import urlopen
 
 import huggingface_hub.constants
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from scipy import ndimage
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- foundation: errors, flags, files
@@ -106,6 +106,23 @@ class Flags(argparse.ArgumentParser):
     def error(self, message):
         fail(message)
 
+    def parse_args(self, argv=None):
+        """The flags; with --run, those of READING that are not typed are the run's."""
+        args = super().parse_args(argv)
+        if getattr(args, "run", None):
+            return self.parse_again(read_run(args.run), f"--run {args.run}", argv)
+        return args
+
+    def parse_again(self, settings, source, argv=None):
+        """The flags, those of READING that are not typed as in the settings of a run."""
+        taken = {name: settings[name] for name in READING if settings.get(name)}
+        self.set_defaults(**taken)
+        args = super().parse_args(argv)
+        words = [f"{name} {value}" for name, value in taken.items() if vars(args)[name] == value]
+        if words:  # not of another program's adapter
+            note(f"{source}: real images are prepared as its run did: {', '.join(words)}")
+        return args
+
 
 def number(low, high):
     """An argument type: a number from low to high, a whole one where both bounds are ints."""
@@ -138,16 +155,69 @@ def existing_file(text):
     return text
 
 
+def run_folder(text):
+    """An argument type: the folder of a run of train.py."""
+    for name in ("args.json", "split.csv"):
+        if not os.path.isfile(os.path.join(text, name)):
+            why = f"there is no {name} in it: give the --out of a train.py that has started"
+            raise argparse.ArgumentTypeError(f"{text}: {why}")
+    return text
+
+
+def read_run(folder):
+    """The flags of a run of train.py: a dict."""
+    path = os.path.join(folder, "args.json")
+    try:
+        return dict(json.loads(read_text(path))["args"])
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path}: damaged, or not of train.py: give the folder of another run")
+
+
+def interval(text):
+    """An argument type: LO,HI as two numbers."""
+    low, high = map(float, text.split(","))  # argparse names the flag where this raises ValueError
+    if not low < high:
+        raise ValueError
+    return [low, high]
+
+
+def ct_window(text):
+    """An argument type: a window that pick_window knows."""
+    pick_window(text)
+    return text
+
+
+# the flags of add_reading_flags
+READING = "image_column caption_column label_column group_column".split()
+READING += "crop slices window range allow_burned_in".split()
+
+
+def add_reading_flags(group, with_run=True):
+    """How real images are found and prepared, by all scripts alike; --run gives a run's answers."""
+    add = group.add_argument
+    if with_run:
+        run = "a run of train.py: its split, and how it prepared images where no flag says so"
+        add("--run", type=run_folder, metavar="DIR", help=run)
+    for role in COLUMNS:
+        add(f"--{role}-column", help=f"the table's {role} column (default: found by its name)")
+    crops = ["center", "random", "pad", "fundus"]
+    add("--crop", choices=crops, default="center", help="cut, black border, or the disc")
+    add("--slices", default="middle", help="of volumes: middle, every:N or all")
+    window = "centre,width, or lung, soft, bone, brain, …: CT's black to white"
+    add("--window", type=ct_window, help=window)
+    add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
+    add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
+
+
 def add_comparison_flags(group):
     """How real and generated images are compared, by evaluate.py and filter.py alike."""
-    group.add_argument("--split", type=existing_file, help="split.csv of a run: what it held out")
-    group.add_argument("--group-column", help="real images' column of patients (default: by name)")
     nets = ["auto", "none", "alex", "vgg", "squeeze"]
     group.add_argument("--lpips", choices=nets, default="auto", help="auto: alex if it can be had")
-    sides = "pixels a side (default: the smallest stored side, 64 to 256)"
+    sides = "pixels a side (default: the generated images' median, 64 to 256)"
     group.add_argument("--resolution", type=number(64, 4096), help=sides)
     group.add_argument("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
     add_common_flags(group)
+    add_reading_flags(group)
 
 
 def add_common_flags(group):
@@ -227,7 +297,8 @@ def command(script, *words):
 
 def run_script(main, parse_args):
     """Run main(parse_args()): errors of input, disk or memory are one line, bugs a traceback."""
-    sys.stdout.reconfigure(errors="replace")  # never fail on an unprintable character
+    # never fail on an unprintable character; in a log, too, a line stands as soon as it is printed
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = None
     try:
@@ -708,7 +779,7 @@ class Row:
 
     path: absolute; file_name: as in the table, or relative to the folder; fields: the table's
     columns; value_range: what becomes black and white in an image of more than 8 bits; remark: what
-    is odd in the file.
+    is odd in the file; size: width and height, once it is read.
     """
 
     path: str
@@ -721,6 +792,7 @@ class Row:
     split: str = ""
     value_range: tuple = None
     remark: str = ""
+    size: tuple = None
 
 
 def list_images(
@@ -1021,7 +1093,7 @@ def check_dicoms(data, rows):
     """
     kept = []
     named = []
-    for row in rows:
+    for row in tqdm(rows, "looking for DICOM", leave=False, disable=None, delay=1):
         header = dicom_header(row.path)
         if header is not None:
             if "Rows" not in header or "LOCALIZER" in (header.get("ImageType") or ()):
@@ -1091,6 +1163,15 @@ def set_hash(rows):
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
+def list_real(data, args):
+    """The rows of real images, by the flags of add_reading_flags; with --run, row.split is set."""
+    columns = [getattr(args, f"{role}_column") for role in COLUMNS]
+    rows = share_range(list_images(data, *columns, slices=args.slices), args.range)
+    if args.run:
+        read_split(rows, os.path.join(args.run, "split.csv"))
+    return rows
+
+
 def split_rows(rows, val_share, test_share=0.0):
     """Set row.split to train, val or test by a hash of the group, else of the file's content.
 
@@ -1146,11 +1227,11 @@ def find_disc(image):
     """
     small = image.convert("L")
     small.thumbnail((256, 256))
-    parts, count = ndimage.label(np.asarray(small) > 10)
+    parts, count = scipy.ndimage.label(np.asarray(small) > 10)
     if count == 0:
         return None
     largest = np.argmax(np.bincount(parts.ravel())[1:])
-    rows, columns = ndimage.find_objects(parts)[largest]
+    rows, columns = scipy.ndimage.find_objects(parts)[largest]
     height = rows.stop - rows.start
     width = columns.stop - columns.start
     side = max(height, width)
@@ -1163,16 +1244,34 @@ def find_disc(image):
     return tuple(round(edge * scale) for edge in (x - half, y - half, x + half, y + half))
 
 
-def pick_resolution(*row_lists):
-    """Pixels at which sets are compared: the smallest stored side of 95 % of each, 64 to 256."""
-    resolution = 256
-    for rows in row_lists:
-        sides = [256]
-        for row in rows:
-            with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
-                sides.append(min(image.size))
-        resolution = min(resolution, sorted(sides)[(len(sides) - 1) // 20])
-    return max(64, resolution)
+def pick_resolution(rows):
+    """Pixels at which sets are compared: the median side of the generated images, 64 to 256."""
+    sides = []
+    for row in rows:
+        with contextlib.suppress(Exception):  # load_pixels reports those that cannot be read
+            sides.append(min(stored_size(row.path)))
+    return int(min(max(64, np.median(sides or 256)), 256))
+
+
+def stored_size(path):
+    """Width and height of an image of any kind; of most kinds without reading its pixels."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.size
+    except UnidentifiedImageError:
+        return read_image(path).size
+
+
+def square_side(row, crop):
+    """The side of the square that fit_square makes of an image, before it is resized."""
+    return max(row.size) if crop == "pad" else min(row.size)
+
+
+def report_enlarged(rows, resolution, crop):
+    """Say how many real images are smaller than what they are compared with."""
+    small = sum(square_side(row, crop) < resolution for row in rows)
+    if small:
+        note(f"{small} of {len(rows)} real images have fewer than {resolution} px: enlarged")
 
 
 def share_range(rows, given=None):
@@ -1180,7 +1279,7 @@ def share_range(rows, given=None):
     deep = []
     ends = []
     kind = ""
-    for row in rows:
+    for row in tqdm(rows, "looking at grey values", leave=False, disable=None, delay=1):
         row.value_range = given
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
             values = deep_values(row.path, image)
@@ -1229,6 +1328,7 @@ def load_pixels(
         except BadImage as error:
             return error
         row.remark = image.info.get("remark", "")
+        row.size = image.size
         if measure:
             row.measured = measure(image)
         gen = generator(seed, "crop", row.file_name, row.slice)
@@ -1245,6 +1345,12 @@ def load_pixels(
         report_remarks(rows)
     readable = [i for i, error in enumerate(errors) if not error]
     return [rows[i] for i in readable], pixels[readable] if bad else pixels
+
+
+def load_real(rows, resolution, args, **how):
+    """load_pixels of real images, by the flags of add_reading_flags."""
+    how |= {"window": args.window, "allow_burned_in": args.allow_burned_in}
+    return load_pixels(rows, resolution, args.crop, value_range=args.range, **how)
 
 
 def report_bad(rows, bad, share):
@@ -2115,7 +2221,7 @@ def smooth(maps, sigma):
     """Maps (N, 1, H, W) under a Gaussian window; outside of them is 0."""
     sigmas = (0, 0, sigma, sigma)
     return torch.from_numpy(
-        ndimage.gaussian_filter(maps.numpy(), sigmas, mode="constant", truncate=2)
+        scipy.ndimage.gaussian_filter(maps.numpy(), sigmas, mode="constant", truncate=2)
     )
 
 

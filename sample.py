@@ -35,12 +35,13 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
-from filter import LIMITS, load_selector, measure_reference
+from filter import LIMITS, list_training, load_selector, measure_reference
 from lora import load, merged, on_disk, split_weight
 from metrics import (
     Flags,
     Row,
     add_common_flags,
+    add_reading_flags,
     command,
     content_hash,
     data_set,
@@ -52,15 +53,17 @@ from metrics import (
     from_hub,
     generator,
     list_images,
-    load_pixels,
+    load_real,
     modality_of,
     need,
+    note,
     number,
     pick_device,
-    pick_resolution,
     picture,
     read_image,
+    read_run,
     read_table,
+    report_enlarged,
     run_script,
     set_hash,
     write_csv,
@@ -346,6 +349,7 @@ def load_base(name, device, precision="auto", method=None):
     trained itself (method "full"). The UNet is left on the CPU, for the latents come first. A
     schedule that cannot be trained is refused.
     """
+    note(f"loading {name}")
     folder = find_base(name)
     check_base(name, folder)
     dtype = pick_dtype(precision, device, folder)
@@ -1080,10 +1084,12 @@ class Control:
             self.size = self.selector.size
             self.description += f", Selector: {content_hash(args.selector)[:10]}"
         if args.reference:
-            rows = list_images(args.reference)
-            if not self.selector:
-                self.size = max(64, min(pick_resolution(rows), settings.height, settings.width))
-            rows, pixels = load_pixels(rows, self.size)
+            note(f"reading {args.reference}")
+            rows = list_training(args.reference, args)
+            if not self.selector:  # as pick_resolution for what is drawn
+                self.size = max(64, min(256, settings.height, settings.width))
+            rows, pixels = load_real(rows, self.size, args)
+            report_enlarged(rows, self.size, args.crop)
             limits = {name: getattr(args, name) for name in LIMITS}
             if set(limits.values()) == {None}:
                 limits["calibrate"] = 0.05
@@ -1230,6 +1236,9 @@ def parse_args(argv=None):
     add("--drop-copies", action="store_true", default=None, help="refuse copies of real ones")
     add("--max-attempts", type=count, default=10, help="drawings of one picture")
 
+    group = "how --reference is read (default: as the adapter's run did, all of it without --run)"
+    add_reading_flags(parser.add_argument_group(group))
+
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs/samples", help="folder")
     add("--format", choices=ENCODERS, default="png", help="dcm: DICOM Secondary Capture")
@@ -1241,6 +1250,9 @@ def parse_args(argv=None):
         fail("--min-quality and --min-alignment: need --selector")
     if not args.reference and any(getattr(args, name) is not None for name in LIMITS):
         fail("--calibrate, --max-lpips, --min-ssim and --drop-copies: need --reference")
+    if args.reference and not args.run:
+        for adapter in read_adapters(args)[:1]:
+            args = parser.parse_again(adapter.metadata, adapter.path, argv)
     return args
 
 
@@ -1301,11 +1313,12 @@ def main(args):
         if RANK == 0:
             manifest.write()
     if RANK == 0:
-        finish([manifest.records[drawing.stem] for drawing in planned], missing, args)
+        run = args.run or find_run([each.path for each in adapters] + [base_name])
+        finish([manifest.records[drawing.stem] for drawing in planned], missing, run, args)
 
 
-def finish(records, missing, args):
-    """Write the contact sheet; print what was drawn and what to do next."""
+def finish(records, missing, run, args):
+    """Write the contact sheet; print what was drawn and, with a run's folder, what to do next."""
     kept = [record for record in records if not record["reason"]]
     if args.grid:
         shown = kept[:64]
@@ -1319,7 +1332,18 @@ def finish(records, missing, args):
         if len(kept) < len(records):
             print(f"the others are in {args.out}/refused")
     if kept:
-        print("next: " + command("evaluate.py", args.reference or "REAL", args.out))
+        words = [args.reference or "REAL", args.out]
+        if run:
+            words = [args.reference or read_run(run)["data"], args.out, "--run", run]
+        print("next: " + command("evaluate.py", *words))
+
+
+def find_run(paths):
+    """The folder of the run of train.py that wrote the first of these files, or None."""
+    for folder in Path(paths[0]).parents[:2]:  # lora.safetensors, checkpoints/best.pt
+        if (folder / "args.json").is_file() and (folder / "split.csv").is_file():
+            return folder
+    return None
 
 
 if __name__ == "__main__":

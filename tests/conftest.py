@@ -1,6 +1,7 @@
 """What tests share: tiny random bases and images, and a way to run a script in this process."""
 
 import atexit
+import json
 import os
 import shutil
 import signal
@@ -219,3 +220,20 @@ def refused(run, capsys):
         return lines[-1]
 
     return call
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """make_run(splits, flag=value, …): a folder as train.py leaves it; splits: name -> split."""
+
+    def make(splits, **flags):
+        from metrics import write_csv, write_file
+
+        folder = tmp_path / "runs" / "dfu"
+        usual = dict(data="real", crop="center", slices="middle", window=None, range=None)
+        write_file(folder / "args.json", json.dumps({"args": usual | flags}))
+        rows = [[name, "", split] for name, split in splits.items()]
+        write_csv(folder / "split.csv", ["file_name", "group", "split"], rows)
+        return str(folder)
+
+    return make

@@ -8,13 +8,15 @@
 #       NUM_IMAGES=50 STEPS=500 TRAIN="--resolution 256 --lr 5e-5" OUT=runs/refined sh tests/refine.sh
 #
 # Typed again, it continues where it was stopped. More flags of train.py go into TRAIN, of sample.py into SAMPLE;
-# rank and targets must be those of LORA. Without LORA the first round trains a new adapter.
+# rank and targets must be those of LORA. Without LORA the first round trains a new adapter. RUN=runs/dfu, the run of LORA,
+# keeps what it held out for evaluation alone, and prepares real images as it did.
 set -eu
 cd "$(dirname "$0")/.."
 SELECTOR=${SELECTOR:?is missing: write one with filter.py --fit, see README.md}
 ROUNDS=${ROUNDS:-2}
 BASE=${BASE:-tiny}
 LORA=${LORA:-}
+RUN=${RUN:-}
 DATA=${DATA:-tests/phantoms}  # real images with captions
 OUT=${OUT:-runs/refined}
 NUM_IMAGES=${NUM_IMAGES:-1}   # drawn in a round, of each caption of DATA
@@ -25,7 +27,7 @@ SHARE=${SHARE:-50}            # per cent of what is trained on that is drawn
 draw_and_evaluate() {
     python sample.py --base "$BASE" ${LORA:+--lora "$LORA"} --labels-from "$DATA" --num-images "$NUM_IMAGES" \
         --grid ${SAMPLE:-} --out "$1/drawn"
-    python evaluate.py "$DATA" "$1/drawn" --out "$1/report.html" --json "$1/report.json"
+    python evaluate.py "$DATA" "$1/drawn" ${RUN:+--run "$RUN"} --out "$1/report.html" --json "$1/report.json"
 }
 
 draw_and_evaluate "$OUT/round-0"
@@ -34,7 +36,7 @@ while [ "$round" -le "$ROUNDS" ]; do
     before=$OUT/round-$((round - 1))
     here=$OUT/round-$round
     python filter.py "$before/drawn" --reference "$DATA" --selector "$SELECTOR" --drop-copies \
-        --mix "$DATA" --share "$SHARE" --out "$here/kept"
+        --mix "$DATA" --share "$SHARE" ${RUN:+--run "$RUN"} --out "$here/kept"
     if [ ! -d "$here/kept/generated" ]; then
         echo "error: round $round keeps no image, see $here/kept/filter.html; rate more, or draw better ones" >&2
         exit 2

@@ -232,7 +232,7 @@ def test_a_second_run_reads_its_latents(flags, tmp_path, run, encoded, monkeypat
     assert latents["train"].shape[:2] == (2, 2 * split["train"])
     assert latents["val"].shape[:2] == (2, split["val"])
     encoded.clear()
-    monkeypatch.setattr(train, "load_pixels", None)  # nothing is read
+    monkeypatch.setattr(train, "load_real", None)  # nothing is read
     run(train, *flags, "--out", tmp_path / "b")
     a, b = ((tmp_path / name / "lora.safetensors").read_bytes() for name in "ab")
     assert not encoded and a == b and list((tmp_path / "cache").iterdir()) == files

@@ -493,7 +493,7 @@ def test_a_cosine_schedule_draws(scheduler, base, tmp_path):
 
 def row_of(width, height):
     row = Row("", "a.png", "")
-    row.measured = (width, height)
+    row.size = (width, height)
     return row
 
 
@@ -515,7 +515,7 @@ def test_the_corner_of_a_random_crop_is_the_one_that_was_cut(variant, tmp_path):
     args = SimpleNamespace(resolution=50, crop="random", seed=3)
     seed = (3, variant) if variant else 3
 
-    pixels = load_pixels([row], 50, "random", seed=seed, measure=train.image_size)[1]
+    pixels = load_pixels([row], 50, "random", seed=seed)[1]
 
     left = train.image_sizes(row, variant, args)[3]
     assert abs(left - pixels[0, 0, 25, 0].item()) <= 1

@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from scipy import stats
 
 import evaluate
@@ -94,7 +94,7 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     (line,) = done.stderr.splitlines()  # the tests run with HF_HUB_OFFLINE=1
     assert line.startswith("features texture, LPIPS none:")
     assert "evaluate.py --download" in line
-    assert "24 real images at 64 px" in done.stdout
+    assert "reading 24 real images, and the generated ones, at 64 px" in done.stdout
     assert "not comparable with published figures" in done.stdout
     assert f"report: {tmp_path / 'report.html'}" in done.stdout
     assert f"next: python {ROOT}/filter.py" in done.stdout
@@ -199,13 +199,16 @@ def test_figures_do_not_depend_on_batch_size_and_follow_the_seed(tmp_path, monke
     assert other["frechet"]["null_low"] != again["frechet"]["null_low"]
 
 
-def test_sets_of_other_sizes_are_compared_at_the_smallest_stored_one(tmp_path, monkeypatch):
+def test_sets_are_compared_at_the_generated_images_size(tmp_path, monkeypatch, capsys):
     real = draw(tmp_path / "real", 9, 1, size=80)
     fake = draw(tmp_path / "fake", 9, 2, size=96)
     usual = run(monkeypatch, real, fake, "--metrics", "kid")
+    notes = capsys.readouterr().err
     smaller = run(monkeypatch, real, fake, "--metrics", "kid", "--resolution", "64")
-    assert usual["settings"]["resolution"] == 80
+    assert usual["settings"]["resolution"] == 96
+    assert notes.count("9 of 9 real images have fewer than 96 px: enlarged") == 1
     assert smaller["settings"]["resolution"] == 64
+    assert "enlarged" not in capsys.readouterr().err
 
 
 def test_identical_pictures_give_numbers_not_a_crash(tmp_path, monkeypatch):
@@ -245,14 +248,14 @@ FLAGS_AND_ERRORS = [
     (["fake", "--max-images", "5001"], "to 5000"),
     (["fake", "--group-column", "case"], "--group-column"),
     (["fake", "--device", "tpu"], "--device tpu"),
-    (["fake", "--split", "split.csv"], "split.csv: no such file"),
+    (["fake", "--run", "one"], "--run: one: there is no args.json in it"),
+    (["fake", "--window", "sharp"], "--window sharp"),
     ([], "GENERATED"),
     (["fake", "--out", "real"], "directory"),
     (["fake", "--bands", "bands.csv"], "no metric 'fud'"),
     (["fake", "--checkpoint", "x", "--steps", "0"], "--steps"),
     (["fake", "--bands", "real/000.png"], "000.png"),
     (["fake", "--metrics", "inception-score"], "--features inception"),
-    (["fake", "--utility"], "--utility: no label"),
     (["fake", "--by", "sex"], "--by sex"),
     (["--checkpoint", "nowhere"], "no checkpoint there"),
     (["--checkpoint", "bands.csv"], "not a checkpoint"),
@@ -287,32 +290,76 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, said):
 # ---------------------------------------------------------------- what is compared
 
 
-def test_the_split_of_the_run_makes_held_out_images_the_reference(tmp_path, monkeypatch, capsys):
+def test_what_a_run_held_out_is_the_reference(tmp_path, monkeypatch, capsys, make_run):
     real = draw(tmp_path / "real", 24, 1)
     fake = draw(tmp_path / "fake", 9, 2)
-    lines = ["file_name,group,split"]
-    for n in range(24):
-        lines.append(f"{n:03}.png,,{'val' if n % 3 == 0 else 'train'}")
-    (tmp_path / "split.csv").write_text("\n".join(lines))
-    found = run(monkeypatch, real, fake, "--metrics", "kid", "--split", "split.csv")
+    folder = make_run({f"{n:03}.png": "train" if n % 3 else "val" for n in range(24)})
+    found = run(monkeypatch, real, fake, "--metrics", "kid", "--run", folder)
     assert found["real"]["n"] == 8
-    assert "16 were trained on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "8 images are held out, 16 were trained on" in said
+    assert said.splitlines()[-1].endswith(f"--calibrate 0.05 --run {folder}")
     pairs = found["generated"][0]["memorisation"]["pairs"]
     assert {int(pair["train"][:3]) % 3 for pair in pairs} <= {1, 2}
 
 
-def test_one_range_of_grey_values_serves_both_sides_of_a_split(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "splits, said",
+    [
+        ({"000.png": "train", "001.png": "train"}, "--val-split 0.4"),
+        ({"000.png": "val", "001.png": "val"}, "--train-data"),
+        ({"other.png": "val"}, "names none of these images"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_one_line(tmp_path, run, capsys, make_run, splits, said):
+    folder = make_run(splits)
+    draw(tmp_path / "real", 4, 1)
+    draw(tmp_path / "fake", 4, 2)
+    with pytest.raises(SystemExit) as stop:
+        run(evaluate, "real", "fake", "--run", folder, "--metrics", "kid")
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def letterbox(image):
+    """Of a wide picture, all of it on a black square."""
+    return ImageOps.pad(image, (64, 64), Image.Resampling.LANCZOS)
+
+
+def test_a_perfect_generator_of_padded_images_is_not_told_apart(tmp_path, monkeypatch, make_run):
+    def wide(image):
+        return image.resize((96, 48))
+
+    real = draw(tmp_path / "real", 40, 1, change=wide)
+    fake = draw(tmp_path / "fake", 20, 2, change=lambda image: letterbox(wide(image)))
+    draw(tmp_path / "copies", 20, 1, change=lambda image: letterbox(wide(image)))
+    shutil.copy(tmp_path / "copies" / "005.png", tmp_path / "fake" / "000.png")
+    folder = make_run({f"{n:03}.png": "train" if n < 20 else "val" for n in range(40)}, crop="pad")
+    names = ("--metrics", "frechet,colour,grain", "--run", folder)
+
+    prepared = run_set(monkeypatch, real, fake, *names)
+    cut = run_set(monkeypatch, real, fake, *names, "--crop", "center")
+
+    for name in ("frechet", "colour", "grain"):
+        assert prepared["metrics"][name]["p_high"] > 0.02
+        assert cut["metrics"][name]["p_high"] == 0.01
+    pair = prepared["memorisation"]["pairs"][0]
+    assert (pair["generated"], pair["train"]) == ("000.png", "005.png")
+    assert pair["distance"] < 0.1
+
+
+def test_one_range_of_grey_values_serves_both_sides_of_a_split(tmp_path, monkeypatch, make_run):
     (tmp_path / "deep").mkdir()
-    lines = ["file_name,group,split"]
     for n in range(8):
         deep = Image.fromarray(np.full((64, 64), 5000 * (n + 1), np.uint16))
         deep.save(tmp_path / "deep" / f"{n}.png")
-        lines.append(f"{n}.png,,{'val' if n < 4 else 'train'}")
-    (tmp_path / "split.csv").write_text("\n".join(lines))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "deep", "deep", "--split", "split.csv"])
-    rows, known = evaluate.list_real(evaluate.parse_args())
-    assert len(rows) == len(known) == 4
-    assert {row.value_range for row in rows + known} == {(0, 40000)}
+    splits = {f"{n}.png": "val" if n < 4 else "train" for n in range(8)}
+    for flags, ends in (({}, (0, 40000)), ({"range": [0.0, 50000.0]}, (0, 50000))):
+        folder = make_run(splits, **flags)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "deep", "deep", "--run", folder])
+        rows, known = evaluate.list_reference(evaluate.parse_args())
+        assert len(rows) == len(known) == 4
+        assert {row.value_range for row in rows + known} == {ends}
 
 
 def make_checkpoints(folder, *steps, prompts=("a wound", "@b")):
@@ -809,7 +856,7 @@ def test_copies_are_sought_among_all_real_images(tmp_path, monkeypatch, capsys):
     assert "of 24 real images" in capsys.readouterr().out
 
 
-ARGS = types.SimpleNamespace(split=None, train_data=None, permutations=199, seed=0)
+ARGS = types.SimpleNamespace(run=None, train_data=None, permutations=199, seed=0)
 
 
 def random_set(n, seed=0, **how):
@@ -919,8 +966,19 @@ def test_a_subgroup_meets_the_generated_images_of_its_own(fake_has_labels):
         met = fake[k::2] if fake_has_labels else fake
         rest = real[1 - k :: 2]
         assert (subgroup["real"], subgroup["generated"]) == (12, len(met))
+        assert subgroup["compared_with"] == ("its own" if fake_has_labels else "all generated")
         assert subgroup["kid"] == pytest.approx(metrics.kid(own, met)[0])
         assert subgroup["real_vs_rest"] == pytest.approx(metrics.kid(own, rest)[0])
+
+
+def test_images_of_unknown_subgroup_are_one_and_few_have_no_kid():
+    rows = [row(label=label) for label in ["a"] * 12 + [""] * 12 + ["b"] * 2]
+    features = np.random.RandomState(0).randn(52, 4)
+    found = evaluate.measure_subgroups(features, rows, rows, "label")
+    assert [subgroup["group"] for subgroup in found] == ["a", "b", "unknown"]
+    assert found[2]["real"] == found[2]["generated"] == 12
+    assert found[2]["kid"] == pytest.approx(metrics.kid(features[12:24], features[38:50])[0])
+    assert found[1]["kid"] is None
 
 
 def labelled(folder, count, seed):
@@ -943,7 +1001,7 @@ def test_the_utility_of_generated_images_is_measured_on_held_out_ones(tmp_path, 
     fake = labelled(tmp_path / "fake", 60, 2)
     fit = evaluate.small_cnn
     monkeypatch.setattr(evaluate, "SEEDS", 1)
-    monkeypatch.setattr(evaluate, "small_cnn", lambda x, y, steps, seed: fit(x, y, 20, seed))
+    monkeypatch.setattr(evaluate, "small_cnn", lambda stages, steps, seed: fit(stages, 20, seed))
     found = run_set(monkeypatch, real, fake, "--metrics", "kid", "--utility", "--by", "age")
     shares = [dose["share"] for dose in found["utility"]]
     assert shares == [0, 10, 25, 50, 100]  # there are not enough for 200 %
@@ -952,12 +1010,45 @@ def test_the_utility_of_generated_images_is_measured_on_held_out_ones(tmp_path, 
     for dose in found["utility"]:
         assert dose["low"] <= dose["auroc"] <= dose["high"]
         assert dose["auroc"] > 0.6
-    assert set(found["classifiers"]) == {"linear probe", "small CNN"}
+    classifiers = ["linear probe", "small CNN", "small CNN, generated first"]
+    assert list(found["classifiers"]) == classifiers
     assert [subgroup["group"] for subgroup in found["subgroups"]] == ["20–29", "50–59", "80–89"]
     report = (tmp_path / "report.html").read_text()
     assert "Do they help a classifier?" in report
     assert "<td>80–89</td>" in report
-    assert "no --split" in report
+    assert "The generator may have seen the images that classifiers are tested on" in report
+    assert "upper bound" in report
+
+
+@pytest.mark.parametrize("count, said", [(8, "/4: hold out more"), (0, "there are none")])
+def test_utility_says_what_it_lacks_and_the_rest_is_measured(
+    tmp_path, monkeypatch, capsys, count, said
+):
+    folders = []
+    for seed, name in enumerate(("real", "fake")):
+        if count:
+            folders.append(labelled(tmp_path / name, count, seed))
+        else:
+            folders.append(draw(tmp_path / name, 8, seed))
+    found = run_set(monkeypatch, *folders, "--metrics", "kid", "--utility")
+    assert "utility" not in found
+    assert "kid" in found["metrics"]
+    for text in (capsys.readouterr().out, (tmp_path / "report.html").read_text()):
+        assert said in text
+        assert "--val-split 0.4" in text
+
+
+def test_on_held_out_images_of_a_run_utility_is_no_upper_bound(tmp_path, monkeypatch, make_run):
+    real = labelled(tmp_path / "real", 48, 1)
+    fake = labelled(tmp_path / "fake", 24, 2)
+    monkeypatch.setattr(evaluate, "SEEDS", 1)
+    monkeypatch.setattr(evaluate, "small_cnn", lambda *_: lambda x: np.zeros((len(x), 2)))
+    splits = {f"{n:03}.png": "train" if n < 24 else "test" for n in range(48)}
+    names = ("--metrics", "kid", "--utility", "--run", make_run(splits))
+    assert len(run_set(monkeypatch, real, fake, *names)["utility"]) == 5
+    report = (tmp_path / "report.html").read_text()
+    assert "images that the generator never saw" in report
+    assert "upper bound" not in report
 
 
 def utility_part(features, targets):
@@ -969,11 +1060,12 @@ def utility_part(features, targets):
     return part
 
 
-def measure_utility(monkeypatch, *parts):
-    monkeypatch.setattr(evaluate, "utility_sets", lambda *_: parts)
+def measure_utility(monkeypatch, train, test, fake):
+    monkeypatch.setattr(evaluate, "shared_classes", lambda *_: (["a"], ""))
+    monkeypatch.setattr(evaluate, "prepare", lambda *_: None)
     monkeypatch.setattr(evaluate, "small_cnn", lambda *_: lambda x: np.zeros((len(x), 1)))
-    tools = types.SimpleNamespace(args=types.SimpleNamespace(seed=0))
-    return evaluate.measure_utility(None, None, None, tools)
+    tools = types.SimpleNamespace(args=types.SimpleNamespace(seed=0, run="runs/dfu"))
+    return evaluate.measure_utility(test, train, fake, tools)[0]
 
 
 @pytest.mark.parametrize("wrong", [False, True])
@@ -1079,19 +1171,31 @@ def test_a_rare_finding_weighs_as_much_as_a_common_one_in_the_network():
     gen = metrics.generator(0)
     images = torch.randn(1, 3, 16, 16, generator=gen).repeat(64, 1, 1, 1)  # that tell nothing
     targets = (np.arange(64) % 4 == 0).astype(float)[:, None]
-    assert abs(evaluate.small_cnn(images, targets, 60, 0)(images[:1])).item() < 0.5
+    assert abs(evaluate.small_cnn([(images, targets)], 60, 0)(images[:1])).item() < 0.5
 
 
 def test_the_network_is_the_same_each_time_and_leaves_the_global_seed_alone():
     images = torch.randn(8, 3, 64, 64, generator=metrics.generator(0))
     targets = (np.arange(8) % 2).astype(float)[:, None]
     state = torch.get_rng_state()
-    first = evaluate.small_cnn(images, targets, 2, 0)(images)
-    again = evaluate.small_cnn(images, targets, 2, 0)(images)
-    other = evaluate.small_cnn(images, targets, 2, 1)(images)
+    first = evaluate.small_cnn([(images, targets)], 2, 0)(images)
+    again = evaluate.small_cnn([(images, targets)], 2, 0)(images)
+    other = evaluate.small_cnn([(images, targets)], 2, 1)(images)
     assert (first == again).all()
     assert (first != other).any()
     assert (torch.get_rng_state() == state).all()
+
+
+def test_the_network_learns_from_the_first_stage_and_then_from_the_last():
+    gen = metrics.generator(0)
+    images = torch.randn(64, 3, 16, 16, generator=gen)
+    targets = (images.mean((1, 2, 3)) > 0).double().numpy()[:, None]
+    stages = [(images, targets), (images[:1], targets[:1])]
+    learnt = evaluate.small_cnn(stages, 60, 0)(images)
+    turned = evaluate.small_cnn([(images, 1 - targets), stages[0]], 60, 0)(images)
+    one = np.ones((1, 64))
+    assert evaluate.aurocs(learnt, targets, one) > 0.8
+    assert evaluate.aurocs(turned, targets, one) > 0.8
 
 
 # ---------------------------------------------------------------- ranking and words

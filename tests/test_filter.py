@@ -592,18 +592,20 @@ def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filt
     assert contents(new) == before
 
 
-def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(tmp_path, filtered):
+def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
+    tmp_path, filtered, make_run, capsys
+):
     real, new = small_sets(tmp_path)
-    rows = [[f"{i}.png", f"p{i}", "test" if i < 2 else "train"] for i in range(8)]
-    split = tmp_path / "split.csv"
-    write_csv(split, ["file_name", "group", "split"], rows)
+    folder = make_run({f"{i}.png": ("test", "val", "train")[min(i, 2)] for i in range(8)})
 
-    out = filtered((real, new), "--mix", real, "--split", split, "--share", 25)
+    out = filtered((real, new), "--mix", real, "--run", folder, "--share", 25)
+
+    assert f"of 8 images the 6 that {folder} was trained on" in capsys.readouterr().err
 
     rows = list_images(str(out))
     made = [row for row in rows if row.fields["synthetic"] == "1"]
     true = [row for row in rows if row.fields["synthetic"] == "0"]
-    assert (len(made), len(true)) == (2, 6)  # 6 real ones that no test needs, a quarter generated
+    assert (len(made), len(true)) == (2, 6)  # 6 real ones that were trained on, a quarter generated
     for row in made:
         assert row.caption.startswith("wound ")
         assert row.label == "ulcer"
@@ -614,6 +616,34 @@ def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(tmp
     for row in true:
         assert row.fields["quality"] == ""
         assert Path(row.path).read_bytes() == (real / Path(row.file_name).name).read_bytes()
+
+
+def letterbox(image):
+    """A picture made wide, and all of that on a black square."""
+    return ImageOps.pad(image.resize((192, 96)), (96, 96), Image.Resampling.LANCZOS)
+
+
+def test_images_of_a_run_are_judged_as_it_prepared_its_own(tmp_path, filtered, make_run):
+    real = tmp_path / "real"
+    new = tmp_path / "new"
+    real.mkdir()
+    new.mkdir()
+    for i in range(60):
+        wound(i).resize((192, 96)).save(real / f"{i}.png")
+    for i in range(20):
+        letterbox(wound(100 + i)).save(new / f"fresh-{i}.png")
+        letterbox(wound(i)).save(new / f"copy-{i}.png")
+        letterbox(wound(40 + i)).save(new / f"unseen-{i}.png")
+    folder = make_run({f"{i}.png": "train" if i < 40 else "test" for i in range(60)}, crop="pad")
+    flags = ["--calibrate", 0.05, "--drop-copies", "--run", folder]
+
+    out = filtered((real, new), *flags)
+
+    assert share_kept(out, "fresh") >= 0.8
+    assert share_kept(out, "unseen") >= 0.8  # it is no copy of what the generator saw
+    assert share_kept(out, "copy") == 0
+    filtered((real, new), *flags, "--crop", "center")  # what is typed counts more
+    assert share_kept(out, "fresh") == 0
 
 
 # ---------------------------------------------------------------- ratings and the selector
@@ -1146,6 +1176,22 @@ def test_a_rating_page_leaves_out_what_is_rated_and_asks_where_the_selector_doub
     assert len(facts) == 6
     assert {Path(fact[0]).name for fact in facts} < set(names[:10])
     assert "0 images to rate" in message
+
+
+def test_real_images_of_a_blind_page_are_prepared_as_typed(sets, tmp_path, run, monkeypatch):
+    shown = []
+    real = tmp_path / "real"
+    real.mkdir()
+    for i in range(4):
+        Image.new("RGB", (160, 80), "white").save(real / f"{i}.png")
+    monkeypatch.setattr(filter_script, "thumbnail", lambda image, *_, **how: shown.append(image))
+    flags = ["--suggest", 10, "--blind", real, "--crop", "pad"]
+    run(filter_script, sets[1], "--rating-page", tmp_path / "rate.html", *flags)
+    white = [image for image in shown if image.getpixel((48, 48)) == (255, 255, 255)]
+    assert len(white) == 2
+    for image in white:
+        assert image.size == (96, 96)
+        assert image.getpixel((48, 4)) == (0, 0, 0)  # the border
 
 
 def made_page(path):

@@ -20,6 +20,7 @@ from metrics import (
     list_images,
     load_pixels,
     near_duplicates,
+    pick_resolution,
     read_image,
     read_split,
     share_range,
@@ -501,6 +502,24 @@ def test_a_missing_package_is_reported(tmp_path, capsys, monkeypatch, name, pack
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"1 of 1 images cannot be read, the first: {tmp_path / name}: needs" in message
     assert f"pip install {package}" in message
+
+
+@dicom
+def test_sets_are_compared_at_the_median_side_of_images_of_any_kind(tmp_path):
+    sides = (70, 100, 120, 300, 900)
+    for side in sides:
+        Image.new("RGB", (side + 20, side)).save(tmp_path / f"{side}.png")
+        pixels = np.zeros((side, side + 20), np.uint16)
+        write_dicom(tmp_path / f"{side}.dcm", pixels)
+    rows = list_images(tmp_path)
+    by_suffix = {}
+    for suffix in (".png", ".dcm"):
+        by_suffix[suffix] = [row for row in rows if row.path.endswith(suffix)]
+        assert pick_resolution(by_suffix[suffix]) == 120
+    assert pick_resolution(by_suffix[".png"][-1:]) == 256
+    assert pick_resolution([Row("nowhere.png", "")]) == 256
+    Image.new("RGB", (20, 10)).save(tmp_path / "20.png")
+    assert pick_resolution([Row(str(tmp_path / "20.png"), "")]) == 64
 
 
 @dicom

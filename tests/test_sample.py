@@ -329,7 +329,7 @@ def test_the_same_command_again_draws_only_what_is_missing(draw, tmp_path, capsy
     (tmp_path / "a-wound-0001.png").unlink()
     capsys.readouterr()
     draw(tmp_path, *flags)
-    assert capsys.readouterr().out.startswith("1 images drawn, 3 were there")
+    assert "1 images drawn, 3 were there" in capsys.readouterr().out
     assert contents(tmp_path) == before
 
 
@@ -356,7 +356,7 @@ def test_a_run_killed_before_its_manifest_is_continued_from_its_log(
     assert not (tmp_path / "killed" / "manifest.csv").exists()
     capsys.readouterr()
     draw(tmp_path / "killed", *flags)
-    assert capsys.readouterr().out.startswith("1 images drawn, 3 were there")
+    assert "1 images drawn, 3 were there" in capsys.readouterr().out
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -885,6 +885,42 @@ def test_pictures_are_compared_with_real_ones_as_filter_does(draw, images, tmp_p
     draw(tmp_path, *flags, "--min-ssim", -1, "--drop-copies", "--overwrite")
     assert len(manifest(tmp_path)) == 6
     assert not names(tmp_path / "refused")
+
+
+def test_real_images_are_prepared_as_the_adapters_run_did(draw, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "draw", lambda *_: sys.exit())  # the control is there
+    references = []
+    measure = sample.measure_reference
+
+    def keep(rows, pixels, *how, **limits):
+        references.append(pixels)
+        return measure(rows, pixels, *how, **limits)
+
+    monkeypatch.setattr(sample, "measure_reference", keep)
+    (tmp_path / "real").mkdir()
+    for i in range(4):
+        wide = np.random.RandomState(i).randint(50, 255, (64, 128, 3)).astype(np.uint8)
+        Image.fromarray(wide).save(tmp_path / "real" / f"{i}.png")
+    word = {"<sore>": torch.zeros(1, 32)}
+    adapter = write_adapter(tmp_path / "w.safetensors", word, tokens="<sore>", crop="pad")
+    flags = [*FOOT, "--lora", adapter, "--reference", tmp_path / "real", "--min-ssim", -1]
+    for more in ([], ["--crop", "center"]):
+        with pytest.raises(SystemExit):
+            draw(tmp_path / "out", *flags, *more)
+    padded, cut = references
+    assert (padded[:, :, 0] == 0).all()
+    assert (cut >= 40).all()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "as its run did" in line]
+    assert notes == [f"{adapter}: real images are prepared as its run did: crop pad"]
+
+
+def test_what_to_type_next_names_the_run_of_the_adapter(draw, tmp_path, capsys, make_run):
+    folder = make_run({"a.png": "val"}, data="wounds")
+    word = {"<sore>": torch.zeros(1, 32)}
+    adapter = write_adapter(f"{folder}/w.safetensors", word, tokens="<sore>")
+    draw(tmp_path / "out", *FOOT, "--lora", adapter, "--num-images", 1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"evaluate.py wounds {tmp_path / 'out'} --run {folder}")
 
 
 def test_copies_of_real_images_are_refused_where_asked(draw, images, tmp_path, monkeypatch):

@@ -152,7 +152,8 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_
 def test_a_finished_run_says_so_and_a_longer_one_goes_on(flags, tmp_path, run, capsys):
     run(train, *flags, "--out", tmp_path)
     before = results(tmp_path)
-    capsys.readouterr()
+    then = capsys.readouterr().out.splitlines()[-1]
+    assert then.startswith("then: python ") and then.endswith(f"--run {tmp_path}")
     run(train, *flags, "--out", tmp_path)
     assert "is finished: 12 steps" in capsys.readouterr().out and results(tmp_path) == before
     run(train, *flags, "--out", tmp_path, "--steps", 15, "--lr-schedule", "constant")
