@@ -510,36 +510,83 @@ def test_lpips_comes_where_its_weights_are(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- draws, null and halves
 
 
-def test_draws_have_the_sets_sizes_and_keep_a_patient_together():
-    groups = ["a"] * 4 + ["b"] * 3 + ["c", "d", "e"] + [""] * 10
+def test_draws_have_the_sets_sizes_and_swap_the_two_images_of_a_patient():
+    groups = ["a", "b"] + [""] * 10 + ["a", ""] + [""] * 5 + ["b"]
     draws = permutation_draws(12, 8, 50, 0, groups)
     assert (draws[0] == [1] * 12 + [-1] * 8).all()
     assert ((draws == 1).sum(1) == 12).all()
     assert ((draws == -1).sum(1) == 8).all()
-    assert all(len(set(row[:4])) == 1 and len(set(row[4:7])) == 1 for row in draws[1:])
+    assert (draws[:, [0, 1]] == -draws[:, [12, 19]]).all()
     assert len({row.tobytes() for row in draws}) > 45
     assert (draws == permutation_draws(12, 8, 50, 0, groups)).all()
 
 
-def test_patients_that_a_permutation_cannot_keep_whole_are_dealt_out_singly():
-    """A patient of 20 films against 8 drawn ones: whole, every draw would be the same."""
-    groups = ["a"] * 20 + [""] * 8
-    draws = permutation_draws(20, 8, 50, 0, groups)
-    assert ((draws == 1).sum(1) == 20).all()
-    assert ((draws == -1).sum(1) == 8).all()
-    assert len({row.tobytes() for row in draws}) > 40
+def units(pixels, groups, seed=0):
+    rows = [row(group=group) for group in groups]
+    return evaluate.find_units("set", rows, pixels, seed)
 
 
-def test_patients_are_permuted_whole(tmp_path, monkeypatch):
+def test_a_picture_stored_twice_or_cropped_is_one_unit_which_joins_patients(tmp_path, capsys):
+    draw(tmp_path / "real", 16, 1)
+    _, pixels = metrics.load_pixels(metrics.list_images(str(tmp_path / "real")), 64)
+    pixels[1] = pixels[0]
+    resize = torch.nn.functional.interpolate
+    pixels[3] = resize(pixels[2:3, :, 3:61, 5:63].float(), (64, 64), mode="bilinear")[0].byte()
+    pictures, drawn = units(pixels, ["a", "b", "", "", "a", "b"] + [""] * 10)
+    assert pictures[0] == pictures[1]
+    assert pictures[2] == pictures[3]
+    assert len(set(pictures)) == 14
+    assert drawn[[0, 1, 4, 5]].sum() == drawn[[2, 3]].sum() == 1
+    assert drawn[6:].all()
+    said = capsys.readouterr().out
+    assert "2 pictures are stored more than once: each is one unit" in said
+    assert "12 of 16 images are compared" in said
+
+
+def test_of_few_patients_each_image_counts():
+    _, drawn = units(random_set(30, [""] * 30).pixels, [f"p{n % 9}" for n in range(30)])
+    assert drawn.all()
+    _, drawn = units(random_set(30, [""] * 30).pixels, [f"p{n % 10}" for n in range(30)])
+    assert drawn.sum() == 10
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_repeats_of_generated_pictures_stay_where_the_real_set_has_fewer(repeats):
+    parts = []
+    for seed, times in ((0, 3), (1, repeats)):
+        part = random_set(20 * times, [""] * (20 * times), seed)
+        part.features = part.all_features = np.zeros((20 * times, 2))
+        part.pictures = np.arange(20 * times) % 20
+        part.drawn = np.arange(20 * times) < 20
+        parts.append(part)
+    assert [len(part.rows) for part in evaluate.pick_compared(*parts)] == [20, 20]
+    real, fake = evaluate.pick_compared(*parts[::-1])
+    assert (len(real.rows), len(fake.rows)) == (20, 20 if repeats == 3 else 60)
+    assert len(fake.all_features) == 60
+
+
+def test_a_real_set_of_each_picture_twice_is_not_told_from_fresh_ones(tmp_path, monkeypatch):
+    real = draw(tmp_path / "real", 30, 1)
+    fake = draw(tmp_path / "fake", 30, 2)
+    for path in sorted((tmp_path / "real").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+    names = ("--metrics", "frechet,precision,density,coverage")
+    found = run_set(monkeypatch, real, fake, *names)["metrics"]
+    assert min(figure["p_high"] for figure in found.values()) > 0.05
+
+
+def test_one_image_of_each_patient_is_compared(tmp_path, monkeypatch, capsys):
     real = draw(tmp_path / "real", 24, 1)
     fake = draw(tmp_path / "fake", 24, 2)
-    lines = ["file_name,case"] + [f"{n:03}.png,{n // 4}" for n in range(24)]
+    lines = ["file_name,case"] + [f"{n:03}.png,{n // 2}" for n in range(24)]
     (tmp_path / "real" / "metadata.csv").write_text("\n".join(lines))
-    names = ("--metrics", "kid")
-    alone = run_set(monkeypatch, real, fake, *names)["metrics"]["kid"]
-    whole = run_set(monkeypatch, real, fake, *names, "--group-column", "case")["metrics"]["kid"]
-    assert whole["value"] == alone["value"]
-    assert whole["null_high"] != alone["null_high"]
+    names = ("--metrics", "frechet,kid")
+    alone = run_set(monkeypatch, real, fake, *names)["metrics"]
+    capsys.readouterr()
+    whole = run_set(monkeypatch, real, fake, *names, "--group-column", "case")["metrics"]
+    assert capsys.readouterr().out.count("12 of 24 images are compared, one of each unit") == 1
+    assert whole["frechet"]["value"] == pytest.approx(alone["frechet"]["value"], rel=1e-6)
+    assert whole["kid"]["value"] != alone["kid"]["value"]
 
 
 def test_halves_of_the_real_set_are_compared_at_equal_sizes():
@@ -549,14 +596,6 @@ def test_halves_of_the_real_set_are_compared_at_equal_sizes():
         assert ((draws == -1).sum(1) == 10).all()
     assert (real[:, 21:] == 0).all()
     assert (fake[:, :21] != -1).all()
-
-
-def test_halves_of_whole_patients_are_of_equal_sizes_too():
-    groups = [str(i // 3) for i in range(24)] + [""] * 12
-    halves = evaluate.half_draws(24, 12, 9, 0, groups)
-    sizes = [(draws == side).sum(1) for draws in halves for side in (1, -1)]
-    assert (np.array(sizes) == sizes[0]).all()
-    assert (sizes[0] > 0).all()
 
 
 def test_halves_are_random_whatever_the_order_of_the_files():
@@ -801,18 +840,19 @@ def test_a_set_without_labels_is_compared_as_it_is():
     assert sentences == []
 
 
-def test_draws_keep_each_label_and_each_patient():
+def test_draws_keep_each_label():
     labels = np.array(["a", "a", "b", "b", "b", "b"] * 10)
-    groups = np.array([str(k // 2) for k in range(30)] + [""] * 30)
+    groups = ["p"] + [""] * 29 + ["p"] + [""] * 29
     draws = permutation_draws(30, 30, 50, 0, groups, labels)
     assert (draws[0] == np.repeat([1, -1], 30)).all()
     assert ((draws[:, labels == "a"] == 1).sum(1) == 10).all()
-    assert (draws[:, :30:2] == draws[:, 1:30:2]).all()
+    assert ((draws == 1).sum(1) == 30).all()
+    assert (draws[:, 0] == -draws[:, 30]).all()
     assert len(np.unique(draws, axis=0)) > 40
 
 
 def test_another_mix_of_labels_is_no_difference_of_the_pictures(tmp_path, monkeypatch):
-    for name, dark, light in (("real", 10, 40), ("fake", 25, 25)):
+    for name, dark, light in (("real", 5, 45), ("fake", 25, 25)):
         (tmp_path / name).mkdir()
         for label, count, change in (("dark", dark, darken), ("light", light, keep)):
             draw(tmp_path / name / label, count, (name, label), change=change)
@@ -891,17 +931,22 @@ def test_no_sign_of_copying_is_said_of_fresh_images():
 
 def test_the_alarm_of_near_images_is_as_frequent_as_it_says():
     draws = np.random.RandomState(1)
+    groups = [""] * 60
     chances = []
     for seed in range(200):
         points = draws.randn(60, 4)
-        points[:20] = points[20:40] + 0.1 * draws.randn(20, 4)  # two images of a patient
-        groups = [f"p{i % 20}" if i < 40 else "" for i in range(60)]
-        order = evaluate.permutation_draws(30, 30, 1, seed, groups)[1].argsort()[::-1]
-        distances = np.linalg.norm(points[order, None] - points[order], axis=2)
-        groups = [groups[i] for i in order]
-        null = evaluate.permutation_draws(30, 30, 99, (seed, "null"), groups)
+        distances = np.linalg.norm(points[:, None] - points, axis=2)
+        null = permutation_draws(30, 30, 99, (seed, "null"), groups)
         chances.append(evaluate.count_near(distances, groups, null)[2])
     assert stats.kstest(chances, "uniform").pvalue > 0.01
+
+
+def test_what_is_stored_twice_counts_once_among_the_near_ones():
+    known = random_set(30)
+    known.pixels[1::2] = known.pixels[::2]
+    found = evaluate.find_copies(known, random_set(30, seed=1), ARGS)
+    assert "no sign of copying" in found.sentence
+    assert found.chance > 0.01
 
 
 def test_images_nearer_than_chance_gives_are_counted():
