@@ -630,16 +630,7 @@ def find_copies(known, fake, args):
         copies.append(names | {"label": row.label, "similarity": similarity[i]})
         numbers.append((i, index[i]))
     n, m = len(known.rows), len(fake.rows)
-    pixels = torch.cat([known.pixels, fake.pixels])
-    distances = copy_distances(pixels, pixels)
-    distances = np.minimum(distances, distances.T)
-    groups = np.array([row.group for row in known.rows + fake.rows])
-    same = same_unit(groups[:n]) | (distances[:n, :n] < 0.2)  # near_identical
-    pairs, pair_numbers = nearest_pairs(distances, same, known, fake)
-    drawn = np.append(~np.tril(same, -1).any(1), np.ones(m, bool))  # the first of each unit
-    groups = groups[drawn]
-    draws = permutation_draws(drawn[:n].sum(), m, args.permutations, args.seed, groups)
-    counts, share, chance = count_near(distances[np.ix_(drawn, drawn)], groups, draws)
+    pairs, pair_numbers, counts, share, chance = measure_nearness(known, fake, args)
     kind = "training" if args.run or args.train_data else "real"
     text = copies_sentence(copies, m, f"one of {n} {kind} images")
     text += f" {counts[0]} of {m} lie as near to one as {share:.0%} of images do to another "
@@ -649,6 +640,22 @@ def find_copies(known, fake, args):
     elif not copies:
         text += ": no sign of copying"
     return Copies(text + ".", copies, pairs, numbers + pair_numbers, counts[0], chance)
+
+
+def measure_nearness(known, fake, args):
+    """The answers of nearest_pairs and of count_near, with one known image of each unit."""
+    n, m = len(known.rows), len(fake.rows)
+    pixels = torch.cat([known.pixels, fake.pixels])
+    distances = copy_distances(pixels, pixels)
+    distances = np.minimum(distances, distances.T)
+    groups = np.array([row.group for row in known.rows + fake.rows])
+    same = same_unit(groups[:n]) | (distances[:n, :n] < 0.2)  # near_identical
+    pairs, numbers = nearest_pairs(distances, same, known, fake)
+    drawn = np.append(~np.tril(same, -1).any(1), np.ones(m, bool))  # the first of each unit
+    groups = groups[drawn]
+    draws = permutation_draws(drawn[:n].sum(), m, args.permutations, args.seed, groups)
+    near = count_near(distances[np.ix_(drawn, drawn)], groups, draws)
+    return pairs, numbers, *near
 
 
 def copies_sentence(copies, count, known):
