@@ -1188,8 +1188,11 @@ def copies_section(entry, args):
     """HTML: copies, then the nearest pairs."""
     pairs = ""
     size = entry.fake.pixels.shape[-1]
-    records = [*entry.copies.copies, *entry.copies.pairs]
-    for record, (i, j) in list(zip(records, entry.copies.numbers, strict=True))[:12]:
+    records = {}
+    every = [*entry.copies.copies, *entry.copies.pairs]
+    for numbers, record in zip(entry.copies.numbers, every, strict=True):
+        records.setdefault(numbers, record)  # a copy is a pair of the nearest too
+    for (i, j), record in list(records.items())[:12]:
         row = entry.known.rows[j]
         _, pixels = load_real([row], size, args, bad_share=1)  # was searched small
         fake = entry.fake.pixels[i], entry.fake.rows[i]
@@ -1211,7 +1214,7 @@ def utility_section(entry):
             places = [200 * dose[key] - 100 for key in ("low", "high", "auroc")]
             title = f"95 %: {dose['low']:.3f} to {dose['high']:.3f}"
             lines.append((f"{dose['share']} %", title, *places, title, f"{dose['auroc']:.3f}"))
-        body += f"<h4>{name}</h4>{paragraph(dose_sentence(doses))}{dot_lines(header, lines)}"
+        body += paragraph(f"{name}: {dose_sentence(doses)}.") + dot_lines(header, lines)
     return body
 
 

@@ -639,13 +639,14 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     kinds = count_reasons(reasons)
     body = f'<div class="verdict"><b>Kept {kinds["kept"]} of {len(rows)} generated images.</b>'
     body += table(("what became of them", "images"), kinds.most_common())
-    body += f"{paragraph(REASONS)}</div><h2>What would pass at another limit</h2>"
+    body += f"</div>{paragraph(REASONS, 'soft')}<h2>What would pass at another limit</h2>"
     body += other_limits(reference, real_rows, rows, scores)
     order = np.argsort(-scores["quality"], kind="stable")
     kept = np.array(reasons)[order] == ""
     for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
         some = shown[:: 1 + len(shown) // 37]
-        body += f'<h2>{title}: {len(some)} of {len(shown)}, the best first</h2><div class="pairs">'
+        body += f"<h2>{title}: {len(some)} of {len(shown)} are shown, the best first</h2>"
+        body += '<div class="pairs">'
         for i in some:
             j = scores["nearest"][i]
             text = f"{reasons[i] or 'kept'}, quality {scores['quality'][i]:.2f}"
@@ -666,7 +667,7 @@ def other_limits(reference, real_rows, rows, scores):
         if np.isinf(thresholds[""]):
             passing = "too few real images"
         lines.append((alpha, f"{1 - alpha:.0%}", passing))
-    return table(("--calibrate", "unseen real images that pass", "generated ones"), lines)
+    return table(("calibrate", "unseen real images that pass", "generated ones that pass"), lines)
 
 
 def draw_order(count, seed, *key):
