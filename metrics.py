@@ -2392,8 +2392,9 @@ summary{cursor:pointer;padding:.4rem 0;font-weight:600}
 :focus-visible{outline:.15rem solid var(--mark)}
 .sides{display:grid;grid-template-columns:1fr 1fr;gap:.5rem 1rem}.sides h4{margin:.5rem 0;
 font-size:.9rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(10rem,100%),1fr));gap:.4rem}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20.4rem,100%),1fr));gap:1rem}
+.tiles,.pairs{display:grid;gap:.4rem;grid-auto-flow:dense;
+grid-template-columns:repeat(auto-fill,minmax(min(10rem,100%),1fr))}
+.pairs{gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(20.4rem,100%),1fr))}
 figure{display:grid;grid-template-columns:1fr 1fr;gap:.3rem;margin:0;align-content:start}
 figcaption{grid-column:1/-1;font-size:.8rem;color:var(--soft);white-space:pre-line}
 .zoom summary{padding:0;list-style:none;cursor:zoom-in}.zoom summary::-webkit-details-marker{
@@ -2405,7 +2406,8 @@ text-align:left}.lines :is(th,td):first-child{width:29%}.lines :is(th,td):last-c
 .ends{display:flex;justify-content:space-between;gap:.5rem;line-height:1.2}
 .axis{display:block;width:100%;height:1.6rem;overflow:visible}.axis line{stroke:var(--line)}
 .axis rect{fill:var(--soft);opacity:.4}.axis circle{fill:currentColor}
-@media(max-width:30rem){.sides{gap:.5rem}}
+@media(max-width:40rem){.sides{gap:.5rem}.sides .zoom[open]{width:calc(200% + .5rem);z-index:1}
+.sides>:last-child .zoom[open]{margin-left:calc(-100% - .5rem)}}
 @media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}th,td{
 white-space:normal}::details-content{content-visibility:visible}h2,h3{break-after:avoid}
 figure,tr{break-inside:avoid}}"""

@@ -1342,7 +1342,7 @@ def test_the_report_has_no_fault_in_a_real_browser_whatever_names_say(tmp_path, 
     run(monkeypatch, real, fake, real, "--metrics", "frechet,colour", "--utility")
     path = tmp_path / "report.html"
     assert page_faults(path, tmp_path / "phone") == []
-    shown = Browser(path, tmp_path / "wide")
+    shown = Browser(path, tmp_path / "again", width=390)
     try:
         assert shown.evaluate("document.querySelectorAll('.badge').length") >= 2
         assert shown.evaluate(
