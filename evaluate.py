@@ -12,7 +12,7 @@ report for any browser (--out) and the same figures for programs (--json):
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
+"labels": {"table", "not_reached", "not_told_apart"}, "subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
 "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
@@ -41,9 +41,12 @@ from tqdm import tqdm
 from metrics import (
     WEIGHTS,
     Flags,
+    LabelCheck,
     Network,
     add_comparison_flags,
     colour,
+    colour_and_layout,
+    colour_scale,
     command,
     copy_chances,
     copy_distances,
@@ -54,6 +57,8 @@ from metrics import (
     fit_square,
     frechet,
     generator,
+    in_grey,
+    is_grey_set,
     kid,
     label_list,
     list_images,
@@ -78,6 +83,7 @@ from metrics import (
     run_script,
     same_unit,
     set_hash,
+    shows_colour,
     split_rows,
     squared_distances,
     ssim_matrix,
@@ -377,6 +383,17 @@ def load_reference(rows, resolution, fakes, tools):
     return real
 
 
+def compare_in_grey(real, fakes):
+    """Real images of a grey kind: a chroma that no eye sees is no difference, on either side."""
+    real.pixels = in_grey(real.pixels)
+    for fake in fakes:
+        colours = torch.from_numpy(shows_colour(fake.pixels))
+        fake.pixels = torch.where(colours[:, None, None, None], fake.pixels, in_grey(fake.pixels))
+        if colours.any():
+            count = f"{int(colours.sum())} of {len(colours)} images show colours"
+            print(f"{fake.path}: {count}, the real ones are grey: sample.py --grey draws grey")
+
+
 def list_reference(args):
     """The real rows to compare with, and those that are searched for copies."""
     rows = known = list_real(args.real, args)
@@ -452,6 +469,7 @@ class Entry:
     differences: dict  # metric: "worse" or "too good", rarest first
     copies: Copies
     mix: list  # sentences on the labels
+    labels: dict  # what images with them look like, as in the JSON
     subgroups: list  # as in the JSON
     utility: dict = None  # classifier: list of doses, as in the JSON
     utility_note: str = ""  # what they are worth, or why there are none
@@ -468,9 +486,11 @@ def evaluate_set(real, fake, known, tools):
     figures, mix = measure_figures(real, fake, tools)
     p, differences = test_together(figures)
     features = pooled(real.features, fake.features, tools.network.standardise)
+    labels = check_labels(real, fake, args.seed)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else (None, "")
-    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, *utility)
+    more = mix, labels, subgroups, *utility
+    return Entry(fake, real, known, figures, p, differences, copies, *more)
 
 
 def measure_figures(real, fake, tools):
@@ -608,6 +628,54 @@ def may_be_copies(entry):
     many = 0.1 * len(entry.fake.rows)
     too_many = (entry.copies.count or 0) > many and entry.copies.chance <= 0.001
     return too_many or entry.differences.get(name) == "too good"
+
+
+def check_labels(real, fake, seed):
+    """What images of each label look like, as in the JSON: {} without labels that can be checked.
+
+    table: percent of the generated images of a label, and of the real ones, as images left out,
+    that look most like each label.
+    """
+    scale = colour_scale(colour_and_layout(real.pixels))
+
+    def blocks(images):
+        return [images.features, scale(colour_and_layout(images.pixels))]
+
+    check = LabelCheck(real.rows, blocks(real), seed)
+    if not check.names:
+        return {}
+    own, looks, _, _ = check.judge(blocks(fake), fake.rows)
+    counts, real_counts = np.zeros((2, len(check.names), len(check.names)), int)
+    np.add.at(counts, (own[own >= 0], looks[own >= 0]), 1)
+    np.add.at(real_counts, (check.own, check.logits.argmax(1)), 1)
+    records = []
+    sentences = []
+    for k in np.flatnonzero(counts.sum(1)):
+        for kind, line in (("generated", counts[k]), ("real", real_counts[k])):
+            shares = (100 * line / line.sum()).round().astype(int).tolist()
+            record = {"label": check.names[k], "set": kind, "images": int(line.sum())}
+            shares = zip(check.names, shares, strict=True)
+            records.append(record | {f"like {name}, %": share for name, share in shares})
+        sentences += not_reached(check, k, counts[k], real_counts[k])
+    return {"table": records, "not_reached": sentences, "not_told_apart": check.sentences}
+
+
+def not_reached(check, k, counts, real_counts):
+    """A sentence where too few of the generated images of label k look like it; [] else.
+
+    Fisher's exact test against the real ones as images left out.
+    """
+    sides = [[side[k], side.sum() - side[k]] for side in (counts, real_counts)]
+    p = scipy.stats.fisher_exact(sides, "less").pvalue
+    other = np.where(check.apart[k], counts, 0)
+    other[k] = 0
+    other = other.argmax()
+    if p > 0.01 / len(check.names) or not check.apart[k, other] or other == k:
+        return []
+    name, looks = check.names[k], check.names[other]
+    text = f"of {counts.sum()} generated images labelled {name} {counts[other]} look like {looks}"
+    real_share = real_counts[other] / real_counts.sum()
+    return [f"The generator does not reach {name}: {text} (of real ones {real_share:.0%})."]
 
 
 def subgroups_of(row, column):
@@ -880,7 +948,7 @@ def verdict(entry):
     if better:
         text.append(f"Too good for fresh images: {better}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
-    text += entry.mix
+    text += entry.mix + entry.labels.get("not_reached", [])
     if entry.utility_note:
         text.append(entry.utility_note)
     for classifier, doses in (entry.utility or {}).items():
@@ -949,6 +1017,11 @@ def print_entry(entry):
     print(f"{verdict(entry)}\n\n{GUIDE}\n")
     print_table(HEADER, figure_rows(entry))
     print(HALVES_GUIDE)
+    if entry.labels:
+        print(f"\n{LABELS_GUIDE}\n")
+        records = entry.labels["table"]
+        print_table(records[0], [record.values() for record in records])
+        print(*entry.labels["not_told_apart"], sep="\n")
 
 
 def print_table(header, rows):
@@ -968,6 +1041,9 @@ count."""
 
 HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
 many generated images against one half, which can be compared with it."""
+
+LABELS_GUIDE = """Labels: what images look like to a classifier that learnt from the real ones; these
+are predicted by one that was not shown their patients."""
 
 FIGURES = """<h2>What the figures are</h2><p>With fewer than 50 images only gross differences show.
 <b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
@@ -1016,6 +1092,10 @@ def set_section(entry, args):
     fake = entry.fake
     parts = [f"<h2>{html.escape(fake.path)}</h2>", paragraph(verdict(entry), "verdict")]
     parts += [paragraph(GUIDE), table(HEADER, figure_rows(entry)), paragraph(HALVES_GUIDE, "soft")]
+    if entry.labels:
+        parts += ["<h3>Do they show their labels?</h3>", paragraph(LABELS_GUIDE)]
+        parts.append(records_table(entry.labels["table"]))
+        parts += [paragraph(f"The {text}.") for text in entry.labels["not_told_apart"]]
     if entry.utility_note:
         parts.append("<h3>Do they help a classifier?</h3>")
         parts.append(paragraph(entry.utility_note))
@@ -1068,6 +1148,7 @@ def write_json(args, settings, entries):
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
         result["metrics"] = figures
         result["memorisation"] = {"likely_copies": entry.copies.count, "pairs": entry.copies.pairs}
+        result["labels"] = entry.labels
         result["subgroups"] = entry.subgroups
         if entry.utility:
             result["utility"] = entry.utility["linear probe"]
@@ -1189,6 +1270,8 @@ def main(args):
     print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
+    if is_grey_set(real.pixels):
+        compare_in_grey(real, fakes)
     known = real
     if known_rows is not real_rows or len(known_rows) > args.max_images:
         size = resolution if args.utility else min(80, resolution)  # copies are searched small

@@ -49,6 +49,7 @@ import scipy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import special
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- foundation: errors, flags, files
@@ -1477,6 +1478,67 @@ def colour(pixels):
     return torch.cat(parts).cpu().double().numpy()
 
 
+def robust_scale(real, floor=1e-6):
+    """A function: descriptors less the real ones' median, over their median absolute deviation.
+
+    floor: the least deviation, so that what hardly differs among real images decides nothing.
+    """
+    middle = np.median(real, axis=0)
+    spread = 1.4826 * np.median(np.abs(real - middle), axis=0)
+    spread = np.maximum(spread, np.maximum(floor, 0.2 * np.median(spread)))
+    return lambda descriptors: (descriptors - middle) / spread
+
+
+def shows_colour(pixels):
+    """bool (N,): whether the eye sees a colour somewhere in uint8 pixels (N, 3, S, S).
+
+    The channels of a 16th of a side differ by over 8 grey levels; a VAE leaves one or two of a grey
+    picture, yellowed films have five.
+    """
+    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 16) for part in pixels.split(64)])
+    return ((small.amax(1) - small.amin(1)).amax((1, 2)) > 8).numpy()
+
+
+def is_grey_set(pixels):
+    """Whether images are of a grey kind; a few with a tint or a mark in colour decide nothing."""
+    return shows_colour(pixels).mean() <= 0.05
+
+
+def in_grey(pixels):
+    """The grey values of uint8 pixels (N, 3, S, S) in all three channels."""
+    grey = torch.cat([to_grey(part) for part in pixels.split(64)])
+    return (255 * grey).round().to(torch.uint8).expand(pixels.shape).contiguous()
+
+
+def colour_and_layout(pixels):
+    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, made symmetric and of length 1.
+
+    Texture sees neither a colour nor that a film is a negative.
+    """
+    parts = [F.adaptive_avg_pool2d(part.float(), 8) for part in pixels.split(64)]
+    small = torch.cat(parts).double()
+    small = (small + small.flip(3))[..., :4].flatten(1)
+    layouts = F.normalize(small - small.mean(1, keepdim=True))
+    return np.hstack([colour(pixels), layouts.numpy()])
+
+
+def colour_scale(real):
+    """The scale of colour_and_layout: a colour counts as at most three deviations.
+
+    Otherwise one tinted film among grey ones would hide all differences of layout.
+    """
+    level = 2 / 255  # what the eye sees of a colour, in the unit of each column
+    detail = np.log1p(level / np.exp(np.median(real[:, 6:8], axis=0)))
+    tint_scale = robust_scale(real[:, :8], [*[level] * 4, level**2, level, *detail])
+    layout_spread = 0.8 * np.linalg.norm(real[:, 8:].std(0)) + 1e-6
+
+    def scale(vectors):
+        tint = 3 * np.tanh(tint_scale(vectors[:, :8]) / 3) / 8**0.5
+        return np.hstack([tint, vectors[:, 8:] / layout_spread])
+
+    return scale
+
+
 def grain(pixels):
     """How pictures were made: uint8 (N, 3, H, W), H, W >= 16 -> float64 (N, 11).
 
@@ -2168,6 +2230,197 @@ def copy_chances(real, fake, same):
     by_distance = p_values(real_distance, distance)
     by_ratio = p_values(real_ratio, ratio)
     return np.minimum(2 * np.minimum(by_distance, by_ratio), np.maximum(by_distance, by_ratio))
+
+
+# ---------------------------------------------------------------- logistic regression
+
+PENALTIES = np.logspace(-1, 1.5, 6)  # the features of an image have a squared length near 3
+
+
+def draw_order(count, seed, *key):
+    """A permutation of range(count), int64, the same everywhere."""
+    return torch.randperm(count, generator=generator(seed, *key)).numpy()
+
+
+def predict(features, weights):
+    """Logits (N, m) by weights (D + 1, m) of `fit_logistic`."""
+    return features @ weights[:-1] + weights[-1]
+
+
+def auroc(scores, good, strata):
+    """Share of (good, bad) pairs of one stratum that the scores order right, ties half: (m,).
+
+    scores, good: (n, m); strata: (n,). NaN where there is no such pair.
+    """
+    right, pairs = np.zeros((2, scores.shape[1]))
+    for stratum in np.unique(strata):
+        inside = strata == stratum
+        positive = good[inside].sum(0)
+        ranks = scipy.stats.rankdata(scores[inside], axis=0)
+        right += (ranks * good[inside]).sum(0) - positive * (positive + 1) / 2
+        pairs += positive * (inside.sum() - positive)
+    return right / np.where(pairs > 0, pairs, np.nan)
+
+
+def auroc_interval(scores, good, groups, strata, seed):
+    """95 % of the AUROC of scores (n,) over 500 draws of the groups, each with all its images."""
+    _, numbers = np.unique(groups, return_inverse=True)
+    count = numbers.max() + 1
+    draws = torch.randint(count, (500, count), generator=generator(seed, "interval")).numpy()
+    times = np.apply_along_axis(np.bincount, 1, draws, minlength=count)[:, numbers].astype(float)
+    right, pairs = np.zeros((2, 500))
+    for stratum in np.unique(strata):
+        first, second = (strata == stratum) & good, (strata == stratum) & ~good
+        ordered = np.heaviside(scores[first][:, None] - scores[second], 0.5)
+        right += ((times[:, first] @ ordered) * times[:, second]).sum(1)
+        pairs += times[:, first].sum(1) * times[:, second].sum(1)
+    with_pairs = pairs > 0
+    return np.percentile(right[with_pairs] / pairs[with_pairs], (2.5, 97.5)).tolist()
+
+
+def cross_validate(features, labels, weights, groups, seed):
+    """Predict each column of labels (n, m) five-fold by its best penalty, whole groups left out.
+
+    Returns logits (n, m) and the penalties (m,).
+    """
+    names, numbers = np.unique(groups, return_inverse=True)
+    folds = draw_order(len(names), seed, "folds")[numbers] % 5
+    u, scale, _ = np.linalg.svd(features, full_matrices=False)
+    x = u * scale  # the same fit in at most n dimensions
+    logits = np.zeros((len(PENALTIES), *labels.shape))
+    for k, penalty in enumerate(PENALTIES):
+        for fold in np.unique(folds):
+            train = folds != fold
+            fitted = fit_logistic(x[train], labels[train], weights[train], penalty)
+            logits[k, ~train] = predict(x[~train], fitted)
+    losses = np.logaddexp(0, logits) - labels * logits
+    best = (losses * weights[:, None]).sum(1).argmin(0)
+    return np.take_along_axis(logits, best[None, None], 0)[0], PENALTIES[best]
+
+
+def fit_logistic(features, labels, weights, penalty):
+    """Logistic regressions of each column of labels (n, m) in [0, 1]: weights (D + 1, m).
+
+    Minimises the weighted log loss + penalty / 2 |w|^2; the last weight, the intercept, is free.
+    Newton's method with the bound X'X / 4 on the Hessian (Boehning and Lindsay 1988), so that one
+    inverse serves all columns and steps.
+    """
+    x = np.hstack([features, np.ones((len(features), 1))])
+    ridge = np.full((x.shape[1], 1), penalty)
+    ridge[-1] = 1e-6
+    weights = (weights / weights.mean())[:, None]
+    inverse = np.linalg.inv(x.T @ (weights * x) / 4 + np.diag(ridge[:, 0]))
+    fitted = np.zeros((x.shape[1], labels.shape[1]))
+    for _ in range(500):
+        residuals = weights * (labels - special.expit(x @ fitted))
+        step = inverse @ (x.T @ residuals - ridge * fitted)
+        fitted += step
+        if np.abs(step).max() < 1e-3:
+            break
+    return fitted
+
+
+# ---------------------------------------------------------------- does an image show its label?
+
+LEAST_APART = 0.8  # of the AUROC's interval, for two labels that can be told apart
+
+
+def block_scale(real, sizes):
+    """Mean and spread (D,) of descriptors (n, D) that consist of blocks of these sizes."""
+    # by the root of its size, a block of many descriptors weighs no more than one of few
+    return real.mean(0), np.maximum(real.std(0), 1e-6) * np.sqrt(np.repeat(sizes, sizes))
+
+
+def fit_labels(names, labels, features, groups, seed):
+    """Tell labels (n,) apart by features (n, D), a column for each of the names.
+
+    Returns logits of images that were left out, (n, names), and the weights (D + 1, names) of all.
+    """
+    is_own = np.equal.outer(labels, names).astype(float)
+    ones = np.ones(len(labels))
+    logits, penalties = cross_validate(features, is_own, ones, groups, seed)
+    fitted = []
+    for k, penalty in enumerate(penalties):
+        fitted.append(fit_logistic(features, is_own[:, [k]], ones, penalty))
+    return logits, np.hstack(fitted)
+
+
+class LabelCheck:
+    """Does an image show its label? Learnt from the labelled real images alone.
+
+    names: the labels that 8 real images or more have; no label is checked where these are fewer
+    than two. own: the real images' numbers of names; logits: theirs, predicted as images left out.
+    """
+
+    def __init__(self, rows, blocks, seed):
+        """blocks: descriptors of the real images, arrays (n, D). Those of `grain` do not belong.
+
+        How a file was made often tells the labels of real images, and of generated ones nothing.
+        """
+        counts = Counter(text_key(row.label) for row in rows)
+        self.names = sorted(name for name in counts if name and counts[name] >= 8)
+        own = self.numbers(rows)
+        groups = np.array([row.group or row.path for row in rows])[own >= 0]
+        if len(self.names) < 2 or len(set(groups)) < 2:
+            self.names = []
+            return
+        self.own = own[own >= 0]
+        features = np.hstack(blocks)[own >= 0]
+        self.mean, self.spread = block_scale(features, [block.shape[1] for block in blocks])
+        names = range(len(self.names))
+        features = (features - self.mean) / self.spread
+        self.logits, self.weights = fit_labels(names, self.own, features, groups, seed)
+        self.margins = margins(self.logits, self.own)
+        self.apart = np.ones((len(names), len(names)), bool)
+        self.sentences = []  # on pairs of labels that cannot be told apart
+        for a, b in itertools.combinations(names, 2):
+            self.compare(a, b, groups, seed)
+
+    def numbers(self, rows):
+        """The number of each row's label among the names, (N,); -1 for none of them."""
+        labels = [text_key(row.label) for row in rows]
+        return np.array([self.names.index(name) if name in self.names else -1 for name in labels])
+
+    def compare(self, a, b, groups, seed):
+        """Whether the real images of two labels can be told apart."""
+        pair = np.isin(self.own, (a, b))
+        scores = (self.logits[:, a] - self.logits[:, b])[pair]
+        is_first = self.own[pair] == a
+        strata = np.zeros(len(scores))
+        low, high = auroc_interval(scores, is_first, groups[pair], strata, seed)
+        if not low >= LEAST_APART:
+            self.apart[a, b] = self.apart[b, a] = False
+            value = auroc(scores[:, None], is_first[:, None], strata)[0]
+            text = f'real images of "{self.names[a]}" and "{self.names[b]}" cannot be told apart '
+            text += f"(AUROC {value:.2f}, 95 %: {low:.2f} to {high:.2f})"
+            self.sentences.append(text)
+
+    def judge(self, blocks, rows):
+        """Of each image: its label, what it looks like, p of its label, whether it shows another.
+
+        Labels are numbers of names, -1 for none of them, whose p is NaN. p is conformal: how many
+        real images of the label look less like it. Where none does, the real images of all labels
+        count, for few of one label would allow no small p.
+        """
+        logits = predict((np.hstack(blocks) - self.mean) / self.spread, self.weights)
+        own = self.numbers(rows)
+        looks = logits.argmax(1)
+        values = margins(logits, own)
+        p = np.full(len(rows), np.nan)
+        for i in np.flatnonzero(own >= 0):
+            below = self.margins <= values[i]
+            same = self.own == own[i]
+            p[i] = (1 + below[same].sum()) / (1 + same.sum())
+            if not below[same].any():
+                p[i] = min(p[i], (1 + below.sum()) / (1 + len(below)))
+        limit = max(0.02, 1 / (1 + len(self.own)))
+        return own, looks, p, (looks != own) & (p <= limit) & self.apart[own, looks]
+
+
+def margins(logits, own):
+    """How far the logit of each image's own label lies above the largest other, (N,)."""
+    is_own = np.arange(logits.shape[1]) == own[:, None]
+    return np.where(is_own, logits, -np.inf).max(1) - np.where(is_own, -np.inf, logits).max(1)
 
 
 # ---------------------------------------------------------------- the page
