@@ -12,8 +12,8 @@ report for any browser (--out) and the same figures for programs (--json):
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "pairs": [{"generated", "train", "distance", "p"}]},
-"labels": {"table", "not_reached", "not_told_apart"}, "subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
-"gain_high"}]}]}
+"labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]}, "subgroups": [...],
+"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
 percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
@@ -44,6 +44,7 @@ from metrics import (
     LabelCheck,
     Network,
     add_comparison_flags,
+    auroc,
     colour,
     colour_and_layout,
     colour_scale,
@@ -57,8 +58,8 @@ from metrics import (
     fit_square,
     frechet,
     generator,
+    grey_kind,
     in_grey,
-    is_grey_set,
     kid,
     label_list,
     list_images,
@@ -79,6 +80,7 @@ from metrics import (
     precision_recall,
     read_table,
     report_enlarged,
+    resamples,
     resolve_auto,
     run_script,
     same_unit,
@@ -383,15 +385,14 @@ def load_reference(rows, resolution, fakes, tools):
     return real
 
 
-def compare_in_grey(real, fakes):
-    """Real images of a grey kind: a chroma that no eye sees is no difference, on either side."""
-    real.pixels = in_grey(real.pixels)
-    for fake in fakes:
-        colours = torch.from_numpy(shows_colour(fake.pixels))
-        fake.pixels = torch.where(colours[:, None, None, None], fake.pixels, in_grey(fake.pixels))
-        if colours.any():
-            count = f"{int(colours.sum())} of {len(colours)} images show colours"
-            print(f"{fake.path}: {count}, the real ones are grey: sample.py --grey draws grey")
+def drop_faint_colours(images):
+    """Make images grey in which no eye sees a colour; say how many others there are."""
+    in_colour = shows_colour(images.pixels)
+    faint = ~in_colour
+    images.pixels[faint] = in_grey(images.pixels[faint])
+    if in_colour.any():
+        count = f"{in_colour.sum()} of {len(faint)} images show colours"
+        print(f"{images.path}: {count}, the real ones are grey: sample.py --grey draws grey ones")
 
 
 def list_reference(args):
@@ -637,45 +638,40 @@ def check_labels(real, fake, seed):
     that look most like each label.
     """
     scale = colour_scale(colour_and_layout(real.pixels))
-
-    def blocks(images):
-        return [images.features, scale(colour_and_layout(images.pixels))]
-
-    check = LabelCheck(real.rows, blocks(real), seed)
+    blocks = []
+    for images in (real, fake):
+        blocks.append([images.features, scale(colour_and_layout(images.pixels))])
+    check = LabelCheck(real.rows, blocks[0], seed)
     if not check.names:
         return {}
-    own, looks, _, _ = check.judge(blocks(fake), fake.rows)
-    counts, real_counts = np.zeros((2, len(check.names), len(check.names)), int)
-    np.add.at(counts, (own[own >= 0], looks[own >= 0]), 1)
-    np.add.at(real_counts, (check.own, check.logits.argmax(1)), 1)
-    records = []
-    sentences = []
-    for k in np.flatnonzero(counts.sum(1)):
-        for kind, line in (("generated", counts[k]), ("real", real_counts[k])):
-            shares = (100 * line / line.sum()).round().astype(int).tolist()
-            record = {"label": check.names[k], "set": kind, "images": int(line.sum())}
-            shares = zip(check.names, shares, strict=True)
-            records.append(record | {f"like {name}, %": share for name, share in shares})
-        sentences += not_reached(check, k, counts[k], real_counts[k])
-    return {"table": records, "not_reached": sentences, "not_told_apart": check.sentences}
+    own, looks, *_ = check.judge(blocks[1], fake.rows)
+    found = {"table": [], "not_reached": [], "not_told_apart": check.sentences}
+    for k in np.intersect1d(own, check.own):
+        counts = [
+            np.bincount(side, minlength=len(check.names))
+            for side in (looks[own == k], check.looks[check.own == k])
+        ]
+        for kind, count in zip(("generated", "real"), counts, strict=True):
+            record = {"label": check.names[k], "set": kind, "images": int(count.sum())}
+            for name, share in zip(check.names, count / count.sum(), strict=True):
+                record[f"like {name}, %"] = round(100 * share)
+            found["table"].append(record)
+        found["not_reached"] += not_reached(check, k, *counts)
+    return found
 
 
-def not_reached(check, k, counts, real_counts):
-    """A sentence where too few of the generated images of label k look like it; [] else.
+def not_reached(check, k, fake, real):
+    """A sentence if generated images of label k look like another, and more than real ones do.
 
-    Fisher's exact test against the real ones as images left out.
+    fake, real: how many look like each label; Fisher's exact test.
     """
-    sides = [[side[k], side.sum() - side[k]] for side in (counts, real_counts)]
-    p = scipy.stats.fisher_exact(sides, "less").pvalue
-    other = np.where(check.apart[k], counts, 0)
-    other[k] = 0
-    other = other.argmax()
-    if p > 0.01 / len(check.names) or not check.apart[k, other] or other == k:
+    sides = [[count[k], count.sum() - count[k]] for count in (fake, real)]
+    other = (fake * (np.arange(len(fake)) != k) * check.apart[k]).argmax()
+    if scipy.stats.fisher_exact(sides, "less").pvalue > 0.01 or fake[other] == 0:
         return []
-    name, looks = check.names[k], check.names[other]
-    text = f"of {counts.sum()} generated images labelled {name} {counts[other]} look like {looks}"
-    real_share = real_counts[other] / real_counts.sum()
-    return [f"The generator does not reach {name}: {text} (of real ones {real_share:.0%})."]
+    label, looks = check.names[k], check.names[other]
+    text = f"of {fake.sum()} pictures labelled {label} {fake[other]} look like {looks}"
+    return [f"The generator does not reach {label}: {text}, of {real.sum()} real {real[other]}."]
 
 
 def subgroups_of(row, column):
@@ -737,13 +733,13 @@ def measure_utility(real, known, fake, tools):
         return None, f"Whether they help a classifier is not measured: {missing}."
     for images in (train, test, fake):
         prepare(images, classes, tools)
-    weights = resamples(test.rows, tools.args.seed)
+    weights = resamples([row.group for row in test.rows], tools.args.seed)
     found = fit_classifiers(train, test, fake, weights, tools.args.seed)
     results = {}
-    for (name, share), auroc in found.items():
-        gain = auroc - found[name, 0]
-        low, high = np.nanquantile(auroc[1:], (0.025, 0.975))
-        dose = {"share": share, "auroc": auroc[0], "low": low, "high": high, "gain": gain[0]}
+    for (name, share), values in found.items():
+        gain = values - found[name, 0]
+        low, high = np.nanquantile(values[1:], (0.025, 0.975))
+        dose = {"share": share, "auroc": values[0], "low": low, "high": high, "gain": gain[0]}
         low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
         results.setdefault(name, []).append(dose | {"gain_low": low, "gain_high": high})
     return results, sentence
@@ -823,8 +819,8 @@ def fit_classifiers(train, test, fake, weights, seed):
             network = small_cnn([first, real], 200, (seed, repeat))
             scores["small CNN, generated first"] = network(test.small)
         for name, score in scores.items():
-            auroc = aurocs(score, test.targets, weights) / SEEDS
-            found[name, share] = found.get((name, share), 0) + auroc
+            values = aurocs(score, test.targets, weights) / SEEDS
+            found[name, share] = found.get((name, share), 0) + values
     return found
 
 
@@ -868,24 +864,10 @@ def small_cnn(stages, steps, seed):
 
 def aurocs(scores, targets, weights):
     """AUROC of scores (N, classes), mean over classes, under each row of weights (B, N): (B,)."""
-    total, count = np.zeros((2, len(weights)))
-    for score, positive in zip(scores.T, targets.T > 0, strict=True):
-        ordered = np.heaviside(score[positive][:, None] - score[~positive], 0.5)
-        a, b = weights[:, positive], weights[:, ~positive]
-        weight = a.sum(1) * b.sum(1)
-        total += ((a @ ordered) * b).sum(1) / np.maximum(weight, 1)
-        count += weight > 0  # of classes that have both kinds
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def resamples(rows, seed, count=1000):
-    """(1 + count, N): how often each image counts; all once, then bootstraps of whole patients."""
-    units = units_of([row.group for row in rows])
-    drawn = torch.randint(len(units), (count, len(units)), generator=generator(seed, "bootstrap"))
-    weights = np.ones((1 + count, len(rows)))
-    for k, unit in enumerate(units):
-        weights[1:, unit] = (drawn == k).sum(1, keepdim=True)
-    return weights
+    pairs = zip(scores.T, targets.T > 0, strict=True)
+    values = np.stack([auroc(*pair, weights) for pair in pairs])
+    count = np.isfinite(values).sum(0)  # of classes that have both kinds
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
 
 # ---------------------------------------------------------------- in words
@@ -1042,8 +1024,8 @@ count."""
 HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
 many generated images against one half, which can be compared with it."""
 
-LABELS_GUIDE = """Labels: what images look like to a classifier that learnt from the real ones; these
-are predicted by one that was not shown their patients."""
+LABELS_GUIDE = """Labels: what images look like to a classifier that learnt from the real ones.
+Real images are judged by one that never saw their patients."""
 
 FIGURES = """<h2>What the figures are</h2><p>With fewer than 50 images only gross differences show.
 <b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
@@ -1270,8 +1252,10 @@ def main(args):
     print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
-    if is_grey_set(real.pixels):
-        compare_in_grey(real, fakes)
+    real.pixels, in_colour = grey_kind(real.pixels)
+    if in_colour is not None:
+        for fake in fakes:
+            drop_faint_colours(fake)
     known = real
     if known_rows is not real_rows or len(known_rows) > args.max_images:
         size = resolution if args.utility else min(80, resolution)  # copies are searched small

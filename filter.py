@@ -43,7 +43,6 @@ from metrics import (
     Row,
     add_comparison_flags,
     auroc,
-    auroc_interval,
     block_scale,
     colour,
     colour_and_layout,
@@ -67,8 +66,8 @@ from metrics import (
     fit_square,
     generator,
     grain,
+    grey_kind,
     in_grey,
-    is_grey_set,
     list_images,
     list_real,
     load_features,
@@ -88,6 +87,7 @@ from metrics import (
     read_table,
     read_text,
     report_enlarged,
+    resamples,
     resolve_auto,
     robust_scale,
     run_script,
@@ -217,9 +217,7 @@ def measure_reference(
     Real images that are too few for that, or all of one patient, are an error. Where hardly any
     real image has a colour, all are compared in grey.
     """
-    in_colour = shows_colour(pixels) if is_grey_set(pixels) else None
-    if in_colour is not None:
-        pixels = in_grey(pixels)
+    pixels, in_colour = grey_kind(pixels)
     if max_lpips is not None and lpips == "auto":
         lpips = "alex"
     features, lpips = resolve_auto(features, lpips)
@@ -1388,7 +1386,9 @@ def fit_quality(features, rated, seed):
             labels[same, column] = rated.labels[same[order], 0]
     logits, penalties = cross_validate(features, labels, rated.weights, rated.groups, seed)
     good = labels >= 0.5
-    values = auroc(logits, good, rated.modalities)
+    columns = zip(logits.T, good.T, strict=True)
+    values = [auroc(*column, strata=rated.modalities)[0] for column in columns]
+    drawn = auroc(logits[:, 0], good[:, 0], resamples(rated.groups, seed), rated.modalities)
     weights = fit_logistic(features, rated.labels, rated.weights, penalties[0])
     # the logits of images left out calibrate it (Platt 1999)
     slope, offset = fit_logistic(logits[:, :1], rated.labels, rated.weights, 0.1)[:, 0]
@@ -1396,8 +1396,8 @@ def fit_quality(features, rated, seed):
     weights[-1] += offset
     return weights, {
         "auroc": values[0],
-        "interval": auroc_interval(logits[:, 0], good[:, 0], rated.groups, rated.modalities, seed),
-        "p": (1 + (values[1:] >= values[0]).sum()) / (1 + PERMUTATIONS),
+        "interval": np.nanpercentile(drawn[1:], (2.5, 97.5)).tolist(),
+        "p": sum(value >= values[0] for value in values) / (1 + PERMUTATIONS),
     }
 
 

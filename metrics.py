@@ -1499,15 +1499,21 @@ def shows_colour(pixels):
     return ((small.amax(1) - small.amin(1)).amax((1, 2)) > 8).numpy()
 
 
-def is_grey_set(pixels):
-    """Whether images are of a grey kind; a few with a tint or a mark in colour decide nothing."""
-    return shows_colour(pixels).mean() <= 0.05
-
-
 def in_grey(pixels):
-    """The grey values of uint8 pixels (N, 3, S, S) in all three channels."""
-    grey = torch.cat([to_grey(part) for part in pixels.split(64)])
-    return (255 * grey).round().to(torch.uint8).expand(pixels.shape).contiguous()
+    """uint8 pixels (N, 3, S, S) with the mean of the channels in all three."""
+    mean = pixels.sum(1, keepdim=True, dtype=torch.int16).add(1).div(3, rounding_mode="floor")
+    return mean.to(torch.uint8).expand_as(pixels)
+
+
+def grey_kind(pixels):
+    """Of a grey kind of images the pixels in grey and which show a colour; else (pixels, None).
+
+    A few with a tint or a mark in colour decide nothing.
+    """
+    in_colour = shows_colour(pixels)
+    if in_colour.mean() > 0.05:
+        return pixels, None
+    return in_grey(pixels), in_colour
 
 
 def colour_and_layout(pixels):
@@ -2247,35 +2253,33 @@ def predict(features, weights):
     return features @ weights[:-1] + weights[-1]
 
 
-def auroc(scores, good, strata):
-    """Share of (good, bad) pairs of one stratum that the scores order right, ties half: (m,).
+def auroc(scores, good, times=None, strata=0):
+    """Share of (good, bad) pairs of one stratum that scores (n,) order right, ties half: (B,).
 
-    scores, good: (n, m); strata: (n,). NaN where there is no such pair.
+    good, strata: (n,). times: how often each image counts, (B, n). NaN where there is no such pair.
     """
-    right, pairs = np.zeros((2, scores.shape[1]))
+    if times is None:
+        times = np.ones((1, len(good)))
+    right, pairs = np.zeros((2, len(times)))
     for stratum in np.unique(strata):
-        inside = strata == stratum
-        positive = good[inside].sum(0)
-        ranks = scipy.stats.rankdata(scores[inside], axis=0)
-        right += (ranks * good[inside]).sum(0) - positive * (positive + 1) / 2
-        pairs += positive * (inside.sum() - positive)
+        first, second = (strata == stratum) & good, (strata == stratum) & ~good
+        a, b = times[:, first], times[:, second]
+        ordered = np.heaviside(scores[first][:, None] - scores[second], 0.5)
+        right += ((a @ ordered) * b).sum(1)
+        pairs += a.sum(1) * b.sum(1)
     return right / np.where(pairs > 0, pairs, np.nan)
 
 
-def auroc_interval(scores, good, groups, strata, seed):
-    """95 % of the AUROC of scores (n,) over 500 draws of the groups, each with all its images."""
-    _, numbers = np.unique(groups, return_inverse=True)
-    count = numbers.max() + 1
-    draws = torch.randint(count, (500, count), generator=generator(seed, "interval")).numpy()
-    times = np.apply_along_axis(np.bincount, 1, draws, minlength=count)[:, numbers].astype(float)
-    right, pairs = np.zeros((2, 500))
-    for stratum in np.unique(strata):
-        first, second = (strata == stratum) & good, (strata == stratum) & ~good
-        ordered = np.heaviside(scores[first][:, None] - scores[second], 0.5)
-        right += ((times[:, first] @ ordered) * times[:, second]).sum(1)
-        pairs += times[:, first].sum(1) * times[:, second].sum(1)
-    with_pairs = pairs > 0
-    return np.percentile(right[with_pairs] / pairs[with_pairs], (2.5, 97.5)).tolist()
+def resamples(groups, seed, count=1000):
+    """(1 + count, n): how often each image counts; all once, then bootstraps of whole groups.
+
+    An image without a group ("") is alone.
+    """
+    _, numbers = np.unique([name or f"\0{n}" for n, name in enumerate(groups)], return_inverse=True)
+    size = numbers.max() + 1
+    drawn = torch.randint(size, (count, size), generator=generator(seed, "bootstrap"))
+    times = np.apply_along_axis(np.bincount, 1, drawn.numpy(), minlength=size)[:, numbers]
+    return np.vstack([np.ones(len(groups)), times])
 
 
 def cross_validate(features, labels, weights, groups, seed):
@@ -2349,7 +2353,8 @@ class LabelCheck:
     """Does an image show its label? Learnt from the labelled real images alone.
 
     names: the labels that 8 real images or more have; no label is checked where these are fewer
-    than two. own: the real images' numbers of names; logits: theirs, predicted as images left out.
+    than two. own: the real images' numbers of names; looks, scores: what they look like and how
+    much like their own label, predicted as images left out.
     """
 
     def __init__(self, rows, blocks, seed):
@@ -2360,39 +2365,39 @@ class LabelCheck:
         counts = Counter(text_key(row.label) for row in rows)
         self.names = sorted(name for name in counts if name and counts[name] >= 8)
         own = self.numbers(rows)
-        groups = np.array([row.group or row.path for row in rows])[own >= 0]
+        has_label = own >= 0
+        groups = np.array([row.group or row.path for row in rows])[has_label]
         if len(self.names) < 2 or len(set(groups)) < 2:
             self.names = []
             return
-        self.own = own[own >= 0]
-        features = np.hstack(blocks)[own >= 0]
-        self.mean, self.spread = block_scale(features, [block.shape[1] for block in blocks])
-        names = range(len(self.names))
-        features = (features - self.mean) / self.spread
-        self.logits, self.weights = fit_labels(names, self.own, features, groups, seed)
-        self.margins = margins(self.logits, self.own)
-        self.apart = np.ones((len(names), len(names)), bool)
+        self.own = own[has_label]
+        self.mean, self.spread = block_scale(np.hstack(blocks), [part.shape[1] for part in blocks])
+        features = (np.hstack(blocks)[has_label] - self.mean) / self.spread
+        numbers = range(len(self.names))
+        logits, self.weights = fit_labels(numbers, self.own, features, groups, seed)
+        self.looks = logits.argmax(1)
+        self.scores = label_scores(logits, self.own)
+        self.apart = np.ones((len(numbers), len(numbers)), bool)
         self.sentences = []  # on pairs of labels that cannot be told apart
-        for a, b in itertools.combinations(names, 2):
-            self.compare(a, b, groups, seed)
+        for a, b in itertools.combinations(numbers, 2):
+            pair = np.isin(self.own, (a, b))
+            self.compare(
+                a, b, (logits[:, a] - logits[:, b])[pair], self.own[pair], groups[pair], seed
+            )
 
     def numbers(self, rows):
         """The number of each row's label among the names, (N,); -1 for none of them."""
         labels = [text_key(row.label) for row in rows]
         return np.array([self.names.index(name) if name in self.names else -1 for name in labels])
 
-    def compare(self, a, b, groups, seed):
-        """Whether the real images of two labels can be told apart."""
-        pair = np.isin(self.own, (a, b))
-        scores = (self.logits[:, a] - self.logits[:, b])[pair]
-        is_first = self.own[pair] == a
-        strata = np.zeros(len(scores))
-        low, high = auroc_interval(scores, is_first, groups[pair], strata, seed)
-        if not low >= LEAST_APART:
+    def compare(self, a, b, scores, own, groups, seed):
+        """Whether scores (n,) tell the real images of two labels apart."""
+        values = auroc(scores, own == a, resamples(groups, seed))
+        low, high = np.nanpercentile(values[1:], (2.5, 97.5))
+        if not low >= LEAST_APART:  # or NaN, of a single patient
             self.apart[a, b] = self.apart[b, a] = False
-            value = auroc(scores[:, None], is_first[:, None], strata)[0]
             text = f'real images of "{self.names[a]}" and "{self.names[b]}" cannot be told apart '
-            text += f"(AUROC {value:.2f}, 95 %: {low:.2f} to {high:.2f})"
+            text += f"(AUROC {values[0]:.2f}, 95 %: {low:.2f} to {high:.2f})"
             self.sentences.append(text)
 
     def judge(self, blocks, rows):
@@ -2405,22 +2410,21 @@ class LabelCheck:
         logits = predict((np.hstack(blocks) - self.mean) / self.spread, self.weights)
         own = self.numbers(rows)
         looks = logits.argmax(1)
-        values = margins(logits, own)
         p = np.full(len(rows), np.nan)
-        for i in np.flatnonzero(own >= 0):
-            below = self.margins <= values[i]
+        for i, score in enumerate(label_scores(logits, own)):
+            below = self.scores <= score
             same = self.own == own[i]
-            p[i] = (1 + below[same].sum()) / (1 + same.sum())
+            if same.any():
+                p[i] = (1 + below[same].sum()) / (1 + same.sum())
             if not below[same].any():
-                p[i] = min(p[i], (1 + below.sum()) / (1 + len(below)))
+                p[i] = np.minimum(p[i], (1 + below.sum()) / (1 + len(below)))
         limit = max(0.02, 1 / (1 + len(self.own)))
         return own, looks, p, (looks != own) & (p <= limit) & self.apart[own, looks]
 
 
-def margins(logits, own):
-    """How far the logit of each image's own label lies above the largest other, (N,)."""
-    is_own = np.arange(logits.shape[1]) == own[:, None]
-    return np.where(is_own, logits, -np.inf).max(1) - np.where(is_own, -np.inf, logits).max(1)
+def label_scores(logits, own):
+    """How much images look like their own labels: the logs of their shares, (N,)."""
+    return special.log_softmax(logits, axis=1)[np.arange(len(own)), own]
 
 
 # ---------------------------------------------------------------- the page
