@@ -12,7 +12,7 @@ report for any browser (--out) and the same figures for programs (--json):
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "pairs": [{"generated", "train", "distance", "p"}]},
-"labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]}, "subgroups": [...],
+"subgroups": [...], "labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
@@ -1130,8 +1130,9 @@ def write_json(args, settings, entries):
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
         result["metrics"] = figures
         result["memorisation"] = {"likely_copies": entry.copies.count, "pairs": entry.copies.pairs}
-        result["labels"] = entry.labels
         result["subgroups"] = entry.subgroups
+        if entry.labels:
+            result["labels"] = entry.labels
         if entry.utility:
             result["utility"] = entry.utility["linear probe"]
             result["classifiers"] = entry.utility

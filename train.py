@@ -1771,21 +1771,22 @@ def run(args, device):
     streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
     make_room(base, args)
     state = start(base, weights, args, made_of, checkpoint)
-    state.images = len(streams[0].rows)
-    state.is_grey = streams[0].is_grey
+    data = streams[0]
+    state.images = len(data.rows)
+    state.is_grey = data.is_grey
     log = Log(state, args)
     if RANK == 0:
         lines = [[row.file_name, row.group, row.split] for row in rows]
         write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
         write_args(args)
-        describe_run(state, streams[0], validation, args)
+        describe_run(state, data, validation, args)
         if checkpoint:  # --resume may name another one
             point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
     if checkpoint and is_due(state.step, args.validate_every, args):
         draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
     fit(base, streams, perceptual, validation, state, args, log)
     if RANK == 0:
-        finish(state, streams[0], args)
+        finish(state, data, args)
 
 
 def main(args):
