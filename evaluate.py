@@ -642,7 +642,7 @@ def check_labels(real, fake, seed):
     for images in (real, fake):
         blocks.append([images.features, scale(colour_and_layout(images.pixels))])
     check = LabelCheck(real.rows, blocks[0], seed)
-    if not check.names:
+    if not check.names or (check.numbers(fake.rows) < 0).all():
         return {}
     own, looks, *_ = check.judge(blocks[1], fake.rows)
     found = {"table": [], "not_reached": [], "not_told_apart": check.sentences}

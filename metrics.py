@@ -2275,7 +2275,8 @@ def resamples(groups, seed, count=1000):
 
     An image without a group ("") is alone.
     """
-    _, numbers = np.unique([name or f"\0{n}" for n, name in enumerate(groups)], return_inverse=True)
+    names = [f"\0{n}" if name == "" else name for n, name in enumerate(groups)]
+    _, numbers = np.unique(names, return_inverse=True)
     size = numbers.max() + 1
     drawn = torch.randint(size, (count, size), generator=generator(seed, "bootstrap"))
     times = np.apply_along_axis(np.bincount, 1, drawn.numpy(), minlength=size)[:, numbers]

@@ -920,7 +920,8 @@ def kinds_as_set(labels, drawn, first):
     images = [phantoms.draw(kinds[name], first + n, 64)[0] for n, name in enumerate(drawn)]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     features = metrics.texture(pixels).double().numpy()
-    return evaluate.ImageSet("x", [row(label=label) for label in labels], pixels, features)
+    rows = [metrics.Row(f"{n}", f"{n}", label=label) for n, label in enumerate(labels)]
+    return evaluate.ImageSet("x", rows, pixels, features)
 
 
 def test_labels_that_the_generator_does_not_reach_are_named():
@@ -954,9 +955,9 @@ def test_a_report_shows_what_labels_look_like(tmp_path, monkeypatch, capsys):
     for name, first in (("real", 0), ("fake", 500)):
         kinds = ["inflammatory ulcer", "normal chest"]
         phantoms.write(tmp_path / name, 20, first, kinds, 64)
-        folders.append(tmp_path / name)
+        folders.append(str(tmp_path / name))
 
-    entry = run_set(monkeypatch, *folders, "--metrics", "kid", "--out", tmp_path / "r.html")
+    entry = run_set(monkeypatch, *folders, "--metrics", "kid", "--out", str(tmp_path / "r.html"))
 
     assert len(entry["labels"]["table"]) == 4
     assert "like normal chest, %" in capsys.readouterr().out
@@ -974,8 +975,8 @@ def test_of_a_grey_kind_a_chroma_that_no_eye_sees_is_no_difference(tmp_path, mon
             image.save(tmp_path / name / f"{n}.png")
     figures = {}
     for name in ("faint", "tinted"):
-        flags = "--metrics", "colour", "--out", tmp_path / "r.html"
-        entry = run_set(monkeypatch, tmp_path / "real", tmp_path / name, *flags)
+        flags = "--metrics", "colour", "--out", str(tmp_path / "r.html")
+        entry = run_set(monkeypatch, str(tmp_path / "real"), str(tmp_path / name), *flags)
         figures[name] = entry["metrics"]["colour"]["p_high"]
 
     assert figures["faint"] > 0.05 > figures["tinted"]
