@@ -1533,9 +1533,9 @@ def colour_scale(real):
 
     Otherwise one tinted film among grey ones would hide all differences of layout.
     """
-    level = 2 / 255  # what the eye sees of a colour, in the unit of each column
-    detail = np.log1p(level / np.exp(np.median(real[:, 6:8], axis=0)))
-    tint_scale = robust_scale(real[:, :8], [*[level] * 4, level**2, level, *detail])
+    level = 2 / 255  # of a colour the eye hardly sees more
+    detail = np.log1p((level / np.exp(np.median(real[:, 6:8], axis=0))) ** 2) / 2  # as noise adds
+    tint_scale = robust_scale(real[:, :8], [*[level] * 6, *detail])
     layout_spread = 0.8 * np.linalg.norm(real[:, 8:].std(0)) + 1e-6
 
     def scale(vectors):
