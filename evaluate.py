@@ -11,7 +11,8 @@ report for any browser (--out) and the same figures for programs (--json):
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
-"band"}}, "memorisation": {"likely_copies", "pairs": [{"generated", "train", "distance", "p"}]},
+"band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
+"similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
 "subgroups": [...], "labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
@@ -26,7 +27,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -35,11 +36,13 @@ import numpy as np
 import scipy
 import torch
 from scipy import special
+from scipy.sparse import csgraph
 from torch import nn
 from tqdm import tqdm
 
 from metrics import (
     WEIGHTS,
+    CopyFinder,
     Flags,
     LabelCheck,
     Network,
@@ -49,7 +52,6 @@ from metrics import (
     colour_and_layout,
     colour_scale,
     command,
-    copy_chances,
     copy_distances,
     curve,
     data_set,
@@ -69,7 +71,7 @@ from metrics import (
     load_pixels,
     load_real,
     lpips_matrix,
-    near_duplicates,
+    near_identical,
     nearest,
     need_weights,
     number,
@@ -186,53 +188,51 @@ def units_of(groups):
     return list(units.values())
 
 
+def shuffles(count, size, *key):
+    """`count` random orders of `size` things: (count, size)."""
+    return torch.rand(count, size, generator=generator(*key)).argsort(1).numpy()
+
+
 def permutation_draws(n, m, count, seed, groups=(), labels=None):
     """int8 (1 + count, n + m): the sets as they are, then the pooled images divided again.
 
-    groups: a name for each image. Groups stay whole if there are five or more and none is over half
-    of a set; an image that no longer fits is left out. labels: of each image; both sets keep their
-    number of each, where a group counts under the label of its first image.
+    groups: a patient for each image; `pick_compared` leaves one image of each in a set. Those of a
+    patient in both sets change places at random, all others are shuffled: if a generator is
+    perfect, every such division was as likely as the true one, so that p is exact. labels: numbers
+    for each image; both sets keep their number of each.
     """
-    sizes = [len(unit) for unit in units_of(groups) if groups[unit[0]]]
-    if len(sizes) < 5 or 2 * max(sizes) > min(n, m):
-        groups = [""] * (n + m)
-    units = units_of(groups)
-    draws = np.zeros((1 + count, n + m), np.int8)
-    draws[0, :n] = 1
-    draws[0, n:] = -1
-    label_of = np.zeros(len(units), int) if labels is None else labels[[unit[0] for unit in units]]
-    rooms = Counter()
-    for unit, label in zip(units, label_of, strict=True):
-        rooms.update((side, label) for side in draws[0, unit])
-    for row in range(1, 1 + count):
-        room = rooms.copy()
-        order = torch.randperm(len(units), generator=generator(seed, "permutation", row))
-        for k in order.tolist():
-            for side in (1, -1):
-                if room[side, label_of[k]] >= len(units[k]):
-                    draws[row, units[k]] = side
-                    room[side, label_of[k]] -= len(units[k])
-                    break
+    draws = np.ones((1 + count, n + m), np.int8)
+    draws[:, n:] = -1
+    if labels is None:
+        labels = np.zeros(n + m, int)
+    pairs = []
+    for unit in units_of(groups):
+        if len(unit) == 2 and unit[0] < n <= unit[1] and len(set(labels[unit])) == 1:
+            pairs.append(unit)
+    pairs = np.array(pairs, int).reshape(-1, 2)
+    alone = np.setdiff1d(np.arange(n + m), pairs)
+    for label in np.unique(labels):
+        members = alone[labels[alone] == label]
+        order = shuffles(count, len(members), seed, "permutation", str(label))
+        draws[1:, members] = draws[0, members][order]
+    sides = torch.randint(2, (count, len(pairs)), generator=generator(seed, "swap")).numpy()
+    draws[1:, pairs[:, 0]] = 1 - 2 * sides
+    draws[1:, pairs[:, 1]] = 2 * sides - 1
     return draws
 
 
-def half_draws(n, m, count, seed, groups=()):
+def half_draws(n, m, count, seed):
     """A random half of the real set against the other, and against as many generated images.
 
     Two int8 (count, n + m), all sides of equal size.
     """
     half = min(n, m) // 2
-    splits = permutation_draws(half, n - half, count, (seed, "halves"), groups[:n])[1:]
+    real = shuffles(count, n, seed, "halves of the real set")
+    fake = n + shuffles(count, m, seed, "halves of the generated set")
     against_real, against_fake = np.zeros((2, count, n + m), np.int8)
-    for row, split in enumerate(splits):
-        real = torch.randperm(n, generator=generator(seed, "half of the first set", row)).numpy()
-        fake = torch.randperm(m, generator=generator(seed, "half of the second set", row)).numpy()
-        first = real[split[real] == 1]
-        rest = real[split[real] == -1]
-        size = min(len(first), len(rest), m)  # whole patients can leave a half short
-        against_real[row, first[:size]] = against_fake[row, first[:size]] = 1
-        against_real[row, rest[:size]] = -1
-        against_fake[row, n + fake[:size]] = -1
+    for draws, others in ((against_real, real[:, half:]), (against_fake, fake)):
+        np.put_along_axis(draws, real[:, :half], 1, 1)
+        np.put_along_axis(draws, others[:, :half], -1, 1)
     return against_real, against_fake
 
 
@@ -246,10 +246,12 @@ def joint_matrices(real, fake, standardise):
     """
     features = pooled(real, fake, standardise)
     centred = features - features.mean(0)  # a large common mean costs digits
+    distances = squared_distances(centred, centred)
     return {
         "features": features,
         "points": np.linalg.qr(centred.T, mode="r").T,
-        "distance": squared_distances(centred, centred),
+        "distance": distances,
+        "order": distances.argsort(1).astype(np.int32),
         "kernel": (features @ features.T / features.shape[1] + 1) ** 3,
     }
 
@@ -257,7 +259,7 @@ def joint_matrices(real, fake, standardise):
 def frechet_draws(joint, draws):
     """The Frechet distance of each draw."""
     points = joint["points"]
-    draws = tqdm(draws, desc="Frechet", leave=False, disable=None)
+    draws = tqdm(draws, desc="Frechet", leave=False, disable=None, delay=2)
     return np.array([frechet(points[draw == 1], points[draw == -1]) for draw in draws])
 
 
@@ -281,17 +283,17 @@ def neighbour_draws(which, joint, draws):
     """Precision, recall (k = 3), density or coverage (k = 5): number `which`, of each draw."""
     key = "neighbours", draws.tobytes()
     if key not in joint:  # all four are computed together
+        distances, order = joint["distance"], joint["order"]
         joint[key] = []
-        for draw in tqdm(draws, desc="neighbours", leave=False, disable=None):
-            i, j = draw == 1, draw == -1
-            blocks = [joint["distance"][np.ix_(*pair)] for pair in ((i, i), (j, j), (i, j))]
-            joint[key].append(precision_recall(*blocks, 3)[:2] + precision_recall(*blocks, 5)[2:])
+        for draw in tqdm(draws, desc="neighbours", leave=False, disable=None, delay=2):
+            figures = precision_recall(distances, order, draw, 3)[:2]
+            joint[key].append(figures + precision_recall(distances, order, draw, 5)[2:])
     return np.array(joint[key])[:, which]
 
 
 def nearest_draws(matrix, draws):
     """The mean over the second set of the smallest distance to the first, for each draw."""
-    return np.array([matrix[np.ix_(draw == 1, draw == -1)].min(0).mean() for draw in draws])
+    return np.array([matrix[draw == 1][:, draw == -1].min(0).mean() for draw in draws])
 
 
 def inception_draws(logits, draws):
@@ -346,6 +348,8 @@ class ImageSet:
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     features: np.ndarray = None  # (N, D)
     all_features: np.ndarray = None  # also those of images that were not drawn
+    pictures: np.ndarray = None  # (N,), the same number for near-identical images
+    drawn: np.ndarray = None  # bool (N,), one image of each unit
     targets: np.ndarray = None  # (N, classes) in {0, 1}, for --utility
     small: torch.Tensor = None  # (N, 3, 64, 64), for --utility
 
@@ -366,7 +370,45 @@ def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_gra
         for start in range(0, len(others), 500):
             more_pixels = load(others[start : start + 500], resolution)[1]
             features.append(tools.extract(more_pixels))
-    return ImageSet(path, rows, pixels, features[0], np.concatenate(features))
+    units = find_units(path, rows, pixels, tools.args.seed)
+    return ImageSet(path, rows, pixels, features[0], np.concatenate(features), *units)
+
+
+def find_units(path, rows, pixels, seed, least=10):
+    """Numbers (N,), the same for near-identical images, and one image of each unit, bool (N,).
+
+    A unit is a patient, or a picture stored several times, which may join patients. Of fewer than
+    `least` units each image counts: then the figures hold for these patients alone.
+    """
+    near = near_identical(pixels)
+    _, pictures = csgraph.connected_components(near)
+    _, units = csgraph.connected_components(near | same_unit([row.group for row in rows]))
+    order = shuffles(1, len(rows), seed, "units", path)[0]
+    drawn = order[np.unique(units[order], return_index=True)[1]]
+    if len(drawn) < least:
+        drawn = order
+    repeated = (np.bincount(pictures) > 1).sum()
+    if repeated:
+        print(f"{path}: {repeated} pictures are stored more than once: each is one unit")
+    if len(drawn) < len(rows):
+        print(f"{path}: {len(drawn)} of {len(rows)} images are compared, one of each unit")
+    return pictures, np.isin(np.arange(len(rows)), drawn)
+
+
+def pick_compared(real, fake):
+    """Both sets with one image of each unit: these are exchangeable, a unit's images are alike.
+
+    A perfect generator need not repeat itself as the real set does. Where it repeats itself more,
+    that is its fault, and its repeats stay.
+    """
+    copies = [np.bincount(images.pictures) for images in (real, fake)]
+    if scipy.stats.mannwhitneyu(copies[1], copies[0], alternative="greater").pvalue < 0.001:
+        print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
+        fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
+    compared = []
+    for images in (real, fake):
+        compared.append(replace(subset(images, images.drawn), all_features=images.all_features))
+    return compared
 
 
 def load_reference(rows, resolution, fakes, tools):
@@ -449,13 +491,14 @@ def draw_checkpoints(args):
 
 @dataclass
 class Copies:
-    """Generated images as near to a real image as few fresh ones would be."""
+    """Generated images that are training images, and how near the others lie to them."""
 
     sentence: str
-    count: int = None  # None: they were not looked for
-    chance: float = 1.0  # of so many or more, binomial
+    copies: list = ()  # as in the JSON, the most alike first
     pairs: list = ()  # the 12 nearest, as in the JSON
-    numbers: list = ()  # (generated, known) image of each pair
+    numbers: list = ()  # (generated, known) image of each copy, then of each pair
+    count: int = 0  # nearer to a known image than few are to another
+    chance: float = 1.0  # of so many or more
 
 
 @dataclass
@@ -497,12 +540,12 @@ def evaluate_set(real, fake, known, tools):
 def measure_figures(real, fake, tools):
     """{metric: Figure}, and sentences on the labels of the images that are compared."""
     args, network = tools.args, tools.network
-    *compared, labels, mix = match_labels(real, fake, args.seed)
+    *compared, labels, mix = match_labels(*pick_compared(real, fake), args.seed)
     joint = collect_matrices(*compared, tools)
     n, m = [len(images.rows) for images in compared]
     groups = [row.group for images in compared for row in images.rows]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups, labels)
-    halves = half_draws(n, m, HALVES, args.seed, groups) if min(n, m) > 3 else None
+    halves = half_draws(n, m, HALVES, args.seed) if min(n, m) > 3 else None
     figures = {}
     for name in tools.names:
         figure = measure(name, joint, draws, halves)
@@ -597,37 +640,96 @@ def band(limits, figure):
 
 
 def find_copies(known, fake, args):
-    """Generated images nearer to a known image than those of two patients are to one another."""
-    same = same_unit([row.group for row in known.rows])
-    for i, j, _ in near_duplicates(known.pixels):  # a picture stored twice is one
-        same[i, j] = same[j, i] = True
+    """Generated images that are the same picture as a known one, and those nearer than usual."""
+    finder = CopyFinder(known.pixels, [row.group for row in known.rows])
+    index, similarity, kinds = finder.find(fake.pixels)
+    numbers = []
+    copies = []
+    for i in np.argsort(-similarity, kind="stable")[: (similarity >= finder.limit).sum()]:
+        row = known.rows[index[i]]
+        names = {"generated": fake.rows[i].file_name, "train": row.file_name, "kind": kinds[i]}
+        copies.append(names | {"label": row.label, "similarity": similarity[i]})
+        numbers.append((i, index[i]))
     n, m = len(known.rows), len(fake.rows)
-    if n < 3 or same.all(1).any():
-        return Copies("Copies were not looked for: it takes images of three patients or more.")
-    distances = copy_distances(fake.pixels, known.pixels)
-    p = copy_chances(copy_distances(known.pixels, known.pixels), distances, same)
-    limit = max(0.01, 2 / (n + 1))
-    count = int((p <= limit).sum())
-    chance = scipy.stats.binom.sf(count - 1, m, limit)
-    expected = f"{digits(limit * m, 2)} expected, p {digits(chance, 2)}"
+    pairs, pair_numbers, counts, share, chance = measure_nearness(known, fake, args)
     kind = "training" if args.run or args.train_data else "real"
-    advice = "likely copies, look at the pairs" if chance <= 0.01 else "no sign of copying"
-    text = f"{count} of {m} generated images lie as near to one of {n} {kind} images as 1 in "
-    text += f"{1 / limit:.0f} fresh ones would ({expected}): {advice}."
-    index, distance = nearest(distances)
-    numbers = [(i, index[i]) for i in np.lexsort((distance, p))[:12]]
+    text = copies_sentence(copies, m, f"one of {n} {kind} images")
+    text += f" {counts[0]} of {m} lie as near to one as {share:.0%} of images do to another "
+    text += f"({digits(counts[1:].mean(), 2)} expected, p {digits(chance, 2)})"
+    if chance <= 0.01:
+        text += ": more than by chance, look at the pairs"
+    elif not copies:
+        text += ": no sign of copying"
+    return Copies(text + ".", copies, pairs, numbers + pair_numbers, counts[0], chance)
+
+
+def measure_nearness(known, fake, args):
+    """The answers of nearest_pairs and of count_near, with one known image of each unit."""
+    n, m = len(known.rows), len(fake.rows)
+    pixels = torch.cat([known.pixels, fake.pixels])
+    distances = copy_distances(pixels, pixels)
+    distances = np.minimum(distances, distances.T)
+    groups = np.array([row.group for row in known.rows + fake.rows])
+    same = same_unit(groups[:n]) | (distances[:n, :n] < 0.2)  # near_identical
+    pairs, numbers = nearest_pairs(distances, same, known, fake)
+    drawn = np.append(~np.tril(same, -1).any(1), np.ones(m, bool))  # the first of each unit
+    groups = groups[drawn]
+    draws = permutation_draws(drawn[:n].sum(), m, args.permutations, args.seed, groups)
+    near = count_near(distances[np.ix_(drawn, drawn)], groups, draws)
+    return pairs, numbers, *near
+
+
+def copies_sentence(copies, count, known):
+    """The first copies by name, and how many there are of each label."""
+    if not copies:
+        text = f"No generated image is the same picture as {known}"
+        return text + " (mirrored, turned, cropped, re-saved or of other grey values)."
+    parts = [f"{copy['generated']} of {copy['train']} ({copy['kind']})" for copy in copies[:3]]
+    if copies[3:]:
+        parts.append(f"{len(copies) - 3} more")
+    text = f"{len(copies)} of {count} generated images are copies of {known}: {', '.join(parts)}."
+    labels = Counter(copy["label"] for copy in copies if copy["label"])
+    if labels:
+        text += f" By label: {', '.join(f'{name} {n}' for name, n in labels.most_common())}."
+    return text
+
+
+def nearest_pairs(distances, same, known, fake):
+    """The 12 nearest pairs as in the JSON, and their numbers; p: among known images' distances."""
+    n = len(known.rows)
+    _, usual = nearest(distances[:n, :n], same)
+    index, distance = nearest(distances[n:, :n])
+    p = (1 + np.searchsorted(np.sort(usual), distance, "right")) / (n + 1)
+    numbers = [(i, index[i]) for i in np.argsort(distance, kind="stable")[:12]]
     pairs = []
     for i, j in numbers:
         names = {"generated": fake.rows[i].file_name, "train": known.rows[j].file_name}
         pairs.append(names | {"distance": float(distance[i]), "p": p[i]})
-    return Copies(text, count, chance, pairs, numbers)
+    return pairs, numbers
+
+
+def count_near(distances, groups, draws):
+    """How many images of the second set lie near one of the first, in each draw.
+
+    Near: as the nearest 5 % of all images (at least 40) to one of another group. Also returns that
+    share, and how often chance gives as many; of equal counts, the nearer ones are higher.
+    """
+    distances = np.where(same_unit(groups), np.inf, distances)
+    share = min(1, max(0.05, 40 / len(distances)))
+    limit = np.quantile(distances.min(1), share, method="lower")
+    closeness = np.where(distances <= limit, 1 + limit - distances, 0)
+    reached = ((draws == 1) @ closeness) * (draws == -1)
+    counts = (reached > 0).sum(1)
+    ranks = counts + 1e-6 * reached.sum(1)
+    return counts, share, np.mean(ranks >= ranks[0])
 
 
 def may_be_copies(entry):
     """Whether a set is too close to the real one, as a whole or by images."""
     name, _ = entry.first()
     many = 0.1 * len(entry.fake.rows)
-    too_many = (entry.copies.count or 0) > many and entry.copies.chance <= 0.001
+    too_many = entry.copies.count > many and entry.copies.chance <= 0.001
+    too_many |= len(entry.copies.copies) > many
     return too_many or entry.differences.get(name) == "too good"
 
 
@@ -1037,18 +1139,20 @@ generated images to one another. <b>band</b>: by a fixed table; compare it with 
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
 network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
-coverage with 5; Inception Score in one split. Copies: correlation of 16-pixel thumbnails over
-mirror images and 90 % crops, conformal p-values of the distance and of its ratio to the second
-nearest. Null: {permutations} permutations, patients whole where there are five or more and none has
-over half of a set, within each label, seed {seed}; p of all figures: Westfall and Young's minP. Of
-more than {max_images} images so many were drawn; the Frechet value alone is of all, where the mix
-of labels is the same. Real halves: median over {halves} random halves of the real set against each
-other; same size: of as many generated images against a half. Utility: ridge regression on the
-features and a network of three layers (200 steps of 32 images at 64 pixels), on real and generated
-images together or, generated first, 200 steps on these (for 0 %, on real ones) and 200 on real
-ones; {seeds} paired seeds, tested on the held-out images of --run (without: on 30 % of the real
-ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}. Not
-for diagnosis."""
+coverage with 5; Inception Score in one split. Copies: pictures are laid over each other by an
+affine map, and the local contrast of 70 % of squares (8 x 8 of 64 x 64 pixels) correlates better
+than any two real images' is likely to; distance of pairs: of 16-pixel thumbnails over mirror images
+and 90 % crops; p: how many real images are as near to another. Null: {permutations} permutations,
+seed {seed}, within each label, of one image of each patient and of each picture that is stored
+several times, where there are ten or more; a patient's real and generated image change places with
+one another. p of all figures: Westfall and Young's minP. Of more than {max_images} images so many
+were drawn; the Frechet value alone is of all, where the mix of labels is the same. Real halves:
+median over {halves} random halves of the real set against each other; same size: of as many
+generated images against a half. Utility: ridge regression on the features and a network of three
+layers (200 steps of 32 images at 64 pixels), on real and generated images together or, generated
+first, 200 steps on these (for 0 %, on real ones) and 200 on real ones; {seeds} paired seeds, tested
+on the held-out images of --run (without: on 30 % of the real ones, which the generator may know);
+1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
 
 
 def paragraph(text, kind=""):
@@ -1089,11 +1193,15 @@ def set_section(entry, args):
             parts.append(records_table(doses))
         parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
     parts.append("<h3>Generated left, its nearest image right</h3>")
-    parts.append(paragraph("No guarantee of privacy. p: how often a fresh image would be as near."))
-    for pair, (i, j) in zip(entry.copies.pairs, entry.copies.numbers, strict=True):
+    parts.append(
+        paragraph("No guarantee of privacy. p: how many real images are as near to another's.")
+    )
+    for records in (entry.copies.copies, entry.copies.pairs):
+        if records:
+            parts.append(records_table(records))
+    for i, j in entry.copies.numbers:
         both = thumbnail(fake.pixels[i], 128) + thumbnail(entry.known.pixels[j], 128)
-        figures = f"distance {digits(pair['distance'])}, p {digits(pair['p'], 2)}"
-        caption = html.escape(f"{figures}: {pair['generated']}, {pair['train']}")
+        caption = html.escape(f"{fake.rows[i].file_name}, {entry.known.rows[j].file_name}")
         parts.append(f'<figure><div class="grid">{both}</div>')
         parts.append(f"<figcaption>{caption}</figcaption></figure>")
     parts.append(gallery("Generated", fake, args.seed))
@@ -1129,7 +1237,9 @@ def write_json(args, settings, entries):
             figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
         result["metrics"] = figures
-        result["memorisation"] = {"likely_copies": entry.copies.count, "pairs": entry.copies.pairs}
+        copies = entry.copies.copies
+        result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
+        result["memorisation"]["pairs"] = entry.copies.pairs
         result["subgroups"] = entry.subgroups
         if entry.labels:
             result["labels"] = entry.labels

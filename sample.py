@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import textwrap
 import time
 import unicodedata
 import warnings
@@ -27,11 +28,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 from tqdm import tqdm
 
@@ -277,19 +279,22 @@ class Base:
         return dict(zip(names, (self.unet, *self.text_encoders), strict=False))
 
 
-def find_base(name):
-    """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once."""
+def find_base(name, missing=fail):
+    """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once.
+
+    Where it cannot be had, `missing` is called with one line.
+    """
     place = BASES.get(name, name)
     if os.path.isdir(place):
         if not Path(place, "model_index.json").exists():
             fail(f"{place}: not a diffusers folder: it has no model_index.json")
         return place
     if place.count("/") != 1:
-        fail(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
+        return missing(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
     try:
         return from_hub(place, PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds
-        fail(
+        return missing(
             f"--base {name}: no such folder, and cannot get {place} from the Hub "
             f"({type(why).__name__}); on a machine with internet type `hf download {place}`, copy "
             "the folder here and give its path"
@@ -405,6 +410,14 @@ def read_base(name, folder, device, dtype, method):
     text_length = encoder.config.max_position_embeddings  # whatever the tokenizers' files say
     models = (unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod)
     return Base(name, *models, device, dtype, own_resolution(folder), zero_empty, text_length)
+
+
+def load_vae(folder, device):
+    """The VAE of a base alone, fp32, for encode and decode."""
+    import diffusers
+
+    vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
+    return SimpleNamespace(vae=vae.to(device), device=device)
 
 
 def check_base(name, folder):
@@ -1049,20 +1062,38 @@ def encode_dicom(image, parameters):
 ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
-def contact_sheet(images, captions):
-    """One image of many, each 160 pixels wide with its caption below."""
-    width, height = 164, 180  # of a cell
-    columns = min(8, max(4, len(images)))
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * width + 4, rows * height + 4), "white")
+def contact_sheet(images, captions, names):
+    """One image of many: each whole in 160 pixels, its name and its caption below it.
+
+    Where captions mostly come several times in a row, each begins a new row.
+    """
+    changes = [i for i in range(1, len(images)) if captions[i] != captions[i - 1]]
+    by_caption = 2 * len(changes) + 2 <= len(images)
+    rows = [[]]
+    for i in range(len(images)):
+        if len(rows[-1]) == 8 or (by_caption and i in changes):
+            rows.append([])
+        rows[-1].append(i)
+    sheet = Image.new("RGB", (164 * max(map(len, rows)) + 4, 208 * len(rows) + 4), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x = 4 + i % columns * width
-        y = 4 + i // columns * height
-        sheet.paste(image.resize((160, 160)), (x, y))
-        text = " ".join(caption.split())
-        pen.text((x, y + 163), text[:28], fill="black")
+    for y, row in enumerate(rows):
+        for x, i in enumerate(row):
+            sheet.paste(ImageOps.contain(images[i], (160, 160)), (164 * x + 4, 208 * y + 4))
+            words = in_lines(names[i], 1, pen) + "\n" + in_lines(captions[i], 2, pen)
+            pen.text((164 * x + 4, 208 * y + 165), words, fill="black", spacing=2)
     return sheet
+
+
+def in_lines(text, count, pen):
+    """A text in at most `count` lines of 160 pixels, cut in the middle: captions differ at ends."""
+    text = " ".join(text.split())
+    columns = max(8, int(160 * len(text) / max(1, pen.textlength(text))))
+    keep = len(text) // 2
+    lines = textwrap.wrap(text, columns)
+    while len(lines) > count:
+        keep -= 1
+        lines = textwrap.wrap(f"{text[:keep]}…{text[-keep:]}", columns)
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- quality control
@@ -1332,7 +1363,8 @@ def finish(records, missing, run, args):
         shown = kept[:64]
         images = [read_image(Path(args.out, record["file"])) for record in shown]
         captions = [record["prompt"] for record in shown]
-        save_png(contact_sheet(images, captions), Path(args.out, "grid.png"), "")
+        names = [Path(record["file"]).stem for record in shown]
+        save_png(contact_sheet(images, captions, names), Path(args.out, "grid.png"), "")
     print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)

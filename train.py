@@ -12,6 +12,7 @@ samples/, log.jsonl, args.json, split.csv, report.html and README.md, a model ca
 
 import argparse
 import hashlib
+import html
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from scipy import ndimage
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -55,6 +57,7 @@ from metrics import (
     existing_file,
     extract,
     fail,
+    fold,
     frechet,
     generator,
     grey_kind,
@@ -78,8 +81,11 @@ from metrics import (
     share_range,
     split_labels,
     split_rows,
+    ssim_matrix,
+    table,
     taps,
     thumbnail,
+    to_grey,
     trunk_of,
     write_csv,
     write_file,
@@ -94,12 +100,14 @@ from sample import (
     base_hash,
     blur_timestep,
     contact_sheet,
+    decode,
     decode_with_gradient,
     denoise,
     encode,
     find_base,
     generate,
     load_base,
+    load_vae,
     multiple_of_8,
     noised_and_target,
     own_resolution,
@@ -190,6 +198,9 @@ def fit(base, streams, perceptual, validation, state, args, log):
     if stop or signals:
         if RANK == 0:
             print(f"stopped at step {state.step}, saved; the same command continues from here")
+            latest = Path(args.out, "checkpoints", "latest.pt")
+            words = ("--checkpoint", latest, "--prompt", args.val_prompts[0], "--grid")
+            print("look at what is there: " + command("sample.py", *words))
         raise KeyboardInterrupt
 
 
@@ -199,9 +210,15 @@ def is_due(step, every, args):
 
 
 def out_of_patience(state, args):
-    """True once --patience validations in a row were no better than the best before them."""
-    since_best = [entry for entry in state.history if entry["step"] > state.best["step"]]
-    return 0 < args.patience <= len(since_best)
+    """True once --patience validations gained, all together, less than MIN_GAIN over the best."""
+    values = [entry[args.select_by.replace("-", "_")] for entry in state.history]
+    if not 0 < args.patience < len(values):
+        return False
+    best = min(values[: -args.patience])
+    return min(values[-args.patience :]) > best - MIN_GAIN * abs(best)
+
+
+MIN_GAIN = 0.002
 
 
 @contextmanager
@@ -789,7 +806,7 @@ def list_class_images(count, args):
     if len(rows) < count:
         words = ("--prompt", args.class_prompt, "--num-images", count, "--out", folder)
         draw = command("sample.py", "--base", args.base, *words)
-        fail(f"--class-data {folder}: has {len(rows)} images, {count} are needed; type: {draw}")
+        fail(f"{folder} has {len(rows)} images of the class, {count} are needed; type: {draw}")
     for row in rows:
         row.caption = args.class_prompt
         row.split = "class"
@@ -809,7 +826,7 @@ def rarest_labels(rows):
 
 def load_rows(rows, args, seed=None, **how):
     """The readable rows and their pixels, without augmentation; `seed` is that of random crops."""
-    how |= {"strict": args.strict, "seed": seed or args.seed}
+    how = {"strict": args.strict, "seed": seed or args.seed} | how
     return load_real(rows, args.resolution, args, **how)
 
 
@@ -1227,7 +1244,9 @@ def draw_grid(base, state, args, log):
     with averaged_model(base, state, args):
         pixels = draw_pictures(base, jobs, args)
     if RANK == 0:
-        grid = contact_sheet([picture(one) for one in pixels], [prompt for prompt, _ in jobs])
+        names = [str(number + 1) for _, number in jobs]
+        prompts = [prompt for prompt, _ in jobs]
+        grid = contact_sheet([picture(one) for one in pixels], prompts, names)
         save_png(grid, path, "\n".join(args.val_prompts))
         log.add_picture(grid, state.step)
 
@@ -1341,7 +1360,7 @@ def finish(state, data, args):
     result = save_results(state, args)
     flag = "--base" if args.method == "full" else "--lora"
     draw = command("sample.py", flag, result, "--prompt", args.val_prompts[0])
-    write_report(state, args)
+    write_report(state, draw + " --num-images 50 --grid", args)
     write_card(state, data, draw, args)
     write_args(args, state.step)
     if state.step < args.steps:
@@ -1443,30 +1462,64 @@ Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
     write_file(Path(args.out, "README.md"), text)
 
 
-def write_report(state, args):
-    """report.html: loss, validation, gradient norm, learning rate and the grids."""
+def write_report(state, draw, args):
+    """report.html: how it went, what to do next, the newest pictures, the loss, the flags."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     skipped = sum(None in line.values() for line in steps)
-    body = f"<p>{state.step} steps; {skipped} steps changed nothing, for NaN or infinity."
-    if "val_loss" in state.best:
-        body += f" Best: {state.best['val_loss']:.4f} at step {state.best['step']}."
+    body = f'<p class="verdict">{outcome(state, skipped, args)}</p>'
+    body += f"<h2>Draw with it</h2><pre>{html.escape(draw)}</pre>"
+    older = ""
+    for path in sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True):
+        step = int(path.stem[5:])
+        what = f"drawn at step {step}: {'; '.join(args.val_prompts)}"
+        grid = f'<div class="wide">{thumbnail(Image.open(path), 4096, what)}</div>'
+        if "<img" in body:
+            older += f"<h3>Step {step}</h3>{grid}"
+        else:
+            body += f"<h2>Pictures of step {step}, the newest</h2>{grid}"
+    if older:
+        body += fold("Older pictures, the same noise each time", older)
     losses = {"training": mean_points(steps, "loss")}
     losses["validation"] = mean_points(state.history, "val_loss")
-    body += "</p><h2>Loss</h2>" + curve(losses, "step")
+    body += "<h2>Loss</h2>" + curve(losses, "step")
+    parser = flag_parser()
+    typed = vars(parser.parse_args())
+    chosen = []
+    others = []
+    for name, value in vars(args).items():
+        flags = others if typed[name] == parser.get_default(name) else chosen
+        flags.append(("--" + name.replace("_", "-"), value))
+    body += "<h2>Flags that were set</h2>" + table(("flag", "value"), chosen)
+    body += fold("All other flags", table(("flag", "value"), others))
+    more = ""
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
-        body += f"<h2>{key}</h2>" + curve({key: mean_points(steps, key)}, "step")
-    body += "<h2>Samples, the newest first, same noise each time</h2>"
-    grids = sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True)
-    for path in grids[:: max(1, len(grids) // 6)]:
-        body += f'<p class="soft">{path.stem}</p>{thumbnail(Image.open(path), 1000)}'
+        more += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
+    body += fold("Gradient norm, learning rate, speed and memory", more)
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
+def outcome(state, skipped, args):
+    """How a run went, in sentences."""
+    text = f"{state.step} steps, no validation: the results are those of the last step."
+    figure = args.select_by.replace("-", "_")
+    if figure in state.best:
+        name = args.select_by.replace("val-loss", "validation loss")
+        best = f"Best {name} {state.best[figure]:.4g} at step {state.best['step']} of {state.step}"
+        last = state.history[-1]
+        if last is state.best:
+            text = f"{best}, the last: more steps may still help."
+        else:
+            text = f"{best}; the last is {last[figure]:.4g}. The results are those of the best."
+    if skipped:
+        text += f" {skipped} steps were skipped, for NaN or infinity."
+    return text
+
+
 def mean_points(lines, key):
-    """At most 200 points of a curve, each the mean of several steps."""
+    """At most 20 points of a curve, each the mean of several steps."""
     values = [(line["step"], line[key]) for line in lines]
-    parts = np.array_split(np.array(values, float).reshape(-1, 2), 200)
+    parts = np.array_split(np.array(values, float).reshape(-1, 2), 20)
     return [part.mean(0) for part in parts if len(part)]
 
 
@@ -1477,16 +1530,135 @@ def preview(args):
     """--preview: describe the data, warn of what is odd, and write them as the model sees them."""
     folder = Path(args.preview)
     rows = list_data(args)
-    args = with_defaults(args, rows)
-    rows, pixels = load_rows(rows, args, measure=lightest_grey)
-    describe_data(rows)
-    warn_of_duplicates(rows, pixels, args)
-    write_preview(rows, pixels, folder, args)
+    base = find_base(args.base, note)
+    args = with_defaults(args, rows, base)
+    readable, pixels = load_rows(rows, args, strict=False, bad_share=1)
+    if not readable:
+        fail(f"{args.data}: none of {len(rows)} images can be read")
+    report_remarks(readable)
+    unreadable = [row.file_name for row in rows if not row.size]
+    limit = f"training skips up to {BAD_SHARE:.0%} and ends above: delete them or get them again"
+    warn(unreadable, f"images of {len(rows)} that cannot be read", limit)
+    describe_data(readable)
+    warn_of_captions(readable)
+    warn_of_duplicates(readable, pixels, args)
+    warn_of_pictures(readable, pixels, args)
+    if base:
+        show_ceiling(base, pixels, folder, args)
+    write_preview(readable, pixels, folder, args)
     print("next: the same command without --preview, or " + command("train.py", "--data", folder))
 
 
-def lightest_grey(image):
-    return image.convert("L").getextrema()[1]
+def warn_of_captions(rows):
+    """Warn of captions that end in the middle, and of one caption for several labels."""
+    words = "with of in on at by for from to and or no the a an without showing shows".split()
+    ending = re.compile(rf"(\s({'|'.join(words)})|[,:;(])\s*$")
+    cut = [row.file_name for row in rows if ending.search(row.caption)]
+    warn(cut, "captions that end in the middle", "fill the empty cells or leave these rows out")
+    labels = sorted({row.label for row in rows})
+    if len({row.caption for row in rows}) == 1 and rows[0].caption and len(labels) > 1:
+        warn(labels, "labels that share one caption", 'name them: --prompt "… {label}"')
+
+
+def warn_of_pictures(rows, pixels, args):
+    """Warn of pictures that are small, have borders or marks, or are unlike all others."""
+    small = torch.cat([F.adaptive_avg_pool2d(to_grey(part), 128) for part in pixels.split(64)])
+    sizes = torch.tensor([row.size for row in rows])
+    sides = sizes.amax(1) if args.crop == "pad" else sizes.amin(1)
+
+    def warn_of(found, share, what, advice):
+        if found.float().mean() > share:
+            warn([rows[i].file_name for i in found.nonzero()], what, advice)
+
+    what = f"images of fewer pixels than --resolution {args.resolution}, blurred by enlarging"
+    warn_of(sides < args.resolution, 0.1, what, "get larger ones, or train at fewer pixels")
+    if args.crop != "pad":
+        advice = "crop them off, or the model draws them (on all four sides: --crop fundus)"
+        warn_of(border_widths(small) > 3, 0.5, "images with a black or white border", advice)
+    if len(rows) < 20:  # too few to say what is usual
+        return
+    means = torch.cat([part.float().mean((2, 3)) for part in pixels.split(64)])
+    layout = F.adaptive_avg_pool2d(small, 8).flatten(1)
+    layout = F.normalize(layout - layout.mean(1, keepdim=True))
+    warn_of(unlike(sizes.log(), 0.1) > 6, 0, "images of a size unlike all others", UNLIKE)
+    tint = means.diff()
+    usual = max(2, float(tint.std(0).max()) / 4)  # photographs vary, films hardly
+    warn_of(unlike(tint, usual) > 7, 0, "images of a tint unlike all others", UNLIKE)
+    warn_of(unlike(layout, 0.02) > 3.7, 0, "images of a layout unlike all others", UNLIKE)
+    what = "images with the same mark at the same place"
+    warn_of(marked(small[:, 0]), 0.25, what, "black it out or crop it off: the model learns it")
+
+
+UNLIKE = "look at them, and take out what is of another kind"
+
+
+def border_widths(grey):
+    """The widest even border, black or white, of (N, 1, S, S) in [0, 1]: (N,), in pixels.
+
+    A border ends straight: the rounded edge of a disc or a body in a dark picture is none.
+    """
+    widest = torch.zeros(len(grey))
+    for turn in range(4):
+        extreme = ((grey[:, 0] - 0.5).abs() > 0.42).rot90(turn, (1, 2))
+        width = extreme.all(2).cumprod(1).sum(1)
+        after = (width + 2).clamp(max=grey.shape[-1] - 1)  # the first row may be a mixture
+        inside = extreme[torch.arange(len(grey)), after].float().mean(1)
+        widest = widest.maximum(width * (inside < 0.5))
+    return widest
+
+
+def unlike(features, floor):
+    """How far each of (N, D) is from its 4th nearest, in usual distances above the median: (N,)."""
+    features = features.double()
+    parts = features.split(1024)
+    distances = torch.cat([torch.cdist(part, features).kthvalue(5).values for part in parts])
+    above = distances - distances.median()
+    return above / max(floor, 1.4826 * above.abs().median())
+
+
+def marked(grey):
+    """Which of (N, 128, 128) in [0, 1] show a small mark that many share, such as a letter: (N,).
+
+    A mark is fine detail that varies less over the pictures than it stands out in their mean.
+    """
+    detail = grey - F.avg_pool2d(grey[:, None], 9, 1, 4, count_include_pad=False)[:, 0]
+    mean = detail.mean(0)
+    is_steady = mean.abs() > 0.6 * (detail.std(0) + 0.02)
+    parts, _ = ndimage.label(ndimage.binary_dilation(is_steady, iterations=3))
+    result = torch.zeros(len(grey), dtype=torch.bool)
+    for rows, columns in ndimage.find_objects(parts):
+        wanted = mean[None, rows, columns]
+        height, width = wanted.shape[1:]
+        if height <= 24 and width <= 60:  # else it is an edge, such as a disc's
+            patches = detail[:, rows, columns].flatten(1)
+            result |= F.cosine_similarity(patches, wanted.flatten(1)) > 0.7
+    return result
+
+
+def show_ceiling(base, pixels, folder, args):
+    """vae.png: pictures before and after the base's VAE, finer than which no training can draw."""
+    vae = load_vae(base, pick_device(args.device))
+    places = torch.linspace(0, len(pixels) - 1, min(12, len(pixels))).long()
+    before = pixels[places]
+    after = torch.empty_like(before)
+    ssim = []
+    for i, one in enumerate(tqdm(before, "VAE", unit="image", leave=False)):
+        after[i] = decode(vae, encode(vae, one[None])[0])[0]
+        ssim.append(ssim_matrix(tiles(one), tiles(after[i])).diagonal().mean())
+    error = (before.float() - after.float()).square().mean((1, 2, 3))
+    psnr = (10 * (255**2 / (error + 0.01)).log10()).mean()
+    shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
+    pairs = torch.cat([before, after], 3)[shown]
+    save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png", "")
+    figures = f"PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}"
+    print(f"the VAE of {args.base} keeps {figures}: look at {folder}/vae.png, left as stored")
+    print("no training draws finer; if it loses what matters, try a larger --resolution")
+
+
+def tiles(pixels):
+    """(3, S, S) in squares of 64 pixels: (N, 3, 64, 64)."""
+    side = min(64, pixels.shape[-1])
+    return pixels.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1)
 
 
 def describe_data(rows):
@@ -1494,10 +1666,8 @@ def describe_data(rows):
     splits = Counter(row.split for row in rows)
     parts = f"{splits['train']} to train on, {splits['val']} for validation"
     print(f"{len(rows)} images: {parts}, {splits['test']} for a test")
-    sides = [side for row in rows for side in row.size]
-    whites = [row.measured for row in rows]
+    sides = list(chain.from_iterable(row.size for row in rows))
     print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}")
-    print(f"the lightest grey value of an image is from {min(whites)} to {max(whites)}")
     groups = {}
     for row in rows:
         for label in split_labels(row):
@@ -1535,7 +1705,8 @@ def write_preview(rows, pixels, folder, args):
     write_csv(path, PREVIEW_COLUMNS, lines)
     shown = lines[:: max(1, len(lines) // 48)]
     images = [Image.open(folder / line[0]) for line in shown]
-    grid = contact_sheet(images, [line[1] or line[2] or line[4] for line in shown])
+    captions = [line[1] or line[2] for line in shown]
+    grid = contact_sheet(images, captions, [line[4] for line in shown])
     save_png(grid, folder / "grid.png", "")
     print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
@@ -1617,7 +1788,7 @@ share = number(0.0, 1.0)
 factor = number(0.0, 1e6)
 
 
-def parse_args():
+def flag_parser():
     parser = Flags(__doc__)
     group = parser.add_argument_group("data")
     add = group.add_argument
@@ -1680,13 +1851,15 @@ def parse_args():
     group = parser.add_argument_group("watching and keeping")
     add = group.add_argument
     figures = ["val-loss", "kid", "fid"]
-    add("--validate-every", type=count, default=500, help="steps (0: at the end alone)")
+    every = "steps (default: a tenth of the run; 0: at the end alone)"
+    add("--validate-every", type=count, help=every)
     add("--val-prompts", action="append", help="of the grid; may be repeated (default: captions)")
     add("--val-samples", type=number(0, 64), default=2, help="images a prompt in the grid")
     add("--val-steps", type=number(1, 999), default=25, help="denoising steps of the grid")
     add("--val-guidance-scale", type=factor, default=5.0, help="of the grid")
     add("--select-by", choices=figures, default="val-loss", help="what makes a checkpoint the best")
-    add("--patience", type=count, default=0, help="stop after validations without a better one")
+    gain = f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)"
+    add("--patience", type=count, default=0, help=gain)
     add("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")
     add("--wandb", action="store_true", help="mirror TensorBoard's log to Weights & Biases")
     add("--log-every", type=positive, default=10, help="steps between two writings of the log")
@@ -1695,8 +1868,11 @@ def parse_args():
     add("--keep-last", type=count, default=3, help="checkpoints (0: all)")
     add("--resume", default="auto", help="auto, latest, best or a path")
     add_common_flags(group)
+    return parser
 
-    args = parser.parse_args()
+
+def parse_args():
+    args = flag_parser().parse_args()
     if args.alpha is None:
         args.alpha = float(args.rank)
     if args.variants is None:
@@ -1716,20 +1892,28 @@ def check_flags(args):
         fail('--method dreambooth needs --class-prompt, such as "a skin lesion"')
     is_used = args.token in (args.prompt or "") and " " not in args.token
     if args.method == "textual-inversion" and not is_used:
-        fail(f'--prompt needs the new word, --token "{args.token}", as in "a <lesion>"')
-    if args.method in ("full", "textual-inversion") and (args.text_lora or args.init_lora):
-        fail("--text-lora and --init-lora go with --method lora or dreambooth")
+        fail(f'--method textual-inversion: --prompt needs the new word, "{args.token}"')
+    for flag, value in (("--text-lora", args.text_lora), ("--init-lora", args.init_lora)):
+        if value and args.method in ("full", "textual-inversion"):
+            fail(f"{flag} goes with --method lora or dreambooth")
     if args.text_encoder and (args.text_lora or args.method != "lora"):
         fail("--text-encoder goes with --method lora, without --text-lora")
 
 
-def with_defaults(args, rows):
-    """A copy of the flags in which the base and the rows fill in what was left open."""
+def with_defaults(args, rows, base):
+    """A copy of the flags in which the base (its folder, or None) and the rows fill in the rest."""
     captions = Counter(row.caption for row in rows).most_common(4)
     args = argparse.Namespace(**vars(args))
     if args.epochs:
         args.steps = math.ceil(args.epochs * len(rows) / effective_batch(args))
-    args.resolution = args.resolution or own_resolution(find_base(args.base))
+    if args.validate_every is None:
+        args.validate_every = math.ceil(args.steps / 10)
+    own = own_resolution(base) if base else args.resolution or 512
+    args.resolution = args.resolution or own
+    if args.resolution < own:
+        note(
+            f"--resolution {args.resolution}: {args.base} was made for {own} and draws worse below"
+        )
     args.val_prompts = args.val_prompts or [caption for caption, _ in captions]
     return args
 
@@ -1752,7 +1936,7 @@ def run(args, device):
     rows = list_data(args)
     train_rows = [row for row in rows if row.split == "train"]
     val_rows = [row for row in rows if row.split == "val"]
-    args = with_defaults(args, train_rows)
+    args = with_defaults(args, train_rows, find_base(args.base))
     check_validation(val_rows, args)
     class_rows = list_class_images(len(train_rows), args)
     made_of = fixed_settings(train_rows, val_rows, args)

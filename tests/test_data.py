@@ -1,6 +1,7 @@
 """Training data: balance, variants, augmentation, the cache on disk, and --preview."""
 
 import csv
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -368,6 +369,7 @@ def test_the_doctor_names_every_planted_fault_without_a_base(
     assert is_named_once("pictures on both sides of the split", "7.png = seen.png")
     assert is_named_once("captions that say left", "(4.png)")
     assert is_named_once("fewer than 10", "1 (rare: 2)")
+    assert is_named_once("images of 36 that cannot be read: 1 (broken.png)", "up to 5%")
     assert "broken.png" in printed.err
     assert "common" in printed.out and "patients: 24" in printed.out
     assert "33 to train on, 2 for validation" in printed.out
@@ -381,6 +383,107 @@ def test_the_doctor_has_nothing_to_say_of_sound_data(tmp_path, run, capsys):
     flags = ["--data", tmp_path / "data", "--prompt", "{label}", "--resolution", 64]
     run(train, *flags, "--preview", tmp_path / "out")
     assert not warnings_of(capsys)
+
+
+def film(seed, side=128):
+    """A grey picture that is like the others of its kind: a bright spine between two lungs."""
+    x = np.linspace(-1, 1, side)
+    noise = ndimage.gaussian_filter(np.random.RandomState(seed).randn(side, side), 4)
+    return np.clip(130 + 60 * np.cos(2 * np.pi * x) + 60 * x[:, None] + 120 * noise, 0, 255)
+
+
+def look_at(folder, pictures, run, capsys, *flags):
+    """The doctor's warnings about pictures that are saved as 0.png, 1.png, …."""
+    folder.mkdir()
+    for i, values in enumerate(pictures):
+        Image.fromarray(np.asarray(values).astype(np.uint8)).save(folder / f"{i}.png")
+    flags = [*flags, "--data", folder, "--resolution", 128, "--val-split", 0]
+    run(train, *flags, "--preview", folder.with_name("look"))
+    return [line for line in warnings_of(capsys) if "duplicates" not in line]  # all are alike
+
+
+def test_the_doctor_finds_an_image_unlike_all_others(tmp_path, run, capsys):
+    pictures = [film(i) for i in range(30)]
+    pictures[3] = np.rot90(pictures[3])
+    pictures[5] = np.stack([pictures[5] * 0.6, pictures[5] * 0.8, pictures[5]], 2)
+    pictures[7] = pictures[7].repeat(4, 0).repeat(4, 1)
+    lines = look_at(tmp_path / "data", pictures, run, capsys)
+    assert len(lines) == 3
+    assert "a size unlike all others: 1 (7.png)" in lines[0]
+    assert "a tint unlike all others: 1 (5.png)" in lines[1]
+    assert "a layout unlike all others: 1 (3.png)" in lines[2]
+
+
+def test_the_doctor_finds_a_mark_at_the_same_place(tmp_path, run, capsys):
+    pictures = [film(i) for i in range(30)]
+    for values in pictures[:15]:
+        values[10:18, 100:102] = values[16:18, 100:106] = 255  # an L
+    lines = look_at(tmp_path / "data", pictures, run, capsys)
+    assert len(lines) == 1
+    assert "the same mark at the same place: 15 (0.png, 1.png, 10.png)" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "value, crop, count", [(0, "center", 1), (255, "center", 1), (0, "pad", 0)]
+)
+def test_the_doctor_finds_straight_borders(value, crop, count, tmp_path, run, capsys):
+    pictures = [film(i) for i in range(12)]
+    for values in pictures[:9]:
+        values[:, :12] = value
+    lines = look_at(tmp_path / "data", pictures, run, capsys, "--crop", crop)
+    assert len(lines) == count
+    assert all("a black or white border: 9" in line for line in lines)
+
+
+def test_a_disc_in_the_dark_has_no_border(tmp_path, run, capsys):
+    y, x = np.mgrid[-1:1:128j, -1:1:128j]
+    pictures = [film(i) * (x**2 + y**2 < 0.8) for i in range(24)]
+    assert look_at(tmp_path / "data", pictures, run, capsys) == []
+
+
+def test_the_doctor_reads_captions(tmp_path, run, capsys):
+    (tmp_path / "data").mkdir()
+    lines = ["file_name,text,label"]
+    for i in range(24):
+        speckled(i).save(tmp_path / "data" / f"{i}.png")
+        lines.append(f"{i}.png,a film with {'' if i == 2 else 'hepatitis A'},{'ab'[i % 2]}")
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(lines))
+    flags = ["--data", tmp_path / "data", "--resolution", 64, "--preview", tmp_path / "look"]
+    run(train, *flags)
+    assert ["end in the middle: 1 (2.png)" in line for line in warnings_of(capsys)] == [True]
+    run(train, *flags, "--prompt", "a film")
+    assert ["share one caption: 2 (a, b)" in line for line in warnings_of(capsys)] == [True]
+
+
+def test_images_below_the_resolution_are_named(tmp_path, run, capsys):
+    pictures = [film(i)[:, :90] for i in range(12)]
+    (line,) = look_at(tmp_path / "data", pictures, run, capsys)
+    assert "fewer pixels than --resolution 128, blurred by enlarging: 12 (0.png" in line
+    (tmp_path / "data").rename(tmp_path / "other")
+    assert look_at(tmp_path / "data", pictures, run, capsys, "--crop", "pad") == []
+
+
+def test_the_doctor_shows_what_the_vae_keeps_and_goes_on_without_one(base, tmp_path, run, capsys):
+    pictures = [film(i) for i in range(12)]
+    look_at(tmp_path / "data", pictures, run, capsys)
+    assert not (tmp_path / "look" / "vae.png").exists()
+    assert (tmp_path / "look" / "grid.png").exists()
+    flags = ["--data", tmp_path / "data", "--resolution", 72, "--base", base]
+    run(train, *flags, "--preview", tmp_path / "look")
+    assert re.search(r"keeps PSNR \d+\.\d dB, SSIM 0\.\d+", capsys.readouterr().out)
+    assert Image.open(tmp_path / "look" / "vae.png").size == (2 * 72, 3 * 72)
+
+
+def test_many_unreadable_images_do_not_end_the_doctor(tmp_path, run, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(6):
+        speckled(i).save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"bad{i}.png").write_bytes(b"\x89PNG not really")
+    flags = ["--data", tmp_path / "data", "--resolution", 64, "--strict", "--val-split", 0]
+    run(train, *flags, "--preview", tmp_path / "look")
+    printed = capsys.readouterr()
+    assert "images of 12 that cannot be read: 6 (bad0.png, bad1.png, bad2.png)" in printed.out
+    assert all(f"bad{i}.png" in printed.err for i in range(6))
 
 
 def test_a_preview_is_the_augmented_data_set_and_names_no_patient(planted, tmp_path, run):

@@ -174,7 +174,7 @@ def parsed(base, images, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
         args = train.parse_args()
         rows = train.list_data(args)
-        return train.with_defaults(args, rows), rows
+        return train.with_defaults(args, rows, sample.find_base(args.base)), rows
 
     return parse
 

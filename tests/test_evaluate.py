@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from scipy import stats
 
 import evaluate
 import metrics
@@ -118,7 +119,7 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
         assert found["excess"] == pytest.approx(found["value"] - found["null"])
         assert 0.02 <= min(found["p_high"], found["p_low"]), name
         assert np.isfinite(found["real_vs_real"]), name
-    assert list(entry["memorisation"]) == ["likely_copies", "pairs"]
+    assert list(entry["memorisation"]) == ["likely_copies", "copies", "pairs"]
     assert len(entry["memorisation"]["pairs"]) == 12
     assert list(entry["memorisation"]["pairs"][0]) == ["generated", "train", "distance", "p"]
 
@@ -510,36 +511,83 @@ def test_lpips_comes_where_its_weights_are(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- draws, null and halves
 
 
-def test_draws_have_the_sets_sizes_and_keep_a_patient_together():
-    groups = ["a"] * 4 + ["b"] * 3 + ["c", "d", "e"] + [""] * 10
+def test_draws_have_the_sets_sizes_and_swap_the_two_images_of_a_patient():
+    groups = ["a", "b"] + [""] * 10 + ["a", ""] + [""] * 5 + ["b"]
     draws = permutation_draws(12, 8, 50, 0, groups)
     assert (draws[0] == [1] * 12 + [-1] * 8).all()
     assert ((draws == 1).sum(1) == 12).all()
     assert ((draws == -1).sum(1) == 8).all()
-    assert all(len(set(row[:4])) == 1 and len(set(row[4:7])) == 1 for row in draws[1:])
+    assert (draws[:, [0, 1]] == -draws[:, [12, 19]]).all()
     assert len({row.tobytes() for row in draws}) > 45
     assert (draws == permutation_draws(12, 8, 50, 0, groups)).all()
 
 
-def test_patients_that_a_permutation_cannot_keep_whole_are_dealt_out_singly():
-    """A patient of 20 films against 8 drawn ones: whole, every draw would be the same."""
-    groups = ["a"] * 20 + [""] * 8
-    draws = permutation_draws(20, 8, 50, 0, groups)
-    assert ((draws == 1).sum(1) == 20).all()
-    assert ((draws == -1).sum(1) == 8).all()
-    assert len({row.tobytes() for row in draws}) > 40
+def units(pixels, groups, seed=0):
+    rows = [row(group=group) for group in groups]
+    return evaluate.find_units("set", rows, pixels, seed)
 
 
-def test_patients_are_permuted_whole(tmp_path, monkeypatch):
+def test_a_picture_stored_twice_or_cropped_is_one_unit_which_joins_patients(tmp_path, capsys):
+    draw(tmp_path / "real", 16, 1)
+    _, pixels = metrics.load_pixels(metrics.list_images(str(tmp_path / "real")), 64)
+    pixels[1] = pixels[0]
+    resize = torch.nn.functional.interpolate
+    pixels[3] = resize(pixels[2:3, :, 3:61, 5:63].float(), (64, 64), mode="bilinear")[0].byte()
+    pictures, drawn = units(pixels, ["a", "b", "", "", "a", "b"] + [""] * 10)
+    assert pictures[0] == pictures[1]
+    assert pictures[2] == pictures[3]
+    assert len(set(pictures)) == 14
+    assert drawn[[0, 1, 4, 5]].sum() == drawn[[2, 3]].sum() == 1
+    assert drawn[6:].all()
+    said = capsys.readouterr().out
+    assert "2 pictures are stored more than once: each is one unit" in said
+    assert "12 of 16 images are compared" in said
+
+
+def test_of_few_patients_each_image_counts():
+    _, drawn = units(random_set(30, [""] * 30).pixels, [f"p{n % 9}" for n in range(30)])
+    assert drawn.all()
+    _, drawn = units(random_set(30, [""] * 30).pixels, [f"p{n % 10}" for n in range(30)])
+    assert drawn.sum() == 10
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_repeats_of_generated_pictures_stay_where_the_real_set_has_fewer(repeats):
+    parts = []
+    for seed, times in ((0, 3), (1, repeats)):
+        part = random_set(20 * times, [""] * (20 * times), seed)
+        part.features = part.all_features = np.zeros((20 * times, 2))
+        part.pictures = np.arange(20 * times) % 20
+        part.drawn = np.arange(20 * times) < 20
+        parts.append(part)
+    assert [len(part.rows) for part in evaluate.pick_compared(*parts)] == [20, 20]
+    real, fake = evaluate.pick_compared(*parts[::-1])
+    assert (len(real.rows), len(fake.rows)) == (20, 20 if repeats == 3 else 60)
+    assert len(fake.all_features) == 60
+
+
+def test_a_real_set_of_each_picture_twice_is_not_told_from_fresh_ones(tmp_path, monkeypatch):
+    real = draw(tmp_path / "real", 30, 1)
+    fake = draw(tmp_path / "fake", 30, 2)
+    for path in sorted((tmp_path / "real").iterdir()):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95)
+    names = ("--metrics", "frechet,precision,density,coverage")
+    found = run_set(monkeypatch, real, fake, *names)["metrics"]
+    assert min(figure["p_high"] for figure in found.values()) > 0.05
+
+
+def test_one_image_of_each_patient_is_compared(tmp_path, monkeypatch, capsys):
     real = draw(tmp_path / "real", 24, 1)
     fake = draw(tmp_path / "fake", 24, 2)
-    lines = ["file_name,case"] + [f"{n:03}.png,{n // 4}" for n in range(24)]
+    lines = ["file_name,case"] + [f"{n:03}.png,{n // 2}" for n in range(24)]
     (tmp_path / "real" / "metadata.csv").write_text("\n".join(lines))
-    names = ("--metrics", "kid")
-    alone = run_set(monkeypatch, real, fake, *names)["metrics"]["kid"]
-    whole = run_set(monkeypatch, real, fake, *names, "--group-column", "case")["metrics"]["kid"]
-    assert whole["value"] == alone["value"]
-    assert whole["null_high"] != alone["null_high"]
+    names = ("--metrics", "frechet,kid")
+    alone = run_set(monkeypatch, real, fake, *names)["metrics"]
+    capsys.readouterr()
+    whole = run_set(monkeypatch, real, fake, *names, "--group-column", "case")["metrics"]
+    assert capsys.readouterr().out.count("12 of 24 images are compared, one of each unit") == 1
+    assert whole["frechet"]["value"] == pytest.approx(alone["frechet"]["value"], rel=1e-6)
+    assert whole["kid"]["value"] != alone["kid"]["value"]
 
 
 def test_halves_of_the_real_set_are_compared_at_equal_sizes():
@@ -549,14 +597,6 @@ def test_halves_of_the_real_set_are_compared_at_equal_sizes():
         assert ((draws == -1).sum(1) == 10).all()
     assert (real[:, 21:] == 0).all()
     assert (fake[:, :21] != -1).all()
-
-
-def test_halves_of_whole_patients_are_of_equal_sizes_too():
-    groups = [str(i // 3) for i in range(24)] + [""] * 12
-    halves = evaluate.half_draws(24, 12, 9, 0, groups)
-    sizes = [(draws == side).sum(1) for draws in halves for side in (1, -1)]
-    assert (np.array(sizes) == sizes[0]).all()
-    assert (sizes[0] > 0).all()
 
 
 def test_halves_are_random_whatever_the_order_of_the_files():
@@ -801,18 +841,19 @@ def test_a_set_without_labels_is_compared_as_it_is():
     assert sentences == []
 
 
-def test_draws_keep_each_label_and_each_patient():
+def test_draws_keep_each_label():
     labels = np.array(["a", "a", "b", "b", "b", "b"] * 10)
-    groups = np.array([str(k // 2) for k in range(30)] + [""] * 30)
+    groups = ["p"] + [""] * 29 + ["p"] + [""] * 29
     draws = permutation_draws(30, 30, 50, 0, groups, labels)
     assert (draws[0] == np.repeat([1, -1], 30)).all()
     assert ((draws[:, labels == "a"] == 1).sum(1) == 10).all()
-    assert (draws[:, :30:2] == draws[:, 1:30:2]).all()
+    assert ((draws == 1).sum(1) == 30).all()
+    assert (draws[:, 0] == -draws[:, 30]).all()
     assert len(np.unique(draws, axis=0)) > 40
 
 
 def test_another_mix_of_labels_is_no_difference_of_the_pictures(tmp_path, monkeypatch):
-    for name, dark, light in (("real", 10, 40), ("fake", 25, 25)):
+    for name, dark, light in (("real", 5, 45), ("fake", 25, 25)):
         (tmp_path / name).mkdir()
         for label, count, change in (("dark", dark, darken), ("light", light, keep)):
             draw(tmp_path / name / label, count, (name, label), change=change)
@@ -826,7 +867,7 @@ def test_another_mix_of_labels_is_no_difference_of_the_pictures(tmp_path, monkey
 # ---------------------------------------------------------------- copies
 
 
-def test_copies_of_training_images_are_counted_and_shown(tmp_path, monkeypatch, capsys):
+def test_copies_of_training_images_are_named_and_shown(tmp_path, monkeypatch, capsys):
     real = draw(tmp_path / "real", 30, 1)
     train = draw(tmp_path / "train", 60, 2)
     fake = draw(tmp_path / "fake", 20, 3)
@@ -836,10 +877,17 @@ def test_copies_of_training_images_are_counted_and_shown(tmp_path, monkeypatch, 
         mirrored.save(tmp_path / "fake" / f"{n:03}.png")
     flags = ("--metrics", "kid", "--train-data", train)
     found = run_set(monkeypatch, real, fake, *flags)["memorisation"]
-    assert 5 <= found["likely_copies"] <= 7
-    nearest = {(pair["generated"], pair["train"]) for pair in found["pairs"][:5]}
-    assert nearest == {(f"{n:03}.png",) * 2 for n in range(5)}
-    assert "of 60 training images" in capsys.readouterr().out
+    assert found["likely_copies"] == 5
+    assert {copy["kind"] for copy in found["copies"]} == {"mirrored"}
+    for copies in (found["copies"], found["pairs"][:5]):
+        nearest = {(copy["generated"], copy["train"]) for copy in copies}
+        assert nearest == {(f"{n:03}.png",) * 2 for n in range(5)}
+    out = capsys.readouterr().out
+    assert "5 of 20 generated images are copies of one of 60 training images: " in out
+    assert "001.png of 001.png (mirrored)" in out
+    assert "2 more" in out
+    assert "no sign of copying" not in out
+    assert "mirrored" in (tmp_path / "report.html").read_text()
 
 
 def test_copies_are_sought_among_all_real_images(tmp_path, monkeypatch, capsys):
@@ -849,42 +897,69 @@ def test_copies_are_sought_among_all_real_images(tmp_path, monkeypatch, capsys):
     assert "of 24 real images" in capsys.readouterr().out
 
 
-ARGS = types.SimpleNamespace(run=None, train_data=None)
+ARGS = types.SimpleNamespace(run=None, train_data=None, permutations=199, seed=0)
 
 
-def random_set(n, groups, seed=0):
+def random_set(n, seed=0, **how):
     gen = metrics.generator(seed, "set")
-    pixels = torch.randint(0, 255, (n, 3, 64, 64), generator=gen, dtype=torch.uint8)
-    rows = [row(group=group, file_name=str(i)) for i, group in enumerate(groups)]
+    rough = torch.rand(n, 3, 16, 16, generator=gen) * 255
+    pixels = torch.nn.functional.interpolate(rough, (64, 64), mode="bicubic").clamp(0, 255).byte()
+    rows = [row(file_name=f"{i}.png", **how) for i in range(n)]
     return evaluate.ImageSet("set", rows, pixels)
 
 
-def test_what_chance_gives_of_copies_is_counted_of_the_generated_ones():
-    known = random_set(50, [""] * 50)
-    fake = random_set(20, [""] * 20, 1)
-    fake.pixels[:2] = known.pixels[:2]
+def test_one_copy_among_many_is_found_and_said_with_its_label():
+    known = random_set(30, label="mpox")
+    fake = random_set(40, seed=1)
+    fake.pixels[20] = known.pixels[7]
     found = evaluate.find_copies(known, fake, ARGS)
-    p = 2 / 51
-    none_or_one = (1 - p) ** 20 + 20 * p * (1 - p) ** 19
-    assert found.count == 2
-    assert found.chance == pytest.approx(1 - none_or_one)
-    assert f"{20 * p:.2g} expected" in found.sentence
+    (copy,) = found.copies
+    assert copy["similarity"] > 0.99
+    assert copy["label"] == "mpox"
+    assert found.numbers[0] == (20, 7)
+    assert "1 of 40 generated images are copies" in found.sentence
+    assert "20.png of 7.png (as it is)" in found.sentence
+    assert "By label: mpox 1." in found.sentence
+    assert "no sign" not in found.sentence
 
 
-def test_films_of_one_patient_do_not_excuse_copies():
-    known = random_set(40, [f"p{n // 2}" for n in range(40)])
-    two_alike = 0.7 * known.pixels[::2] + 0.3 * known.pixels[1::2]
-    known.pixels[1::2] = two_alike.byte()
-    fake = random_set(10, [""] * 10, 1)
-    fake.pixels[:5] = (0.7 * known.pixels[:10:2] + 0.3 * fake.pixels[:5]).byte()
-    assert evaluate.find_copies(known, fake, ARGS).count >= 5
+def test_no_sign_of_copying_is_said_of_fresh_images():
+    found = evaluate.find_copies(random_set(30), random_set(20, seed=1), ARGS)
+    assert len(found.copies) == 0
+    assert found.sentence.startswith("No generated image is the same picture as one of 30 real")
+    assert found.sentence.endswith("no sign of copying.")
 
 
-def test_copies_are_not_looked_for_among_two_patients():
-    known = random_set(4, ["a"] * 4)
-    found = evaluate.find_copies(known, random_set(4, [""] * 4, 1), ARGS)
-    assert found.count is None
-    assert "not looked for" in found.sentence
+def test_the_alarm_of_near_images_is_as_frequent_as_it_says():
+    draws = np.random.RandomState(1)
+    groups = [""] * 60
+    chances = []
+    for seed in range(200):
+        points = draws.randn(60, 4)
+        distances = np.linalg.norm(points[:, None] - points, axis=2)
+        null = permutation_draws(30, 30, 99, (seed, "null"), groups)
+        chances.append(evaluate.count_near(distances, groups, null)[2])
+    assert stats.kstest(chances, "uniform").pvalue > 0.01
+
+
+def test_what_is_stored_twice_counts_once_among_the_near_ones():
+    known = random_set(30)
+    known.pixels[1::2] = known.pixels[::2]
+    found = evaluate.find_copies(known, random_set(30, seed=1), ARGS)
+    assert "no sign of copying" in found.sentence
+    assert found.chance > 0.01
+
+
+def test_images_nearer_than_chance_gives_are_counted():
+    draws = np.random.RandomState(0)
+    points = draws.randn(200, 20)
+    points[100:115] = points[:15] + 0.1 * draws.randn(15, 20)
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    null = permutation_draws(100, 100, 199, 0, [""] * 200)
+    counts, share, chance = evaluate.count_near(distances, [""] * 200, null)
+    assert 15 <= counts[0] <= 25
+    assert share == 0.2
+    assert chance == 1 / 200
 
 
 def figure(excess=1.0, lower_is_better=True, half_gaps=np.nan):
@@ -903,10 +978,10 @@ def entry(figures, n=60, copies=None):
 
 
 def test_many_copies_make_a_set_the_last():
-    copies = evaluate.Copies("300 copies.", 300, 1e-9)
-    found = entry({"kid": figure(1)}, 1000, copies)
-    assert evaluate.may_be_copies(found)
-    assert evaluate.verdict(found).endswith("300 copies.")
+    for many in ({"copies": [{}] * 300}, {"count": 300, "chance": 1e-9}):
+        found = entry({"kid": figure(1)}, 1000, evaluate.Copies("300 copies.", **many))
+        assert evaluate.may_be_copies(found)
+        assert evaluate.verdict(found).endswith("300 copies.")
     assert not evaluate.may_be_copies(entry({"kid": figure(1)}))
     assert evaluate.may_be_copies(entry({"kid": figure(-1)}))
 

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2.functional import center_crop, normalize
 
 import metrics
+import phantoms
 from metrics import Network, frechet, kid, squared_distances
 
 A = np.random.RandomState(0)
@@ -84,6 +85,12 @@ def test_frechet_is_exact_where_there_are_fewer_images_than_features():
     assert frechet(few, fewer) == pytest.approx(81.927116573, rel=1e-6)
 
 
+def test_frechet_of_a_set_without_spread_in_a_direction_is_that_of_the_others():
+    flat_real = np.concatenate([REAL, np.zeros((60, 1))], 1)
+    flat_fake = np.concatenate([FAKE, np.zeros((50, 1))], 1)
+    assert frechet(flat_real, flat_fake) == pytest.approx(frechet(REAL, FAKE), rel=1e-10)
+
+
 def test_frechet_of_a_set_with_itself_is_zero_and_shifts_and_turns_do_not_move_it():
     turn = np.linalg.qr(np.random.RandomState(3).randn(16, 16))[0]
     turned = frechet(REAL[::-1] @ turn + 5, FAKE @ turn + 5)
@@ -108,18 +115,36 @@ def test_the_jackknife_from_row_sums_is_the_jackknife_by_leaving_each_image_out(
     assert kid(real, fake)[1] == pytest.approx(slow**0.5, rel=1e-9)
 
 
-def distance_blocks():
-    real = squared_distances(REAL, REAL)
-    fake = squared_distances(FAKE, FAKE)
-    return real, fake, squared_distances(REAL, FAKE)
+def precision_recall(first, second, k):
+    """The four figures of two sets."""
+    both = np.concatenate([first, second])
+    distances = squared_distances(both, both)
+    draw = np.repeat(np.array([1, -1], np.int8), (len(first), len(second)))
+    return metrics.precision_recall(distances, distances.argsort(1), draw, k)
 
 
 @pytest.mark.parametrize(
     "k, expected", [(3, (0.7, 0.7833333333333, 0.68, 0.75)), (5, (0.78, 0.9, 0.716, 0.9))]
 )
 def test_precision_recall_density_and_coverage_agree_with_prdc(k, expected):
-    ours = metrics.precision_recall(*distance_blocks(), k)
-    assert ours == pytest.approx(expected, abs=1e-12)  # prdc 0.2
+    assert precision_recall(REAL, FAKE, k) == pytest.approx(expected, abs=1e-12)  # prdc 0.2
+
+
+@pytest.mark.parametrize("n, m, spread", [(3, 4, 1), (200, 9, 1), (9, 200, 1), (60, 50, 0.01)])
+def test_precision_and_the_others_of_tiny_unequal_narrow_and_coinciding_sets(n, m, spread):
+    r = np.random.RandomState(0)
+    real = r.randint(3, size=(n, 2))  # many of them at one place
+    fake = spread * r.randn(m, 2) + 1
+    cross = squared_distances(real, fake)
+    radii = []
+    for points in (real, fake):
+        own = np.sort(squared_distances(points, points), 1)
+        radii.append(own[:, min(3, len(points) - 1)])
+    in_real = cross <= radii[0][:, None]
+    in_fake = cross <= radii[1]
+    expected = [in_real.any(0).mean(), in_fake.any(1).mean()]
+    expected += [in_real.sum() / (3 * m), in_real.any(1).mean()]
+    assert precision_recall(real, fake, 3) == pytest.approx(expected, abs=1e-12)
 
 
 def test_equal_rows_are_at_distance_zero_whatever_rounding_leaves():
@@ -268,8 +293,7 @@ def test_kid_is_torch_fidelitys():
 def test_precision_recall_density_and_coverage_are_prdcs():
     theirs = pytest.importorskip("prdc").compute_prdc(REAL, FAKE, 5)
     expected = [theirs[name] for name in ("precision", "recall", "density", "coverage")]
-    ours = metrics.precision_recall(*distance_blocks(), 5)
-    assert ours == pytest.approx(expected, abs=1e-12)
+    assert precision_recall(REAL, FAKE, 5) == pytest.approx(expected, abs=1e-12)
 
 
 def test_kid_is_torchmetrics():
@@ -298,6 +322,13 @@ def test_ssim_agrees_with_scikit_image():
             theirs[i, j] = structural_similarity(a, b, **how)
     # the matrix is of fp32 products
     assert metrics.ssim_matrix(first, second) == pytest.approx(theirs, abs=2e-5)
+
+
+def test_ssim_of_a_set_with_itself_is_symmetric_and_that_of_two_equal_sets():
+    pixels = noise(9, size=64)
+    alone = metrics.ssim_matrix(pixels, pixels, height=4)
+    assert (alone == alone.T).all()
+    assert alone == pytest.approx(metrics.ssim_matrix(pixels, pixels.clone()), abs=1e-6)
 
 
 def lpips_network(net, trunk_state, weights):
@@ -668,69 +699,68 @@ def test_the_hub_is_asked_only_where_it_answers(manner, offline, web, monkeypatc
 # ---------------------------------------------------------------- copies
 
 
-def altered(pixels):
-    """Copies of pictures: exact, mirrored, JPEG 70, 90 % crops, blended with noise."""
-    side = pixels.shape[2]
-    cut = side - round(0.9 * side)
-
-    def crop(n, image):
-        left = n % cut
-        top = n * 3 % cut
-        box = (left, top, side - cut + left, side - cut + top)
-        return image.resize((side, side), box=box)
-
-    rough = torch.rand(pixels.shape, generator=metrics.generator(0, "blend")) * 255
-    return {
-        "exact": pixels,
-        "flipped": pixels.flip(3),
-        "jpeg": change_each(pixels, lambda _, image: jpeg(image, 70)),
-        "crop": change_each(pixels, crop),
-        "blended": (0.8 * pixels + 0.2 * rough).byte(),
-    }
+def wounds(seeds, size=96):
+    pictures = [phantoms.draw("inflammatory ulcer", seed, size)[0] for seed in seeds]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
-def copy_chances_of(pixels, real):
-    between = metrics.copy_distances(real, real)
-    to_real = metrics.copy_distances(pixels, real)
-    return metrics.copy_chances(between, to_real, np.eye(len(real), dtype=bool))
+@pytest.fixture(scope="module")
+def finder():
+    return metrics.CopyFinder(wounds(range(40)), [""] * 40)
 
 
-def test_copies_are_found_whatever_was_done_to_them_and_fresh_pictures_as_often_as_promised():
-    real = noise(150, seed=1)
-    limit = 2 / 151 + 1e-9
-    for kind, copies in altered(real[:60]).items():
-        assert (copy_chances_of(copies, real) <= limit).mean() >= 0.95, kind
-    chances = copy_chances_of(noise(400, seed=2), real)
-    assert (chances <= limit).mean() < 0.04
-    assert 0.02 < (chances <= 0.1).mean() < 0.2
+def shifted(image):
+    return image.transform(image.size, Image.Transform.AFFINE, (1, 0, 9, 0, 1, -9))
 
 
-def test_real_pictures_that_were_cut_twice_from_one_do_not_excuse_copies():
-    real = noise(150, seed=1)
-    real[:12:2] = altered(real[1:12:2])["crop"]  # six pairs
-    for kind, copies in altered(real[20:80]).items():
-        assert (copy_chances_of(copies, real) <= 2 / 151 + 1e-9).mean() >= 0.95, kind
+def cropped(image):
+    return image.crop((8, 18, 80, 90)).resize(image.size)
 
 
-def test_chances_of_copies_are_small_for_copies_and_uniform_for_fresh_images():
-    draw = np.random.RandomState(0)
-    alone = np.eye(100, dtype=bool)
-    chances = []
-    for _ in range(30):
-        real = draw.randn(100, 20)
-        fresh = draw.randn(40, 20)
-        between = np.sqrt(squared_distances(real, real))
-        to_real = np.sqrt(squared_distances(fresh, real))
-        chances.extend(metrics.copy_chances(between, to_real, alone))
-    copies = real[:10] + 0.05 * draw.randn(10, 20)
-    of_copies = metrics.copy_chances(between, np.sqrt(squared_distances(copies, real)), alone)
-    assert 0.01 < np.mean(np.array(chances) <= 0.05) < 0.09
-    assert (of_copies <= 2 / 101 + 1e-9).all()
+CHANGES = {
+    "as it is": lambda image: image,
+    "mirrored": ImageOps.mirror,
+    "mirrored, turned by 180°": ImageOps.flip,
+    "turned by 90°": lambda image: image.rotate(90),
+    "turned by 12°": lambda image: image.rotate(-12, Image.Resampling.BICUBIC),
+    "cropped": cropped,
+    "zoomed out": lambda image: ImageOps.expand(image, 16, "white").resize(image.size),
+    "negative": ImageOps.invert,
+    "re-saved": lambda image: jpeg(image, 30),
+    "shifted": shifted,
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.5)),
+    "darker": lambda image: image.point([round(255 * (v / 255) ** 2) for v in range(256)] * 3),
+    "mirrored, turned by 90°, cropped": lambda image: cropped(ImageOps.mirror(image.rotate(90))),
+}
 
 
-def test_few_real_images_show_no_smaller_chance():
-    assert metrics.copy_limit(49) == 0.02
-    assert metrics.copy_limit(999) == 0.01
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_copy_is_found_whatever_was_done_to_it(finder, kind):
+    copies = change_each(wounds(range(5, 15)), lambda _, image: CHANGES[kind](image))
+    index, similarity, kinds = finder.find(copies)
+    assert (index == range(5, 15)).all()
+    assert (similarity >= finder.limit).mean() >= 0.9
+    if kind in ("re-saved", "shifted", "blurred", "darker"):
+        kind = "as it is"
+    assert kinds.count(kind) >= 6
+
+
+def test_fresh_pictures_are_no_copies(finder):
+    _, similarity, _ = finder.find(wounds(range(1000, 1020)))
+    assert (similarity < finder.limit).mean() >= 0.95
+
+
+def test_where_all_pictures_are_alike_copies_must_agree_better():
+    one = wounds([0])
+    noisy = one.repeat(20, 1, 1, 1) + torch.randint(0, 9, (20, *one.shape[1:])).byte()
+    assert metrics.CopyFinder(noisy, [""] * 20).limit == 0.9
+    assert metrics.CopyFinder(noisy, ["patient"] * 20).limit == metrics.SAME_PICTURE
+
+
+def test_flat_pictures_are_no_copies_of_anything(finder):
+    flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
+    assert (finder.find(flat)[1] == 0).all()
+    assert (metrics.CopyFinder(flat, ["", ""]).find(wounds([0]))[1] == 0).all()
 
 
 def test_the_nearest_real_image_of_a_real_one_is_never_its_own_patient():
@@ -977,6 +1007,15 @@ def test_a_thumbnail_is_no_larger_than_asked_and_takes_pixels_or_pictures():
     assert text == metrics.thumbnail(metrics.picture(pixels), 32)
 
 
+def test_an_axis_has_few_round_numbers_around_all_values():
+    for values, expected in (
+        ([0.213, 0.356], [0.2, 0.25, 0.3, 0.35, 0.4]),
+        ([10, 600], [0, 200, 400, 600]),
+        ([-0.002, 0.0001], [-0.002, -0.001, 0, 0.001]),
+    ):
+        np.testing.assert_allclose(metrics.round_numbers(values), expected)
+
+
 def test_a_curve_without_a_finite_point_says_so_and_one_point_is_a_dot():
     assert "nothing to draw" in metrics.curve({"loss": [(0, float("nan"))]})
-    assert 'points="70.0,220.0 70.0,220.0"' in metrics.curve({"loss": [(0, 1.0)]})
+    assert 'points="50.0,215.0 50.0,215.0"' in metrics.curve({"loss": [(0, 1.0)]})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_selector
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -299,6 +299,24 @@ def test_sdxl_is_told_height_before_width(sdxl, monkeypatch):
 
 
 # ---------------------------------------------------------------- files
+
+
+def test_a_contact_sheet_gives_a_caption_a_row_and_cuts_long_ones_in_the_middle():
+    pictures = [Image.new("RGB", size, "red") for size in [(64, 64), (64, 32)] * 3]
+    captions = ["a foot"] * 3 + ["a hand"] * 3
+    names = [str(i) for i in range(6)]
+    sheet = sample.contact_sheet(pictures, captions, names)
+    assert sheet.size == (3 * 164 + 4, 2 * 208 + 4)
+    assert sheet.getpixel((5, 5)) == (255, 0, 0)
+    assert sheet.getpixel((169, 100)) == (255, 255, 255)  # below a wide picture: none is cut
+    others = [f"{caption} {i}" for i, caption in enumerate(captions)]
+    assert sample.contact_sheet(pictures, others, names).size == (6 * 164 + 4, 208 + 4)
+    pen = ImageDraw.Draw(sheet)
+    words = sample.in_lines("a chest X-ray with pneumonia " * 9 + "on the left", 2, pen)
+    first, second = words.split("\n")
+    assert first.startswith("a chest X-ray with") and second.endswith("on the left")
+    assert "…" in words and max(map(pen.textlength, (first, second))) < 175
+    assert sample.in_lines("x" * 200, 1, pen).count("x") > 20 and sample.in_lines("", 2, pen) == ""
 
 
 def test_a_run_writes_pictures_with_their_settings_a_manifest_and_a_grid(draw, tmp_path):

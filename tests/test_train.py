@@ -1,10 +1,13 @@
 """Training: the rules that well-known trainers break; what a run writes, keeps and refuses."""
 
+import base64
 import contextlib
+import io
 import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -100,7 +103,7 @@ def setup(base, images, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         args = train.parse_args()
         rows = train.list_data(args)
-        args = train.with_defaults(args, rows)
+        args = train.with_defaults(args, rows, base)
         loaded = train.prepare_base(args, CPU)
         weights = train.trainable_weights(loaded, args)
         streams, _ = train.load_data(loaded, rows, args)
@@ -827,6 +830,8 @@ def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "saved" in said
+    latest = tmp_path / "checkpoints" / "latest.pt"
+    assert f"sample.py --checkpoint {latest} --prompt 'a " in said
     stopped = int(said.split("stopped at step ")[1].split(",")[0])
     assert torch.load(tmp_path / "checkpoints" / "latest.pt", weights_only=True)["step"] == stopped
 
@@ -1517,6 +1522,57 @@ def test_patience_ends_a_run_that_no_longer_gets_better(flags, tmp_path, run, mo
     assert results(tmp_path) == before and log_of(tmp_path)[-1]["step"] == 16
 
 
+def test_patience_counts_validations_that_gain_next_to_nothing(flags, tmp_path, run, monkeypatch):
+    losses = iter([1.0, 0.9999, 0.9995, 0.1])
+    monkeypatch.setattr(train, "validation_loss", lambda *_: next(losses))
+    long = [*flags, "--steps", 100, "--validate-every", 4, "--patience", 2, "--out", tmp_path]
+    run(train, *long)
+    assert log_of(tmp_path)[-1]["step"] == 12
+    assert lora.load(tmp_path / "lora.safetensors")[1]["steps"] == 12  # still the best
+
+
+def test_small_gains_add_up():
+    history = [{"val_loss": 1 - 0.0015 * step} for step in range(9)]
+    args = SimpleNamespace(select_by="val-loss", patience=2)
+    assert not train.out_of_patience(SimpleNamespace(history=history), args)
+
+
+def test_a_run_validates_ten_times_and_warns_below_the_bases_resolution(
+    flags, tmp_path, run, capsys
+):
+    place = flags.index("--validate-every")
+    del flags[place : place + 2]
+    run(train, *flags, "--steps", 20, "--resolution", 32, "--out", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val_loss" in line] == list(range(2, 21, 2))
+    assert "--resolution 32: " in capsys.readouterr().err
+
+
+def test_the_report_answers_first_and_folds_the_rest(flags, tmp_path, run, monkeypatch):
+    losses = iter([0.5, 0.25, 0.3])
+    monkeypatch.setattr(train, "validation_loss", lambda *_: next(losses))
+    long = ["--validate-every", 4, "--val-prompts", '<b>"a" foot', "--val-samples", 1]
+    long += ["--val-steps", 2, "--ema", 0.9999]
+    run(train, *flags, *long, "--out", tmp_path)
+    report = (tmp_path / "report.html").read_text()
+    answer = "Best validation loss 0.25 at step 8 of 12; the last is 0.3."
+    order = [
+        answer,
+        "sample.py",
+        "drawn at step 12",
+        "<svg",
+        ">--lr<",
+        "All other flags",
+        ">--ema<",
+    ]
+    places = [report.index(words) for words in order]
+    assert places == sorted(places)
+    assert "<b>" not in report and 'alt=""' not in report
+    assert report.count("<th>") == 0 and 'scope="col"' in report
+    shown = re.findall(r'src="data:image/jpeg;base64,(.*?)"', report)
+    assert Image.open(io.BytesIO(base64.b64decode(shown[0]))).width >= 160
+
+
 def test_a_run_taken_back_to_an_older_checkpoint_and_killed_goes_on_from_there(
     flags, tmp_path, run, monkeypatch
 ):
@@ -1552,7 +1608,7 @@ def test_steps_that_changed_nothing_are_null_in_the_log_and_counted(
         for line in (tmp_path / "log.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines if "loss" in line and line["loss"] is None] == [4]
-    assert "1 steps changed nothing" in (tmp_path / "report.html").read_text()
+    assert "1 steps were skipped, for NaN" in (tmp_path / "report.html").read_text()
 
 
 def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
@@ -1590,7 +1646,8 @@ def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
     [
         (["--method", "dreambooth"], "--class-prompt"),
         (["--method", "textual-inversion"], "--prompt needs the new word"),
-        (["--method", "full", "--text-lora"], "go with --method lora"),
+        (["--method", "full", "--text-lora"], "--text-lora goes with --method lora"),
+        (["--method", "full", "--init-lora", __file__], "error: --init-lora goes with"),
         (["--text-lora", "--text-encoder", "x"], "without --text-lora"),
         (["--text-encoder", "no/such/encoder"], "no/such/encoder"),
         (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
