@@ -13,8 +13,8 @@ report for any browser (--out) and the same figures for programs (--json):
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
-"gain_high"}]}]}
+"subgroups": [...], "labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]},
+"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
 percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
@@ -44,9 +44,13 @@ from metrics import (
     WEIGHTS,
     CopyFinder,
     Flags,
+    LabelCheck,
     Network,
     add_comparison_flags,
+    auroc,
     colour,
+    colour_and_layout,
+    colour_scale,
     command,
     copy_distances,
     data_set,
@@ -57,6 +61,8 @@ from metrics import (
     fold,
     frechet,
     generator,
+    grey_kind,
+    in_grey,
     kid,
     label_list,
     list_images,
@@ -79,10 +85,12 @@ from metrics import (
     precision_recall,
     read_table,
     report_enlarged,
+    resamples,
     resolve_auto,
     run_script,
     same_unit,
     set_hash,
+    shows_colour,
     split_rows,
     squared_distances,
     ssim_matrix,
@@ -422,6 +430,16 @@ def load_reference(rows, resolution, fakes, tools):
     return real
 
 
+def drop_faint_colours(images):
+    """Make images grey in which no eye sees a colour; say how many others there are."""
+    in_colour = shows_colour(images.pixels)
+    faint = ~in_colour
+    images.pixels[faint] = in_grey(images.pixels[faint])
+    if in_colour.any():
+        count = f"{in_colour.sum()} of {len(faint)} images show colours"
+        print(f"{images.path}: {count}, the real ones are grey: sample.py --grey draws grey ones")
+
+
 def list_reference(args):
     """The real rows to compare with, and those that are searched for copies."""
     rows = known = list_real(args.real, args)
@@ -498,6 +516,7 @@ class Entry:
     differences: dict  # metric: "worse" or "too good", rarest first
     copies: Copies
     mix: list  # sentences on the labels
+    labels: dict  # what images with them look like, as in the JSON
     subgroups: list  # as in the JSON
     utility: dict = None  # classifier: list of doses, as in the JSON
     utility_note: str = ""  # what they are worth, or why there are none
@@ -514,9 +533,11 @@ def evaluate_set(real, fake, known, tools):
     figures, mix = measure_figures(real, fake, tools)
     p, differences = test_together(figures)
     features = pooled(real.features, fake.features, tools.network.standardise)
+    labels = check_labels(real, fake, args.seed)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else (None, "")
-    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, *utility)
+    more = mix, labels, subgroups, *utility
+    return Entry(fake, real, known, figures, p, differences, copies, *more)
 
 
 def measure_figures(real, fake, tools):
@@ -715,6 +736,49 @@ def may_be_copies(entry):
     return too_many or entry.differences.get(name) == "too good"
 
 
+def check_labels(real, fake, seed):
+    """What images of each label look like, as in the JSON: {} without labels that can be checked.
+
+    table: percent of the generated images of a label, and of the real ones, as images left out,
+    that look most like each label.
+    """
+    scale = colour_scale(colour_and_layout(real.pixels))
+    blocks = []
+    for images in (real, fake):
+        blocks.append([images.features, scale(colour_and_layout(images.pixels))])
+    check = LabelCheck(real.rows, blocks[0], seed)
+    if not check.names or (check.numbers(fake.rows) < 0).all():
+        return {}
+    own, looks, *_ = check.judge(blocks[1], fake.rows)
+    found = {"table": [], "not_reached": [], "not_told_apart": check.sentences}
+    for k in np.intersect1d(own, check.own):
+        counts = [
+            np.bincount(side, minlength=len(check.names))
+            for side in (looks[own == k], check.looks[check.own == k])
+        ]
+        for kind, count in zip(("generated", "real"), counts, strict=True):
+            record = {"label": check.names[k], "set": kind, "images": int(count.sum())}
+            for name, share in zip(check.names, count / count.sum(), strict=True):
+                record[f"like {name}, %"] = round(100 * share)
+            found["table"].append(record)
+        found["not_reached"] += not_reached(check, k, *counts)
+    return found
+
+
+def not_reached(check, k, fake, real):
+    """A sentence if generated images of label k look like another, and more than real ones do.
+
+    fake, real: how many look like each label; Fisher's exact test.
+    """
+    sides = [[count[k], count.sum() - count[k]] for count in (fake, real)]
+    other = (fake * (np.arange(len(fake)) != k) * check.apart[k]).argmax()
+    if scipy.stats.fisher_exact(sides, "less").pvalue > 0.01 or fake[other] == 0:
+        return []
+    label, looks = check.names[k], check.names[other]
+    text = f"of {fake.sum()} pictures labelled {label} {fake[other]} look like {looks}"
+    return [f"The generator does not reach {label}: {text}, of {real.sum()} real {real[other]}."]
+
+
 def subgroups_of(row, column):
     """The subgroups of an image: its findings one by one, an age as its decade."""
     text = row.label if column == "label" else row.fields.get(column, "")
@@ -774,13 +838,13 @@ def measure_utility(real, known, fake, tools):
         return None, f"Whether they help a classifier is not measured: {missing}."
     for images in (train, test, fake):
         prepare(images, classes, tools)
-    weights = resamples(test.rows, tools.args.seed)
+    weights = resamples([row.group for row in test.rows], tools.args.seed)
     found = fit_classifiers(train, test, fake, weights, tools.args.seed)
     results = {}
-    for (name, share), auroc in found.items():
-        gain = auroc - found[name, 0]
-        low, high = np.nanquantile(auroc[1:], (0.025, 0.975))
-        dose = {"share": share, "auroc": auroc[0], "low": low, "high": high, "gain": gain[0]}
+    for (name, share), values in found.items():
+        gain = values - found[name, 0]
+        low, high = np.nanquantile(values[1:], (0.025, 0.975))
+        dose = {"share": share, "auroc": values[0], "low": low, "high": high, "gain": gain[0]}
         low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
         results.setdefault(name, []).append(dose | {"gain_low": low, "gain_high": high})
     return results, sentence
@@ -860,8 +924,8 @@ def fit_classifiers(train, test, fake, weights, seed):
             network = small_cnn([first, real], 200, (seed, repeat))
             scores["small CNN, generated first"] = network(test.small)
         for name, score in scores.items():
-            auroc = aurocs(score, test.targets, weights) / SEEDS
-            found[name, share] = found.get((name, share), 0) + auroc
+            values = aurocs(score, test.targets, weights) / SEEDS
+            found[name, share] = found.get((name, share), 0) + values
     return found
 
 
@@ -905,24 +969,10 @@ def small_cnn(stages, steps, seed):
 
 def aurocs(scores, targets, weights):
     """AUROC of scores (N, classes), mean over classes, under each row of weights (B, N): (B,)."""
-    total, count = np.zeros((2, len(weights)))
-    for score, positive in zip(scores.T, targets.T > 0, strict=True):
-        ordered = np.heaviside(score[positive][:, None] - score[~positive], 0.5)
-        a, b = weights[:, positive], weights[:, ~positive]
-        weight = a.sum(1) * b.sum(1)
-        total += ((a @ ordered) * b).sum(1) / np.maximum(weight, 1)
-        count += weight > 0  # of classes that have both kinds
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def resamples(rows, seed, count=1000):
-    """(1 + count, N): how often each image counts; all once, then bootstraps of whole patients."""
-    units = units_of([row.group for row in rows])
-    drawn = torch.randint(len(units), (count, len(units)), generator=generator(seed, "bootstrap"))
-    weights = np.ones((1 + count, len(rows)))
-    for k, unit in enumerate(units):
-        weights[1:, unit] = (drawn == k).sum(1, keepdim=True)
-    return weights
+    pairs = zip(scores.T, targets.T > 0, strict=True)
+    values = np.stack([auroc(*pair, weights) for pair in pairs])
+    count = np.isfinite(values).sum(0)  # of classes that have both kinds
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
 
 # ---------------------------------------------------------------- in words
@@ -989,7 +1039,7 @@ PHRASES = [
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
     _, text = findings(entry)
-    text += entry.mix
+    text += entry.mix + entry.labels.get("not_reached", [])
     if entry.utility_note:
         text.append(entry.utility_note)
     for classifier, doses in (entry.utility or {}).items():
@@ -1079,6 +1129,11 @@ def print_entry(entry):
     print(f"{verdict(entry)}\n\n{GUIDE}\n")
     print_table(HEADER, figure_rows(entry))
     print(HALVES_GUIDE)
+    if entry.labels:
+        print(f"\n{LABELS_GUIDE}\n")
+        records = entry.labels["table"]
+        print_table(records[0], [record.values() for record in records])
+        print(*entry.labels["not_told_apart"], sep="\n")
 
 
 def print_table(header, rows):
@@ -1111,6 +1166,9 @@ sharpness, noise, JPEG's blocks. <b>precision, density</b>: generated images tha
 <b>recall, coverage</b>: real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest
 real image, and of generated images to one another. <b>band</b>: by a fixed table; compare it with
 real halves.</p>"""
+
+LABELS_GUIDE = """Labels: what images look like to a classifier that learnt from the real ones.
+Real images are judged by one that never saw their patients."""
 
 COPIES = """Generated left, its nearest image right. p: how many real images are as near to
 another. This is no guarantee of privacy."""
@@ -1204,6 +1262,16 @@ def copies_section(entry, args):
     return f'{paragraph(COPIES)}<div class="pairs">{pairs}</div>'
 
 
+def labels_section(entry):
+    """HTML: what images of each label look like."""
+    found = entry.labels
+    body = paragraph(" ".join([LABELS_GUIDE, *found["not_reached"]]))
+    body += records_table(found["table"])
+    for text in found["not_told_apart"]:
+        body += paragraph(f"The {text}.")
+    return body
+
+
 def utility_section(entry):
     """HTML: whether generated images help a classifier."""
     body = paragraph(entry.utility_note)
@@ -1229,6 +1297,8 @@ def set_section(entry, args):
     body += f"<h3>Do they differ, and how?</h3>{paragraph(PAGE_GUIDE)}{figure_lines(entry)}"
     body += fold("The numbers", numbers + FIGURES)
     body += f"<h3>Are they copies?</h3>{copies_section(entry, args)}"
+    if entry.labels:
+        body += f"<h3>Do they show their labels?</h3>{labels_section(entry)}"
     if entry.utility_note:
         body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
@@ -1266,6 +1336,8 @@ def write_json(args, settings, entries):
         result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
         result["memorisation"]["pairs"] = entry.copies.pairs
         result["subgroups"] = entry.subgroups
+        if entry.labels:
+            result["labels"] = entry.labels
         if entry.utility:
             result["utility"] = entry.utility["linear probe"]
             result["classifiers"] = entry.utility
@@ -1386,6 +1458,10 @@ def main(args):
     print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
+    real.pixels, in_colour = grey_kind(real.pixels)
+    if in_colour is not None:
+        for fake in fakes:
+            drop_faint_colours(fake)
     known = real
     if known_rows is not real_rows or len(known_rows) > args.max_images:
         size = resolution if args.utility else min(80, resolution)  # copies are searched small

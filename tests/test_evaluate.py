@@ -20,6 +20,7 @@ from scipy import stats
 
 import evaluate
 import metrics
+import phantoms
 from evaluate import METRICS, permutation_draws, yardstick
 from metrics import text_key
 
@@ -980,7 +981,7 @@ def entry(figures, n=60, copies=None):
     rows = [row() for _ in range(n)]
     images = evaluate.ImageSet("x", rows, None)
     p, differences = evaluate.test_together(figures)
-    return evaluate.Entry(images, images, images, figures, p, differences, copies, [], [])
+    return evaluate.Entry(images, images, images, figures, p, differences, copies, [], {}, [])
 
 
 def test_many_copies_make_a_set_the_last():
@@ -993,6 +994,78 @@ def test_many_copies_make_a_set_the_last():
 
 
 # ---------------------------------------------------------------- subgroups and utility
+
+
+def kinds_as_set(labels, drawn, first):
+    """An ImageSet of phantoms: wound or film as drawn, labelled as labels says."""
+    kinds = {"wound": "inflammatory ulcer", "film": "normal chest"}
+    images = [phantoms.draw(kinds[name], first + n, 64)[0] for n, name in enumerate(drawn)]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    features = metrics.texture(pixels).double().numpy()
+    rows = [metrics.Row(f"{n}", f"{n}", label=label) for n, label in enumerate(labels)]
+    return evaluate.ImageSet("x", rows, pixels, features)
+
+
+def test_labels_that_the_generator_does_not_reach_are_named():
+    names = ["wound", "film"] * 10
+    real = kinds_as_set(names, names, 0)
+    fake = kinds_as_set(names, ["film"] * 20, 500)
+
+    found = evaluate.check_labels(real, fake, 0)
+
+    assert found["not_told_apart"] == []
+    films, real_films, wounds, real_wounds = found["table"]
+    assert films == {"label": "film", "set": "generated", "images": 10} | {
+        "like film, %": 100,
+        "like wound, %": 0,
+    }
+    assert wounds["like film, %"] == 100 and real_wounds["like wound, %"] >= 90
+    (sentence,) = found["not_reached"]
+    assert "does not reach wound: of 10 pictures labelled wound 10 look like film" in sentence
+
+
+def test_labels_that_are_reached_or_missing_say_nothing():
+    names = ["wound", "film"] * 10
+    real = kinds_as_set(names, names, 0)
+
+    assert evaluate.check_labels(real, kinds_as_set(names, names, 500), 0)["not_reached"] == []
+    assert evaluate.check_labels(kinds_as_set([""] * 20, names, 0), real, 0) == {}
+
+
+def test_a_report_shows_what_labels_look_like(tmp_path, monkeypatch, capsys):
+    folders = []
+    for name, first in (("real", 0), ("fake", 500)):
+        kinds = ["inflammatory ulcer", "normal chest"]
+        phantoms.write(tmp_path / name, 20, first, kinds, 64)
+        folders.append(str(tmp_path / name))
+
+    entry = run_set(monkeypatch, *folders, "--metrics", "kid", "--out", str(tmp_path / "r.html"))
+
+    assert len(entry["labels"]["table"]) == 4
+    assert "like normal chest, %" in capsys.readouterr().out
+    assert "Do they show their labels?" in (tmp_path / "r.html").read_text()
+
+
+def test_of_a_grey_kind_a_chroma_that_no_eye_sees_is_no_difference(tmp_path, monkeypatch, capsys):
+    draw = np.random.RandomState(0)
+    for name, first, level in (("real", 0, 0), ("faint", 500, 1.5), ("tinted", 900, 0)):
+        (tmp_path / name).mkdir()
+        for n in range(20):
+            grey = phantoms.draw("normal chest", first + n, 64)[0].mean(2, keepdims=True)
+            colours = grey + level * draw.randn(64, 64, 3) + [30 * (name == "tinted"), 0, 0]
+            image = Image.fromarray(colours.round().clip(0, 255).astype(np.uint8))
+            image.save(tmp_path / name / f"{n}.png")
+    figures = {}
+    for name in ("faint", "tinted"):
+        flags = "--metrics", "colour", "--out", str(tmp_path / "r.html")
+        entry = run_set(monkeypatch, str(tmp_path / "real"), str(tmp_path / name), *flags)
+        figures[name] = entry["metrics"]["colour"]["p_high"]
+
+    assert figures["faint"] > 0.05 > figures["tinted"]
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("20 of 20 images show colours, the real ones are grey: sample.py --grey") == 1
+    )
 
 
 def test_a_subgroup_is_a_finding_or_a_decade_of_age():
@@ -1193,7 +1266,7 @@ def test_doses_are_shares_of_the_real_images_and_gains_have_99_percent(monkeypat
     monkeypatch.setattr(evaluate, "linear_probe", probe)
     doses = measure_utility(monkeypatch, train, test, fake)["linear probe"]
     assert sizes == [20, 22, 25, 30, 40, 60]  # 0, 10, 25, 50, 100 and 200 %
-    weights = evaluate.resamples(test.rows, 0)
+    weights = evaluate.resamples([row.group for row in test.rows], 0)
     aurocs = []
     for scores in test.features.T:
         aurocs.append(evaluate.aurocs(scores[:, None], test.targets, weights))
@@ -1204,8 +1277,7 @@ def test_doses_are_shares_of_the_real_images_and_gains_have_99_percent(monkeypat
 
 
 def test_resamples_draw_whole_patients():
-    rows = [row(group=f"p{n // 3}") for n in range(30)]
-    counts = evaluate.resamples(rows, 0)
+    counts = evaluate.resamples([f"p{n // 3}" for n in range(30)], 0)
     assert (counts[0] == 1).all()
     assert (counts[:, ::3] == counts[:, 1::3]).all()
     assert (counts.sum(1) == 30).all()
