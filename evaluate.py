@@ -1157,8 +1157,7 @@ many generated images against one half, which can be compared with it."""
 PAGE_GUIDE = """The bar is what chance gives where both sets are of one kind: 95 % of many mixtures
 of them, divided again. The dot is the generated set: further right it is worse, further left better
 than fresh real images would be, as copies are. Of so many figures one is often outside by chance:
-only those count that are said to differ. Of fewer
-than 50 images only gross differences show."""
+only those count that are said to differ. Of fewer than 50 images only gross differences show."""
 
 FIGURES = """<p><b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of
 the two sets; <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored:
