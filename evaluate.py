@@ -13,7 +13,7 @@ report for any browser (--out) and the same figures for programs (--json):
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]},
+"subgroups": [...], "labels": {"table": [...], "sentences": [...]},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
@@ -747,19 +747,18 @@ def check_labels(real, fake, seed):
     if not check.names or (check.numbers(fake.rows) < 0).all():
         return {}
     own, looks, *_ = check.judge(blocks[1], fake.rows)
-    found = {"table": [], "not_reached": [], "not_told_apart": check.sentences}
+    records = []
+    sentences = check.sentences[:5]
     for k in np.intersect1d(own, check.own):
-        counts = [
-            np.bincount(side, minlength=len(check.names))
-            for side in (looks[own == k], check.looks[check.own == k])
-        ]
-        for kind, count in zip(("generated", "real"), counts, strict=True):
-            record = {"label": check.names[k], "set": kind, "images": int(count.sum())}
-            for name, share in zip(check.names, count / count.sum(), strict=True):
-                record[f"like {name}, %"] = round(100 * share)
-            found["table"].append(record)
-        found["not_reached"] += not_reached(check, k, *counts)
-    return found
+        counts = []
+        for kind, shown in (("generated", looks[own == k]), ("real", check.looks[check.own == k])):
+            counts.append(np.bincount(shown, minlength=len(check.names)))
+            record = {"label": check.names[k], "set": kind, "images": len(shown)}
+            for name, count in zip(check.names, counts[-1], strict=True):
+                record[f"like {name}, %"] = round(100 * count / len(shown))
+            records.append(record)
+        sentences += not_reached(check, k, *counts)
+    return {"table": records, "sentences": sentences}
 
 
 def not_reached(check, k, fake, real):
@@ -1032,7 +1031,7 @@ def verdict(entry):
     if better:
         text.append(f"Too good for fresh images: {better}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
-    text += entry.mix + entry.labels.get("not_reached", [])
+    text += entry.mix + entry.labels.get("sentences", [])
     if entry.utility_note:
         text.append(entry.utility_note)
     for classifier, doses in (entry.utility or {}).items():
@@ -1105,7 +1104,6 @@ def print_entry(entry):
         print(f"\n{LABELS_GUIDE}\n")
         records = entry.labels["table"]
         print_table(records[0], [record.values() for record in records])
-        print(*entry.labels["not_told_apart"], sep="\n")
 
 
 def print_table(header, rows):
@@ -1181,7 +1179,6 @@ def set_section(entry, args):
     if entry.labels:
         parts += ["<h3>Do they show their labels?</h3>", paragraph(LABELS_GUIDE)]
         parts.append(records_table(entry.labels["table"]))
-        parts += [paragraph(f"The {text}.") for text in entry.labels["not_told_apart"]]
     if entry.utility_note:
         parts.append("<h3>Do they help a classifier?</h3>")
         parts.append(paragraph(entry.utility_note))
