@@ -13,7 +13,7 @@ report for any browser (--out) and the same figures for programs (--json):
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "labels": {"table": [...], "sentences": [...]},
+"subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
@@ -736,8 +736,8 @@ def may_be_copies(entry):
 def check_labels(real, fake, seed):
     """What images of each label look like, as in the JSON: {} without labels that can be checked.
 
-    table: percent of the generated images of a label, and of the real ones, as images left out,
-    that look most like each label.
+    table: of the generated images of a label, and of the real ones as images left out, how many
+    look most like each label.
     """
     scale = colour_scale(colour_and_layout(real.pixels))
     blocks = []
@@ -748,15 +748,14 @@ def check_labels(real, fake, seed):
         return {}
     own, looks, *_ = check.judge(blocks[1], fake.rows)
     records = []
-    sentences = check.sentences[:5]
+    sentences = list(check.sentences)
     for k in np.intersect1d(own, check.own):
         counts = []
         for kind, shown in (("generated", looks[own == k]), ("real", check.looks[check.own == k])):
             counts.append(np.bincount(shown, minlength=len(check.names)))
+            looks_like = dict(Counter(check.names[j] for j in shown).most_common())
             record = {"label": check.names[k], "set": kind, "images": len(shown)}
-            for name, count in zip(check.names, counts[-1], strict=True):
-                record[f"like {name}, %"] = round(100 * count / len(shown))
-            records.append(record)
+            records.append(record | {"looks_like": looks_like})
         sentences += not_reached(check, k, *counts)
     return {"table": records, "sentences": sentences}
 
@@ -986,6 +985,18 @@ def digits(value, count=3, sign=""):
     return f"{value:{sign}.{max(count, len(str(int(abs(value)))))}g}"
 
 
+LABELS_HEADER = ["label", "set", "images", "look like"]
+
+
+def label_rows(labels):
+    """What images of each label look like as text, under LABELS_HEADER."""
+    rows = []
+    for *cells, looks_like in map(dict.values, labels["table"]):
+        counts = [f"{name} {count}" for name, count in looks_like.items()]
+        rows.append([*cells, ", ".join(counts)])
+    return rows
+
+
 HEADER = "metric,better,value,differs,band,by chance: median [95 %],excess,p_high,p_low".split(",")
 HEADER += ["real halves", "same size"]
 
@@ -1102,8 +1113,7 @@ def print_entry(entry):
     print(HALVES_GUIDE)
     if entry.labels:
         print(f"\n{LABELS_GUIDE}\n")
-        records = entry.labels["table"]
-        print_table(records[0], [record.values() for record in records])
+        print_table(LABELS_HEADER, label_rows(entry.labels))
 
 
 def print_table(header, rows):
@@ -1178,7 +1188,7 @@ def set_section(entry, args):
     parts += [paragraph(GUIDE), table(HEADER, figure_rows(entry)), paragraph(HALVES_GUIDE, "soft")]
     if entry.labels:
         parts += ["<h3>Do they show their labels?</h3>", paragraph(LABELS_GUIDE)]
-        parts.append(records_table(entry.labels["table"]))
+        parts.append(table(LABELS_HEADER, label_rows(entry.labels)))
     if entry.utility_note:
         parts.append("<h3>Do they help a classifier?</h3>")
         parts.append(paragraph(entry.utility_note))

@@ -291,7 +291,7 @@ def learn_labels(reference, rows, seed):
         reference.summary.append(f"labels are checked: {', '.join(check.names)}"[:300])
         if check.sentences:
             text = "none of these is refused for looking like the other"
-            reference.summary.append(f"{' '.join(check.sentences[:5])} So {text}.")
+            reference.summary.append(f"{' '.join(check.sentences)} So {text}.")
 
 
 def conformal_threshold(ranks, alpha):

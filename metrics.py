@@ -2574,6 +2574,9 @@ class LabelCheck:
         self.sentences = []  # on pairs of labels that cannot be told apart
         for pair in itertools.combinations(numbers, 2):
             self.compare(pair, logits, groups, seed)
+        if len(self.sentences) > 5:
+            rest = f"{len(self.sentences) - 4} more pairs of labels cannot be told apart either."
+            self.sentences[4:] = [rest]
 
     def scale(self, blocks):
         """Descriptors of all kinds side by side, (N, D), in units of the real images."""
