@@ -13,7 +13,7 @@ report for any browser (--out) and the same figures for programs (--json):
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]},
+"subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
@@ -739,8 +739,8 @@ def may_be_copies(entry):
 def check_labels(real, fake, seed):
     """What images of each label look like, as in the JSON: {} without labels that can be checked.
 
-    table: percent of the generated images of a label, and of the real ones, as images left out,
-    that look most like each label.
+    table: of the generated images of a label, and of the real ones as images left out, how many
+    look most like each label.
     """
     scale = colour_scale(colour_and_layout(real.pixels))
     blocks = []
@@ -750,19 +750,17 @@ def check_labels(real, fake, seed):
     if not check.names or (check.numbers(fake.rows) < 0).all():
         return {}
     own, looks, *_ = check.judge(blocks[1], fake.rows)
-    found = {"table": [], "not_reached": [], "not_told_apart": check.sentences}
+    records = []
+    sentences = list(check.sentences)
     for k in np.intersect1d(own, check.own):
-        counts = [
-            np.bincount(side, minlength=len(check.names))
-            for side in (looks[own == k], check.looks[check.own == k])
-        ]
-        for kind, count in zip(("generated", "real"), counts, strict=True):
-            record = {"label": check.names[k], "set": kind, "images": int(count.sum())}
-            for name, share in zip(check.names, count / count.sum(), strict=True):
-                record[f"like {name}, %"] = round(100 * share)
-            found["table"].append(record)
-        found["not_reached"] += not_reached(check, k, *counts)
-    return found
+        counts = []
+        for kind, shown in (("generated", looks[own == k]), ("real", check.looks[check.own == k])):
+            counts.append(np.bincount(shown, minlength=len(check.names)))
+            looks_like = dict(Counter(check.names[j] for j in shown).most_common())
+            record = {"label": check.names[k], "set": kind, "images": len(shown)}
+            records.append(record | {"looks_like": looks_like})
+        sentences += not_reached(check, k, *counts)
+    return {"table": records, "sentences": sentences}
 
 
 def not_reached(check, k, fake, real):
@@ -990,6 +988,18 @@ def digits(value, count=3, sign=""):
     return f"{value:{sign}.{max(count, len(str(int(abs(value)))))}g}"
 
 
+LABELS_HEADER = ["label", "set", "images", "look like"]
+
+
+def label_rows(labels):
+    """What images of each label look like as text, under LABELS_HEADER."""
+    rows = []
+    for *cells, looks_like in map(dict.values, labels["table"]):
+        counts = [f"{name} {count}" for name, count in looks_like.items()]
+        rows.append([*cells, ", ".join(counts)])
+    return rows
+
+
 HEADER = "metric,better,value,differs,band,by chance: median [95 %],excess,p_high,p_low".split(",")
 HEADER += ["real halves", "same size"]
 
@@ -1039,7 +1049,7 @@ PHRASES = [
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
     _, text = findings(entry)
-    text += entry.mix + entry.labels.get("not_reached", [])
+    text += entry.mix + entry.labels.get("sentences", [])
     if entry.utility_note:
         text.append(entry.utility_note)
     for classifier, doses in (entry.utility or {}).items():
@@ -1131,9 +1141,7 @@ def print_entry(entry):
     print(HALVES_GUIDE)
     if entry.labels:
         print(f"\n{LABELS_GUIDE}\n")
-        records = entry.labels["table"]
-        print_table(records[0], [record.values() for record in records])
-        print(*entry.labels["not_told_apart"], sep="\n")
+        print_table(LABELS_HEADER, label_rows(entry.labels))
 
 
 def print_table(header, rows):
@@ -1263,12 +1271,8 @@ def copies_section(entry, args):
 
 def labels_section(entry):
     """HTML: what images of each label look like."""
-    found = entry.labels
-    body = paragraph(" ".join([LABELS_GUIDE, *found["not_reached"]]))
-    body += records_table(found["table"])
-    for text in found["not_told_apart"]:
-        body += paragraph(f"The {text}.")
-    return body
+    text = paragraph(" ".join([LABELS_GUIDE, *entry.labels["sentences"]]))
+    return text + table(LABELS_HEADER, label_rows(entry.labels))
 
 
 def utility_section(entry):

@@ -299,8 +299,9 @@ def learn_labels(reference, rows, seed):
     if check.names:
         reference.labels = check
         reference.summary.append(f"labels are checked: {', '.join(check.names)}"[:300])
-        for text in check.sentences[:5]:
-            reference.summary.append(f"{text}: none is refused for looking like the other")
+        if check.sentences:
+            text = "none of these is refused for looking like the other"
+            reference.summary.append(f"{' '.join(check.sentences)} So {text}.")
 
 
 def conformal_threshold(ranks, alpha):
@@ -520,8 +521,7 @@ def decide(reference, selector, rows, pixels, wanted, args):
     summary = [f"all are compared at {pixels.shape[-1]} pixels a side", *reference.summary]
     unknown = sum(np.isnan(scores.get("label_p", [])))
     if unknown:
-        text = "images have no label that is checked"
-        summary.append(f"{unknown} of {len(rows)} {text}")
+        summary.append(f"{unknown} of {len(rows)} images have no label that is checked")
     if selector:
         for warning in selector.warnings:
             summary.append(f"the selector was written in spite of: {warning}")

@@ -2540,10 +2540,7 @@ def fit_labels(names, labels, features, groups, seed):
     is_own = np.equal.outer(labels, names).astype(float)
     ones = np.ones(len(labels))
     logits, penalties = cross_validate(features, is_own, ones, groups, seed)
-    fitted = []
-    for k, penalty in enumerate(penalties):
-        fitted.append(fit_logistic(features, is_own[:, [k]], ones, penalty))
-    return logits, np.hstack(fitted)
+    return logits, fit_logistic(features, is_own, ones, np.median(penalties))
 
 
 class LabelCheck:
@@ -2562,40 +2559,45 @@ class LabelCheck:
         counts = Counter(text_key(row.label) for row in rows)
         self.names = sorted(name for name in counts if name and counts[name] >= 8)
         own = self.numbers(rows)
-        has_label = own >= 0
-        groups = np.array([row.group or row.path for row in rows])[has_label]
+        groups = np.array([row.group or row.path for row in rows])[own >= 0]
         if len(self.names) < 2 or len(set(groups)) < 2:
             self.names = []
             return
-        self.own = own[has_label]
         self.mean, self.spread = block_scale(np.hstack(blocks), [part.shape[1] for part in blocks])
-        features = (np.hstack(blocks)[has_label] - self.mean) / self.spread
+        features = self.scale(blocks)[own >= 0]
+        self.own = own[own >= 0]
         numbers = range(len(self.names))
         logits, self.weights = fit_labels(numbers, self.own, features, groups, seed)
         self.looks = logits.argmax(1)
         self.scores = label_scores(logits, self.own)
         self.apart = np.ones((len(numbers), len(numbers)), bool)
         self.sentences = []  # on pairs of labels that cannot be told apart
-        for a, b in itertools.combinations(numbers, 2):
-            pair = np.isin(self.own, (a, b))
-            self.compare(
-                a, b, (logits[:, a] - logits[:, b])[pair], self.own[pair], groups[pair], seed
-            )
+        for pair in itertools.combinations(numbers, 2):
+            self.compare(pair, logits, groups, seed)
+        if len(self.sentences) > 5:
+            rest = f"{len(self.sentences) - 4} more pairs of labels cannot be told apart either."
+            self.sentences[4:] = [rest]
+
+    def scale(self, blocks):
+        """Descriptors of all kinds side by side, (N, D), in units of the real images."""
+        return (np.hstack(blocks) - self.mean) / self.spread
 
     def numbers(self, rows):
         """The number of each row's label among the names, (N,); -1 for none of them."""
         labels = [text_key(row.label) for row in rows]
         return np.array([self.names.index(name) if name in self.names else -1 for name in labels])
 
-    def compare(self, a, b, scores, own, groups, seed):
-        """Whether scores (n,) tell the real images of two labels apart."""
-        values = auroc(scores, own == a, resamples(groups, seed))
+    def compare(self, pair, logits, groups, seed):
+        """Whether the real images of a pair of labels can be told apart."""
+        a, b = pair
+        inside = np.isin(self.own, pair)
+        scores = (logits[:, a] - logits[:, b])[inside]
+        values = auroc(scores, self.own[inside] == a, resamples(groups[inside], seed))
         low, high = np.nanpercentile(values[1:], (2.5, 97.5))
         if not low >= LEAST_APART:  # or NaN, of a single patient
             self.apart[a, b] = self.apart[b, a] = False
-            text = f'real images of "{self.names[a]}" and "{self.names[b]}" cannot be told apart '
-            text += f"(AUROC {values[0]:.2f}, 95 %: {low:.2f} to {high:.2f})"
-            self.sentences.append(text)
+            text = f'Real images of "{self.names[a]}" and "{self.names[b]}" cannot be told apart '
+            self.sentences.append(text + f"(AUROC {values[0]:.2f}, 95 %: {low:.2f} to {high:.2f}).")
 
     def judge(self, blocks, rows):
         """Of each image: its label, what it looks like, p of its label, whether it shows another.
@@ -2604,7 +2606,7 @@ class LabelCheck:
         real images of the label look less like it. Where none does, the real images of all labels
         count, for few of one label would allow no small p.
         """
-        logits = predict((np.hstack(blocks) - self.mean) / self.spread, self.weights)
+        logits = predict(self.scale(blocks), self.weights)
         own = self.numbers(rows)
         looks = logits.argmax(1)
         p = np.full(len(rows), np.nan)

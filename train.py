@@ -486,8 +486,8 @@ class State:
     bad_steps: int = 0  # steps with NaN, in a row
 
 
-def start(base, weights, args, made_of, checkpoint=None):
-    """The state of a fresh run, or of one that a checkpoint left."""
+def start(base, weights, args, made_of, checkpoint=None, data=None):
+    """The state of a fresh run on training data, or of one that a checkpoint left."""
     make = partial(torch.optim.AdamW, fused=True)
     if args.optimizer == "adamw8bit":
         make = need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit
@@ -497,6 +497,9 @@ def start(base, weights, args, made_of, checkpoint=None):
     if args.ema:  # else the weights are their own average
         ema = {name: weight.clone() for name, weight in ema.items()}
     state = State(weights, ema, optimizer, scaler, made_of)
+    if data:
+        state.images = len(data.rows)
+        state.is_grey = data.is_grey
     if checkpoint:
         for name, weight in weights.items():
             weight.data.copy_(checkpoint["weights"][name])
@@ -1954,10 +1957,8 @@ def run(args, device):
     weights = trainable_weights(base, args)  # before captions are encoded: adds new words
     streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
     make_room(base, args)
-    state = start(base, weights, args, made_of, checkpoint)
     data = streams[0]
-    state.images = len(data.rows)
-    state.is_grey = data.is_grey
+    state = start(base, weights, args, made_of, checkpoint, data)
     log = Log(state, args)
     if RANK == 0:
         lines = [[row.file_name, row.group, row.split] for row in rows]
