@@ -56,6 +56,7 @@ from metrics import (
     find_column,
     find_file,
     fit_square,
+    flag_adder,
     generator,
     grain,
     list_images,
@@ -1487,41 +1488,39 @@ def fit_classes(rows, size, mean, spread, args):
 
 def parse_args(argv=None):
     parser = Flags(__doc__)
-    add = parser.add_argument
-    add("generated", nargs="?", type=data_set, metavar="GENERATED", help="folder or table")
-    add("--reference", type=data_set, help="the real images, folder or table")
-    add("--out", help="default: runs/kept, with --fit selector.safetensors")
+    add = flag_adder(parser)
+    add("generated", "folder or table", nargs="?", type=data_set, metavar="GENERATED")
+    add("--reference", "the real images, folder or table", type=data_set)
+    add("--out", "default: runs/kept, with --fit selector.safetensors")
     share = number(0.0, 1.0)
-    add = parser.add_argument_group("what stays").add_argument
-    add("--calibrate", type=number(0.0001, 0.9), help="share of real ones refused")
-    add("--max-lpips", type=number(0.0, 1e6), help="largest distance to the nearest real image")
-    add("--min-ssim", type=number(-1.0, 1.0), help="least similarity to the nearest real image")
-    add("--drop-copies", action="store_true", help="refuse copies of real images")
-    add("--drop-duplicates", action="store_true", help="of near-equal images keep the best")
-    add("--selector", type=existing_file, help="judge by what --fit wrote")
-    add("--min-quality", type=share, help="probability of a good rating (default: the selector's)")
-    add("--min-alignment", type=share, help="probability that the image shows its label")
-    add("--keep", type=number(1, 10**9), help="only the best and most diverse N")
-    add = parser.add_argument_group("how it is left").add_argument
-    add("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
-    add("--mix", type=data_set, help="put these real images with the kept ones")
-    add("--share", type=number(0.1, 99.9), help="per cent generated in a --mix (default: 25)")
+    add = flag_adder(parser.add_argument_group("what stays"))
+    add("--calibrate", "share of real ones refused", type=number(0.0001, 0.9))
+    add("--max-lpips", "largest distance to the nearest real image", type=number(0.0, 1e6))
+    add("--min-ssim", "least similarity to the nearest real image", type=number(-1.0, 1.0))
+    add("--drop-copies", "refuse copies of real images", action="store_true")
+    add("--drop-duplicates", "of near-equal images keep the best", action="store_true")
+    add("--selector", "judge by what --fit wrote", type=existing_file)
+    add("--min-quality", "probability of a good rating (default: the selector's)", type=share)
+    add("--min-alignment", "probability that the image shows its label", type=share)
+    add("--keep", "only the best and most diverse N", type=number(1, 10**9))
+    add = flag_adder(parser.add_argument_group("how it is left"))
+    add("--dry-run", "write decisions.csv and filter.html, copy nothing", action="store_true")
+    add("--mix", "put these real images with the kept ones", type=data_set)
+    add("--share", "per cent generated in a --mix (default: 25)", type=number(0.1, 99.9))
     rate = parser.add_argument_group("experts' ratings")
-    add = rate.add_argument
-    add("--suggest", type=number(1, 500), help="only N, those that teach most")
-    add("--blind", type=data_set, help="mix real images in, one in five")
-    add("--scale-text", type=existing_file, help="text file: what 1, 2 and 3 mean on the page")
-    add("--rated", nargs="+", type=existing_file, default=[], metavar="CSV", help="leave these out")
-    add("--good", type=int, choices=[2, 3], help="least rating of a good image (default: 3)")
-    add("--force", action="store_true", help="write a selector in spite of objections, marked")
-    add = rate.add_mutually_exclusive_group().add_argument
-    add("--rating-page", help="write a page on which an expert rates GENERATED")
-    add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
-    add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
+    add = flag_adder(rate)
+    add("--suggest", "only N, those that teach most", type=number(1, 500))
+    add("--blind", "mix real images in, one in five", type=data_set)
+    add("--scale-text", "text file: what 1, 2 and 3 mean on the page", type=existing_file)
+    add("--rated", "leave these out", nargs="+", type=existing_file, default=[], metavar="CSV")
+    add("--good", "least rating of a good image (default: 3)", type=int, choices=[2, 3])
+    add("--force", "write a selector in spite of objections, marked", action="store_true")
+    add = flag_adder(rate.add_mutually_exclusive_group())
+    add("--rating-page", "write a page on which an expert rates GENERATED")
+    add("--agreement", "how far raters agree", nargs="+", type=existing_file, metavar="CSV")
+    add("--fit", "learn a selector from ratings", nargs="+", type=existing_file, metavar="CSV")
     how = parser.add_argument_group("comparison")
-    how.add_argument(
-        "--features", default="texture", help="texture, inception, auto, HUB-ID or PATH"
-    )
+    add("--features", "texture, inception, auto, HUB-ID or PATH", default="texture")
     add_comparison_flags(how)
     args = parser.parse_args(argv)
     check_args(args)

@@ -187,6 +187,15 @@ def ct_window(text):
     return text
 
 
+def flag_adder(group):
+    """A function that adds a flag to a group: its name, its help text, what else argparse takes."""
+
+    def add(name, help, **options):
+        group.add_argument(name, help=help, **options)
+
+    return add
+
+
 # the flags of add_reading_flags
 READING = "image_column caption_column label_column group_column".split()
 READING += "crop slices window range allow_burned_in".split()
@@ -194,38 +203,40 @@ READING += "crop slices window range allow_burned_in".split()
 
 def add_reading_flags(group, with_run=True):
     """How real images are found and prepared, by all scripts alike; --run gives a run's answers."""
-    add = group.add_argument
+    add = flag_adder(group)
     if with_run:
         run = "a run of train.py: its split, and how it prepared images where no flag says so"
-        add("--run", type=run_folder, metavar="DIR", help=run)
+        add("--run", run, type=run_folder, metavar="DIR")
     for role in COLUMNS:
-        add(f"--{role}-column", help=f"the table's {role} column (default: found by its name)")
+        add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
     crops = ["center", "random", "pad", "fundus"]
-    add("--crop", choices=crops, default="center", help="cut, black border, or the disc")
-    add("--slices", default="middle", help="of volumes: middle, every:N or all")
+    add("--crop", "cut, black border, or the disc", choices=crops, default="center")
+    add("--slices", "of volumes: middle, every:N or all", default="middle")
     window = "centre,width, or lung, soft, bone, brain, …: CT's black to white"
-    add("--window", type=ct_window, help=window)
-    add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
-    add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
+    add("--window", window, type=ct_window)
+    add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
+    add("--allow-burned-in", "read DICOM that says text is burnt in", action="store_true")
 
 
 def add_comparison_flags(group):
     """How real and generated images are compared, by evaluate.py and filter.py alike."""
+    add = flag_adder(group)
     nets = ["auto", "none", "alex", "vgg", "squeeze"]
-    group.add_argument("--lpips", choices=nets, default="auto", help="auto: alex if it can be had")
+    add("--lpips", "auto: alex if it can be had", choices=nets, default="auto")
     sides = "pixels a side (default: the generated images' median, 64 to 256)"
-    group.add_argument("--resolution", type=number(64, 4096), help=sides)
-    group.add_argument("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
+    add("--resolution", sides, type=number(64, 4096))
+    add("--batch-size", "of the networks", type=number(1, 10**6), default=32)
     add_common_flags(group)
     add_reading_flags(group)
 
 
 def add_common_flags(group):
     """--device, --precision and --seed, which mean the same in every script."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add = flag_adder(group)
+    add("--device", "auto, cpu, cuda or cuda:N", default="auto")
     precisions = ["auto", "fp32", "bf16", "fp16"]
-    group.add_argument("--precision", choices=precisions, default="auto", help="of the networks")
-    group.add_argument("--seed", type=number(0, 2**63 - 1), default=0, help="of every random draw")
+    add("--precision", "of the networks", choices=precisions, default="auto")
+    add("--seed", "of every random draw", type=number(0, 2**63 - 1), default=0)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,7 @@ from metrics import (
     fill_captions,
     find_column,
     fit_square,
+    flag_adder,
     from_hub,
     generator,
     list_images,
@@ -1226,56 +1227,56 @@ def parse_args(argv=None):
     count = number(1, 10**6)
     share = number(0.0, 1.0)
     parser = Flags(__doc__)
-    add = parser.add_argument_group("model").add_argument
-    add("--base", help="tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
-    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
-    add("--checkpoint", type=existing_file, help="a run's checkpoints/*.pt")
+    add = flag_adder(parser.add_argument_group("model"))
+    add("--base", "tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
+    add("--lora", "may be repeated", action="append", default=[], metavar="PATH[:WEIGHT]")
+    add("--checkpoint", "a run's checkpoints/*.pt", type=existing_file)
 
     group = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
-    add = group.add_argument
-    add("--prompt", action="append", default=[], help="may be repeated; with {fields}, a format")
-    add_one_of = group.add_mutually_exclusive_group().add_argument
-    add_one_of("--prompts", type=existing_file, metavar="FILE", help=".txt, .csv or .jsonl")
-    add_one_of("--labels-from", type=data_set, metavar="DATA", help="every caption of a data set")
-    add("--negative-prompt", default="", help="what to steer away from")
-    add("--num-images", type=count, default=4, help="images per prompt")
-    add("--label", default="", help="label in manifest.csv (default: that of the data)")
+    add = flag_adder(group)
+    add("--prompt", "may be repeated; with {fields}, a format", action="append", default=[])
+    add_one_of = flag_adder(group.add_mutually_exclusive_group())
+    add_one_of("--prompts", ".txt, .csv or .jsonl", type=existing_file, metavar="FILE")
+    add_one_of("--labels-from", "every caption of a data set", type=data_set, metavar="DATA")
+    add("--negative-prompt", "what to steer away from", default="")
+    add("--num-images", "images per prompt", type=count, default=4)
+    add("--label", "label in manifest.csv (default: that of the data)", default="")
 
     group = parser.add_argument_group("how")
-    add = group.add_argument
-    add("--steps", type=number(1, 998), default=50, help="denoising steps")
-    add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler")
-    add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
-    add("--guidance-rescale", type=share, default=0.0, help="against overexposure; usually 0.7")
-    add("--height", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
-    add("--width", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
-    add("--batch-size", type=count, default=8, help="images at once")
-    add("--low-memory", action="store_true", help="VAE in tiles, guidance in two passes")
-    add("--compile", action="store_true", help="torch.compile the UNet")
+    add = flag_adder(group)
+    add("--steps", "denoising steps", type=number(1, 998), default=50)
+    add("--scheduler", "sampler", choices=SCHEDULERS, default="ddim")
+    add("--guidance-scale", "1: without guidance", type=number(0.0, 1000.0), default=7.5)
+    add("--guidance-rescale", "against overexposure; usually 0.7", type=share, default=0.0)
+    add("--height", "pixels (default: the adapter's, else the base's)", type=multiple_of_8)
+    add("--width", "pixels (default: the adapter's, else the base's)", type=multiple_of_8)
+    add("--batch-size", "images at once", type=count, default=8)
+    add("--low-memory", "VAE in tiles, guidance in two passes", action="store_true")
+    add("--compile", "torch.compile the UNet", action="store_true")
     add_common_flags(group)
 
     group = parser.add_argument_group("quality control: what is refused is drawn again")
-    add = group.add_argument
-    add("--selector", type=existing_file, help="written by filter.py --fit")
-    add("--min-quality", type=share, help="(default: the selector's)")
-    add("--min-alignment", type=share, help="probability that the label is shown")
-    add("--reference", type=data_set, metavar="REAL", help="real images to compare with")
+    add = flag_adder(group)
+    add("--selector", "written by filter.py --fit", type=existing_file)
+    add("--min-quality", "(default: the selector's)", type=share)
+    add("--min-alignment", "probability that the label is shown", type=share)
+    add("--reference", "real images to compare with", type=data_set, metavar="REAL")
     calibrate = "share of real images to refuse (default: 0.05 without another limit)"
-    add("--calibrate", type=number(1e-6, 0.999), help=calibrate)
-    add("--max-lpips", type=number(0.0, 1e6), help="LPIPS to the nearest real image")
-    add("--min-ssim", type=number(-1.0, 1.0), help="SSIM to the most similar real image")
-    add("--drop-copies", action="store_true", default=None, help="refuse copies of real ones")
-    add("--max-attempts", type=count, default=10, help="drawings of one picture")
+    add("--calibrate", calibrate, type=number(1e-6, 0.999))
+    add("--max-lpips", "LPIPS to the nearest real image", type=number(0.0, 1e6))
+    add("--min-ssim", "SSIM to the most similar real image", type=number(-1.0, 1.0))
+    add("--drop-copies", "refuse copies of real ones", action="store_true", default=None)
+    add("--max-attempts", "drawings of one picture", type=count, default=10)
 
     group = "how --reference is read (default: as the adapter's run did, all of it without --run)"
     add_reading_flags(parser.add_argument_group(group))
 
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default="runs/samples", help="folder")
-    add("--format", choices=ENCODERS, default="png", help="dcm: DICOM Secondary Capture")
-    add("--grey", action="store_true", help="write grey pictures")
-    add("--grid", action="store_true", help="also write a contact sheet, grid.png")
-    add("--overwrite", action="store_true", help="replace pictures of other settings")
+    add = flag_adder(parser.add_argument_group("output"))
+    add("--out", "folder", default="runs/samples")
+    add("--format", "dcm: DICOM Secondary Capture", choices=ENCODERS, default="png")
+    add("--grey", "write grey pictures", action="store_true")
+    add("--grid", "also write a contact sheet, grid.png", action="store_true")
+    add("--overwrite", "replace pictures of other settings", action="store_true")
     args = parser.parse_args(argv)
     if not args.selector and (args.min_quality, args.min_alignment) != (None, None):
         fail("--min-quality and --min-alignment: need --selector")
