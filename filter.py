@@ -1520,6 +1520,7 @@ def parse_args(argv=None):
     add("--agreement", "how far raters agree", nargs="+", type=existing_file, metavar="CSV")
     add("--fit", "learn a selector from ratings", nargs="+", type=existing_file, metavar="CSV")
     how = parser.add_argument_group("comparison")
+    add = flag_adder(how)
     add("--features", "texture, inception, auto, HUB-ID or PATH", default="texture")
     add_comparison_flags(how)
     args = parser.parse_args(argv)

@@ -18,6 +18,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -629,8 +630,13 @@ def report_growth(checkpoint, args):
 
 def write_args(args, finished=None):
     """args.json: every flag, what ran it, and the step at which the run ended."""
-    content = {"args": vars(args), "command": sys.argv, "torch": torch.__version__}
-    content |= {"processes": WORLD, "finished": finished}
+    content = {
+        "args": vars(args),
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "processes": WORLD,
+        "finished": finished,
+    }
     write_file(Path(args.out, "args.json"), json.dumps(content, indent=1, ensure_ascii=False))
 
 
@@ -931,8 +937,8 @@ def encode_rows(base, rows, args):
     """
     variants = args.variants if rows[0].split == "train" else 1
     side = args.resolution
-    shape = encode(base, torch.zeros(1, 3, side, side, dtype=torch.uint8))[0].shape[1:]
     small = min(64, side)
+    shape = (base.unet.config.in_channels, side // 8, side // 8)
     latents = torch.zeros(2, variants, len(rows), *shape)
     sizes = torch.zeros(variants, len(rows), 6, dtype=torch.long)
     thumbnails = torch.zeros(len(rows), 3, small, small, dtype=torch.uint8)
@@ -1231,9 +1237,7 @@ def validate(base, data, state, args, log):
 def draw_grid(base, state, args, log):
     """samples/step-N.png: the same prompts from the same noise each time."""
     jobs = list(product(args.val_prompts, range(args.val_samples)))
-    path = Path(args.out, "samples", f"step-{state.step:08d}.png")
-    is_missing = torch.tensor(float(RANK == 0 and not path.exists()), device=base.device)
-    if not jobs or not over_processes(is_missing):
+    if not jobs:
         return
     with averaged_model(base, state, args):
         pixels = draw_pictures(base, jobs, args)
@@ -1241,6 +1245,7 @@ def draw_grid(base, state, args, log):
         names = [str(number + 1) for _, number in jobs]
         prompts = [prompt for prompt, _ in jobs]
         grid = contact_sheet([picture(one) for one in pixels], prompts, names)
+        path = Path(args.out, "samples", f"step-{state.step:08d}.png")
         save_png(grid, path, "\n".join(args.val_prompts))
         log.add_picture(grid, state.step)
 
@@ -1273,9 +1278,15 @@ class Log:
         memory = torch.cuda.max_memory_allocated()  # 0 without a GPU
         entries = []
         for step, (loss, grad_norm) in enumerate(values, state.step - len(values) + 1):
-            entry = {"step": step, "epoch": round(step * batch / state.images, 3), "loss": loss}
-            entry |= {"lr": learning_rate(step - 1, args), "grad_norm": grad_norm}
-            entry |= {"images_per_second": round(speed, 2), "memory": round(memory / 1e6)}
+            entry = {
+                "step": step,
+                "epoch": round(step * batch / state.images, 3),
+                "loss": loss,
+                "lr": learning_rate(step - 1, args),
+                "grad_norm": grad_norm,
+                "images_per_second": round(speed, 2),
+                "memory": round(memory / 1e6),
+            }
             entries.append(entry)
             if not state.scaler.is_enabled():  # which finds its scale by overflowing
                 loss += grad_norm
@@ -1326,10 +1337,16 @@ def open_board(state, args):
     if args.wandb:
         wandb = need("wandb", "--wandb")
         run_id = digest(os.path.abspath(args.out))[:16]
-        how = {"project": "medlora", "dir": args.out, "id": run_id, "resume": "allow"}
-        how |= {"name": Path(args.out).name, "config": vars(args), "sync_tensorboard": True}
         try:
-            wandb.init(**how)
+            wandb.init(
+                project="medlora",
+                name=Path(args.out).name,
+                dir=args.out,
+                id=run_id,
+                resume="allow",
+                config=vars(args),
+                sync_tensorboard=True,
+            )
         except wandb.Error as why:  # such as no login
             fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
     return SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
@@ -1463,29 +1480,19 @@ def write_report(state, draw, args):
     skipped = sum(None in line.values() for line in steps)
     body = f'<p class="verdict">{outcome(state, skipped, args)}</p>'
     body += f"<h2>Draw with it</h2><pre>{html.escape(draw)}</pre>"
-    older = ""
+    grids = []
     for path in sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True):
-        step = int(path.stem[5:])
-        what = f"drawn at step {step}: {'; '.join(args.val_prompts)}"
-        grid = f'<div class="wide">{thumbnail(Image.open(path), 4096, what)}</div>'
-        if "<img" in body:
-            older += f"<h3>Step {step}</h3>{grid}"
-        else:
-            body += f"<h2>Pictures of step {step}, the newest</h2>{grid}"
-    if older:
-        body += fold("Older pictures, the same noise each time", older)
+        what = f"drawn at step {int(path.stem[5:])}: {'; '.join(args.val_prompts)}"
+        image = thumbnail(Image.open(path), 4096, what)
+        grids.append(f'<h3>Step {int(path.stem[5:])}</h3><div class="wide">{image}</div>')
+    if grids:
+        body += "<h2>Pictures, the newest</h2>" + grids[0]
+        body += fold("Older pictures, the same noise each time", "".join(grids[1:]))
     losses = {"training": mean_points(steps, "loss")}
     losses["validation"] = mean_points(state.history, "val_loss")
     body += "<h2>Loss</h2>" + curve(losses, "step")
-    parser = flag_parser()
-    typed = vars(parser.parse_args())
-    chosen = []
-    others = []
-    for name, value in vars(args).items():
-        flags = others if typed[name] == parser.get_default(name) else chosen
-        flags.append(("--" + name.replace("_", "-"), value))
-    body += "<h2>Flags that were set</h2>" + table(("flag", "value"), chosen)
-    body += fold("All other flags", table(("flag", "value"), others))
+    body += f"<h2>The command</h2><pre>{html.escape(shlex.join(sys.argv))}</pre>"
+    body += fold("All flags", table(("flag", "value"), vars(args).items()))
     more = ""
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
         more += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
@@ -1556,7 +1563,8 @@ def warn_of_captions(rows):
 
 def warn_of_pictures(rows, pixels, args):
     """Warn of pictures that are small, have borders or marks, or are unlike all others."""
-    small = torch.cat([F.adaptive_avg_pool2d(to_grey(part), 128) for part in pixels.split(64)])
+    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 128) for part in pixels.split(64)])
+    grey = to_grey(small)
     sizes = torch.tensor([row.size for row in rows])
     sides = sizes.amax(1) if args.crop == "pad" else sizes.amin(1)
 
@@ -1568,19 +1576,18 @@ def warn_of_pictures(rows, pixels, args):
     warn_of(sides < args.resolution, 0.1, what, "get larger ones, or train at fewer pixels")
     if args.crop != "pad":
         advice = "crop them off, or the model draws them (on all four sides: --crop fundus)"
-        warn_of(border_widths(small) > 3, 0.5, "images with a black or white border", advice)
+        warn_of(border_widths(grey) > 3, 0.5, "images with a black or white border", advice)
     if len(rows) < 20:  # too few to say what is usual
         return
-    means = torch.cat([part.float().mean((2, 3)) for part in pixels.split(64)])
-    layout = F.adaptive_avg_pool2d(small, 8).flatten(1)
+    layout = F.adaptive_avg_pool2d(grey, 8).flatten(1)
     layout = F.normalize(layout - layout.mean(1, keepdim=True))
     warn_of(unlike(sizes.log(), 0.1) > 6, 0, "images of a size unlike all others", UNLIKE)
-    tint = means.diff()
+    tint = small.mean((2, 3)).diff()
     usual = max(2, float(tint.std(0).max()) / 4)  # photographs vary, films hardly
     warn_of(unlike(tint, usual) > 7, 0, "images of a tint unlike all others", UNLIKE)
     warn_of(unlike(layout, 0.02) > 3.7, 0, "images of a layout unlike all others", UNLIKE)
     what = "images with the same mark at the same place"
-    warn_of(marked(small[:, 0]), 0.25, what, "black it out or crop it off: the model learns it")
+    warn_of(marked(grey[:, 0]), 0.25, what, "black it out or crop it off: the model learns it")
 
 
 UNLIKE = "look at them, and take out what is of another kind"
@@ -1718,12 +1725,13 @@ def start_processes(args):
         torch.utils.deterministic.fill_uninitialized_memory = False  # thousands of fills a step
         torch.cuda.set_device(device)
     if WORLD > 1:
-        # a rank that dies takes the others down through torchrun; a slow disk must not
-        how = {"rank": RANK, "world_size": WORLD, "timeout": timedelta(hours=2)}
         backend = "gloo"
         if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
             backend = "nccl"
-        dist.init_process_group(backend, store=fresh_store(), **how)
+        # a rank that dies takes the others down through torchrun; a slow disk must not
+        dist.init_process_group(
+            backend, store=fresh_store(), rank=RANK, world_size=WORLD, timeout=timedelta(hours=2)
+        )
     return device
 
 
@@ -1782,7 +1790,7 @@ share = number(0.0, 1.0)
 factor = number(0.0, 1e6)
 
 
-def flag_parser():
+def parse_args():
     parser = Flags(__doc__)
     group = parser.add_argument_group("data")
     add = flag_adder(group)
@@ -1862,11 +1870,7 @@ def flag_parser():
     add("--keep-last", "checkpoints (0: all)", type=count, default=3)
     add("--resume", "auto, latest, best or a path", default="auto")
     add_common_flags(group)
-    return parser
-
-
-def parse_args():
-    args = flag_parser().parse_args()
+    args = parser.parse_args()
     if args.alpha is None:
         args.alpha = float(args.rank)
     if args.variants is None:
