@@ -290,6 +290,11 @@ def need(package, purpose):
         fail(f"{purpose}: needs the package {package}: pip install {package}")
 
 
+def sha256(content):
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def hash_number(text):
     """64 bits of a hash of a text, as a whole number."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
@@ -1165,13 +1170,13 @@ def count_slices(path):
 
 def content_hash(path):
     """SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256(Path(path).read_bytes())
 
 
 def set_hash(rows):
     """One SHA-256 for the files of a set, whatever their names and order."""
     hashes = sorted(content_hash(row.path) for row in rows)
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return sha256("".join(hashes).encode())
 
 
 def list_real(data, args):
@@ -1867,7 +1872,7 @@ def without_tf32():
 def cache_path(name, image):
     """Where the cache holds the vector that a network of that name makes of a uint8 image."""
     content = f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
-    key = hashlib.sha256(content).hexdigest()
+    key = sha256(content)
     return CACHE / "features" / name / key[:2] / f"{key}.npy"
 
 

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -69,6 +70,7 @@ from metrics import (
     report_enlarged,
     run_script,
     set_hash,
+    sha256,
     write_csv,
     write_file,
 )
@@ -979,7 +981,7 @@ def plan(args, settings, base_name, prompts, adapters, control):
     for prompt in prompts:
         for i in range(args.num_images):
             parameters = f"{prompt.caption}\n{how}, Image: {i}{options}"
-            digest = hashlib.sha256(f"{args.format}\n{parameters}".encode()).hexdigest()
+            digest = sha256(f"{args.format}\n{parameters}".encode())
             stem = f"{stems[prompt.caption]}-{i:04d}"
             facts = {"prompt": prompt.caption, "label": prompt.label, "settings": digest[:16]}
             record = common | prompt.fields | facts
@@ -1025,7 +1027,7 @@ def encode_dicom(image, parameters):
     from pydicom import Dataset, dcmwrite
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-    digest = hashlib.sha256(parameters.encode() + image.tobytes()).hexdigest()
+    digest = sha256(parameters.encode() + image.tobytes())
     data = Dataset()
     data.ensure_file_meta()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -1062,24 +1064,24 @@ def encode_dicom(image, parameters):
 ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
-def contact_sheet(images, captions, names):
-    """One image of many: each whole in 160 pixels, its name and its caption below it.
+def contact_sheet(cells):
+    """One image of many (image, caption, name): each whole in 160 pixels, its words below it.
 
     Where captions mostly come several times in a row, each begins a new row.
     """
-    changes = [i for i in range(1, len(images)) if captions[i] != captions[i - 1]]
-    by_caption = 2 * len(changes) + 2 <= len(images)
-    rows = [[]]
-    for i in range(len(images)):
-        if len(rows[-1]) == 8 or (by_caption and i in changes):
-            rows.append([])
-        rows[-1].append(i)
-    sheet = Image.new("RGB", (164 * max(map(len, rows)) + 4, 208 * len(rows) + 4), "white")
+    groups = [list(group) for _, group in groupby(cells, lambda cell: cell[1])]
+    if 2 * len(groups) > len(cells):
+        groups = [cells]
+    rows = []
+    for group in groups:
+        rows += [group[start : start + 8] for start in range(0, len(group), 8)]
+    columns = max(map(len, rows), default=0)
+    sheet = Image.new("RGB", (164 * columns + 4, 208 * len(rows) + 4), "white")
     pen = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
-        for x, i in enumerate(row):
-            sheet.paste(ImageOps.contain(images[i], (160, 160)), (164 * x + 4, 208 * y + 4))
-            words = in_lines(names[i], 1, pen) + "\n" + in_lines(captions[i], 2, pen)
+        for x, (image, caption, name) in enumerate(row):
+            sheet.paste(ImageOps.contain(image, (160, 160)), (164 * x + 4, 208 * y + 4))
+            words = in_lines(name, 1, pen) + "\n" + in_lines(caption, 2, pen)
             pen.text((164 * x + 4, 208 * y + 165), words, fill="black", spacing=2)
     return sheet
 
@@ -1162,8 +1164,8 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
     while todo:
         attempt += 1
         again = []
-        bar = tqdm(desc="drawing", total=len(todo), unit="image", disable=RANK > 0)
-        for start in range(0, len(todo), batch_size):
+        starts = range(0, len(todo), batch_size)
+        for start in tqdm(starts, "drawing", unit="batch", disable=RANK > 0):
             batch = todo[start : start + batch_size]
             jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
             if attempt > 1:
@@ -1183,8 +1185,6 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
                 else:
                     finished.append(judged)
             write_pictures(finished, attempt, manifest, args)
-            bar.update(len(batch))
-        bar.close()
         todo = again
 
 
@@ -1208,7 +1208,7 @@ def write_pictures(finished, attempt, manifest, args):
         for score, value in scores.items():
             name += f"_{score}_{value}"
         facts = {"stem": drawing.stem, "file": f"{name}.{args.format}", "attempts": attempt}
-        facts |= {"reason": reason, "sha256": hashlib.sha256(content).hexdigest()}
+        facts |= {"reason": reason, "sha256": sha256(content)}
         manifest.add(drawing.record | scores | facts, content)
 
 
@@ -1353,11 +1353,11 @@ def finish(records, missing, run, args):
     """Write the contact sheet; print what was drawn and, with a run's folder, what to do next."""
     kept = [record for record in records if not record["reason"]]
     if args.grid:
-        shown = kept[:64]
-        images = [read_image(Path(args.out, record["file"])) for record in shown]
-        captions = [record["prompt"] for record in shown]
-        names = [Path(record["file"]).stem for record in shown]
-        save_png(contact_sheet(images, captions, names), Path(args.out, "grid.png"), "")
+        cells = []
+        for record in kept[:64]:
+            path = Path(args.out, record["file"])
+            cells.append((read_image(path), record["prompt"], path.stem))
+        save_png(contact_sheet(cells), Path(args.out, "grid.png"), "")
     print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)

@@ -11,7 +11,6 @@ samples/, log.jsonl, args.json, split.csv, report.html and README.md, a model ca
 """
 
 import argparse
-import hashlib
 import html
 import json
 import math
@@ -79,6 +78,7 @@ from metrics import (
     replacing,
     report_remarks,
     run_script,
+    sha256,
     share_range,
     split_labels,
     split_rows,
@@ -578,7 +578,7 @@ hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 def digest(value):
     """SHA-256 of a value as Python writes it, in hexadecimal."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+    return sha256(repr(value).encode())
 
 
 def checkpoint_path(args):
@@ -1201,20 +1201,14 @@ def set_distance(base, data, args):
     drawn = draw_pictures(base, [(row.caption, i) for i, row in enumerate(rows)], args)
     distance = torch.zeros((), device=base.device)
     if RANK == 0:  # all must agree on which checkpoint is the best
-        distance += compare_sets(load_rows(rows, args)[1], drawn, base.device, args)
+        _, pixels = load_rows(rows, args)
+        name = "inception" if args.select_by == "fid" else "texture"
+        network = load_features(name, base.device)
+        real = extract(pixels, network, base.device)
+        fake = extract(drawn, network, base.device)
+        real, fake = np.split(pooled(real, fake, network.standardise), [len(real)])
+        distance += frechet(real, fake) if args.select_by == "fid" else kid(real, fake)[0]
     return over_processes(distance).item()
-
-
-def compare_sets(real, drawn, device, args):
-    """KID or FID of two sets of pixels, uint8 (N, 3, S, S)."""
-    name = "inception" if args.select_by == "fid" else "texture"
-    network = load_features(name, device)
-    real = extract(real, network, device)
-    fake = extract(drawn, network, device)
-    real, fake = np.split(pooled(real, fake, network.standardise), [len(real)])
-    if args.select_by == "fid":
-        return float(frechet(real, fake))
-    return float(kid(real, fake)[0])
 
 
 def validate(base, data, state, args, log):
@@ -1242,9 +1236,10 @@ def draw_grid(base, state, args, log):
     with averaged_model(base, state, args):
         pixels = draw_pictures(base, jobs, args)
     if RANK == 0:
-        names = [str(number + 1) for _, number in jobs]
-        prompts = [prompt for prompt, _ in jobs]
-        grid = contact_sheet([picture(one) for one in pixels], prompts, names)
+        cells = []
+        for (prompt, number), one in zip(jobs, pixels, strict=True):
+            cells.append((picture(one), prompt, str(number + 1)))
+        grid = contact_sheet(cells)
         path = Path(args.out, "samples", f"step-{state.step:08d}.png")
         save_png(grid, path, "\n".join(args.val_prompts))
         log.add_picture(grid, state.step)
@@ -1704,11 +1699,10 @@ def write_preview(rows, pixels, folder, args):
                 picture(make_variant(row, pixels[i], variant, args)).save(file, "PNG")
             lines.append([name, row.caption, row.label, group, row.file_name, synthetic])
     write_csv(path, PREVIEW_COLUMNS, lines)
-    shown = lines[:: max(1, len(lines) // 48)]
-    images = [Image.open(folder / line[0]) for line in shown]
-    captions = [line[1] or line[2] for line in shown]
-    grid = contact_sheet(images, captions, [line[4] for line in shown])
-    save_png(grid, folder / "grid.png", "")
+    cells = []
+    for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
+        cells.append((Image.open(folder / name), caption or label, source))
+    save_png(contact_sheet(cells), folder / "grid.png", "")
     print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 

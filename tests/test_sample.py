@@ -305,12 +305,13 @@ def test_a_contact_sheet_gives_a_caption_a_row_and_cuts_long_ones_in_the_middle(
     pictures = [Image.new("RGB", size, "red") for size in [(64, 64), (64, 32)] * 3]
     captions = ["a foot"] * 3 + ["a hand"] * 3
     names = [str(i) for i in range(6)]
-    sheet = sample.contact_sheet(pictures, captions, names)
+    sheet = sample.contact_sheet(list(zip(pictures, captions, names, strict=True)))
     assert sheet.size == (3 * 164 + 4, 2 * 208 + 4)
     assert sheet.getpixel((5, 5)) == (255, 0, 0)
     assert sheet.getpixel((169, 100)) == (255, 255, 255)  # below a wide picture: none is cut
     others = [f"{caption} {i}" for i, caption in enumerate(captions)]
-    assert sample.contact_sheet(pictures, others, names).size == (6 * 164 + 4, 208 + 4)
+    cells = list(zip(pictures, others, names, strict=True))
+    assert sample.contact_sheet(cells).size == (6 * 164 + 4, 208 + 4)
     pen = ImageDraw.Draw(sheet)
     words = sample.in_lines("a chest X-ray with pneumonia " * 9 + "on the left", 2, pen)
     first, second = words.split("\n")
