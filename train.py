@@ -624,8 +624,10 @@ def report_growth(checkpoint, args):
             f"{before.steps}: add --lr-schedule constant to go on at --lr, or give another --out"
         )
     if RANK == 0:
-        so_far = f"{len(steps)} steps had the learning rates of a run of {before.steps}"
-        print(f"{so_far}: the result is not that of one run of {args.steps} steps")
+        print(
+            f"{len(steps)} steps had the learning rates of a run of {before.steps}: "
+            f"the result is not that of one run of {args.steps} steps"
+        )
 
 
 def write_args(args, finished=None):
@@ -1355,10 +1357,12 @@ def describe_run(state, data, validation, args):
     patients = count_patients(data.rows)
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
-    batch = f"{effective_batch(args)} = {args.batch_size} × {args.accumulate} × {WORLD}"
-    print(f"{state.images} training images, {patients} patients; {held_out} for validation")
-    print(f"{weights:,} trainable weights; effective batch {batch}")
-    print(f"{args.steps} steps, {state.step} of them done", flush=True)
+    print(
+        f"{state.images} training images, {patients} patients; {held_out} for validation\n"
+        f"{weights:,} trainable weights; effective batch {effective_batch(args)} = "
+        f"{args.batch_size} × {args.accumulate} × {WORLD}\n"
+        f"{args.steps} steps, {state.step} of them done"
+    )
 
 
 def finish(state, data, args):
@@ -1473,25 +1477,27 @@ def write_report(state, draw, args):
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     skipped = sum(None in line.values() for line in steps)
-    body = f'<p class="verdict">{outcome(state, skipped, args)}</p>'
-    body += f"<h2>Draw with it</h2><pre>{html.escape(draw)}</pre>"
     grids = []
     for path in sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True):
-        what = f"drawn at step {int(path.stem[5:])}: {'; '.join(args.val_prompts)}"
+        step = int(path.stem[5:])
+        what = f"drawn at step {step}: {'; '.join(args.val_prompts)}"
         image = thumbnail(Image.open(path), 4096, what)
-        grids.append(f'<h3>Step {int(path.stem[5:])}</h3><div class="wide">{image}</div>')
-    if grids:
-        body += "<h2>Pictures, the newest</h2>" + grids[0]
-        body += fold("Older pictures, the same noise each time", "".join(grids[1:]))
+        grids.append(f'<h3>Step {step}</h3><div class="wide">{image}</div>')
     losses = {"training": mean_points(steps, "loss")}
     losses["validation"] = mean_points(state.history, "val_loss")
-    body += "<h2>Loss</h2>" + curve(losses, "step")
-    body += f"<h2>The command</h2><pre>{html.escape(shlex.join(sys.argv))}</pre>"
-    body += fold("All flags", table(("flag", "value"), vars(args).items()))
-    more = ""
+    curves = ""
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
-        more += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
-    body += fold("Gradient norm, learning rate, speed and memory", more)
+        curves += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
+    older = "".join(grids[1:])
+    flags = table(("flag", "value"), vars(args).items())
+    body = f"""<p class="verdict">{outcome(state, skipped, args)}</p>
+<h2>Draw with it</h2><pre>{html.escape(draw)}</pre>
+<h2>The newest pictures</h2>{"".join(grids[:1])}
+{fold("Older pictures, the same noise each time", older)}
+<h2>Loss</h2>{curve(losses, "step")}
+<h2>The command</h2><pre>{html.escape(shlex.join(sys.argv))}</pre>
+{fold("All flags", flags)}
+{fold("Gradient norm, learning rate, speed and memory", curves)}"""
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
@@ -1533,8 +1539,11 @@ def preview(args):
         fail(f"{args.data}: none of {len(rows)} images can be read")
     report_remarks(readable)
     unreadable = [row.file_name for row in rows if not row.size]
-    limit = f"training skips up to {BAD_SHARE:.0%} and ends above: delete them or get them again"
-    warn(unreadable, f"images of {len(rows)} that cannot be read", limit)
+    warn(
+        unreadable,
+        f"images of {len(rows)} that cannot be read",
+        f"training skips up to {BAD_SHARE:.0%} and ends above: delete them or get them again",
+    )
     describe_data(readable)
     warn_of_captions(readable)
     warn_of_duplicates(readable, pixels, args)
@@ -1646,9 +1655,11 @@ def show_ceiling(base, pixels, folder, args):
     shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
     pairs = torch.cat([before, after], 3)[shown]
     save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png", "")
-    figures = f"PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}"
-    print(f"the VAE of {args.base} keeps {figures}: look at {folder}/vae.png, left as stored")
-    print("no training draws finer; if it loses what matters, try a larger --resolution")
+    print(
+        f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}: look at "
+        f"{folder}/vae.png, left as stored\n"
+        "no training draws finer; if it loses what matters, try a larger --resolution"
+    )
 
 
 def tiles(pixels):
@@ -1660,10 +1671,12 @@ def tiles(pixels):
 def describe_data(rows):
     """Print counts, sizes, patients and labels; warn of labels with few images."""
     splits = Counter(row.split for row in rows)
-    parts = f"{splits['train']} to train on, {splits['val']} for validation"
-    print(f"{len(rows)} images: {parts}, {splits['test']} for a test")
     sides = list(chain.from_iterable(row.size for row in rows))
-    print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}")
+    print(
+        f"{len(rows)} images: {splits['train']} to train on, {splits['val']} for validation, "
+        f"{splits['test']} for a test\n"
+        f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}"
+    )
     groups = {}
     for row in rows:
         for label in split_labels(row):
@@ -1935,8 +1948,10 @@ def run(args, device):
     checkpoint = read_checkpoint(made_of, args)
     if checkpoint and is_finished(checkpoint, args):
         if RANK == 0:
-            more = "give more --steps and --lr-schedule constant"
-            print(f"{args.out} is finished: {args.steps} steps. To go on, {more}")
+            print(
+                f"{args.out} is finished: {args.steps} steps. "
+                "To go on, give more --steps and --lr-schedule constant"
+            )
         return
     if checkpoint:
         report_growth(checkpoint, args)
