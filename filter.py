@@ -705,8 +705,10 @@ def read_ratings(paths, files=()):
                 repeated.append(f"{row.expert}'s of {row.image}")
             ratings[key] = row
     if repeated:
-        count = len(repeated)
-        note(f"{count} ratings replace earlier ones of the same expert, such as {repeated[0]}")
+        note(
+            f"{len(repeated)} ratings replace earlier ones of the same expert, such as "
+            f"{repeated[0]}"
+        )
     if paths and not ratings:
         fail(f"{paths[0]}: no ratings in it")
     return list(ratings.values())
@@ -724,11 +726,12 @@ def read_rating_rows(path):
         for name, text in record.items():
             if text_key(text) in NO_VALUE:
                 record[name] = ""
-    texts = [record[columns["rating"]] for record in records]
     ratings = []
+    unrated = 0
     for line, record in enumerate(records, 2):
         row = {role: record.get(name, "") for role, name in columns.items()}
         if not row["rating"]:
+            unrated += 1
             continue
         image = row["image"].replace("\\", "/")  # of Windows
         rating = read_number(row["rating"])
@@ -746,9 +749,8 @@ def read_rating_rows(path):
         expert = row["expert"] or str(path)
         row |= {"image": image, "rating": int(rating), "expert_level": level, "expert": expert}
         ratings.append(Rating(**row))
-    if "" in texts:
-        count = f"{texts.count('')} of {len(texts)} rows"
-        note(f"{path}: {count} have no rating and are skipped")
+    if unrated:
+        note(f"{path}: {unrated} of {len(records)} rows have no rating and are skipped")
     return ratings
 
 
@@ -812,8 +814,10 @@ def drop_missing(ratings):
     images = {rating.image: rating.path for rating in ratings}
     missing = sorted(image for image, path in images.items() if not path)
     if missing:
-        count = f"{len(missing)} of {len(images)} rated images"
-        message = f"{count} are not there as they were rated: {', '.join(missing[:5])}"
+        message = (
+            f"{len(missing)} of {len(images)} rated images are not there as they were rated: "
+            f"{', '.join(missing[:5])}"
+        )
         if len(missing) > BAD_SHARE * len(images):
             fail(
                 f"{message}: name the folder that holds them, as GENERATED, --blind or --reference;"
@@ -1116,8 +1120,10 @@ def write_rating_page(args):
         images.append(shown[place].measured)
     body = rating_page(facts, images, bool(args.blind), scale)
     write_file(args.rating_page, page("Rate pictures", body))
-    counts = f"{len(rows)} generated, {len(real_rows)} real images"
-    print(f"{args.rating_page}: {counts}, at most {size} pixels a side; open it in a browser")
+    print(
+        f"{args.rating_page}: {len(rows)} generated, {len(real_rows)} real images, at most {size} "
+        "pixels a side; open it in a browser"
+    )
     print("next: " + command("filter.py", args.generated, "--fit", "ratings-NAME.csv"))
 
 
@@ -1297,10 +1303,11 @@ def fit(args):
 
 def in_words(measured):
     """How well a selector does, a sentence with its figures."""
-    times = f"{100 * measured['auroc']:.0f} times in 100"
     low, high = measured["interval"]
-    figures = f"95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g}"
-    return f"of two pictures it picks the better {times} ({figures})"
+    return (
+        f"of two pictures it picks the better {100 * measured['auroc']:.0f} times in 100 "
+        f"(95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g})"
+    )
 
 
 def refuse_fit(warnings, args):

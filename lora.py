@@ -351,10 +351,11 @@ def sgm_names():
         "middle_block.1": "mid_block.attentions.0",
         "middle_block.2": "mid_block.resnets.1",
         "out.2": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
     }
-    for n in (1, 2):
-        names[f"time_embed.{2 * n - 2}"] = f"time_embedding.linear_{n}"
-        names[f"label_emb.0.{2 * n - 2}"] = f"add_embedding.linear_{n}"
     for n in range(12):  # three blocks a level; on the way down the third is a downsampler
         level, place = divmod(n, 3)
         for index, kind in enumerate(["resnets", "attentions"]):

@@ -1261,8 +1261,11 @@ def parse_args(argv=None):
     add("--min-quality", "(default: the selector's)", type=share)
     add("--min-alignment", "probability that the label is shown", type=share)
     add("--reference", "real images to compare with", type=data_set, metavar="REAL")
-    calibrate = "share of real images to refuse (default: 0.05 without another limit)"
-    add("--calibrate", calibrate, type=number(1e-6, 0.999))
+    add(
+        "--calibrate",
+        "share of real images to refuse (default: 0.05 without another limit)",
+        type=number(1e-6, 0.999),
+    )
     add("--max-lpips", "LPIPS to the nearest real image", type=number(0.0, 1e6))
     add("--min-ssim", "SSIM to the most similar real image", type=number(-1.0, 1.0))
     add("--drop-copies", "refuse copies of real ones", action="store_true", default=None)

@@ -199,9 +199,9 @@ def fit(base, streams, perceptual, validation, state, args, log):
     if stop or signals:
         if RANK == 0:
             print(f"stopped at step {state.step}, saved; the same command continues from here")
-            latest = Path(args.out, "checkpoints", "latest.pt")
-            words = ("--checkpoint", latest, "--prompt", args.val_prompts[0], "--grid")
-            print("look at what is there: " + command("sample.py", *words))
+            words = ("--prompt", args.val_prompts[0], "--grid")
+            look = command("sample.py", "--checkpoint", f"{args.out}/checkpoints/latest.pt", *words)
+            print(f"look at what is there: {look}")
         raise KeyboardInterrupt
 
 
@@ -989,7 +989,7 @@ def make_data(base, rows, latents, sizes, args):
     text = encode_captions(base, captions, args)
     caption = torch.tensor([numbers[row.caption] for row in rows])
     weight = torch.tensor([row.weight for row in rows])
-    return Data(rows, latents[0], latents[1], sizes, text, caption, weight)
+    return Data(rows, *latents, sizes, text, caption, weight)
 
 
 @torch.no_grad()
@@ -1369,14 +1369,14 @@ def finish(state, data, args):
     """Write the results, the report and the card; print where they are and what to type next."""
     result = save_results(state, args)
     flag = "--base" if args.method == "full" else "--lora"
-    draw = command("sample.py", flag, result, "--prompt", args.val_prompts[0])
-    write_report(state, draw + " --num-images 50 --grid", args)
+    words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
+    draw = command("sample.py", flag, result, *words, "--out", "runs/samples")
+    write_report(state, draw, args)
     write_card(state, data, draw, args)
     write_args(args, state.step)
     if state.step < args.steps:
         print(f"ended at step {state.step}: --patience {args.patience} validations were no better")
-    print(f"done: {result}; look at {args.out}/report.html")
-    print(f"next: {draw} --num-images 50 --grid --out runs/samples")
+    print(f"done: {result}; look at {args.out}/report.html\nnext: {draw}")
     words = [args.val_data or args.data, "runs/samples", "--run", args.out]
     if args.val_data:
         words += ["--train-data", args.data]
@@ -1819,8 +1819,12 @@ def parse_args():
 
     add = flag_adder(parser.add_argument_group("model"))
     add("--base", "tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder", default="sd21-base")
-    methods = ["lora", "full", "dreambooth", "textual-inversion"]
-    add("--method", "what is trained, and how", choices=methods, default="lora")
+    add(
+        "--method",
+        "what is trained, and how",
+        choices=["lora", "full", "dreambooth", "textual-inversion"],
+        default="lora",
+    )
     add("--rank", "of the adapter's matrices", type=number(1, 4096), default=16)
     add("--alpha", "the adapter acts with alpha/rank (default: rank)", type=number(1e-6, 1e6))
     add("--dropout", "on the adapter's input", type=number(0.0, 0.99), default=0.0)
@@ -1860,15 +1864,22 @@ def parse_args():
     group = parser.add_argument_group("watching and keeping")
     add = flag_adder(group)
     figures = ["val-loss", "kid", "fid"]
-    every = "steps (default: a tenth of the run; 0: at the end alone)"
-    add("--validate-every", every, type=count)
+    add(
+        "--validate-every",
+        "steps (default: a tenth of the run; 0: at the end alone)",
+        type=count,
+    )
     add("--val-prompts", "of the grid; may be repeated (default: captions)", action="append")
     add("--val-samples", "images a prompt in the grid", type=number(0, 64), default=2)
     add("--val-steps", "denoising steps of the grid", type=number(1, 999), default=25)
     add("--val-guidance-scale", "of the grid", type=factor, default=5.0)
     add("--select-by", "what makes a checkpoint the best", choices=figures, default="val-loss")
-    gain = f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)"
-    add("--patience", gain, type=count, default=0)
+    add(
+        "--patience",
+        f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)",
+        type=count,
+        default=0,
+    )
     add("--tensorboard", "mirror the log into --out for TensorBoard", action="store_true")
     add("--wandb", "mirror TensorBoard's log to Weights & Biases", action="store_true")
     add("--log-every", "steps between two writings of the log", type=positive, default=10)
