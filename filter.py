@@ -69,6 +69,7 @@ from metrics import (
     modality_of,
     name_key,
     nearest,
+    need_flags,
     note,
     number,
     page,
@@ -1550,10 +1551,7 @@ def check_args(args):
         "fit": ("good", "force"),
         "rating_page": ("suggest", "blind", "rated", "scale_text"),
     }
-    for needed, names in needs.items():
-        for name in names:
-            if getattr(args, name) not in (None, False, []) and not getattr(args, needed):
-                fail(f"--{name}: needs --{needed}".replace("_", "-"))
+    need_flags(args, needs)
     if args.max_lpips is not None and args.lpips == "none":
         fail("--max-lpips: needs another --lpips than none")
     rules = (*LIMITS, "drop_duplicates", "selector", "keep", "mix")

@@ -196,6 +196,14 @@ def flag_adder(group):
     return add
 
 
+def need_flags(args, needs):
+    """Fail where a flag is given without the one that it needs; needs: {"mix": ("share",), …}."""
+    for needed, names in needs.items():
+        for name in names:
+            if getattr(args, name) not in (None, False, []) and not getattr(args, needed):
+                fail(f"--{name}: needs --{needed}".replace("_", "-"))
+
+
 # the flags of add_reading_flags
 READING = "image_column caption_column label_column group_column".split()
 READING += "crop slices window range allow_burned_in".split()

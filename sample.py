@@ -60,6 +60,7 @@ from metrics import (
     load_real,
     modality_of,
     need,
+    need_flags,
     note,
     number,
     pick_device,
@@ -1014,7 +1015,7 @@ def encode_png(image, parameters):
     return content.getvalue()
 
 
-def save_png(image, path, parameters):
+def save_png(image, path, parameters=""):
     """Write a PNG as encode_png does."""
     write_file(path, encode_png(image, parameters))
 
@@ -1107,11 +1108,12 @@ class Control:
     size: pixels at which they see pictures. description: for the settings inside the pictures.
     """
 
+    selector = None
+    reference = None
+    size = 0
+    description = ""
+
     def __init__(self, args, settings, prompts, device):
-        self.selector = None
-        self.reference = None
-        self.size = 0
-        self.description = ""
         if args.selector:
             self.selector = load_selector(args.selector)
             self.selector.check_rows(prompts, args.min_alignment)
@@ -1281,10 +1283,7 @@ def parse_args(argv=None):
     add("--grid", "also write a contact sheet, grid.png", action="store_true")
     add("--overwrite", "replace pictures of other settings", action="store_true")
     args = parser.parse_args(argv)
-    if not args.selector and (args.min_quality, args.min_alignment) != (None, None):
-        fail("--min-quality and --min-alignment: need --selector")
-    if not args.reference and any(getattr(args, name) is not None for name in LIMITS):
-        fail("--calibrate, --max-lpips, --min-ssim and --drop-copies: need --reference")
+    need_flags(args, {"selector": ("min_quality", "min_alignment"), "reference": LIMITS})
     if args.reference and not args.run:
         for adapter in read_adapters(args)[:1]:
             args = parser.parse_again(adapter.metadata, adapter.path, argv)
@@ -1360,7 +1359,7 @@ def finish(records, missing, run, args):
         for record in kept[:64]:
             path = Path(args.out, record["file"])
             cells.append((read_image(path), record["prompt"], path.stem))
-        save_png(contact_sheet(cells), Path(args.out, "grid.png"), "")
+        save_png(contact_sheet(cells), Path(args.out, "grid.png"))
     print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)

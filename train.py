@@ -1654,7 +1654,7 @@ def show_ceiling(base, pixels, folder, args):
     psnr = (10 * (255**2 / (error + 0.01)).log10()).mean()
     shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
     pairs = torch.cat([before, after], 3)[shown]
-    save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png", "")
+    save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png")
     print(
         f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}: look at "
         f"{folder}/vae.png, left as stored\n"
@@ -1715,7 +1715,7 @@ def write_preview(rows, pixels, folder, args):
     cells = []
     for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
         cells.append((Image.open(folder / name), caption or label, source))
-    save_png(contact_sheet(cells), folder / "grid.png", "")
+    save_png(contact_sheet(cells), folder / "grid.png")
     print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 

@@ -702,8 +702,8 @@ def test_the_words_that_are_cut_are_said(draw, tmp_path, capsys):
         (["--prompt", "x", "--lora", "no-such-file.safetensors"], "no-such-file.safetensors"),
         (["--prompt", "x", "--base", "no/such/folder"], "no/such/folder"),
         (["--prompt", "x", "--device", "cuda:99"], "cuda:99"),
-        (["--prompt", "x", "--min-quality", "0.5"], "need --selector"),
-        (["--prompt", "x", "--max-lpips", "0.3"], "need --reference"),
+        (["--prompt", "x", "--min-quality", "0.5"], "needs --selector"),
+        (["--prompt", "x", "--max-lpips", "0.3"], "needs --reference"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, base, tmp_path, refused):
