@@ -803,7 +803,7 @@ class Row:
 
     path: absolute; file_name: as in the table, or relative to the folder; fields: the table's
     columns; value_range: what becomes black and white in an image of more than 8 bits; remark: what
-    is odd in the file; size: width and height, once it is read.
+    is odd in the file; size: width and height, once it is read; weight: of its loss in training.
     """
 
     path: str
@@ -817,6 +817,7 @@ class Row:
     value_range: tuple = None
     remark: str = ""
     size: tuple = None
+    weight: float = 1.0
 
 
 def list_images(
@@ -1187,10 +1188,15 @@ def set_hash(rows):
     return sha256("".join(hashes).encode())
 
 
+def list_rows(data, args, prompt=None, strict=False):
+    """list_images by the flags of add_reading_flags."""
+    columns = [getattr(args, f"{role}_column") for role in COLUMNS]
+    return list_images(data, *columns, prompt, args.slices, strict)
+
+
 def list_real(data, args):
     """The rows of real images, by the flags of add_reading_flags; with --run, row.split is set."""
-    columns = [getattr(args, f"{role}_column") for role in COLUMNS]
-    rows = share_range(list_images(data, *columns, slices=args.slices), args.range)
+    rows = share_range(list_rows(data, args), args.range)
     if args.run:
         read_split(rows, os.path.join(args.run, "split.csv"))
     return rows

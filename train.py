@@ -63,6 +63,7 @@ from metrics import (
     generator,
     kid,
     list_images,
+    list_rows,
     load_features,
     load_real,
     load_weights,
@@ -710,7 +711,7 @@ class Data:
 def list_data(args):
     """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
     note(f"listing {args.data}")
-    rows = list_rows(args.data, args)
+    rows = list_rows(args.data, args, args.prompt, args.strict)
     refuse_output_in_data(rows, args)
     val_share = 0.0 if args.val_data else args.val_split
     split_rows(rows, val_share, args.test_split)
@@ -718,7 +719,7 @@ def list_data(args):
         if share and not any(row.split == split for row in rows):
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none is {split}")
     if args.val_data:
-        val_rows = list_rows(args.val_data, args)
+        val_rows = list_rows(args.val_data, args, args.prompt, args.strict)
         names = {row.file_name for row in rows}
         patients = {row.group for row in rows} & {row.group for row in val_rows} - {""}
         warn(sorted(patients), "patients on both sides of the split", "take them out of one")
@@ -728,7 +729,8 @@ def list_data(args):
                 row.file_name = row.path
         rows += val_rows
     share_range(rows, args.range)
-    add_weights(rows, args)
+    if args.weight_column:
+        add_weights(rows, args)
     if RANK == 0 and not any(row.caption for row in rows):
         print("no captions: no --prompt and no caption column, so every caption is empty")
     if args.balance and not any(row.label for row in rows):
@@ -740,11 +742,6 @@ def list_data(args):
     return rows
 
 
-def list_rows(folder, args):
-    columns = [args.image_column, args.caption_column, args.label_column, args.group_column]
-    return list_images(folder, *columns, args.prompt, args.slices, args.strict)
-
-
 def refuse_output_in_data(rows, args):
     """Stop where the next run on this folder would be trained on what this one writes."""
     folder = Path(args.preview or args.out)
@@ -754,14 +751,13 @@ def refuse_output_in_data(rows, args):
 
 
 def add_weights(rows, args):
-    """Set row.weight: the number in --weight-column over its mean in training rows, else 1."""
+    """Set row.weight of training rows: the number in --weight-column over its mean, if any."""
     column = args.weight_column
-    if column and column not in rows[0].fields:
+    if column not in rows[0].fields:
         fail(f"--weight-column {column}: {args.data} has no such column")
     weighted = []
     for row in rows:
-        row.weight = 1.0
-        if column and row.split == "train" and row.fields[column].strip():
+        if row.split == "train" and row.fields[column].strip():
             weighted.append(row)
             try:
                 row.weight = number(0.0, 1e9)(row.fields[column])
@@ -815,7 +811,6 @@ def list_class_images(count, args):
     for row in rows:
         row.caption = args.class_prompt
         row.split = "class"
-        row.weight = 1.0
     return rows
 
 
