@@ -188,9 +188,15 @@ def ct_window(text):
 
 
 def flag_adder(group):
-    """A function that adds a flag to a group: its name, its help text, what else argparse takes."""
+    """A function that adds a flag to a group: name, help, default, type, what else argparse takes.
 
-    def add(name, help, **options):
+    A flag whose default is False is a switch.
+    """
+
+    def add(name, help, *default_and_type, **options):
+        options |= zip(("default", "type"), default_and_type, strict=False)
+        if options.get("default") is False:
+            options["action"] = "store_true"
         group.add_argument(name, help=help, **options)
 
     return add
@@ -218,22 +224,22 @@ def add_reading_flags(group, with_run=True):
     for role in COLUMNS:
         add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
     crops = ["center", "random", "pad", "fundus"]
-    add("--crop", "cut, black border, or the disc", choices=crops, default="center")
-    add("--slices", "of volumes: middle, every:N or all", default="middle")
+    add("--crop", "cut, black border, or the disc", "center", choices=crops)
+    add("--slices", "of volumes: middle, every:N or all", "middle")
     window = "centre,width, or lung, soft, bone, brain, …: CT's black to white"
     add("--window", window, type=ct_window)
     add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
-    add("--allow-burned-in", "read DICOM that says text is burnt in", action="store_true")
+    add("--allow-burned-in", "read DICOM that says text is burnt in", False)
 
 
 def add_comparison_flags(group):
     """How real and generated images are compared, by evaluate.py and filter.py alike."""
     add = flag_adder(group)
     nets = ["auto", "none", "alex", "vgg", "squeeze"]
-    add("--lpips", "auto: alex if it can be had", choices=nets, default="auto")
+    add("--lpips", "auto: alex if it can be had", "auto", choices=nets)
     sides = "pixels a side (default: the generated images' median, 64 to 256)"
     add("--resolution", sides, type=number(64, 4096))
-    add("--batch-size", "of the networks", type=number(1, 10**6), default=32)
+    add("--batch-size", "of the networks", 32, number(1, 10**6))
     add_common_flags(group)
     add_reading_flags(group)
 
@@ -241,10 +247,10 @@ def add_comparison_flags(group):
 def add_common_flags(group):
     """--device, --precision and --seed, which mean the same in every script."""
     add = flag_adder(group)
-    add("--device", "auto, cpu, cuda or cuda:N", default="auto")
+    add("--device", "auto, cpu, cuda or cuda:N", "auto")
     precisions = ["auto", "fp32", "bf16", "fp16"]
-    add("--precision", "of the networks", choices=precisions, default="auto")
-    add("--seed", "of every random draw", type=number(0, 2**63 - 1), default=0)
+    add("--precision", "of the networks", "auto", choices=precisions)
+    add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
 
 
 @contextlib.contextmanager
