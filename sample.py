@@ -80,6 +80,11 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
+def progress(items, what):
+    """The items, with a bar that rank 0 shows while they are worked on."""
+    return tqdm(items, what, disable=RANK > 0, leave=False)
+
+
 # ---------------------------------------------------------------- the sampler
 
 
@@ -1167,7 +1172,7 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
         attempt += 1
         again = []
         starts = range(0, len(todo), batch_size)
-        for start in tqdm(starts, "drawing", unit="batch", disable=RANK > 0):
+        for start in progress(starts, "drawing"):
             batch = todo[start : start + batch_size]
             jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
             if attempt > 1:

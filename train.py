@@ -114,6 +114,7 @@ from sample import (
     noised_and_target,
     own_resolution,
     predicted_latents,
+    progress,
     project,
     save_png,
     text_states,
@@ -770,6 +771,14 @@ def add_weights(rows, args):
         row.weight *= len(weighted) / total
 
 
+def by_split(rows):
+    """{split: its rows}, in the order in which they come."""
+    splits = {}
+    for row in rows:
+        splits.setdefault(row.split, []).append(row)
+    return splits
+
+
 def count_patients(rows):
     """The number of patients, or "unknown"."""
     return len({row.group for row in rows} - {""}) or "unknown"
@@ -871,8 +880,7 @@ def load_data(base, rows, args):
     """([training images and, with dreambooth, class images], validation images or None)."""
     rows, latents = load_latents(base, rows, args)
     data = {"val": None}
-    for split in dict.fromkeys(row.split for row in rows):
-        members = [row for row in rows if row.split == split]
+    for split, members in by_split(rows).items():
         data[split] = make_data(base, members, latents[split], latents[f"{split} sizes"], args)
     streams = [data["train"]]
     if args.balance:
@@ -897,8 +905,7 @@ def load_latents(base, rows, args):
     readable = []
     thumbnails = []
     latents = {}
-    for split in dict.fromkeys(row.split for row in rows):
-        members = [row for row in rows if row.split == split]
+    for split, members in by_split(rows).items():
         latents[split], latents[f"{split} sizes"], small, places = encode_rows(base, members, args)
         if not places:
             fail(f"{args.data}: none of the images for {split} can be read")
@@ -961,7 +968,7 @@ def read_in_parts(rows, args):
     """Yield this process's share of the images that can be read: places, rows, pixels."""
     count = min(64, math.ceil(len(rows) / WORLD))  # at once: 200 MB at 1024 pixels
     starts = range(count * RANK, len(rows), count * WORLD)
-    for start in tqdm(starts, "encoding", unit="part", disable=RANK > 0, leave=False):
+    for start in progress(starts, "encoding"):
         part = rows[start : start + count]
         for place, row in enumerate(part, start):
             row.place = place
@@ -992,7 +999,7 @@ def encode_captions(base, captions, args):
     """Of all captions, in host memory: tokens where the text encoder learns, else its states."""
     table = {}
     starts = range(0, len(captions), 64)
-    for start in tqdm(starts, "captions", unit="batch", disable=RANK > 0, leave=False):
+    for start in progress(starts, "captions"):
         part = tokenize(base, captions[start : start + 64])
         if not text_learns(args):
             part = text_states(base, part)
@@ -1144,15 +1151,15 @@ def new_word(base, args):
 
 def copy_adapter(weights, args):
     """Copy --init-lora into fresh weights of the same layers and rank, whatever its alpha."""
-    pairs, _, tensors = lora.load(args.init_lora)
-    for name, (a, b) in pairs.items():
-        tensors[f"{name}.lora_A.weight"] = a
-        tensors[f"{name}.lora_B.weight"] = b * (args.rank / args.alpha)  # a file has it folded in
+    pairs, _, extra = lora.load(args.init_lora)
+    tensors = lora.diffusers_tensors(pairs) | extra
     shapes = {lora.on_disk(name): weight.shape for name, weight in weights.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         fail(f"--init-lora {args.init_lora}: has another --rank, --targets or --text-lora")
     for name, weight in weights.items():
         weight.data.copy_(tensors[lora.on_disk(name)])
+        if ".lora_B." in name:  # a file has alpha/rank folded in
+            weight.data *= args.rank / args.alpha
 
 
 # ---------------------------------------------------------------- watching
@@ -1642,7 +1649,7 @@ def show_ceiling(base, pixels, folder, args):
     before = pixels[places]
     after = torch.empty_like(before)
     ssim = []
-    for i, one in enumerate(tqdm(before, "VAE", unit="image", leave=False)):
+    for i, one in enumerate(progress(before, "VAE")):
         after[i] = decode(vae, encode(vae, one[None])[0])[0]
         ssim.append(ssim_matrix(tiles(one), tiles(after[i])).diagonal().mean())
     error = (before.float() - after.float()).square().mean((1, 2, 3))
@@ -1694,7 +1701,7 @@ def write_preview(rows, pixels, folder, args):
     if path.exists() and not path.read_text().startswith(header):
         fail(f"--preview {folder}: holds another data set; give another folder")
     lines = []
-    for i, row in enumerate(tqdm(rows, "writing", unit="image", leave=False)):
+    for i, row in enumerate(progress(rows, "writing")):
         if row.split == "test":
             continue
         group = row.group
@@ -1945,8 +1952,9 @@ def check_validation(val_rows, args):
 def run(args, device):
     """Train from the flags to the report; continue a run that was stopped."""
     rows = list_data(args)
-    train_rows = [row for row in rows if row.split == "train"]
-    val_rows = [row for row in rows if row.split == "val"]
+    splits = by_split(rows)
+    train_rows = splits["train"]
+    val_rows = splits.get("val", [])
     args = with_defaults(args, train_rows, find_base(args.base))
     check_validation(val_rows, args)
     class_rows = list_class_images(len(train_rows), args)
