@@ -400,17 +400,12 @@ def merged(models, adapters):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layers[on_disk(f"{prefix}.{name}")] = layer
     changes = defaultdict(list)
-    misfits = []
     for pairs, weight in adapters:
         for name, (a, b) in pairs.items():
             shape = (len(b), a[0].numel())
-            if name in layers and layers[name].weight.flatten(1).shape == shape:
-                changes[layers[name]].append((a, b, weight))
-            else:
-                misfits.append(name)
-    if misfits:
-        count = f"{len(misfits)} of its layers"
-        fail(f"the adapter does not fit this base: {count}, such as {', '.join(misfits[:5])}")
+            if name not in layers or layers[name].weight.flatten(1).shape != shape:
+                fail(f"the adapter does not fit this base, which has no {name} of its shape")
+            changes[layers[name]].append((a, b, weight))
     originals = {layer: layer.weight.data.cpu() for layer in changes}
     try:
         for layer, terms in changes.items():

@@ -447,11 +447,9 @@ def check_base(name, folder):
     for setting in ("latents_mean", "latents_std", "shift_factor"):
         if vae.get(setting) is not None:
             fail(f"--base {name}: its VAE has {setting}, which is not supported")
-    channels = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != channels:
-        fail(f"--base {name}: its UNet takes other inputs, for inpainting or depth")
-    if unet.get("out_channels", 4) != channels:
-        fail(f"--base {name}: its UNet's out_channels hold a variance, too, which is not supported")
+    for setting in ("in_channels", "out_channels"):  # more: for inpainting, depth or a variance
+        if unet.get(setting, 4) != vae.get("latent_channels", 4):
+            fail(f"--base {name}: its UNet's {setting} are not those of its VAE: not supported")
 
 
 def make_scheduler(base, settings):
@@ -866,10 +864,12 @@ def say_what_is_cut(base, texts):
         tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
         if len(tokens) > room:
             lost.append((text, tokenizer.decode(tokens[room:])))
-    if lost and RANK == 0:
+    if lost:
         text, rest = lost[0]
-        print(f"{len(lost)} prompts are longer than the {room} tokens that this base reads;")
-        print(f'of "{text[:40]}…" this is lost: "{rest[:200]}"')
+        note(
+            f"{len(lost)} prompts are longer than the {room} tokens that this base reads; of "
+            f'"{text[:40]}…" this is lost: "{rest[:200]}"'
+        )
 
 
 # ---------------------------------------------------------------- files

@@ -625,11 +625,10 @@ def report_growth(checkpoint, args):
             f"--steps {args.steps}: the learning rate of {args.out} fell to 0 at its last step, "
             f"{before.steps}: add --lr-schedule constant to go on at --lr, or give another --out"
         )
-    if RANK == 0:
-        print(
-            f"{len(steps)} steps had the learning rates of a run of {before.steps}: "
-            f"the result is not that of one run of {args.steps} steps"
-        )
+    note(
+        f"{len(steps)} steps had the learning rates of a run of {before.steps}: "
+        f"the result is not that of one run of {args.steps} steps"
+    )
 
 
 def write_args(args, finished=None):
@@ -732,8 +731,8 @@ def list_data(args):
     share_range(rows, args.range)
     if args.weight_column:
         add_weights(rows, args)
-    if RANK == 0 and not any(row.caption for row in rows):
-        print("no captions: no --prompt and no caption column, so every caption is empty")
+    if not any(row.caption for row in rows):
+        note("no captions: no --prompt and no caption column, so every caption is empty")
     if args.balance and not any(row.label for row in rows):
         fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
     if "flip" in args.augment:
@@ -833,9 +832,9 @@ def rarest_labels(rows):
 # ---------------------------------------------------------------- pixels and latents
 
 
-def load_rows(rows, args, seed=None, **how):
-    """The readable rows and their pixels, without augmentation; `seed` is that of random crops."""
-    how = {"strict": args.strict, "seed": seed or args.seed} | how
+def load_rows(rows, args, **how):
+    """The readable rows and their pixels, without augmentation."""
+    how = {"strict": args.strict, "seed": args.seed} | how
     return load_real(rows, args.resolution, args, **how)
 
 

@@ -675,7 +675,7 @@ def test_the_words_that_are_cut_are_said(draw, tmp_path, capsys):
     words = [f"w{i}" for i in range(500)]  # this base reads a letter a token, so 75 of 1890
     prompts = ["--prompt", " ".join(words), "--prompt", "short", "--negative-prompt", "n" * 76]
     draw(tmp_path, *prompts, "--num-images", 1)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert '"w0 w1 w2' in out
     assert "2 prompts are longer than the 75 tokens" in out
     assert 'lost: "2 8 w 2 9' in out  # this tokenizer puts spaces between all letters
