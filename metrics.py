@@ -223,11 +223,18 @@ def add_reading_flags(group, with_run=True):
         add("--run", run, type=run_folder, metavar="DIR")
     for role in COLUMNS:
         add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
-    crops = ["center", "random", "pad", "fundus"]
-    add("--crop", "cut, black border, or the disc", "center", choices=crops)
+    add(
+        "--crop",
+        "cut, black border, or the disc",
+        "center",
+        choices=["center", "random", "pad", "fundus"],
+    )
     add("--slices", "of volumes: middle, every:N or all", "middle")
-    window = "centre,width, or lung, soft, bone, brain, …: CT's black to white"
-    add("--window", window, type=ct_window)
+    add(
+        "--window",
+        "centre,width, or lung, soft, bone, brain, …: CT's black to white",
+        type=ct_window,
+    )
     add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
     add("--allow-burned-in", "read DICOM that says text is burnt in", False)
 
@@ -235,10 +242,17 @@ def add_reading_flags(group, with_run=True):
 def add_comparison_flags(group):
     """How real and generated images are compared, by evaluate.py and filter.py alike."""
     add = flag_adder(group)
-    nets = ["auto", "none", "alex", "vgg", "squeeze"]
-    add("--lpips", "auto: alex if it can be had", "auto", choices=nets)
-    sides = "pixels a side (default: the generated images' median, 64 to 256)"
-    add("--resolution", sides, type=number(64, 4096))
+    add(
+        "--lpips",
+        "auto: alex if it can be had",
+        "auto",
+        choices=["auto", "none", "alex", "vgg", "squeeze"],
+    )
+    add(
+        "--resolution",
+        "pixels a side (default: the generated images' median, 64 to 256)",
+        type=number(64, 4096),
+    )
     add("--batch-size", "of the networks", 32, number(1, 10**6))
     add_common_flags(group)
     add_reading_flags(group)
@@ -248,8 +262,7 @@ def add_common_flags(group):
     """--device, --precision and --seed, which mean the same in every script."""
     add = flag_adder(group)
     add("--device", "auto, cpu, cuda or cuda:N", "auto")
-    precisions = ["auto", "fp32", "bf16", "fp16"]
-    add("--precision", "of the networks", "auto", choices=precisions)
+    add("--precision", "of the networks", "auto", choices=["auto", "fp32", "bf16", "fp16"])
     add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
 
 

@@ -1852,8 +1852,7 @@ def parse_args():
     add("--batch-size", "images a pass, on each process", 8, positive)
     add("--accumulate", "passes a step", 1, positive)
     add("--lr", "peak learning rate", 1e-4, number(1e-12, 10.0))
-    schedules = ["cosine", "linear", "constant"]
-    add("--lr-schedule", "after the warm-up", "cosine", choices=schedules)
+    add("--lr-schedule", "after the warm-up", "cosine", choices=["cosine", "linear", "constant"])
     add("--warmup", "steps (default: a tenth of the run, at most 100)", type=count)
     add("--weight-decay", "of AdamW", 1e-2, share)
     add("--max-grad-norm", "gradients are clipped to it (0: off)", 1.0, factor)
@@ -1864,7 +1863,6 @@ def parse_args():
 
     group = parser.add_argument_group("watching and keeping")
     add = flag_adder(group)
-    figures = ["val-loss", "kid", "fid"]
     add(
         "--validate-every",
         "steps (default: a tenth of the run; 0: at the end alone)",
@@ -1874,7 +1872,12 @@ def parse_args():
     add("--val-samples", "images a prompt in the grid", 2, number(0, 64))
     add("--val-steps", "denoising steps of the grid", 25, number(1, 999))
     add("--val-guidance-scale", "of the grid", 5.0, factor)
-    add("--select-by", "what makes a checkpoint the best", "val-loss", choices=figures)
+    add(
+        "--select-by",
+        "what makes a checkpoint the best",
+        "val-loss",
+        choices=["val-loss", "kid", "fid"],
+    )
     add(
         "--patience",
         f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)",
