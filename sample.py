@@ -105,15 +105,17 @@ class Settings:
 def guided_prediction(base, noisy, timestep, conds, settings):
     """The UNet's prediction (B, 4, h, w) by classifier-free guidance (Ho & Salimans 2022).
 
-    conds: what each forward pass reads, as make_conds returns it.
+    conds: the encoded negative prompts and prompts.
     """
+    negative, positive = conds
     if settings.guidance_scale == 1:
-        return denoise(base, noisy, timestep, conds[0])
+        return denoise(base, noisy, timestep, positive)
     if settings.low_memory:
-        without_prompt = denoise(base, noisy, timestep, conds[0])
-        with_prompt = denoise(base, noisy, timestep, conds[1])
+        without_prompt = denoise(base, noisy, timestep, negative)
+        with_prompt = denoise(base, noisy, timestep, positive)
     else:
-        prediction = denoise(base, torch.cat([noisy, noisy]), timestep, conds[0])
+        both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
+        prediction = denoise(base, torch.cat([noisy, noisy]), timestep, both)
         without_prompt, with_prompt = prediction.chunk(2)
     prediction = without_prompt + settings.guidance_scale * (with_prompt - without_prompt)
     share = settings.guidance_rescale
@@ -125,7 +127,7 @@ def guided_prediction(base, noisy, timestep, conds, settings):
 
 
 def generate_batch(base, noise, conds, generators, settings):
-    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w) and the encoded prompts."""
+    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w); conds as in guided_prediction."""
     scheduler = make_scheduler(base, settings)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     # the scheduler looks its timesteps up on the CPU, so that no step waits for the GPU
@@ -154,15 +156,6 @@ def noise_drawn_ahead(noise, generators, settings, device):
         yield
 
 
-def make_conds(negative, positive, settings):
-    """What the UNet's forward passes read, a dict each: one for both prompts, or one for each."""
-    if settings.guidance_scale == 1:
-        return [positive]
-    if settings.low_memory:
-        return [negative, positive]
-    return [{key: torch.cat([negative[key], positive[key]]) for key in positive}]
-
-
 @torch.no_grad()
 def generate(base, jobs, settings, batch_size=8, seed=0):
     """Yield a PIL image for each job (prompt, number) or (prompt, number, attempt), in order.
@@ -187,8 +180,7 @@ def generate(base, jobs, settings, batch_size=8, seed=0):
         noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
         positive = encode_all([prompt for prompt, *_ in batch])
         negative = encode_all([settings.negative_prompt for _ in batch])
-        conds = make_conds(negative, positive, settings)
-        latents = generate_batch(base, noise, conds, generators, settings)
+        latents = generate_batch(base, noise, (negative, positive), generators, settings)
         if not latents.isfinite().all():
             fail("the UNet returned NaN: give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):
