@@ -80,6 +80,11 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
+def in_parts(items, size):
+    """The items in lists of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 def progress(items, what):
     """The items, with a bar that rank 0 shows while they are worked on."""
     return tqdm(items, what, disable=RANK > 0, leave=False)
@@ -174,8 +179,7 @@ def generate(base, jobs, settings, batch_size=8, seed=0):
         encoded = [encode_one(text) for text in texts]
         return {key: torch.cat([cond[key] for cond in encoded]) for key in encoded[0]}
 
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
+    for batch in in_parts(jobs, batch_size):
         generators = [generator(seed, "sample", *job) for job in batch]
         noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
         positive = encode_all([prompt for prompt, *_ in batch])
@@ -1072,7 +1076,7 @@ def contact_sheet(cells):
         groups = [cells]
     rows = []
     for group in groups:
-        rows += [group[start : start + 8] for start in range(0, len(group), 8)]
+        rows += in_parts(group, 8)
     columns = max(map(len, rows), default=0)
     sheet = Image.new("RGB", (164 * columns + 4, 208 * len(rows) + 4), "white")
     pen = ImageDraw.Draw(sheet)
@@ -1163,9 +1167,7 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
     while todo:
         attempt += 1
         again = []
-        starts = range(0, len(todo), batch_size)
-        for start in progress(starts, "drawing"):
-            batch = todo[start : start + batch_size]
+        for batch in progress(in_parts(todo, batch_size), "drawing"):
             jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
             if attempt > 1:
                 jobs = [(*job, attempt) for job in jobs]
