@@ -1029,8 +1029,9 @@ def read_csv(path, text, caption_column):
         pairs = itertools.zip_longest(header, cells[: len(header)], fillvalue="")
         records.append({name: cell.strip() for name, cell in pairs})
     if joined:
-        example = f'{len(joined)} rows: read as {caption}, as "{joined[0]}"'
-        note(f"{path}: unquoted {mark!r} in {example}")
+        note(
+            f'{path}: unquoted {mark!r} in {len(joined)} rows: read as {caption}, as "{joined[0]}"'
+        )
     return records
 
 
@@ -1062,8 +1063,9 @@ def list_table(table, records, columns, strict):
         else:
             missing.append(file_name or "(no name)")
     if missing:
-        count = f"{len(missing)} of {len(records)}"
-        message = f"{table}: {count} files are missing: {', '.join(missing[:5])}"
+        message = (
+            f"{table}: {len(missing)} of {len(records)} files are missing: {', '.join(missing[:5])}"
+        )
         if strict or len(missing) > BAD_SHARE * len(records):
             fail(message)
         note(message)
@@ -1148,8 +1150,10 @@ def check_dicoms(data, rows):
             row.group = f"patient-{digest.hexdigest()}"
             named.append(row)
     if len(kept) < len(rows):
-        count = f"{len(rows) - len(kept)} of {len(rows)}"
-        note(f"{data}: {count} files skipped: DICOM reports, plans and localizers")
+        note(
+            f"{data}: {len(rows) - len(kept)} of {len(rows)} files skipped: DICOM reports, plans "
+            "and localizers"
+        )
     if not kept:
         fail(f"{data}: no images left")
     if len(named) > 1 and len({row.group for row in named}) == 1:
@@ -1342,8 +1346,10 @@ def share_range(rows, given=None):
         low, high = given or (float(min(ends)), float(max(ends)))
         for row in deep:
             row.value_range = low, high
-        message = f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all"
-        note(f"{message} ({kind})")
+        note(
+            f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all "
+            f"({kind})"
+        )
     return rows
 
 
