@@ -464,7 +464,7 @@ def make_scheduler(base, settings):
     return scheduler
 
 
-def use_text_encoder(base, name, length=None, projection=None):
+def use_text_encoder(base, name, length, projection=None):
     """Let another transformers encoder (BERT's family) read the captions, behind a projection.
 
     name: a Hub id or folder. length: tokens, at most 512. projection: its weights, else fresh ones.
@@ -479,7 +479,7 @@ def use_text_encoder(base, name, length=None, projection=None):
         base.text_encoders = [encoder.float().to(base.device).eval().requires_grad_(False)]
         base.tokenizers = [tokenizer]
         longest = getattr(encoder.config, "max_position_embeddings", 512)
-        base.text_length = min(length or 512, longest, tokenizer.model_max_length)
+        base.text_length = min(length, longest, tokenizer.model_max_length)
         width = base.unet.config.cross_attention_dim
         base.text_projection = nn.Linear(encoder.config.hidden_size, width)
         with torch.no_grad():  # not every kind of encoder can read a caption

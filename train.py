@@ -1484,8 +1484,10 @@ def write_report(state, draw, args):
         what = f"drawn at step {step}: {'; '.join(args.val_prompts)}"
         image = thumbnail(Image.open(path), 4096, what)
         grids.append(f'<h3>Step {step}</h3><div class="wide">{image}</div>')
-    losses = {"training": mean_points(steps, "loss")}
-    losses["validation"] = mean_points(state.history, "val_loss")
+    losses = {
+        "training": mean_points(steps, "loss"),
+        "validation": mean_points(state.history, "val_loss"),
+    }
     curves = ""
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
         curves += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
