@@ -919,12 +919,15 @@ class Manifest:
             if (self.folder / record["file"]).is_file():
                 self.records[record["stem"]] = record
 
-    def has(self, drawing, max_attempts):
-        """Whether a picture is there with its settings, or was refused at every attempt."""
-        record = self.records.get(drawing.stem)
-        if record is None or record["settings"] != drawing.record["settings"]:
-            return False
-        return not record["reason"] or record["attempts"] >= max_attempts
+    def unfinished(self, planned, max_attempts):
+        """The pictures not there with their settings, nor refused with them at every attempt."""
+        todo = []
+        for drawing in planned:
+            record = self.records.get(drawing.stem, {})
+            is_there = record.get("settings") == drawing.record["settings"]
+            if not is_there or (record["reason"] and record["attempts"] < max_attempts):
+                todo.append(drawing)
+        return todo
 
     def add(self, record, content):
         """Log and write a picture, in an order that leaves no false row wherever it is stopped."""
@@ -989,11 +992,6 @@ def plan(args, settings, base_name, prompts, adapters, control):
             record = common | prompt.fields | facts
             planned.append(Drawing(prompt, i, stem, parameters, record))
     return planned
-
-
-def find_unfinished(planned, manifest, args):
-    """The pictures still to draw."""
-    return [drawing for drawing in planned if not manifest.has(drawing, args.max_attempts)]
 
 
 def refuse_to_replace(todo, manifest, args):
@@ -1326,8 +1324,8 @@ def main(args):
     control = Control(args, settings, prompts, device)
     planned = plan(args, settings, base_name, prompts, adapters, control)
     manifest = Manifest(args.out)
-    missing = len(find_unfinished(planned, manifest, args))
-    todo = find_unfinished(planned[RANK::WORLD], manifest, args)
+    missing = len(manifest.unfinished(planned, args.max_attempts))
+    todo = manifest.unfinished(planned[RANK::WORLD], args.max_attempts)
     refuse_to_replace(todo, manifest, args)
     try:
         if todo:
@@ -1339,7 +1337,7 @@ def main(args):
             pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
             with merged(base.parts(), pairs):
                 draw(base, todo, batch_size, settings, control, manifest, args)
-        while RANK == 0 and find_unfinished(planned, manifest, args):
+        while RANK == 0 and manifest.unfinished(planned, args.max_attempts):
             time.sleep(1)  # for the other processes; torchrun ends this if one dies
             manifest.read()
     finally:

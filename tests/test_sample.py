@@ -966,7 +966,7 @@ def test_both_scores_stand_in_a_files_name_and_the_picture_is_known_again(tmp_pa
     sample.write_pictures(finished, 1, folder, args)
     folder.write()
     assert names(tmp_path) == ["x-0000_quality_0.91_alignment_0.23.png"]
-    assert sample.Manifest(tmp_path).has(drawing, 1)
+    assert not sample.Manifest(tmp_path).unfinished([drawing], 1)
 
 
 def test_a_folder_called_refused_is_a_folder_like_others(draw, tmp_path, capsys):
