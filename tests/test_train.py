@@ -1546,9 +1546,9 @@ def test_the_report_answers_first_and_folds_the_rest(flags, tmp_path, run, monke
         "sample.py",
         "drawn at step 12",
         "<svg",
-        ">--lr<",
-        "All other flags",
-        ">--ema<",
+        "--val-prompts",
+        "All flags",
+        ">ema<",
     ]
     places = [report.index(words) for words in order]
     assert places == sorted(places)
