@@ -62,6 +62,7 @@ from metrics import (
     fit_labels,
     fit_logistic,
     fit_square,
+    flag_adder,
     generator,
     grain,
     grey_kind,
@@ -76,6 +77,7 @@ from metrics import (
     modality_of,
     name_key,
     nearest,
+    need_flags,
     note,
     number,
     page,
@@ -739,8 +741,10 @@ def read_ratings(paths, files=()):
                 repeated.append(f"{row.expert}'s of {row.image}")
             ratings[key] = row
     if repeated:
-        count = len(repeated)
-        note(f"{count} ratings replace earlier ones of the same expert, such as {repeated[0]}")
+        note(
+            f"{len(repeated)} ratings replace earlier ones of the same expert, such as "
+            f"{repeated[0]}"
+        )
     if paths and not ratings:
         fail(f"{paths[0]}: no ratings in it")
     return list(ratings.values())
@@ -758,11 +762,12 @@ def read_rating_rows(path):
         for name, text in record.items():
             if text_key(text) in NO_VALUE:
                 record[name] = ""
-    texts = [record[columns["rating"]] for record in records]
     ratings = []
+    unrated = 0
     for line, record in enumerate(records, 2):
         row = {role: record.get(name, "") for role, name in columns.items()}
         if not row["rating"]:
+            unrated += 1
             continue
         image = row["image"].replace("\\", "/")  # of Windows
         rating = read_number(row["rating"])
@@ -780,9 +785,8 @@ def read_rating_rows(path):
         expert = row["expert"] or str(path)
         row |= {"image": image, "rating": int(rating), "expert_level": level, "expert": expert}
         ratings.append(Rating(**row))
-    if "" in texts:
-        count = f"{texts.count('')} of {len(texts)} rows"
-        note(f"{path}: {count} have no rating and are skipped")
+    if unrated:
+        note(f"{path}: {unrated} of {len(records)} rows have no rating and are skipped")
     return ratings
 
 
@@ -846,8 +850,10 @@ def drop_missing(ratings):
     images = {rating.image: rating.path for rating in ratings}
     missing = sorted(image for image, path in images.items() if not path)
     if missing:
-        count = f"{len(missing)} of {len(images)} rated images"
-        message = f"{count} are not there as they were rated: {', '.join(missing[:5])}"
+        message = (
+            f"{len(missing)} of {len(images)} rated images are not there as they were rated: "
+            f"{', '.join(missing[:5])}"
+        )
         if len(missing) > BAD_SHARE * len(images):
             fail(
                 f"{message}: name the folder that holds them, as GENERATED, --blind or --reference;"
@@ -1150,8 +1156,10 @@ def write_rating_page(args):
         images.append(shown[place].measured)
     body = rating_page(facts, images, bool(args.blind), scale)
     write_file(args.rating_page, page("Rate pictures", body))
-    counts = f"{len(rows)} generated, {len(real_rows)} real images"
-    print(f"{args.rating_page}: {counts}, at most {size} pixels a side; open it in a browser")
+    print(
+        f"{args.rating_page}: {len(rows)} generated, {len(real_rows)} real images, at most {size} "
+        "pixels a side; open it in a browser"
+    )
     print("next: " + command("filter.py", args.generated, "--fit", "ratings-NAME.csv"))
 
 
@@ -1328,10 +1336,11 @@ def fit(args):
 
 def in_words(measured):
     """How well a selector does, a sentence with its figures."""
-    times = f"{100 * measured['auroc']:.0f} times in 100"
     low, high = measured["interval"]
-    figures = f"95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g}"
-    return f"of two pictures it picks the better {times} ({figures})"
+    return (
+        f"of two pictures it picks the better {100 * measured['auroc']:.0f} times in 100 "
+        f"(95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g})"
+    )
 
 
 def refuse_fit(warnings, args):
@@ -1451,42 +1460,41 @@ def fit_classes(rows, size, mean, spread, args):
 
 def parse_args(argv=None):
     parser = Flags(__doc__)
-    add = parser.add_argument
-    add("generated", nargs="?", type=data_set, metavar="GENERATED", help="folder or table")
-    add("--reference", type=data_set, help="the real images, folder or table")
-    add("--out", help="default: runs/kept, with --fit selector.safetensors")
+    add = flag_adder(parser)
+    add("generated", "folder or table", nargs="?", type=data_set, metavar="GENERATED")
+    add("--reference", "the real images, folder or table", type=data_set)
+    add("--out", "default: runs/kept, with --fit selector.safetensors")
     share = number(0.0, 1.0)
-    add = parser.add_argument_group("what stays").add_argument
-    add("--calibrate", type=number(0.0001, 0.9), help="share of real ones refused")
-    add("--max-lpips", type=number(0.0, 1e6), help="largest distance to the nearest real image")
-    add("--min-ssim", type=number(-1.0, 1.0), help="least similarity to the nearest real image")
-    add("--drop-copies", action="store_true", help="refuse copies of real images")
-    add("--drop-duplicates", action="store_true", help="of near-equal images keep the best")
-    add("--selector", type=existing_file, help="judge by what --fit wrote")
-    add("--min-quality", type=share, help="probability of a good rating (default: the selector's)")
-    add("--min-alignment", type=share, help="probability that the image shows its label")
-    add("--no-label-check", action="store_true", help="keep what looks like another label")
-    add("--keep", type=number(1, 10**9), help="only the best and most diverse N")
-    add = parser.add_argument_group("how it is left").add_argument
-    add("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")
-    add("--mix", type=data_set, help="put these real images with the kept ones")
-    add("--share", type=number(0.1, 99.9), help="per cent generated in a --mix (default: 25)")
+    add = flag_adder(parser.add_argument_group("what stays"))
+    add("--calibrate", "share of real ones refused", type=number(0.0001, 0.9))
+    add("--max-lpips", "largest distance to the nearest real image", type=number(0.0, 1e6))
+    add("--min-ssim", "least similarity to the nearest real image", type=number(-1.0, 1.0))
+    add("--drop-copies", "refuse copies of real images", False)
+    add("--drop-duplicates", "of near-equal images keep the best", False)
+    add("--selector", "judge by what --fit wrote", type=existing_file)
+    add("--min-quality", "probability of a good rating (default: the selector's)", type=share)
+    add("--min-alignment", "probability that the image shows its label", type=share)
+    add("--no-label-check", "keep what looks like another label", False)
+    add("--keep", "only the best and most diverse N", type=number(1, 10**9))
+    add = flag_adder(parser.add_argument_group("how it is left"))
+    add("--dry-run", "write decisions.csv and filter.html, copy nothing", False)
+    add("--mix", "put these real images with the kept ones", type=data_set)
+    add("--share", "per cent generated in a --mix (default: 25)", type=number(0.1, 99.9))
     rate = parser.add_argument_group("experts' ratings")
-    add = rate.add_argument
-    add("--suggest", type=number(1, 500), help="only N, those that teach most")
-    add("--blind", type=data_set, help="mix real images in, one in five")
-    add("--scale-text", type=existing_file, help="text file: what 1, 2 and 3 mean on the page")
-    add("--rated", nargs="+", type=existing_file, default=[], metavar="CSV", help="leave these out")
-    add("--good", type=int, choices=[2, 3], help="least rating of a good image (default: 3)")
-    add("--force", action="store_true", help="write a selector in spite of objections, marked")
-    add = rate.add_mutually_exclusive_group().add_argument
-    add("--rating-page", help="write a page on which an expert rates GENERATED")
-    add("--agreement", nargs="+", type=existing_file, metavar="CSV", help="how far raters agree")
-    add("--fit", nargs="+", type=existing_file, metavar="CSV", help="learn a selector from ratings")
+    add = flag_adder(rate)
+    add("--suggest", "only N, those that teach most", type=number(1, 500))
+    add("--blind", "mix real images in, one in five", type=data_set)
+    add("--scale-text", "text file: what 1, 2 and 3 mean on the page", type=existing_file)
+    add("--rated", "leave these out", [], existing_file, nargs="+", metavar="CSV")
+    add("--good", "least rating of a good image (default: 3)", type=int, choices=[2, 3])
+    add("--force", "write a selector in spite of objections, marked", False)
+    add = flag_adder(rate.add_mutually_exclusive_group())
+    add("--rating-page", "write a page on which an expert rates GENERATED")
+    add("--agreement", "how far raters agree", nargs="+", type=existing_file, metavar="CSV")
+    add("--fit", "learn a selector from ratings", nargs="+", type=existing_file, metavar="CSV")
     how = parser.add_argument_group("comparison")
-    how.add_argument(
-        "--features", default="texture", help="texture, inception, auto, HUB-ID or PATH"
-    )
+    add = flag_adder(how)
+    add("--features", "texture, inception, auto, HUB-ID or PATH", "texture")
     add_comparison_flags(how)
     args = parser.parse_args(argv)
     check_args(args)
@@ -1508,10 +1516,7 @@ def check_args(args):
         "fit": ("good", "force"),
         "rating_page": ("suggest", "blind", "rated", "scale_text"),
     }
-    for needed, names in needs.items():
-        for name in names:
-            if getattr(args, name) not in (None, False, []) and not getattr(args, needed):
-                fail(f"--{name}: needs --{needed}".replace("_", "-"))
+    need_flags(args, needs)
     if args.max_lpips is not None and args.lpips == "none":
         fail("--max-lpips: needs another --lpips than none")
     rules = (*LIMITS, "drop_duplicates", "selector", "keep", "mix")

@@ -69,16 +69,16 @@ def inject(
     model.requires_grad_(False)
     for name in find_targets(model, targets):
         layer = model.get_submodule(name)
-        device = layer.weight.device
+        plain = {"bias": False, "device": layer.weight.device}
         if isinstance(layer, nn.Linear):
             layer.__class__ = LoRALinear
-            layer.lora_A = PairLinear(layer.in_features, rank, bias=False, device=device)
-            layer.lora_B = PairLinear(rank, layer.out_features, bias=False, device=device)
+            layer.lora_A = PairLinear(layer.in_features, rank, **plain)
+            layer.lora_B = PairLinear(rank, layer.out_features, **plain)
         else:
             layer.__class__ = LoRAConv2d
             geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            layer.lora_A = PairConv2d(layer.in_channels, rank, *geometry, bias=False, device=device)
-            layer.lora_B = PairConv2d(rank, layer.out_channels, 1, bias=False, device=device)
+            layer.lora_A = PairConv2d(layer.in_channels, rank, *geometry, **plain)
+            layer.lora_B = PairConv2d(rank, layer.out_channels, 1, **plain)
         # A: U(±1/√fan_in), drawn on the CPU: the same on every device. B: zero
         start = torch.empty(layer.lora_A.weight.shape)
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
@@ -204,9 +204,9 @@ def sort_keys(path, tensors, settings):
         dialect, layer, part = read_key(key.replace(PEFT_ROOT, f"{PEFT_ROOT}{model}."))
         if not part or (settings is not None and not LAYERS.fullmatch(layer)):
             names = f"{layer} {key}"
-            kinds = [kind for pattern, kind in FOREIGN.items() if re.search(pattern, names)]
+            kind = next(kind for pattern, kind in FOREIGN.items() if re.search(pattern, names))
             fail(
-                f"{path}: {key} ({kinds[0]}): no Stable Diffusion UNet or text encoder has this "
+                f"{path}: {key} ({kind}): no Stable Diffusion UNet or text encoder has this "
                 "layer, or this is not plain LoRA; give a LoRA of SD 1.5, 2.1 or SDXL"
             )
         if part in layers[layer]:
@@ -351,10 +351,11 @@ def sgm_names():
         "middle_block.1": "mid_block.attentions.0",
         "middle_block.2": "mid_block.resnets.1",
         "out.2": "conv_out",
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
     }
-    for n in (1, 2):
-        names[f"time_embed.{2 * n - 2}"] = f"time_embedding.linear_{n}"
-        names[f"label_emb.0.{2 * n - 2}"] = f"add_embedding.linear_{n}"
     for n in range(12):  # three blocks a level; on the way down the third is a downsampler
         level, place = divmod(n, 3)
         for index, kind in enumerate(["resnets", "attentions"]):
@@ -399,17 +400,12 @@ def merged(models, adapters):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layers[on_disk(f"{prefix}.{name}")] = layer
     changes = defaultdict(list)
-    misfits = []
     for pairs, weight in adapters:
         for name, (a, b) in pairs.items():
             shape = (len(b), a[0].numel())
-            if name in layers and layers[name].weight.flatten(1).shape == shape:
-                changes[layers[name]].append((a, b, weight))
-            else:
-                misfits.append(name)
-    if misfits:
-        some = ", ".join(misfits[:5])
-        fail(f"the adapter does not fit this base: {len(misfits)} of its layers, such as {some}")
+            if name not in layers or layers[name].weight.flatten(1).shape != shape:
+                fail(f"the adapter does not fit this base, which has no {name} of its shape")
+            changes[layers[name]].append((a, b, weight))
     originals = {layer: layer.weight.data.cpu() for layer in changes}
     try:
         for layer, terms in changes.items():
@@ -429,8 +425,8 @@ def info(path):
     pairs, metadata, extra = load(path)
     tensors = itertools.chain(extra.values(), *pairs.values())
     count = sum(tensor.numel() for tensor in tensors)
-    figures = {"pairs": len(pairs), "parameters": count, "family": guess_base(pairs)}
-    for key, value in {**metadata, **figures}.items():
+    metadata |= {"pairs": len(pairs), "parameters": count, "family": guess_base(pairs)}
+    for key, value in metadata.items():
         print(f"{key}: {' '.join(str(value).split())}"[:200])
 
 

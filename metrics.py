@@ -188,6 +188,29 @@ def ct_window(text):
     return text
 
 
+def flag_adder(group):
+    """A function that adds a flag to a group: name, help, default, type, what else argparse takes.
+
+    A flag whose default is False is a switch.
+    """
+
+    def add(name, help, *default_and_type, **options):
+        options |= zip(("default", "type"), default_and_type, strict=False)
+        if options.get("default") is False:
+            options["action"] = "store_true"
+        group.add_argument(name, help=help, **options)
+
+    return add
+
+
+def need_flags(args, needs):
+    """Fail where a flag is given without the one that it needs; needs: {"mix": ("share",), …}."""
+    for needed, names in needs.items():
+        for name in names:
+            if getattr(args, name) not in (None, False, []) and not getattr(args, needed):
+                fail(f"--{name}: needs --{needed}".replace("_", "-"))
+
+
 # the flags of add_reading_flags
 READING = "image_column caption_column label_column group_column".split()
 READING += "crop slices window range allow_burned_in".split()
@@ -195,38 +218,53 @@ READING += "crop slices window range allow_burned_in".split()
 
 def add_reading_flags(group, with_run=True):
     """How real images are found and prepared, by all scripts alike; --run gives a run's answers."""
-    add = group.add_argument
+    add = flag_adder(group)
     if with_run:
         run = "a run of train.py: its split, and how it prepared images where no flag says so"
-        add("--run", type=run_folder, metavar="DIR", help=run)
+        add("--run", run, type=run_folder, metavar="DIR")
     for role in COLUMNS:
-        add(f"--{role}-column", help=f"the table's {role} column (default: found by its name)")
-    crops = ["center", "random", "pad", "fundus"]
-    add("--crop", choices=crops, default="center", help="cut, black border, or the disc")
-    add("--slices", default="middle", help="of volumes: middle, every:N or all")
-    window = "centre,width, or lung, soft, bone, brain, …: CT's black to white"
-    add("--window", type=ct_window, help=window)
-    add("--range", type=interval, metavar="LO,HI", help="black and white of deep images")
-    add("--allow-burned-in", action="store_true", help="read DICOM that says text is burnt in")
+        add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
+    add(
+        "--crop",
+        "cut, black border, or the disc",
+        "center",
+        choices=["center", "random", "pad", "fundus"],
+    )
+    add("--slices", "of volumes: middle, every:N or all", "middle")
+    add(
+        "--window",
+        "centre,width, or lung, soft, bone, brain, …: CT's black to white",
+        type=ct_window,
+    )
+    add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
+    add("--allow-burned-in", "read DICOM that says text is burnt in", False)
 
 
 def add_comparison_flags(group):
     """How real and generated images are compared, by evaluate.py and filter.py alike."""
-    nets = ["auto", "none", "alex", "vgg", "squeeze"]
-    group.add_argument("--lpips", choices=nets, default="auto", help="auto: alex if it can be had")
-    sides = "pixels a side (default: the generated images' median, 64 to 256)"
-    group.add_argument("--resolution", type=number(64, 4096), help=sides)
-    group.add_argument("--batch-size", type=number(1, 10**6), default=32, help="of the networks")
+    add = flag_adder(group)
+    add(
+        "--lpips",
+        "auto: alex if it can be had",
+        "auto",
+        choices=["auto", "none", "alex", "vgg", "squeeze"],
+    )
+    add(
+        "--resolution",
+        "pixels a side (default: the generated images' median, 64 to 256)",
+        type=number(64, 4096),
+    )
+    add("--batch-size", "of the networks", 32, number(1, 10**6))
     add_common_flags(group)
     add_reading_flags(group)
 
 
 def add_common_flags(group):
     """--device, --precision and --seed, which mean the same in every script."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    precisions = ["auto", "fp32", "bf16", "fp16"]
-    group.add_argument("--precision", choices=precisions, default="auto", help="of the networks")
-    group.add_argument("--seed", type=number(0, 2**63 - 1), default=0, help="of every random draw")
+    add = flag_adder(group)
+    add("--device", "auto, cpu, cuda or cuda:N", "auto")
+    add("--precision", "of the networks", "auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
 
 
 @contextlib.contextmanager
@@ -278,6 +316,11 @@ def need(package, purpose):
         return importlib.import_module(package)
     except ImportError:
         fail(f"{purpose}: needs the package {package}: pip install {package}")
+
+
+def sha256(content):
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
 def hash_number(text):
@@ -780,7 +823,7 @@ class Row:
 
     path: absolute; file_name: as in the table, or relative to the folder; fields: the table's
     columns; value_range: what becomes black and white in an image of more than 8 bits; remark: what
-    is odd in the file; size: width and height, once it is read.
+    is odd in the file; size: width and height, once it is read; weight: of its loss in training.
     """
 
     path: str
@@ -794,6 +837,7 @@ class Row:
     value_range: tuple = None
     remark: str = ""
     size: tuple = None
+    weight: float = 1.0
 
 
 def list_images(
@@ -986,8 +1030,9 @@ def read_csv(path, text, caption_column):
         pairs = itertools.zip_longest(header, cells[: len(header)], fillvalue="")
         records.append({name: cell.strip() for name, cell in pairs})
     if joined:
-        example = f'{len(joined)} rows: read as {caption}, as "{joined[0]}"'
-        note(f"{path}: unquoted {mark!r} in {example}")
+        note(
+            f'{path}: unquoted {mark!r} in {len(joined)} rows: read as {caption}, as "{joined[0]}"'
+        )
     return records
 
 
@@ -1019,8 +1064,9 @@ def list_table(table, records, columns, strict):
         else:
             missing.append(file_name or "(no name)")
     if missing:
-        count = f"{len(missing)} of {len(records)}"
-        message = f"{table}: {count} files are missing: {', '.join(missing[:5])}"
+        message = (
+            f"{table}: {len(missing)} of {len(records)} files are missing: {', '.join(missing[:5])}"
+        )
         if strict or len(missing) > BAD_SHARE * len(records):
             fail(message)
         note(message)
@@ -1105,8 +1151,10 @@ def check_dicoms(data, rows):
             row.group = f"patient-{digest.hexdigest()}"
             named.append(row)
     if len(kept) < len(rows):
-        count = f"{len(rows) - len(kept)} of {len(rows)}"
-        note(f"{data}: {count} files skipped: DICOM reports, plans and localizers")
+        note(
+            f"{data}: {len(rows) - len(kept)} of {len(rows)} files skipped: DICOM reports, plans "
+            "and localizers"
+        )
     if not kept:
         fail(f"{data}: no images left")
     if len(named) > 1 and len({row.group for row in named}) == 1:
@@ -1155,19 +1203,24 @@ def count_slices(path):
 
 def content_hash(path):
     """SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256(Path(path).read_bytes())
 
 
 def set_hash(rows):
     """One SHA-256 for the files of a set, whatever their names and order."""
     hashes = sorted(content_hash(row.path) for row in rows)
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return sha256("".join(hashes).encode())
+
+
+def list_rows(data, args, prompt=None, strict=False):
+    """list_images by the flags of add_reading_flags."""
+    columns = [getattr(args, f"{role}_column") for role in COLUMNS]
+    return list_images(data, *columns, prompt, args.slices, strict)
 
 
 def list_real(data, args):
     """The rows of real images, by the flags of add_reading_flags; with --run, row.split is set."""
-    columns = [getattr(args, f"{role}_column") for role in COLUMNS]
-    rows = share_range(list_images(data, *columns, slices=args.slices), args.range)
+    rows = share_range(list_rows(data, args), args.range)
     if args.run:
         read_split(rows, os.path.join(args.run, "split.csv"))
     return rows
@@ -1294,8 +1347,10 @@ def share_range(rows, given=None):
         low, high = given or (float(min(ends)), float(max(ends)))
         for row in deep:
             row.value_range = low, high
-        message = f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all"
-        note(f"{message} ({kind})")
+        note(
+            f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all "
+            f"({kind})"
+        )
     return rows
 
 
@@ -1924,7 +1979,7 @@ def without_tf32():
 def cache_path(name, image):
     """Where the cache holds the vector that a network of that name makes of a uint8 image."""
     content = f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
-    key = hashlib.sha256(content).hexdigest()
+    key = sha256(content)
     return CACHE / "features" / name / key[:2] / f"{key}.npy"
 
 

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -52,12 +53,14 @@ from metrics import (
     fill_captions,
     find_column,
     fit_square,
+    flag_adder,
     from_hub,
     generator,
     list_images,
     load_real,
     modality_of,
     need,
+    need_flags,
     note,
     number,
     pick_device,
@@ -68,12 +71,23 @@ from metrics import (
     report_enlarged,
     run_script,
     set_hash,
+    sha256,
     write_csv,
     write_file,
 )
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def in_parts(items, size):
+    """The items in lists of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def progress(items, what):
+    """The items, with a bar that rank 0 shows while they are worked on."""
+    return tqdm(items, what, disable=RANK > 0, leave=False)
 
 
 # ---------------------------------------------------------------- the sampler
@@ -97,15 +111,17 @@ class Settings:
 def guided_prediction(base, noisy, timestep, conds, settings):
     """The UNet's prediction (B, 4, h, w) by classifier-free guidance (Ho & Salimans 2022).
 
-    conds: what each forward pass reads, as make_conds returns it.
+    conds: the encoded negative prompts and prompts.
     """
+    negative, positive = conds
     if settings.guidance_scale == 1:
-        return denoise(base, noisy, timestep, conds[0])
+        return denoise(base, noisy, timestep, positive)
     if settings.low_memory:
-        without_prompt = denoise(base, noisy, timestep, conds[0])
-        with_prompt = denoise(base, noisy, timestep, conds[1])
+        without_prompt = denoise(base, noisy, timestep, negative)
+        with_prompt = denoise(base, noisy, timestep, positive)
     else:
-        prediction = denoise(base, torch.cat([noisy, noisy]), timestep, conds[0])
+        both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
+        prediction = denoise(base, torch.cat([noisy, noisy]), timestep, both)
         without_prompt, with_prompt = prediction.chunk(2)
     prediction = without_prompt + settings.guidance_scale * (with_prompt - without_prompt)
     share = settings.guidance_rescale
@@ -117,7 +133,7 @@ def guided_prediction(base, noisy, timestep, conds, settings):
 
 
 def generate_batch(base, noise, conds, generators, settings):
-    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w) and the encoded prompts."""
+    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w); conds as in guided_prediction."""
     scheduler = make_scheduler(base, settings)
     latents = noise.to(base.device) * scheduler.init_noise_sigma
     # the scheduler looks its timesteps up on the CPU, so that no step waits for the GPU
@@ -146,15 +162,6 @@ def noise_drawn_ahead(noise, generators, settings, device):
         yield
 
 
-def make_conds(negative, positive, settings):
-    """What the UNet's forward passes read, a dict each: one for both prompts, or one for each."""
-    if settings.guidance_scale == 1:
-        return [positive]
-    if settings.low_memory:
-        return [negative, positive]
-    return [{key: torch.cat([negative[key], positive[key]]) for key in positive}]
-
-
 @torch.no_grad()
 def generate(base, jobs, settings, batch_size=8, seed=0):
     """Yield a PIL image for each job (prompt, number) or (prompt, number, attempt), in order.
@@ -173,14 +180,12 @@ def generate(base, jobs, settings, batch_size=8, seed=0):
         encoded = [encode_one(text) for text in texts]
         return {key: torch.cat([cond[key] for cond in encoded]) for key in encoded[0]}
 
-    for start in range(0, len(jobs), batch_size):
-        batch = jobs[start : start + batch_size]
+    for batch in in_parts(jobs, batch_size):
         generators = [generator(seed, "sample", *job) for job in batch]
         noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
         positive = encode_all([prompt for prompt, *_ in batch])
         negative = encode_all([settings.negative_prompt for _ in batch])
-        conds = make_conds(negative, positive, settings)
-        latents = generate_batch(base, noise, conds, generators, settings)
+        latents = generate_batch(base, noise, (negative, positive), generators, settings)
         if not latents.isfinite().all():
             fail("the UNet returned NaN: give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):
@@ -439,11 +444,9 @@ def check_base(name, folder):
     for setting in ("latents_mean", "latents_std", "shift_factor"):
         if vae.get(setting) is not None:
             fail(f"--base {name}: its VAE has {setting}, which is not supported")
-    channels = vae.get("latent_channels", 4)
-    if unet.get("in_channels", 4) != channels:
-        fail(f"--base {name}: its UNet takes other inputs, for inpainting or depth")
-    if unet.get("out_channels", 4) != channels:
-        fail(f"--base {name}: its UNet's out_channels hold a variance, too, which is not supported")
+    for setting in ("in_channels", "out_channels"):  # more: for inpainting, depth or a variance
+        if unet.get(setting, 4) != vae.get("latent_channels", 4):
+            fail(f"--base {name}: its UNet's {setting} are not those of its VAE: not supported")
 
 
 def make_scheduler(base, settings):
@@ -462,7 +465,7 @@ def make_scheduler(base, settings):
     return scheduler
 
 
-def use_text_encoder(base, name, length=None, projection=None):
+def use_text_encoder(base, name, length, projection=None):
     """Let another transformers encoder (BERT's family) read the captions, behind a projection.
 
     name: a Hub id or folder. length: tokens, at most 512. projection: its weights, else fresh ones.
@@ -477,7 +480,7 @@ def use_text_encoder(base, name, length=None, projection=None):
         base.text_encoders = [encoder.float().to(base.device).eval().requires_grad_(False)]
         base.tokenizers = [tokenizer]
         longest = getattr(encoder.config, "max_position_embeddings", 512)
-        base.text_length = min(length or 512, longest, tokenizer.model_max_length)
+        base.text_length = min(length, longest, tokenizer.model_max_length)
         width = base.unet.config.cross_attention_dim
         base.text_projection = nn.Linear(encoder.config.hidden_size, width)
         with torch.no_grad():  # not every kind of encoder can read a caption
@@ -858,10 +861,12 @@ def say_what_is_cut(base, texts):
         tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
         if len(tokens) > room:
             lost.append((text, tokenizer.decode(tokens[room:])))
-    if lost and RANK == 0:
+    if lost:
         text, rest = lost[0]
-        print(f"{len(lost)} prompts are longer than the {room} tokens that this base reads;")
-        print(f'of "{text[:40]}…" this is lost: "{rest[:200]}"')
+        note(
+            f"{len(lost)} prompts are longer than the {room} tokens that this base reads; of "
+            f'"{text[:40]}…" this is lost: "{rest[:200]}"'
+        )
 
 
 # ---------------------------------------------------------------- files
@@ -915,12 +920,15 @@ class Manifest:
             if (self.folder / record["file"]).is_file():
                 self.records[record["stem"]] = record
 
-    def has(self, drawing, max_attempts):
-        """Whether a picture is there with its settings, or was refused at every attempt."""
-        record = self.records.get(drawing.stem)
-        if record is None or record["settings"] != drawing.record["settings"]:
-            return False
-        return not record["reason"] or record["attempts"] >= max_attempts
+    def unfinished(self, planned, max_attempts):
+        """The pictures not there with their settings, nor refused with them at every attempt."""
+        todo = []
+        for drawing in planned:
+            record = self.records.get(drawing.stem, {})
+            is_there = record.get("settings") == drawing.record["settings"]
+            if not is_there or (record["reason"] and record["attempts"] < max_attempts):
+                todo.append(drawing)
+        return todo
 
     def add(self, record, content):
         """Log and write a picture, in an order that leaves no false row wherever it is stopped."""
@@ -979,17 +987,12 @@ def plan(args, settings, base_name, prompts, adapters, control):
     for prompt in prompts:
         for i in range(args.num_images):
             parameters = f"{prompt.caption}\n{how}, Image: {i}{options}"
-            digest = hashlib.sha256(f"{args.format}\n{parameters}".encode()).hexdigest()
+            digest = sha256(f"{args.format}\n{parameters}".encode())
             stem = f"{stems[prompt.caption]}-{i:04d}"
             facts = {"prompt": prompt.caption, "label": prompt.label, "settings": digest[:16]}
             record = common | prompt.fields | facts
             planned.append(Drawing(prompt, i, stem, parameters, record))
     return planned
-
-
-def find_unfinished(planned, manifest, args):
-    """The pictures still to draw."""
-    return [drawing for drawing in planned if not manifest.has(drawing, args.max_attempts)]
 
 
 def refuse_to_replace(todo, manifest, args):
@@ -1012,7 +1015,7 @@ def encode_png(image, parameters):
     return content.getvalue()
 
 
-def save_png(image, path, parameters):
+def save_png(image, path, parameters=""):
     """Write a PNG as encode_png does."""
     write_file(path, encode_png(image, parameters))
 
@@ -1025,7 +1028,7 @@ def encode_dicom(image, parameters):
     from pydicom import Dataset, dcmwrite
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
-    digest = hashlib.sha256(parameters.encode() + image.tobytes()).hexdigest()
+    digest = sha256(parameters.encode() + image.tobytes())
     data = Dataset()
     data.ensure_file_meta()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -1062,24 +1065,24 @@ def encode_dicom(image, parameters):
 ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
-def contact_sheet(images, captions, names):
-    """One image of many: each whole in 160 pixels, its name and its caption below it.
+def contact_sheet(cells):
+    """One image of many (image, caption, name): each whole in 160 pixels, its words below it.
 
     Where captions mostly come several times in a row, each begins a new row.
     """
-    changes = [i for i in range(1, len(images)) if captions[i] != captions[i - 1]]
-    by_caption = 2 * len(changes) + 2 <= len(images)
-    rows = [[]]
-    for i in range(len(images)):
-        if len(rows[-1]) == 8 or (by_caption and i in changes):
-            rows.append([])
-        rows[-1].append(i)
-    sheet = Image.new("RGB", (164 * max(map(len, rows)) + 4, 208 * len(rows) + 4), "white")
+    groups = [list(group) for _, group in groupby(cells, lambda cell: cell[1])]
+    if 2 * len(groups) > len(cells):
+        groups = [cells]
+    rows = []
+    for group in groups:
+        rows += in_parts(group, 8)
+    columns = max(map(len, rows), default=0)
+    sheet = Image.new("RGB", (164 * columns + 4, 208 * len(rows) + 4), "white")
     pen = ImageDraw.Draw(sheet)
     for y, row in enumerate(rows):
-        for x, i in enumerate(row):
-            sheet.paste(ImageOps.contain(images[i], (160, 160)), (164 * x + 4, 208 * y + 4))
-            words = in_lines(names[i], 1, pen) + "\n" + in_lines(captions[i], 2, pen)
+        for x, (image, caption, name) in enumerate(row):
+            sheet.paste(ImageOps.contain(image, (160, 160)), (164 * x + 4, 208 * y + 4))
+            words = in_lines(name, 1, pen) + "\n" + in_lines(caption, 2, pen)
             pen.text((164 * x + 4, 208 * y + 165), words, fill="black", spacing=2)
     return sheet
 
@@ -1105,11 +1108,12 @@ class Control:
     size: pixels at which they see pictures. description: for the settings inside the pictures.
     """
 
+    selector = None
+    reference = None
+    size = 0
+    description = ""
+
     def __init__(self, args, settings, prompts, device):
-        self.selector = None
-        self.reference = None
-        self.size = 0
-        self.description = ""
         if args.selector:
             self.selector = load_selector(args.selector)
             self.selector.check_rows(prompts, args.min_alignment)
@@ -1162,9 +1166,7 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
     while todo:
         attempt += 1
         again = []
-        bar = tqdm(desc="drawing", total=len(todo), unit="image", disable=RANK > 0)
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        for batch in progress(in_parts(todo, batch_size), "drawing"):
             jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
             if attempt > 1:
                 jobs = [(*job, attempt) for job in jobs]
@@ -1183,8 +1185,6 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
                 else:
                     finished.append(judged)
             write_pictures(finished, attempt, manifest, args)
-            bar.update(len(batch))
-        bar.close()
         todo = again
 
 
@@ -1208,7 +1208,7 @@ def write_pictures(finished, attempt, manifest, args):
         for score, value in scores.items():
             name += f"_{score}_{value}"
         facts = {"stem": drawing.stem, "file": f"{name}.{args.format}", "attempts": attempt}
-        facts |= {"reason": reason, "sha256": hashlib.sha256(content).hexdigest()}
+        facts |= {"reason": reason, "sha256": sha256(content)}
         manifest.add(drawing.record | scores | facts, content)
 
 
@@ -1227,64 +1227,65 @@ def parse_args(argv=None):
     count = number(1, 10**6)
     share = number(0.0, 1.0)
     parser = Flags(__doc__)
-    add = parser.add_argument_group("model").add_argument
-    add("--base", help="tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
-    add("--lora", action="append", default=[], metavar="PATH[:WEIGHT]", help="may be repeated")
-    add("--checkpoint", type=existing_file, help="a run's checkpoints/*.pt")
+    add = flag_adder(parser.add_argument_group("model"))
+    add("--base", "tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
+    add("--lora", "may be repeated", action="append", default=[], metavar="PATH[:WEIGHT]")
+    add("--checkpoint", "a run's checkpoints/*.pt", type=existing_file)
 
     group = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
-    add = group.add_argument
-    add("--prompt", action="append", default=[], help="may be repeated; with {fields}, a format")
-    add_one_of = group.add_mutually_exclusive_group().add_argument
-    add_one_of("--prompts", type=existing_file, metavar="FILE", help=".txt, .csv or .jsonl")
-    add_one_of("--labels-from", type=data_set, metavar="DATA", help="every caption of a data set")
-    add("--negative-prompt", default="", help="what to steer away from")
-    add("--num-images", type=count, default=4, help="images per prompt")
-    add("--label", default="", help="label in manifest.csv (default: that of the data)")
+    add = flag_adder(group)
+    add("--prompt", "may be repeated; with {fields}, a format", action="append", default=[])
+    add_one_of = flag_adder(group.add_mutually_exclusive_group())
+    add_one_of("--prompts", ".txt, .csv or .jsonl", type=existing_file, metavar="FILE")
+    add_one_of("--labels-from", "every caption of a data set", type=data_set, metavar="DATA")
+    add("--negative-prompt", "what to steer away from", "")
+    add("--num-images", "images per prompt", 4, count)
+    add("--label", "label in manifest.csv (default: that of the data)", "")
 
     group = parser.add_argument_group("how")
-    add = group.add_argument
-    add("--steps", type=number(1, 998), default=50, help="denoising steps")
-    add("--scheduler", choices=SCHEDULERS, default="ddim", help="sampler")
-    add("--guidance-scale", type=number(0.0, 1000.0), default=7.5, help="1: without guidance")
-    add("--guidance-rescale", type=share, default=0.0, help="against overexposure; usually 0.7")
-    add("--height", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
-    add("--width", type=multiple_of_8, help="pixels (default: the adapter's, else the base's)")
-    add("--batch-size", type=count, default=8, help="images at once")
-    add("--low-memory", action="store_true", help="VAE in tiles, guidance in two passes")
-    add("--compile", action="store_true", help="torch.compile the UNet")
+    add = flag_adder(group)
+    add("--steps", "denoising steps", 50, number(1, 998))
+    add("--scheduler", "sampler", "ddim", choices=SCHEDULERS)
+    add("--guidance-scale", "1: without guidance", 7.5, number(0.0, 1000.0))
+    add("--guidance-rescale", "against overexposure; usually 0.7", 0.0, share)
+    add("--height", "pixels (default: the adapter's, else the base's)", type=multiple_of_8)
+    add("--width", "pixels (default: the adapter's, else the base's)", type=multiple_of_8)
+    add("--batch-size", "images at once", 8, count)
+    add("--low-memory", "VAE in tiles, guidance in two passes", False)
+    add("--compile", "torch.compile the UNet", False)
     add_common_flags(group)
 
     group = parser.add_argument_group("quality control: what is refused is drawn again")
-    add = group.add_argument
-    add("--selector", type=existing_file, help="written by filter.py --fit")
-    add("--min-quality", type=share, help="(default: the selector's)")
-    add("--min-alignment", type=share, help="probability that the label is shown")
-    add("--reference", type=data_set, metavar="REAL", help="real images to compare with")
-    calibrate = "share of real images to refuse (default: 0.05 without another limit)"
-    add("--calibrate", type=number(1e-6, 0.999), help=calibrate)
-    add("--max-lpips", type=number(0.0, 1e6), help="LPIPS to the nearest real image")
-    add("--min-ssim", type=number(-1.0, 1.0), help="SSIM to the most similar real image")
-    add("--drop-copies", action="store_true", default=None, help="refuse copies of real ones")
-    add("--max-attempts", type=count, default=10, help="drawings of one picture")
+    add = flag_adder(group)
+    add("--selector", "written by filter.py --fit", type=existing_file)
+    add("--min-quality", "(default: the selector's)", type=share)
+    add("--min-alignment", "probability that the label is shown", type=share)
+    add("--reference", "real images to compare with", type=data_set, metavar="REAL")
+    add(
+        "--calibrate",
+        "share of real images to refuse (default: 0.05 without another limit)",
+        type=number(1e-6, 0.999),
+    )
+    add("--max-lpips", "LPIPS to the nearest real image", type=number(0.0, 1e6))
+    add("--min-ssim", "SSIM to the most similar real image", type=number(-1.0, 1.0))
+    add("--drop-copies", "refuse copies of real ones", action="store_true", default=None)
+    add("--max-attempts", "drawings of one picture", 10, count)
 
     group = "how --reference is read (default: as the adapter's run did, all of it without --run)"
     add_reading_flags(parser.add_argument_group(group))
 
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default="runs/samples", help="folder")
-    add("--format", choices=ENCODERS, default="png", help="dcm: DICOM Secondary Capture")
-    add_one_of = parser.add_mutually_exclusive_group().add_argument
+    add = flag_adder(parser.add_argument_group("output"))
+    add("--out", "folder", "runs/samples")
+    add("--format", "dcm: DICOM Secondary Capture", "png", choices=ENCODERS)
+    add_colours = parser.add_mutually_exclusive_group().add_argument
     help_text = "write grey pictures (default: if the adapter's run saw grey ones)"
-    add_one_of("--grey", action="store_true", default=None, help=help_text)
-    add_one_of("--color", action="store_false", dest="grey", help="write pictures in colour")
-    add("--grid", action="store_true", help="also write a contact sheet, grid.png")
-    add("--overwrite", action="store_true", help="replace pictures of other settings")
+    add_colours("--grey", action="store_true", default=None, help=help_text)
+    help_text = "write pictures in colour"
+    add_colours("--color", action="store_false", dest="grey", help=help_text)
+    add("--grid", "also write a contact sheet, grid.png", False)
+    add("--overwrite", "replace pictures of other settings", False)
     args = parser.parse_args(argv)
-    if not args.selector and (args.min_quality, args.min_alignment) != (None, None):
-        fail("--min-quality and --min-alignment: need --selector")
-    if not args.reference and any(getattr(args, name) is not None for name in LIMITS):
-        fail("--calibrate, --max-lpips, --min-ssim and --drop-copies: need --reference")
+    need_flags(args, {"selector": ("min_quality", "min_alignment"), "reference": LIMITS})
     if args.reference and not args.run:
         for adapter in read_adapters(args)[:1]:
             args = parser.parse_again(adapter.metadata, adapter.path, argv)
@@ -1332,8 +1333,8 @@ def main(args):
     control = Control(args, settings, prompts, device)
     planned = plan(args, settings, base_name, prompts, adapters, control)
     manifest = Manifest(args.out)
-    missing = len(find_unfinished(planned, manifest, args))
-    todo = find_unfinished(planned[RANK::WORLD], manifest, args)
+    missing = len(manifest.unfinished(planned, args.max_attempts))
+    todo = manifest.unfinished(planned[RANK::WORLD], args.max_attempts)
     refuse_to_replace(todo, manifest, args)
     try:
         if todo:
@@ -1345,7 +1346,7 @@ def main(args):
             pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
             with merged(base.parts(), pairs):
                 draw(base, todo, batch_size, settings, control, manifest, args)
-        while RANK == 0 and find_unfinished(planned, manifest, args):
+        while RANK == 0 and manifest.unfinished(planned, args.max_attempts):
             time.sleep(1)  # for the other processes; torchrun ends this if one dies
             manifest.read()
     finally:
@@ -1360,11 +1361,11 @@ def finish(records, missing, run, args):
     """Write the contact sheet; print what was drawn and, with a run's folder, what to do next."""
     kept = [record for record in records if not record["reason"]]
     if args.grid:
-        shown = kept[:64]
-        images = [read_image(Path(args.out, record["file"])) for record in shown]
-        captions = [record["prompt"] for record in shown]
-        names = [Path(record["file"]).stem for record in shown]
-        save_png(contact_sheet(images, captions, names), Path(args.out, "grid.png"), "")
+        cells = []
+        for record in kept[:64]:
+            path = Path(args.out, record["file"])
+            cells.append((read_image(path), record["prompt"], path.stem))
+        save_png(contact_sheet(cells), Path(args.out, "grid.png"))
     print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)

@@ -11,13 +11,13 @@ samples/, log.jsonl, args.json, split.csv, report.html and README.md, a model ca
 """
 
 import argparse
-import hashlib
 import html
 import json
 import math
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -57,12 +57,14 @@ from metrics import (
     existing_file,
     extract,
     fail,
+    flag_adder,
     fold,
     frechet,
     generator,
     grey_kind,
     kid,
     list_images,
+    list_rows,
     load_features,
     load_real,
     load_weights,
@@ -78,6 +80,7 @@ from metrics import (
     replacing,
     report_remarks,
     run_script,
+    sha256,
     share_range,
     split_labels,
     split_rows,
@@ -112,6 +115,7 @@ from sample import (
     noised_and_target,
     own_resolution,
     predicted_latents,
+    progress,
     project,
     save_png,
     text_states,
@@ -198,9 +202,9 @@ def fit(base, streams, perceptual, validation, state, args, log):
     if stop or signals:
         if RANK == 0:
             print(f"stopped at step {state.step}, saved; the same command continues from here")
-            latest = Path(args.out, "checkpoints", "latest.pt")
-            words = ("--checkpoint", latest, "--prompt", args.val_prompts[0], "--grid")
-            print("look at what is there: " + command("sample.py", *words))
+            words = ("--prompt", args.val_prompts[0], "--grid")
+            look = command("sample.py", "--checkpoint", f"{args.out}/checkpoints/latest.pt", *words)
+            print(f"look at what is there: {look}")
         raise KeyboardInterrupt
 
 
@@ -582,7 +586,7 @@ hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 def digest(value):
     """SHA-256 of a value as Python writes it, in hexadecimal."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+    return sha256(repr(value).encode())
 
 
 def checkpoint_path(args):
@@ -627,15 +631,21 @@ def report_growth(checkpoint, args):
             f"--steps {args.steps}: the learning rate of {args.out} fell to 0 at its last step, "
             f"{before.steps}: add --lr-schedule constant to go on at --lr, or give another --out"
         )
-    if RANK == 0:
-        so_far = f"{len(steps)} steps had the learning rates of a run of {before.steps}"
-        print(f"{so_far}: the result is not that of one run of {args.steps} steps")
+    note(
+        f"{len(steps)} steps had the learning rates of a run of {before.steps}: "
+        f"the result is not that of one run of {args.steps} steps"
+    )
 
 
 def write_args(args, finished=None):
     """args.json: every flag, what ran it, and the step at which the run ended."""
-    content = {"args": vars(args), "command": sys.argv, "torch": torch.__version__}
-    content |= {"processes": WORLD, "finished": finished}
+    content = {
+        "args": vars(args),
+        "command": sys.argv,
+        "torch": torch.__version__,
+        "processes": WORLD,
+        "finished": finished,
+    }
     write_file(Path(args.out, "args.json"), json.dumps(content, indent=1, ensure_ascii=False))
 
 
@@ -708,7 +718,7 @@ class Data:
 def list_data(args):
     """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
     note(f"listing {args.data}")
-    rows = list_rows(args.data, args)
+    rows = list_rows(args.data, args, args.prompt, args.strict)
     refuse_output_in_data(rows, args)
     val_share = 0.0 if args.val_data else args.val_split
     split_rows(rows, val_share, args.test_split)
@@ -716,7 +726,7 @@ def list_data(args):
         if share and not any(row.split == split for row in rows):
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none is {split}")
     if args.val_data:
-        val_rows = list_rows(args.val_data, args)
+        val_rows = list_rows(args.val_data, args, args.prompt, args.strict)
         names = {row.file_name for row in rows}
         patients = {row.group for row in rows} & {row.group for row in val_rows} - {""}
         warn(sorted(patients), "patients on both sides of the split", "take them out of one")
@@ -726,9 +736,10 @@ def list_data(args):
                 row.file_name = row.path
         rows += val_rows
     share_range(rows, args.range)
-    add_weights(rows, args)
-    if RANK == 0 and not any(row.caption for row in rows):
-        print("no captions: no --prompt and no caption column, so every caption is empty")
+    if args.weight_column:
+        add_weights(rows, args)
+    if not any(row.caption for row in rows):
+        note("no captions: no --prompt and no caption column, so every caption is empty")
     if args.balance and not any(row.label for row in rows):
         fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
     if "flip" in args.augment:
@@ -736,11 +747,6 @@ def list_data(args):
         names = [row.file_name for row in rows if re.search(sided, row.caption)]
         warn(names, "captions that say left, right, OD or OS", "use no flips: they swap no words")
     return rows
-
-
-def list_rows(folder, args):
-    columns = [args.image_column, args.caption_column, args.label_column, args.group_column]
-    return list_images(folder, *columns, args.prompt, args.slices, args.strict)
 
 
 def refuse_output_in_data(rows, args):
@@ -752,14 +758,13 @@ def refuse_output_in_data(rows, args):
 
 
 def add_weights(rows, args):
-    """Set row.weight: the number in --weight-column over its mean in training rows, else 1."""
+    """Set row.weight of training rows: the number in --weight-column over its mean, if any."""
     column = args.weight_column
-    if column and column not in rows[0].fields:
+    if column not in rows[0].fields:
         fail(f"--weight-column {column}: {args.data} has no such column")
     weighted = []
     for row in rows:
-        row.weight = 1.0
-        if column and row.split == "train" and row.fields[column].strip():
+        if row.split == "train" and row.fields[column].strip():
             weighted.append(row)
             try:
                 row.weight = number(0.0, 1e9)(row.fields[column])
@@ -770,6 +775,14 @@ def add_weights(rows, args):
         fail(f"--weight-column {column}: the weights of all training images are 0")
     for row in weighted:
         row.weight *= len(weighted) / total
+
+
+def by_split(rows):
+    """{split: its rows}, in the order in which they come."""
+    splits = {}
+    for row in rows:
+        splits.setdefault(row.split, []).append(row)
+    return splits
 
 
 def count_patients(rows):
@@ -813,7 +826,6 @@ def list_class_images(count, args):
     for row in rows:
         row.caption = args.class_prompt
         row.split = "class"
-        row.weight = 1.0
     return rows
 
 
@@ -827,9 +839,9 @@ def rarest_labels(rows):
 # ---------------------------------------------------------------- pixels and latents
 
 
-def load_rows(rows, args, seed=None, **how):
-    """The readable rows and their pixels, without augmentation; `seed` is that of random crops."""
-    how = {"strict": args.strict, "seed": seed or args.seed} | how
+def load_rows(rows, args, **how):
+    """The readable rows and their pixels, without augmentation."""
+    how = {"strict": args.strict, "seed": args.seed} | how
     return load_real(rows, args.resolution, args, **how)
 
 
@@ -874,8 +886,7 @@ def load_data(base, rows, args):
     """([training images and, with dreambooth, class images], validation images or None)."""
     rows, latents = load_latents(base, rows, args)
     data = {"val": None}
-    for split in dict.fromkeys(row.split for row in rows):
-        members = [row for row in rows if row.split == split]
+    for split, members in by_split(rows).items():
         data[split] = make_data(base, members, latents[split], latents[f"{split} sizes"], args)
         data[split].is_grey = bool(latents[f"{split} grey"])
     streams = [data["train"]]
@@ -902,8 +913,7 @@ def load_latents(base, rows, args):
     readable = []
     thumbnails = []
     latents = {}
-    for split in dict.fromkeys(row.split for row in rows):
-        members = [row for row in rows if row.split == split]
+    for split, members in by_split(rows).items():
         latents[split], latents[f"{split} sizes"], small, places = encode_rows(base, members, args)
         if not places:
             fail(f"{args.data}: none of the images for {split} can be read")
@@ -940,8 +950,8 @@ def encode_rows(base, rows, args):
     """
     variants = args.variants if rows[0].split == "train" else 1
     side = args.resolution
-    shape = encode(base, torch.zeros(1, 3, side, side, dtype=torch.uint8))[0].shape[1:]
     small = min(64, side)
+    shape = (base.unet.config.in_channels, side // 8, side // 8)
     latents = torch.zeros(2, variants, len(rows), *shape)
     sizes = torch.zeros(variants, len(rows), 6, dtype=torch.long)
     thumbnails = torch.zeros(len(rows), 3, small, small, dtype=torch.uint8)
@@ -967,7 +977,7 @@ def read_in_parts(rows, args):
     """Yield this process's share of the images that can be read: places, rows, pixels."""
     count = min(64, math.ceil(len(rows) / WORLD))  # at once: 200 MB at 1024 pixels
     starts = range(count * RANK, len(rows), count * WORLD)
-    for start in tqdm(starts, "encoding", unit="part", disable=RANK > 0, leave=False):
+    for start in progress(starts, "encoding"):
         part = rows[start : start + count]
         for place, row in enumerate(part, start):
             row.place = place
@@ -990,7 +1000,7 @@ def make_data(base, rows, latents, sizes, args):
     text = encode_captions(base, captions, args)
     caption = torch.tensor([numbers[row.caption] for row in rows])
     weight = torch.tensor([row.weight for row in rows])
-    return Data(rows, latents[0], latents[1], sizes, text, caption, weight)
+    return Data(rows, *latents, sizes, text, caption, weight)
 
 
 @torch.no_grad()
@@ -998,7 +1008,7 @@ def encode_captions(base, captions, args):
     """Of all captions, in host memory: tokens where the text encoder learns, else its states."""
     table = {}
     starts = range(0, len(captions), 64)
-    for start in tqdm(starts, "captions", unit="batch", disable=RANK > 0, leave=False):
+    for start in progress(starts, "captions"):
         part = tokenize(base, captions[start : start + 64])
         if not text_learns(args):
             part = text_states(base, part)
@@ -1150,15 +1160,15 @@ def new_word(base, args):
 
 def copy_adapter(weights, args):
     """Copy --init-lora into fresh weights of the same layers and rank, whatever its alpha."""
-    pairs, _, tensors = lora.load(args.init_lora)
-    for name, (a, b) in pairs.items():
-        tensors[f"{name}.lora_A.weight"] = a
-        tensors[f"{name}.lora_B.weight"] = b * (args.rank / args.alpha)  # a file has it folded in
+    pairs, _, extra = lora.load(args.init_lora)
+    tensors = lora.diffusers_tensors(pairs) | extra
     shapes = {lora.on_disk(name): weight.shape for name, weight in weights.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
         fail(f"--init-lora {args.init_lora}: has another --rank, --targets or --text-lora")
     for name, weight in weights.items():
         weight.data.copy_(tensors[lora.on_disk(name)])
+        if ".lora_B." in name:  # a file has alpha/rank folded in
+            weight.data *= args.rank / args.alpha
 
 
 # ---------------------------------------------------------------- watching
@@ -1204,20 +1214,14 @@ def set_distance(base, data, args):
     drawn = draw_pictures(base, [(row.caption, i) for i, row in enumerate(rows)], args)
     distance = torch.zeros((), device=base.device)
     if RANK == 0:  # all must agree on which checkpoint is the best
-        distance += compare_sets(load_rows(rows, args)[1], drawn, base.device, args)
+        _, pixels = load_rows(rows, args)
+        name = "inception" if args.select_by == "fid" else "texture"
+        network = load_features(name, base.device)
+        real = extract(pixels, network, base.device)
+        fake = extract(drawn, network, base.device)
+        real, fake = np.split(pooled(real, fake, network.standardise), [len(real)])
+        distance += frechet(real, fake) if args.select_by == "fid" else kid(real, fake)[0]
     return over_processes(distance).item()
-
-
-def compare_sets(real, drawn, device, args):
-    """KID or FID of two sets of pixels, uint8 (N, 3, S, S)."""
-    name = "inception" if args.select_by == "fid" else "texture"
-    network = load_features(name, device)
-    real = extract(real, network, device)
-    fake = extract(drawn, network, device)
-    real, fake = np.split(pooled(real, fake, network.standardise), [len(real)])
-    if args.select_by == "fid":
-        return float(frechet(real, fake))
-    return float(kid(real, fake)[0])
 
 
 def validate(base, data, state, args, log):
@@ -1240,16 +1244,16 @@ def validate(base, data, state, args, log):
 def draw_grid(base, state, args, log):
     """samples/step-N.png: the same prompts from the same noise each time."""
     jobs = list(product(args.val_prompts, range(args.val_samples)))
-    path = Path(args.out, "samples", f"step-{state.step:08d}.png")
-    is_missing = torch.tensor(float(RANK == 0 and not path.exists()), device=base.device)
-    if not jobs or not over_processes(is_missing):
+    if not jobs:
         return
     with averaged_model(base, state, args):
         pixels = draw_pictures(base, jobs, args)
     if RANK == 0:
-        names = [str(number + 1) for _, number in jobs]
-        prompts = [prompt for prompt, _ in jobs]
-        grid = contact_sheet([picture(one) for one in pixels], prompts, names)
+        cells = []
+        for (prompt, number), one in zip(jobs, pixels, strict=True):
+            cells.append((picture(one), prompt, str(number + 1)))
+        grid = contact_sheet(cells)
+        path = Path(args.out, "samples", f"step-{state.step:08d}.png")
         save_png(grid, path, "\n".join(args.val_prompts))
         log.add_picture(grid, state.step)
 
@@ -1282,9 +1286,15 @@ class Log:
         memory = torch.cuda.max_memory_allocated()  # 0 without a GPU
         entries = []
         for step, (loss, grad_norm) in enumerate(values, state.step - len(values) + 1):
-            entry = {"step": step, "epoch": round(step * batch / state.images, 3), "loss": loss}
-            entry |= {"lr": learning_rate(step - 1, args), "grad_norm": grad_norm}
-            entry |= {"images_per_second": round(speed, 2), "memory": round(memory / 1e6)}
+            entry = {
+                "step": step,
+                "epoch": round(step * batch / state.images, 3),
+                "loss": loss,
+                "lr": learning_rate(step - 1, args),
+                "grad_norm": grad_norm,
+                "images_per_second": round(speed, 2),
+                "memory": round(memory / 1e6),
+            }
             entries.append(entry)
             if not state.scaler.is_enabled():  # which finds its scale by overflowing
                 loss += grad_norm
@@ -1335,10 +1345,16 @@ def open_board(state, args):
     if args.wandb:
         wandb = need("wandb", "--wandb")
         run_id = digest(os.path.abspath(args.out))[:16]
-        how = {"project": "medlora", "dir": args.out, "id": run_id, "resume": "allow"}
-        how |= {"name": Path(args.out).name, "config": vars(args), "sync_tensorboard": True}
         try:
-            wandb.init(**how)
+            wandb.init(
+                project="medlora",
+                name=Path(args.out).name,
+                dir=args.out,
+                id=run_id,
+                resume="allow",
+                config=vars(args),
+                sync_tensorboard=True,
+            )
         except wandb.Error as why:  # such as no login
             fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
     return SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
@@ -1352,24 +1368,26 @@ def describe_run(state, data, validation, args):
     patients = count_patients(data.rows)
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
-    batch = f"{effective_batch(args)} = {args.batch_size} × {args.accumulate} × {WORLD}"
-    print(f"{state.images} training images, {patients} patients; {held_out} for validation")
-    print(f"{weights:,} trainable weights; effective batch {batch}")
-    print(f"{args.steps} steps, {state.step} of them done", flush=True)
+    print(
+        f"{state.images} training images, {patients} patients; {held_out} for validation\n"
+        f"{weights:,} trainable weights; effective batch {effective_batch(args)} = "
+        f"{args.batch_size} × {args.accumulate} × {WORLD}\n"
+        f"{args.steps} steps, {state.step} of them done"
+    )
 
 
 def finish(state, data, args):
     """Write the results, the report and the card; print where they are and what to type next."""
     result = save_results(state, args)
     flag = "--base" if args.method == "full" else "--lora"
-    draw = command("sample.py", flag, result, "--prompt", args.val_prompts[0])
-    write_report(state, draw + " --num-images 50 --grid", args)
+    words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
+    draw = command("sample.py", flag, result, *words, "--out", "runs/samples")
+    write_report(state, draw, args)
     write_card(state, data, draw, args)
     write_args(args, state.step)
     if state.step < args.steps:
         print(f"ended at step {state.step}: --patience {args.patience} validations were no better")
-    print(f"done: {result}; look at {args.out}/report.html")
-    print(f"next: {draw} --num-images 50 --grid --out runs/samples")
+    print(f"done: {result}; look at {args.out}/report.html\nnext: {draw}")
     words = [args.val_data or args.data, "runs/samples", "--run", args.out]
     if args.val_data:
         words += ["--train-data", args.data]
@@ -1470,35 +1488,29 @@ def write_report(state, draw, args):
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     skipped = sum(None in line.values() for line in steps)
-    body = f'<p class="verdict">{outcome(state, skipped, args)}</p>'
-    body += f"<h2>Draw with it</h2><pre>{html.escape(draw)}</pre>"
-    older = ""
+    grids = []
     for path in sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True):
         step = int(path.stem[5:])
         what = f"drawn at step {step}: {'; '.join(args.val_prompts)}"
-        grid = f'<div class="wide">{thumbnail(Image.open(path), 4096, what)}</div>'
-        if "<img" in body:
-            older += f"<h3>Step {step}</h3>{grid}"
-        else:
-            body += f"<h2>Pictures of step {step}, the newest</h2>{grid}"
-    if older:
-        body += fold("Older pictures, the same noise each time", older)
-    losses = {"training": mean_points(steps, "loss")}
-    losses["validation"] = mean_points(state.history, "val_loss")
-    body += "<h2>Loss</h2>" + curve(losses, "step")
-    parser = flag_parser()
-    typed = vars(parser.parse_args())
-    chosen = []
-    others = []
-    for name, value in vars(args).items():
-        flags = others if typed[name] == parser.get_default(name) else chosen
-        flags.append(("--" + name.replace("_", "-"), value))
-    body += "<h2>Flags that were set</h2>" + table(("flag", "value"), chosen)
-    body += fold("All other flags", table(("flag", "value"), others))
-    more = ""
+        image = thumbnail(Image.open(path), 4096, what)
+        grids.append(f'<h3>Step {step}</h3><div class="wide">{image}</div>')
+    losses = {
+        "training": mean_points(steps, "loss"),
+        "validation": mean_points(state.history, "val_loss"),
+    }
+    curves = ""
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
-        more += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
-    body += fold("Gradient norm, learning rate, speed and memory", more)
+        curves += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
+    older = "".join(grids[1:])
+    flags = table(("flag", "value"), vars(args).items())
+    body = f"""<p class="verdict">{outcome(state, skipped, args)}</p>
+<h2>Draw with it</h2><pre>{html.escape(draw)}</pre>
+<h2>The newest pictures</h2>{"".join(grids[:1])}
+{fold("Older pictures, the same noise each time", older)}
+<h2>Loss</h2>{curve(losses, "step")}
+<h2>The command</h2><pre>{html.escape(shlex.join(sys.argv))}</pre>
+{fold("All flags", flags)}
+{fold("Gradient norm, learning rate, speed and memory", curves)}"""
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
@@ -1540,8 +1552,11 @@ def preview(args):
         fail(f"{args.data}: none of {len(rows)} images can be read")
     report_remarks(readable)
     unreadable = [row.file_name for row in rows if not row.size]
-    limit = f"training skips up to {BAD_SHARE:.0%} and ends above: delete them or get them again"
-    warn(unreadable, f"images of {len(rows)} that cannot be read", limit)
+    warn(
+        unreadable,
+        f"images of {len(rows)} that cannot be read",
+        f"training skips up to {BAD_SHARE:.0%} and ends above: delete them or get them again",
+    )
     describe_data(readable)
     warn_of_captions(readable)
     warn_of_duplicates(readable, pixels, args)
@@ -1565,7 +1580,8 @@ def warn_of_captions(rows):
 
 def warn_of_pictures(rows, pixels, args):
     """Warn of pictures that are small, have borders or marks, or are unlike all others."""
-    small = torch.cat([F.adaptive_avg_pool2d(to_grey(part), 128) for part in pixels.split(64)])
+    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 128) for part in pixels.split(64)])
+    grey = to_grey(small)
     sizes = torch.tensor([row.size for row in rows])
     sides = sizes.amax(1) if args.crop == "pad" else sizes.amin(1)
 
@@ -1577,19 +1593,18 @@ def warn_of_pictures(rows, pixels, args):
     warn_of(sides < args.resolution, 0.1, what, "get larger ones, or train at fewer pixels")
     if args.crop != "pad":
         advice = "crop them off, or the model draws them (on all four sides: --crop fundus)"
-        warn_of(border_widths(small) > 3, 0.5, "images with a black or white border", advice)
+        warn_of(border_widths(grey) > 3, 0.5, "images with a black or white border", advice)
     if len(rows) < 20:  # too few to say what is usual
         return
-    means = torch.cat([part.float().mean((2, 3)) for part in pixels.split(64)])
-    layout = F.adaptive_avg_pool2d(small, 8).flatten(1)
+    layout = F.adaptive_avg_pool2d(grey, 8).flatten(1)
     layout = F.normalize(layout - layout.mean(1, keepdim=True))
     warn_of(unlike(sizes.log(), 0.1) > 6, 0, "images of a size unlike all others", UNLIKE)
-    tint = means.diff()
+    tint = small.mean((2, 3)).diff()
     usual = max(2, float(tint.std(0).max()) / 4)  # photographs vary, films hardly
     warn_of(unlike(tint, usual) > 7, 0, "images of a tint unlike all others", UNLIKE)
     warn_of(unlike(layout, 0.02) > 3.7, 0, "images of a layout unlike all others", UNLIKE)
     what = "images with the same mark at the same place"
-    warn_of(marked(small[:, 0]), 0.25, what, "black it out or crop it off: the model learns it")
+    warn_of(marked(grey[:, 0]), 0.25, what, "black it out or crop it off: the model learns it")
 
 
 UNLIKE = "look at them, and take out what is of another kind"
@@ -1645,17 +1660,19 @@ def show_ceiling(base, pixels, folder, args):
     before = pixels[places]
     after = torch.empty_like(before)
     ssim = []
-    for i, one in enumerate(tqdm(before, "VAE", unit="image", leave=False)):
+    for i, one in enumerate(progress(before, "VAE")):
         after[i] = decode(vae, encode(vae, one[None])[0])[0]
         ssim.append(ssim_matrix(tiles(one), tiles(after[i])).diagonal().mean())
     error = (before.float() - after.float()).square().mean((1, 2, 3))
     psnr = (10 * (255**2 / (error + 0.01)).log10()).mean()
     shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
     pairs = torch.cat([before, after], 3)[shown]
-    save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png", "")
-    figures = f"PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}"
-    print(f"the VAE of {args.base} keeps {figures}: look at {folder}/vae.png, left as stored")
-    print("no training draws finer; if it loses what matters, try a larger --resolution")
+    save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png")
+    print(
+        f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}: look at "
+        f"{folder}/vae.png, left as stored\n"
+        "no training draws finer; if it loses what matters, try a larger --resolution"
+    )
 
 
 def tiles(pixels):
@@ -1667,10 +1684,12 @@ def tiles(pixels):
 def describe_data(rows):
     """Print counts, sizes, patients and labels; warn of labels with few images."""
     splits = Counter(row.split for row in rows)
-    parts = f"{splits['train']} to train on, {splits['val']} for validation"
-    print(f"{len(rows)} images: {parts}, {splits['test']} for a test")
     sides = list(chain.from_iterable(row.size for row in rows))
-    print(f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}")
+    print(
+        f"{len(rows)} images: {splits['train']} to train on, {splits['val']} for validation, "
+        f"{splits['test']} for a test\n"
+        f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}"
+    )
     groups = {}
     for row in rows:
         for label in split_labels(row):
@@ -1693,7 +1712,7 @@ def write_preview(rows, pixels, folder, args):
     if path.exists() and not path.read_text().startswith(header):
         fail(f"--preview {folder}: holds another data set; give another folder")
     lines = []
-    for i, row in enumerate(tqdm(rows, "writing", unit="image", leave=False)):
+    for i, row in enumerate(progress(rows, "writing")):
         if row.split == "test":
             continue
         group = row.group
@@ -1706,11 +1725,10 @@ def write_preview(rows, pixels, folder, args):
                 picture(make_variant(row, pixels[i], variant, args)).save(file, "PNG")
             lines.append([name, row.caption, row.label, group, row.file_name, synthetic])
     write_csv(path, PREVIEW_COLUMNS, lines)
-    shown = lines[:: max(1, len(lines) // 48)]
-    images = [Image.open(folder / line[0]) for line in shown]
-    captions = [line[1] or line[2] for line in shown]
-    grid = contact_sheet(images, captions, [line[4] for line in shown])
-    save_png(grid, folder / "grid.png", "")
+    cells = []
+    for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
+        cells.append((Image.open(folder / name), caption or label, source))
+    save_png(contact_sheet(cells), folder / "grid.png")
     print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 
@@ -1727,12 +1745,13 @@ def start_processes(args):
         torch.utils.deterministic.fill_uninitialized_memory = False  # thousands of fills a step
         torch.cuda.set_device(device)
     if WORLD > 1:
-        # a rank that dies takes the others down through torchrun; a slow disk must not
-        how = {"rank": RANK, "world_size": WORLD, "timeout": timedelta(hours=2)}
         backend = "gloo"
         if device.type == "cuda" and dist.is_nccl_available():  # not on Windows
             backend = "nccl"
-        dist.init_process_group(backend, store=fresh_store(), **how)
+        # a rank that dies takes the others down through torchrun; a slow disk must not
+        dist.init_process_group(
+            backend, store=fresh_store(), rank=RANK, world_size=WORLD, timeout=timedelta(hours=2)
+        )
     return device
 
 
@@ -1791,91 +1810,101 @@ share = number(0.0, 1.0)
 factor = number(0.0, 1e6)
 
 
-def flag_parser():
+def parse_args():
     parser = Flags(__doc__)
     group = parser.add_argument_group("data")
-    add = group.add_argument
-    add("--data", required=True, type=data_set, help="folder of images or of class folders; table")
-    add("--val-data", type=data_set, help="a separate validation set, in any of these forms")
-    add("--val-split", type=share, default=0.15, help="share held out for validation, by patient")
-    add("--test-split", type=share, default=0.0, help="share that no stage may learn from")
-    add("--prompt", help='caption format, such as "a chest X-ray with {labels}"')
+    add = flag_adder(group)
+    add("--data", "folder of images or of class folders; table", required=True, type=data_set)
+    add("--val-data", "a separate validation set, in any of these forms", type=data_set)
+    add("--val-split", "share held out for validation, by patient", 0.15, share)
+    add("--test-split", "share that no stage may learn from", 0.0, share)
+    add("--prompt", 'caption format, such as "a chest X-ray with {labels}"')
     add_reading_flags(group, with_run=False)
-    add("--weight-column", help="a row's loss counts by this number over the mean")
-    add("--resolution", type=multiple_of_8, help="pixels (default: the base's own)")
-    add("--augment", default="", help=f"a comma list of {', '.join(AUGMENT)}")
-    add("--variants", type=number(1, 1000), help="of an image, one plain (default: 4 if they vary)")
-    add("--balance", action="store_true", help="draw classes equally often, A|B as the rarer one")
-    add("--cache", help="folder of latents, for runs on the same images and VAE")
-    add("--preview", help="describe the data and write what the model sees to this folder")
-    add("--strict", action="store_true", help="stop at an unreadable image")
-    add("--skip-bad", dest="strict", action="store_false", help="skip up to 5 %% of unreadable")
+    add("--weight-column", "a row's loss counts by this number over the mean")
+    add("--resolution", "pixels (default: the base's own)", type=multiple_of_8)
+    add("--augment", f"a comma list of {', '.join(AUGMENT)}", "")
+    add("--variants", "of an image, one plain (default: 4 if they vary)", type=number(1, 1000))
+    add("--balance", "draw classes equally often, A|B as the rarer one", False)
+    add("--cache", "folder of latents, for runs on the same images and VAE")
+    add("--preview", "describe the data and write what the model sees to this folder")
+    add("--strict", "stop at an unreadable image", False)
+    add("--skip-bad", "skip up to 5 %% of unreadable", dest="strict", action="store_false")
 
-    add = parser.add_argument_group("model").add_argument
-    add("--base", default="sd21-base", help="tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder")
-    methods = ["lora", "full", "dreambooth", "textual-inversion"]
-    add("--method", choices=methods, default="lora", help="what is trained, and how")
-    add("--rank", type=number(1, 4096), default=16, help="of the adapter's matrices")
-    add("--alpha", type=number(1e-6, 1e6), help="the adapter acts with alpha/rank (default: rank)")
-    add("--dropout", type=number(0.0, 0.99), default=0.0, help="on the adapter's input")
-    add("--targets", default="attention", help="attention, all, or layer name endings: to_q,to_v")
-    add("--text-lora", action="store_true", help="adapt the text encoder's attention too")
-    add("--text-encoder", help="another one, Hub id or folder, behind a projection")
-    add("--text-length", type=number(8, 512), default=256, help="tokens of --text-encoder")
-    add("--init-lora", type=existing_file, help="adapter to start from, of any resolution")
-    add("--class-data", help="dreambooth: folder of images of the class")
-    add("--class-prompt", help='dreambooth: their caption, such as "a skin lesion"')
-    add("--prior-weight", type=factor, default=1.0, help="dreambooth: of their loss")
-    add("--token", default="<concept>", help="textual-inversion: the new word in --prompt")
-    add("--init-word", default="lesion", help="textual-inversion: a known word to start from")
-    add("--vectors", type=number(1, 75), default=1, help="textual-inversion: tokens of the word")
+    add = flag_adder(parser.add_argument_group("model"))
+    add("--base", "tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder", "sd21-base")
+    add(
+        "--method",
+        "what is trained, and how",
+        "lora",
+        choices=["lora", "full", "dreambooth", "textual-inversion"],
+    )
+    add("--rank", "of the adapter's matrices", 16, number(1, 4096))
+    add("--alpha", "the adapter acts with alpha/rank (default: rank)", type=number(1e-6, 1e6))
+    add("--dropout", "on the adapter's input", 0.0, number(0.0, 0.99))
+    add("--targets", "attention, all, or layer name endings: to_q,to_v", "attention")
+    add("--text-lora", "adapt the text encoder's attention too", False)
+    add("--text-encoder", "another one, Hub id or folder, behind a projection")
+    add("--text-length", "tokens of --text-encoder", 256, number(8, 512))
+    add("--init-lora", "adapter to start from, of any resolution", type=existing_file)
+    add("--class-data", "dreambooth: folder of images of the class")
+    add("--class-prompt", 'dreambooth: their caption, such as "a skin lesion"')
+    add("--prior-weight", "dreambooth: of their loss", 1.0, factor)
+    add("--token", "textual-inversion: the new word in --prompt", "<concept>")
+    add("--init-word", "textual-inversion: a known word to start from", "lesion")
+    add("--vectors", "textual-inversion: tokens of the word", 1, number(1, 75))
 
-    add = parser.add_argument_group("training").add_argument
-    add("--snr-gamma", type=factor, default=0.0, help="min-SNR weighting, usually 5 (0: off)")
-    add("--noise-offset", type=share, default=0.0, help="usually 0 to 0.05")
-    add("--prompt-dropout", type=share, default=0.1, help="share of captions left empty")
-    add("--perceptual-weight", type=factor, default=0.0, help="of a loss on features: 0.1")
-    add("--perceptual", choices=["vgg", "vae"], default="vae", help="of VGG-16 or the VAE")
-    add("--steps", type=positive, default=1000, help="optimizer steps")
-    add("--epochs", type=factor, default=0.0, help="passes over the data, instead of --steps")
-    add("--batch-size", type=positive, default=8, help="images a pass, on each process")
-    add("--accumulate", type=positive, default=1, help="passes a step")
-    add("--lr", type=number(1e-12, 10.0), default=1e-4, help="peak learning rate")
-    schedules = ["cosine", "linear", "constant"]
-    add("--lr-schedule", choices=schedules, default="cosine", help="after the warm-up")
-    add("--warmup", type=count, help="steps (default: a tenth of the run, at most 100)")
-    add("--weight-decay", type=share, default=1e-2, help="of AdamW")
-    add("--max-grad-norm", type=factor, default=1.0, help="gradients are clipped to it (0: off)")
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="8bit: less memory")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a fifth slower")
-    add("--compile", action="store_true", help="the UNet: minutes at first, then faster")
-    add("--ema", type=number(0.0, 0.9999999), default=0.9999, help="decay, warmed up (0: off)")
+    add = flag_adder(parser.add_argument_group("training"))
+    add("--snr-gamma", "min-SNR weighting, usually 5 (0: off)", 0.0, factor)
+    add("--noise-offset", "usually 0 to 0.05", 0.0, share)
+    add("--prompt-dropout", "share of captions left empty", 0.1, share)
+    add("--perceptual-weight", "of a loss on features: 0.1", 0.0, factor)
+    add("--perceptual", "of VGG-16 or the VAE", "vae", choices=["vgg", "vae"])
+    add("--steps", "optimizer steps", 1000, positive)
+    add("--epochs", "passes over the data, instead of --steps", 0.0, factor)
+    add("--batch-size", "images a pass, on each process", 8, positive)
+    add("--accumulate", "passes a step", 1, positive)
+    add("--lr", "peak learning rate", 1e-4, number(1e-12, 10.0))
+    add("--lr-schedule", "after the warm-up", "cosine", choices=["cosine", "linear", "constant"])
+    add("--warmup", "steps (default: a tenth of the run, at most 100)", type=count)
+    add("--weight-decay", "of AdamW", 1e-2, share)
+    add("--max-grad-norm", "gradients are clipped to it (0: off)", 1.0, factor)
+    add("--optimizer", "8bit: less memory", "adamw", choices=["adamw", "adamw8bit"])
+    add("--gradient-checkpointing", "less memory, a fifth slower", False)
+    add("--compile", "the UNet: minutes at first, then faster", False)
+    add("--ema", "decay, warmed up (0: off)", 0.9999, number(0.0, 0.9999999))
 
     group = parser.add_argument_group("watching and keeping")
-    add = group.add_argument
-    figures = ["val-loss", "kid", "fid"]
-    every = "steps (default: a tenth of the run; 0: at the end alone)"
-    add("--validate-every", type=count, help=every)
-    add("--val-prompts", action="append", help="of the grid; may be repeated (default: captions)")
-    add("--val-samples", type=number(0, 64), default=2, help="images a prompt in the grid")
-    add("--val-steps", type=number(1, 999), default=25, help="denoising steps of the grid")
-    add("--val-guidance-scale", type=factor, default=5.0, help="of the grid")
-    add("--select-by", choices=figures, default="val-loss", help="what makes a checkpoint the best")
-    gain = f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)"
-    add("--patience", type=count, default=0, help=gain)
-    add("--tensorboard", action="store_true", help="mirror the log into --out for TensorBoard")
-    add("--wandb", action="store_true", help="mirror TensorBoard's log to Weights & Biases")
-    add("--log-every", type=positive, default=10, help="steps between two writings of the log")
-    add("--out", default="runs/train", help="the run's folder")
-    add("--save-every", type=positive, default=500, help="steps between two checkpoints")
-    add("--keep-last", type=count, default=3, help="checkpoints (0: all)")
-    add("--resume", default="auto", help="auto, latest, best or a path")
+    add = flag_adder(group)
+    add(
+        "--validate-every",
+        "steps (default: a tenth of the run; 0: at the end alone)",
+        type=count,
+    )
+    add("--val-prompts", "of the grid; may be repeated (default: captions)", action="append")
+    add("--val-samples", "images a prompt in the grid", 2, number(0, 64))
+    add("--val-steps", "denoising steps of the grid", 25, number(1, 999))
+    add("--val-guidance-scale", "of the grid", 5.0, factor)
+    add(
+        "--select-by",
+        "what makes a checkpoint the best",
+        "val-loss",
+        choices=["val-loss", "kid", "fid"],
+    )
+    add(
+        "--patience",
+        f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)",
+        0,
+        count,
+    )
+    add("--tensorboard", "mirror the log into --out for TensorBoard", False)
+    add("--wandb", "mirror TensorBoard's log to Weights & Biases", False)
+    add("--log-every", "steps between two writings of the log", 10, positive)
+    add("--out", "the run's folder", "runs/train")
+    add("--save-every", "steps between two checkpoints", 500, positive)
+    add("--keep-last", "checkpoints (0: all)", 3, count)
+    add("--resume", "auto, latest, best or a path", "auto")
     add_common_flags(group)
-    return parser
-
-
-def parse_args():
-    args = flag_parser().parse_args()
+    args = parser.parse_args()
     if args.alpha is None:
         args.alpha = float(args.rank)
     if args.variants is None:
@@ -1937,8 +1966,9 @@ def check_validation(val_rows, args):
 def run(args, device):
     """Train from the flags to the report; continue a run that was stopped."""
     rows = list_data(args)
-    train_rows = [row for row in rows if row.split == "train"]
-    val_rows = [row for row in rows if row.split == "val"]
+    splits = by_split(rows)
+    train_rows = splits["train"]
+    val_rows = splits.get("val", [])
     args = with_defaults(args, train_rows, find_base(args.base))
     check_validation(val_rows, args)
     class_rows = list_class_images(len(train_rows), args)
@@ -1946,8 +1976,10 @@ def run(args, device):
     checkpoint = read_checkpoint(made_of, args)
     if checkpoint and is_finished(checkpoint, args):
         if RANK == 0:
-            more = "give more --steps and --lr-schedule constant"
-            print(f"{args.out} is finished: {args.steps} steps. To go on, {more}")
+            print(
+                f"{args.out} is finished: {args.steps} steps. "
+                "To go on, give more --steps and --lr-schedule constant"
+            )
         return
     if checkpoint:
         report_growth(checkpoint, args)

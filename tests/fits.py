@@ -243,10 +243,9 @@ def draw_batch(base, resolution, batch_size, settings):
     """From captions to pictures, by one step of denoising, for all steps are alike."""
     states = sample.project(base, make_states(base, 1))
     cond = {name: torch.cat([values] * batch_size) for name, values in states.items()}
-    conds = sample.make_conds(cond, cond, settings)
     latents = torch.zeros(batch_size, 4, resolution // 8, resolution // 8)
     timestep = torch.zeros((), dtype=torch.long)
-    prediction = sample.guided_prediction(base, latents, timestep, conds, settings)
+    prediction = sample.guided_prediction(base, latents, timestep, (cond, cond), settings)
     latents = latents - prediction
     del prediction
     sample.decode(base, latents)

@@ -582,7 +582,7 @@ def test_the_noise_of_euler_a_is_drawn_ahead_and_the_same_to_the_bit(loaded, mon
         return [generator(0, "sample", "a foot", i) for i in range(2)]
 
     with torch.no_grad():
-        drawn = sample.generate_batch(loaded, noise, [cond], fresh_generators(), settings)
+        drawn = sample.generate_batch(loaded, noise, (cond, cond), fresh_generators(), settings)
         assert euler_a.randn_tensor is randn_tensor  # others use diffusers, too
 
         scheduler = sample.make_scheduler(loaded, settings)

@@ -81,7 +81,7 @@ def function_sizes(source):
 def adds_flags(function):
     """Whether a function is a list of command-line flags."""
     for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and node.attr == "add_argument":
+        if isinstance(node, ast.Attribute) and node.attr == "add_argument_group":
             return True
     return False
 

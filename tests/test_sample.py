@@ -305,12 +305,13 @@ def test_a_contact_sheet_gives_a_caption_a_row_and_cuts_long_ones_in_the_middle(
     pictures = [Image.new("RGB", size, "red") for size in [(64, 64), (64, 32)] * 3]
     captions = ["a foot"] * 3 + ["a hand"] * 3
     names = [str(i) for i in range(6)]
-    sheet = sample.contact_sheet(pictures, captions, names)
+    sheet = sample.contact_sheet(list(zip(pictures, captions, names, strict=True)))
     assert sheet.size == (3 * 164 + 4, 2 * 208 + 4)
     assert sheet.getpixel((5, 5)) == (255, 0, 0)
     assert sheet.getpixel((169, 100)) == (255, 255, 255)  # below a wide picture: none is cut
     others = [f"{caption} {i}" for i, caption in enumerate(captions)]
-    assert sample.contact_sheet(pictures, others, names).size == (6 * 164 + 4, 208 + 4)
+    cells = list(zip(pictures, others, names, strict=True))
+    assert sample.contact_sheet(cells).size == (6 * 164 + 4, 208 + 4)
     pen = ImageDraw.Draw(sheet)
     words = sample.in_lines("a chest X-ray with pneumonia " * 9 + "on the left", 2, pen)
     first, second = words.split("\n")
@@ -674,7 +675,7 @@ def test_the_words_that_are_cut_are_said(draw, tmp_path, capsys):
     words = [f"w{i}" for i in range(500)]  # this base reads a letter a token, so 75 of 1890
     prompts = ["--prompt", " ".join(words), "--prompt", "short", "--negative-prompt", "n" * 76]
     draw(tmp_path, *prompts, "--num-images", 1)
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert '"w0 w1 w2' in out
     assert "2 prompts are longer than the 75 tokens" in out
     assert 'lost: "2 8 w 2 9' in out  # this tokenizer puts spaces between all letters
@@ -701,8 +702,8 @@ def test_the_words_that_are_cut_are_said(draw, tmp_path, capsys):
         (["--prompt", "x", "--lora", "no-such-file.safetensors"], "no-such-file.safetensors"),
         (["--prompt", "x", "--base", "no/such/folder"], "no/such/folder"),
         (["--prompt", "x", "--device", "cuda:99"], "cuda:99"),
-        (["--prompt", "x", "--min-quality", "0.5"], "need --selector"),
-        (["--prompt", "x", "--max-lpips", "0.3"], "need --reference"),
+        (["--prompt", "x", "--min-quality", "0.5"], "needs --selector"),
+        (["--prompt", "x", "--max-lpips", "0.3"], "needs --reference"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, base, tmp_path, refused):
@@ -978,7 +979,7 @@ def test_both_scores_stand_in_a_files_name_and_the_picture_is_known_again(tmp_pa
     sample.write_pictures(finished, 1, folder, args)
     folder.write()
     assert names(tmp_path) == ["x-0000_quality_0.91_alignment_0.23.png"]
-    assert sample.Manifest(tmp_path).has(drawing, 1)
+    assert not sample.Manifest(tmp_path).unfinished([drawing], 1)
 
 
 def test_a_folder_called_refused_is_a_folder_like_others(draw, tmp_path, capsys):

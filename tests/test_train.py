@@ -192,7 +192,7 @@ def test_a_finished_run_grows_by_a_constant_rate_alone(
     assert "--rank" in refused(train, *flags, "--steps", 8, "--rank", 4)
     capsys.readouterr()
     run(train, *flags, "--steps", 8, "--lr-schedule", "constant")
-    assert "not that of one run of 8 steps" in capsys.readouterr().out
+    assert "not that of one run of 8 steps" in capsys.readouterr().err
     assert [line["lr"] for line in log_of(tmp_path)][4:] == [1e-3] * 4
 
 
@@ -203,7 +203,7 @@ def test_a_run_at_a_constant_rate_grows_to_the_same_bytes_as_a_longer_one(
     run(train, *flags, "--out", tmp_path / "whole", "--steps", 8)
     run(train, *flags, "--out", tmp_path / "grown", "--steps", 4)
     run(train, *flags, "--out", tmp_path / "grown", "--steps", 8)
-    assert "not that of one run" not in capsys.readouterr().out
+    assert "not that of one run" not in capsys.readouterr().err
     assert results(tmp_path / "grown") == results(tmp_path / "whole")
 
 
@@ -217,7 +217,7 @@ def test_a_stopped_run_that_is_to_be_longer_says_so(flags, tmp_path, run, monkey
         patch.setattr(train, "validate", stopped)  # at step 6
         run(train, *flags)
     run(train, *flags, "--steps", 15)
-    assert "the result is not that of one run of 15 steps" in capsys.readouterr().out
+    assert "the result is not that of one run of 15 steps" in capsys.readouterr().err
 
 
 def test_the_adapter_file_holds_the_averaged_weights_of_the_best_validation_or_of_the_end(
@@ -1561,9 +1561,9 @@ def test_the_report_answers_first_and_folds_the_rest(flags, tmp_path, run, monke
         "sample.py",
         "drawn at step 12",
         "<svg",
-        ">--lr<",
-        "All other flags",
-        ">--ema<",
+        "--val-prompts",
+        "All flags",
+        ">ema<",
     ]
     places = [report.index(words) for words in order]
     assert places == sorted(places)
