@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, product
@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from scipy import ndimage
+from scipy import ndimage, stats
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -570,7 +570,7 @@ def fixed_settings(train_rows, val_rows, args):
 # flags on which what is learnt does not depend, or which fixed_settings replaces
 MAY_CHANGE = """steps epochs out resume device precision save_every keep_last log_every val_prompts
     validate_every val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
-    val_data class_data patience tensorboard wandb compile gradient_checkpointing""".split()
+    val_data class_data audit patience tensorboard wandb compile gradient_checkpointing""".split()
 hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 
@@ -591,7 +591,7 @@ def read_checkpoint(made_of, args):
     """The checkpoint that --resume means, None to start afresh; refused if other flags made it."""
     path = checkpoint_path(args)
     if not path.exists():
-        if args.resume == "auto":
+        if args.resume == "auto" and not args.audit:
             return None
         fail(f"--resume {args.resume}: there is no {path}")
     try:
@@ -864,9 +864,9 @@ def image_sizes(row, variant, args):
 
 
 def load_data(base, rows, args):
-    """([training images and, with dreambooth, class images], validation images or None)."""
+    """([training images and, with dreambooth, class images], held-out images or None)."""
     rows, latents = load_latents(base, rows, args)
-    data = {"val": None}
+    data = {}
     for split in dict.fromkeys(row.split for row in rows):
         members = [row for row in rows if row.split == split]
         data[split] = make_data(base, members, latents[split], latents[f"{split} sizes"], args)
@@ -877,7 +877,7 @@ def load_data(base, rows, args):
         data["class"].name = "class"
         data["class"].weight *= args.prior_weight
         streams.append(data["class"])
-    return streams, data["val"]
+    return streams, data.get("val", data.get("test"))
 
 
 def load_latents(base, rows, args):
@@ -1154,7 +1154,6 @@ def copy_adapter(weights, args):
 # ---------------------------------------------------------------- watching
 
 
-@torch.no_grad()
 def validation_loss(base, data, args):
     """Mean squared error at noise and timesteps that never change, spread evenly over all."""
     count = max(len(data.rows), 64)  # a few images are looked at several times
@@ -1162,17 +1161,27 @@ def validation_loss(base, data, args):
     timesteps = ((torch.arange(count) + 0.5) * base.num_timesteps / count).long()
     timesteps = timesteps[torch.randperm(count, generator=draw)]
     noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
-    total = torch.zeros((), device=base.device)
-    for part in torch.arange(count).split(args.batch_size)[RANK::WORLD]:
-        rows = part % len(data.rows)
-        text = {name: values[data.caption[rows]] for name, values in data.text.items()}
-        more = (text, data.sizes[rows], data.weight[rows])
-        batch = on_device(Batch(data.mean[rows], noise[part], timesteps[part], *more), base.device)
+    mine = torch.arange(count)[RANK::WORLD]
+    rows = mine % len(data.rows)
+    errors = denoising_errors(base, data, rows, noise[mine], timesteps[mine], args)
+    return over_processes(errors.sum()).item() / count
+
+
+@torch.no_grad()
+def denoising_errors(base, data, rows, noise, timesteps, args):
+    """The mean squared error of each of these rows (N,) at its noise and timestep: (N,)."""
+    errors = []
+    for part in torch.arange(len(rows)).split(args.batch_size):
+        places = rows[part]
+        text = {name: values[data.caption[places]] for name, values in data.text.items()}
+        more = (text, data.sizes[places], data.weight[places])
+        batch = Batch(data.mean[places], noise[part], timesteps[part], *more)
+        batch = on_device(batch, base.device)
         times = batch.timesteps.to(base.device)
         noisy, target, _ = noised_and_target(base, batch.latents, batch.noise, times)
         error = denoise(base, noisy, times, text_condition(base, batch, args)) - target
-        total += error.square().mean((1, 2, 3)).sum()
-    return over_processes(total).item() / count
+        errors.append(error.square().mean((1, 2, 3)))
+    return torch.cat(errors)
 
 
 def draw_pictures(base, jobs, args):
@@ -1334,11 +1343,90 @@ def open_board(state, args):
     return SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
 
 
+# ---------------------------------------------------------------- the membership audit
+
+AUDITED = 75  # patients a side, at most
+AUDIT_TIMES = (0.1, 0.2, 0.3, 0.4)  # of all timesteps
+AUROC = "AUROC {auroc:.2f} (95 %: {low:.2f} to {high:.2f}, p {p:.2g})"
+
+
+def audit(base, data, held_out, best, state, args):
+    """audit.json: can someone who has the weights `best` tell what they learnt? In a sentence.
+
+    Learning lowers the error of training images more than that of others (Matsumoto et al. 2023);
+    the base's error at the same noise takes out how difficult a picture is (Watson et al. 2022).
+    What the base's error tells by itself is no memorisation: the control.
+    """
+    sides = [(part, draw_patients(part, args)) for part in (data, held_out) if part]
+    if len(sides) < 2 or min(len(patients) for _, patients in sides) < 5:
+        return "No membership audit: it needs five held-out patients (--val-split)."
+    note("auditing what the weights tell of the training images")
+    alone = {name: torch.zeros_like(weight) for name, weight in best.items()}
+    if args.method == "full":
+        alone = trainable_weights(prepare_base(args, torch.device("cpu")), args)
+    errors = []
+    for weights in (alone, best):
+        ema = {name: weight.to(base.device) for name, weight in weights.items()}
+        with averaged_model(base, replace(state, ema=ema), args):
+            errors.append([patient_errors(base, *side, args) for side in sides])
+    before, after = errors
+    control = tell_apart(*before, args.seed)
+    adapter = tell_apart(after[0] - before[0], after[1] - before[1], args.seed)
+    sentence = (
+        "Someone who has this adapter can tell training images from others with "
+        f"{AUROC.format(**adapter)}; the base alone gives {AUROC.format(**control)}."
+    )
+    result = {"adapter": adapter, "base": control, "sentence": sentence}
+    write_file(Path(args.out, "audit.json"), json.dumps(result, indent=1))
+    return sentence
+
+
+def draw_patients(data, args):
+    """The row numbers of each drawn patient's real images, or of one image of nobody known."""
+    patients = {}
+    order = torch.randperm(len(data.rows), generator=generator(args.seed, "audited"))
+    for i in order.tolist():
+        row = data.rows[i]
+        if row.fields.get("synthetic") != "1":
+            patients.setdefault(row.group or row.path, []).append(i)
+    names = sorted(patients)
+    return [patients[name] for name in names[:: math.ceil(len(names) / AUDITED) or 1]]
+
+
+def patient_errors(base, data, patients, args):
+    """The mean log denoising error of each patient (N,), of another image at each timestep."""
+    total = 0
+    for k, share in enumerate(AUDIT_TIMES):
+        rows = torch.tensor([images[k % len(images)] for images in patients])
+        noise = torch.randn(data.mean.shape[1:], generator=generator(args.seed, "audit", k))
+        timesteps = torch.full(rows.shape, int(share * base.num_timesteps))
+        noise = noise.expand(len(rows), -1, -1, -1)
+        total += denoising_errors(base, data, rows, noise, timesteps, args).log()
+    return total.double().cpu().numpy() / len(AUDIT_TIMES)
+
+
+def tell_apart(members, others, seed):
+    """How well a lower score tells members (N,) from others (M,).
+
+    AUROC, 95 % of 1,000 bootstraps of either side, and p of Mann and Whitney's permutations.
+    """
+    wins = np.heaviside(others[:, None] - members, 0.5)
+    gen = generator(seed, "bootstrap")
+    rows, columns = (torch.randint(n, (1000, n), generator=gen).numpy() for n in wins.shape)
+    draws = wins[rows[:, :, None], columns[:, None]].mean((1, 2))
+    low, high = np.percentile(draws, (2.5, 97.5))
+    p = stats.mannwhitneyu(members, others, alternative="less").pvalue
+    sizes = {"training": len(members), "held_out": len(others)}
+    return {"auroc": wins.mean(), "low": low, "high": high, "p": p} | sizes
+
+
 # ---------------------------------------------------------------- what a run writes and prints
 
 
-def describe_run(state, data, validation, args):
-    """Before anything long starts: print what will be trained on what."""
+def describe_run(rows, state, data, validation, args):
+    """Before anything long starts: write who is where, print what will be trained on what."""
+    lines = [[row.file_name, row.group, row.split] for row in rows]
+    write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
     patients = count_patients(data.rows)
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
@@ -1348,13 +1436,16 @@ def describe_run(state, data, validation, args):
     print(f"{args.steps} steps, {state.step} of them done", flush=True)
 
 
-def finish(state, data, args):
+def finish(base, state, data, held_out, args):
     """Write the results, the report and the card; print where they are and what to type next."""
-    result = save_results(state, args)
+    best = best_weights(state, args)
+    result = save_results(best, state, args)
+    sentence = audit(base, data, held_out, best, state, args)
+    print(sentence)
     flag = "--base" if args.method == "full" else "--lora"
     draw = command("sample.py", flag, result, "--prompt", args.val_prompts[0])
-    write_report(state, draw + " --num-images 50 --grid", args)
-    write_card(state, data, draw, args)
+    write_report(state, sentence, draw + " --num-images 50 --grid", args)
+    write_card(state, data, sentence, draw, args)
     write_args(args, state.step)
     if state.step < args.steps:
         print(f"ended at step {state.step}: --patience {args.patience} validations were no better")
@@ -1367,9 +1458,8 @@ def finish(state, data, args):
         print("then:", command("evaluate.py", *words))
 
 
-def save_results(state, args):
+def save_results(best, state, args):
     """Write the trained weights; returns the path for --lora or --base of sample.py."""
-    best = best_weights(state, args)
     if args.method == "full":
         return save_model(best, args)
     metadata = adapter_metadata(state, args)
@@ -1422,7 +1512,7 @@ def save_model(weights, args):
     return folder
 
 
-def write_card(state, data, draw, args):
+def write_card(state, data, sentence, draw, args):
     """README.md: a model card with the metadata that the Hub reads, the data, and the limits."""
     prompt = json.dumps(args.val_prompts[0], ensure_ascii=False)
     base = BASES.get(args.base, args.base)
@@ -1449,18 +1539,19 @@ Use: `{draw}`
 real images.
 **Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see the
 nearest pairs of evaluate.py) and inherit the biases of the training set and the base's licence.
+{sentence}
 
 Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
 """
     write_file(Path(args.out, "README.md"), text)
 
 
-def write_report(state, draw, args):
+def write_report(state, sentence, draw, args):
     """report.html: how it went, what to do next, the newest pictures, the loss, the flags."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     skipped = sum(None in line.values() for line in steps)
-    body = f'<p class="verdict">{outcome(state, skipped, args)}</p>'
+    body = f'<p class="verdict">{outcome(state, skipped, args)}</p><p>{sentence}</p>'
     body += f"<h2>Draw with it</h2><pre>{html.escape(draw)}</pre>"
     older = ""
     for path in sorted(Path(args.out, "samples").glob("step-*.png"), reverse=True):
@@ -1860,6 +1951,7 @@ def flag_parser():
     add("--save-every", type=positive, default=500, help="steps between two checkpoints")
     add("--keep-last", type=count, default=3, help="checkpoints (0: all)")
     add("--resume", default="auto", help="auto, latest, best or a path")
+    add("--audit", action="store_true", help="repeat the membership audit of a finished run")
     add_common_flags(group)
     return parser
 
@@ -1929,12 +2021,13 @@ def run(args, device):
     rows = list_data(args)
     train_rows = [row for row in rows if row.split == "train"]
     val_rows = [row for row in rows if row.split == "val"]
+    held_rows = val_rows or [row for row in rows if row.split == "test"]
     args = with_defaults(args, train_rows, find_base(args.base))
     check_validation(val_rows, args)
     class_rows = list_class_images(len(train_rows), args)
     made_of = fixed_settings(train_rows, val_rows, args)
     checkpoint = read_checkpoint(made_of, args)
-    if checkpoint and is_finished(checkpoint, args):
+    if checkpoint and is_finished(checkpoint, args) and not args.audit:
         if RANK == 0:
             more = "give more --steps and --lr-schedule constant"
             print(f"{args.out} is finished: {args.steps} steps. To go on, {more}")
@@ -1945,23 +2038,22 @@ def run(args, device):
     base = prepare_base(args, device)
     perceptual = load_perceptual(base, args)
     weights = trainable_weights(base, args)  # before captions are encoded: adds new words
-    streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
+    streams, held_out = load_data(base, train_rows + held_rows + class_rows, args)
+    validation = held_out if val_rows else None
     make_room(base, args)
     state = start(base, weights, args, made_of, checkpoint)
     state.images = len(streams[0].rows)
     log = Log(state, args)
     if RANK == 0:
-        lines = [[row.file_name, row.group, row.split] for row in rows]
-        write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
         write_args(args)
-        describe_run(state, streams[0], validation, args)
+        describe_run(rows, state, streams[0], validation, args)
         if checkpoint:  # --resume may name another one
             point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
     if checkpoint and is_due(state.step, args.validate_every, args):
         draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
     fit(base, streams, perceptual, validation, state, args, log)
     if RANK == 0:
-        finish(state, streams[0], args)
+        finish(base, state, streams[0], held_out, args)
 
 
 def main(args):
