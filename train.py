@@ -7,7 +7,7 @@
 
 The same command typed again continues a run that was stopped, bit for bit. Written into --out:
 lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
-samples/, log.jsonl, args.json, split.csv, report.html and README.md, a model card.
+samples/, log.jsonl, args.json, split.csv, audit.json, report.html and README.md, a model card.
 """
 
 import argparse
@@ -1346,7 +1346,7 @@ def open_board(state, args):
 # ---------------------------------------------------------------- the membership audit
 
 AUDITED = 75  # patients a side, at most
-AUDIT_TIMES = (0.1, 0.2, 0.3, 0.4)  # of all timesteps
+LOOKS = 600  # at all patients together: from 4 of each to 16 where they are few
 AUROC = "AUROC {auroc:.2f} (95 %: {low:.2f} to {high:.2f}, p {p:.2g})"
 
 
@@ -1364,11 +1364,13 @@ def audit(base, data, held_out, best, state, args):
     alone = {name: torch.zeros_like(weight) for name, weight in best.items()}
     if args.method == "full":
         alone = trainable_weights(prepare_base(args, torch.device("cpu")), args)
+    count = min(16, LOOKS // sum(len(patients) for _, patients in sides))
+    timesteps = (torch.linspace(0.05, 0.6, count) * base.num_timesteps).long()
     errors = []
     for weights in (alone, best):
         ema = {name: weight.to(base.device) for name, weight in weights.items()}
         with averaged_model(base, replace(state, ema=ema), args):
-            errors.append([patient_errors(base, *side, args) for side in sides])
+            errors.append([patient_errors(base, *side, timesteps, args) for side in sides])
     before, after = errors
     control = tell_apart(*before, args.seed)
     adapter = tell_apart(after[0] - before[0], after[1] - before[1], args.seed)
@@ -1383,26 +1385,26 @@ def audit(base, data, held_out, best, state, args):
 
 def draw_patients(data, args):
     """The row numbers of each drawn patient's real images, or of one image of nobody known."""
+    gen = generator(args.seed, "audited")
     patients = {}
-    order = torch.randperm(len(data.rows), generator=generator(args.seed, "audited"))
-    for i in order.tolist():
+    for i in torch.randperm(len(data.rows), generator=gen).tolist():
         row = data.rows[i]
         if row.fields.get("synthetic") != "1":
             patients.setdefault(row.group or row.path, []).append(i)
-    names = sorted(patients)
-    return [patients[name] for name in names[:: math.ceil(len(names) / AUDITED) or 1]]
+    images = list(patients.values())
+    return [images[n] for n in torch.randperm(len(images), generator=gen)[:AUDITED]]
 
 
-def patient_errors(base, data, patients, args):
+def patient_errors(base, data, patients, timesteps, args):
     """The mean log denoising error of each patient (N,), of another image at each timestep."""
     total = 0
-    for k, share in enumerate(AUDIT_TIMES):
+    for k, timestep in enumerate(timesteps):
         rows = torch.tensor([images[k % len(images)] for images in patients])
         noise = torch.randn(data.mean.shape[1:], generator=generator(args.seed, "audit", k))
-        timesteps = torch.full(rows.shape, int(share * base.num_timesteps))
         noise = noise.expand(len(rows), -1, -1, -1)
-        total += denoising_errors(base, data, rows, noise, timesteps, args).log()
-    return total.double().cpu().numpy() / len(AUDIT_TIMES)
+        errors = denoising_errors(base, data, rows, noise, timestep.expand(len(rows)), args)
+        total += errors.cpu().double().log()
+    return total.numpy() / len(timesteps)
 
 
 def tell_apart(members, others, seed):

@@ -1741,8 +1741,11 @@ def test_what_the_adapter_alone_knows_better_is_found(flags, tmp_path, run, monk
     assert audit["base"]["low"] < 0.5 < audit["base"]["high"]
 
 
-def test_the_audit_is_told_and_done_again_changes_nothing(flags, tmp_path, run, capsys):
-    flags += ["--val-split", 0.4, "--out", tmp_path]
+def test_the_audit_is_told_and_done_again_changes_nothing(
+    flags, tmp_path, run, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "LOOKS", 48)  # two timesteps, for speed
+    flags += ["--val-split", 0.4, "--steps", 2, "--out", tmp_path]
     run(train, *flags)
     audit, before = (tmp_path / "audit.json").read_bytes(), results(tmp_path)
     sentence = audit_of(tmp_path)["sentence"]
@@ -1757,7 +1760,8 @@ def test_the_audit_is_told_and_done_again_changes_nothing(flags, tmp_path, run, 
     assert "is finished" in capsys.readouterr().out
 
 
-def test_the_base_alone_is_the_same_whatever_was_trained(flags, tmp_path, run):
+def test_the_base_alone_is_the_same_whatever_was_trained(flags, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(train, "LOOKS", 48)
     flags += ["--val-split", 0.4, "--steps", 1, "--lr", 0.01, "--precision", "fp32"]
     controls = []
     for more in ([], ["--text-lora"], ["--method", "full"]):
@@ -1767,8 +1771,12 @@ def test_the_base_alone_is_the_same_whatever_was_trained(flags, tmp_path, run):
     assert controls[2] == pytest.approx(controls[0])
 
 
-def test_images_of_a_test_serve_the_audit_where_there_is_no_validation(flags, tmp_path, run):
-    run(train, *flags, "--val-split", 0, "--test-split", 0.4, "--out", tmp_path)
+def test_images_of_a_test_serve_the_audit_where_there_is_no_validation(
+    flags, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(train, "LOOKS", 48)
+    flags += ["--steps", 2, "--val-split", 0, "--test-split", 0.4]
+    run(train, *flags, "--out", tmp_path)
     split = [row["split"] for row in metrics.read_table(tmp_path / "split.csv")]
     assert audit_of(tmp_path)["base"]["held_out"] == split.count("test") > 0
     assert log_of(tmp_path, "val_loss") == []
