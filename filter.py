@@ -39,16 +39,14 @@ from scipy import special
 from metrics import (
     BAD_SHARE,
     COLUMNS,
+    CopyFinder,
     Flags,
     Row,
     add_comparison_flags,
     colour,
     command,
     content_hash,
-    copy_chances,
-    copy_distances,
     copy_file,
-    copy_limit,
     data_set,
     existing_file,
     extract,
@@ -104,7 +102,7 @@ class Reference:
     limits: list  # (name, largest score that passes, the flag that says so)
     real_scores: dict = field(default_factory=dict)  # name -> (n,), against other patients
     thresholds: dict = field(default_factory=lambda: {"": 1.0})  # label, "" for any -> largest rank
-    copies: np.ndarray = None  # (n, n) copy_distances, where copies are refused
+    copies: CopyFinder = None  # where copies are refused
     summary: list = field(default_factory=list)  # a line on each limit
 
     def judge(self, pixels, rows):
@@ -117,10 +115,9 @@ class Reference:
         scores, nearest_real = self.score(pixels, vectors)
         is_copy = np.zeros(len(rows), bool)
         if self.copies is not None:
-            distances = copy_distances(pixels, self.pixels)
-            scores["copy_chance"] = copy_chances(self.copies, distances, self.same_patient)
-            is_copy = scores["copy_chance"] <= copy_limit(len(self.pixels))
-            nearest_real = np.where(is_copy, distances.argmin(1), nearest_real)
+            copied, scores["similarity"], _ = self.copies.find(pixels)
+            is_copy = scores["similarity"] >= self.copies.limit
+            nearest_real = np.where(is_copy, copied, nearest_real)
         ranks = self.rank(scores)
         scores["nearest"] = nearest_real
         largest_rank = ranks.max(0)
@@ -130,7 +127,7 @@ class Reference:
             broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
             threshold = self.thresholds.get(text_key(row.label), self.thresholds[""])
             if is_copy[i]:
-                reasons[i] = f"copy of a real image (chance {scores['copy_chance'][i]:.2g})"
+                reasons[i] = f"copy of a real image (similarity {scores['similarity'][i]:.2f})"
             elif broken:
                 reasons[i] = broken[0]
             elif largest_rank[i] > threshold:
@@ -209,9 +206,7 @@ def measure_reference(
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
-        reference.copies = copy_distances(pixels, pixels)
-        limit = copy_limit(len(rows))
-        reference.summary.append(f"a copy is nearer to a real image than all but {limit:.1%} are")
+        reference.copies = CopyFinder(pixels, [row.group for row in rows])
     if calibrate is not None:
         set_thresholds(reference, rows, calibrate)
     return reference
@@ -237,10 +232,6 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
 def set_thresholds(reference, rows, alpha):
     """The largest rank that passes: of any image, and of each label with enough real images."""
     worst = reference.rank(reference.real_scores).max(0)
-    if reference.copies is not None:  # those refused as copies are part of alpha
-        others = np.where(reference.same_patient, np.inf, reference.copies)
-        chances = copy_chances(reference.copies, others, reference.same_patient)
-        worst[chances <= copy_limit(len(rows))] = worst.max()
     reference.thresholds[""] = conformal_threshold(worst, alpha)
     if np.isinf(reference.thresholds[""]):
         fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")

@@ -6,7 +6,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     listing       list_images, read_table, fill_captions, split_rows
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
-    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; copy_chances
+    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
     the page      page, table, thumbnail, curve
 """
 
@@ -2173,36 +2173,197 @@ def near_identical(pixels, limit=0.2):
     return near | near.T
 
 
-def copy_limit(count):
-    """The chance up to which an image is a copy: 1 %, or the smallest that `count` can show."""
-    return max(0.01, 1 / (count + 1))
+PICTURE = 64  # pixels a side at which pictures are compared
+THUMBNAIL = 12
+SAME_PICTURE = 0.62  # of different patients' wounds or films, hardly two agree so well
 
 
-def copy_chances(real, fake, same):
-    """How likely a fresh image is as near to a real one as each generated one: (m,).
+class CopyFinder:
+    """Finds pictures again: mirrored, turned, cropped, padded, re-saved, of other grey values.
 
-    real (n, n), fake (m, n): distances to real images; same: bool (n, n), images of one patient.
-    Conformal p-values of the distance and of its ratio to the second nearest of another patient
-    (near copies show in the one, faint ones in the other), combined as Simes (1986) does. Real
-    images three times nearer than usual are one picture cut twice, which would excuse every copy.
+    Each is compared with thumbnails of all real pictures in many poses. The most alike are laid
+    over it by an affine map, and the details of the best are compared.
     """
-    _, usual = nearest(real, same)
-    same = same | (real < np.median(usual) / 3)
-    same = same | same.T
 
-    def nearness(distances, forbidden):
-        index, distance = nearest(distances, forbidden)
-        _, second = nearest(distances, same[index] | forbidden)
-        return distance, distance / np.maximum(second, 1e-12)
+    def __init__(self, real_pixels, groups):
+        self.pictures = grey_and_mask(real_pixels)
+        self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
+        self.turns, self.crops = poses()
+        coarse = local_contrast(self.pictures, 6.0, 2.0)
+        self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
+        # of a kind whose pictures are all alike, copies must agree better
+        chosen = range(0, len(groups), 1 + len(groups) // 100)
+        others = self.find_each(self.pictures[chosen], torch.from_numpy(same_unit(groups))[chosen])
+        self.limit = min(
+            max(SAME_PICTURE, np.median([score for _, score, _ in others]) + 0.25), 0.9
+        )
 
-    def p_values(real_values, values):
-        return (1 + np.searchsorted(np.sort(real_values), values, "right")) / (len(real) + 1)
+    def find(self, pixels):
+        """For each of uint8 (N, 3, S, S): number of the real picture, `agreement`, kind of copy."""
+        found = self.find_each(grey_and_mask(pixels), [()] * len(pixels))
+        indices, scores, kinds = zip(*found, strict=True)
+        return np.array(indices), np.array(scores), kinds
 
-    real_distance, real_ratio = nearness(real, same)
-    distance, ratio = nearness(fake, False)
-    by_distance = p_values(real_distance, distance)
-    by_ratio = p_values(real_ratio, ratio)
-    return np.minimum(2 * np.minimum(by_distance, by_ratio), np.maximum(by_distance, by_ratio))
+    def find_each(self, pictures, forbidden):
+        """What find_one gives for each picture: one a thread, for its steps are small."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPool(threads) as pool:
+                jobs = zip(pictures.split(1), forbidden, strict=True)
+                found = pool.imap(lambda job: self.find_one(*job), jobs)
+                return list(tqdm(found, "copies", len(pictures), leave=False, disable=None))
+        finally:
+            torch.set_num_threads(threads)
+
+    def find_one(self, picture, forbidden):
+        """The same of one of `pictures`, leaving out some real ones."""
+        coarse = local_contrast(picture, 6.0, 2.0)
+        likeness = thumbnails(coarse, self.turns) @ self.thumbnails.T
+        likeness = likeness.reshape(-1, len(self.pictures))  # (turns x crops, n)
+        likeness[:, forbidden] = 0
+        views = likeness.abs().argmax(0)
+        likeness = likeness.gather(0, views[None])[0]
+        index = likeness.abs().topk(min(40, len(likeness))).indices
+        signs = likeness[index].sign()  # -1: a negative
+        turns, crops = (views[index] // len(self.crops), views[index] % len(self.crops))
+        matches = self.crops[crops] @ torch.linalg.inv(self.turns)[turns]
+        detail = F.avg_pool2d(local_contrast(picture, 4.0, 1.0), 2)
+        for side, count in ((16, 10), (32, 3)):
+            scores, matches = align(detail, self.maps[index], matches, signs, side)
+            best = scores.topk(min(count, len(scores))).indices
+            index, matches, signs = index[best], matches[best], signs[best]
+        scores = agreement(picture, self.pictures[index], matches, signs)
+        best = scores.argmax()
+        return int(index[best]), float(scores[best]), kind_of_copy(matches[best], signs[best])
+
+
+def pose(angle=0, scale=1.0, x=0.0, y=0.0, sign=1):
+    """An affine map (3, 3) of a picture's places, from -1 to 1; sign -1 mirrors."""
+    c = scale * math.cos(math.radians(angle))
+    s = scale * math.sin(math.radians(angle))
+    return torch.tensor([[sign * c, -s, x], [sign * s, c, y], [0, 0, 1]])
+
+
+def poses():
+    """Poses that a generated picture may have, and parts of a real one that it may show."""
+    turns = []
+    for sign, quarter in itertools.product((1, -1), (0, 90, 180, 270)):
+        for angle, scale in ((-10, 1), (0, 1), (10, 1), (0, 0.85), (0, 0.7)):
+            turns.append(pose(quarter + angle, scale, sign=sign))
+    crops = [pose()]
+    for scale, shifts in ((0.9, (-0.1, 0.1)), (0.8, (-0.2, 0, 0.2)), (0.7, (-0.3, -0.1, 0.1, 0.3))):
+        for x, y in itertools.product(shifts, shifts):
+            crops.append(pose(0, scale, x, y))
+    return torch.stack(turns), torch.stack(crops)
+
+
+def kind_of_copy(match, sign):
+    """What was done to a copy, in words, from the map of its places to the real picture's."""
+    (a, _, _), (b, _, _), _ = match.tolist()
+    mirror = -1 if match.det() < 0 else 1
+    angle = round(math.degrees(math.atan2(b * mirror, a * mirror)))
+    kinds = {
+        "mirrored": mirror < 0,
+        f"turned by {abs(angle)}°": abs(angle) > 2,
+        "cropped": abs(match.det()) < 0.94,
+        "zoomed out": abs(match.det()) > 1.06,
+        "negative": sign < 0,
+    }
+    return ", ".join(kind for kind, applies in kinds.items() if applies) or "as it is"
+
+
+def warp(maps, matches, side):
+    """What maps (B or 1, C, S, S) show at the places `matches` (B or 1, 3, 3)."""
+    count = max(len(maps), len(matches))
+    places = matches[:, :2].expand(count, -1, -1)
+    grid = F.affine_grid(places, (count, 1, side, side), align_corners=False)
+    return F.grid_sample(maps.expand(count, -1, -1, -1), grid, align_corners=False)
+
+
+def smooth(maps, sigma):
+    """Maps (N, 1, H, W) under a Gaussian window; outside of them is 0."""
+    sigmas = (0, 0, sigma, sigma)
+    return torch.from_numpy(
+        scipy.ndimage.gaussian_filter(maps.numpy(), sigmas, mode="constant", truncate=2)
+    )
+
+
+def grey_and_mask(pixels):
+    """uint8 (N, 3, S, S) -> (N, 2, 64, 64): grey, and 1 where it is not flat, as padding is."""
+    size = (PICTURE, PICTURE)
+    parts = []
+    for part in pixels.split(128):
+        parts.append(F.interpolate(to_grey(part), size, mode="bilinear", antialias=True))
+    grey = torch.cat(parts)
+    steps = F.max_pool2d(grey, 3, 1, 1) + F.max_pool2d(-grey, 3, 1, 1)
+    flat = (steps < 1.5 / 255).float()
+    return torch.cat([grey, 1 - F.max_pool2d(flat, 3, 1, 1)], 1)
+
+
+def local_contrast(pictures, sigma, blur):
+    """Grey less its local mean, over its local spread, blurred; and the mask, (N, 2, S, S)."""
+    grey, mask = pictures.split(1, 1)
+    weight = smooth(mask, sigma) + 1e-4
+    detail = (grey - smooth(grey * mask, sigma) / weight) * mask
+    spread = (smooth(detail.square(), sigma) / weight).sqrt()
+    return torch.cat([smooth(detail / (spread + 0.02), blur), mask], 1)
+
+
+def thumbnails(maps, matches):
+    """Vectors (B, 144) of mean 0 and norm 1 of what maps show at `matches`."""
+    small = warp(maps, matches, THUMBNAIL)[:, 0].flatten(1)
+    return F.normalize(small - small.mean(1, keepdim=True))
+
+
+def unit_vectors(values, mask):
+    """values (…, P) of mean 0 and norm 1 where mask is 1, else 0."""
+    mean = (values * mask).sum(-1, keepdim=True) / (mask.sum(-1, keepdim=True) + 1e-3)
+    return F.normalize((values - mean) * mask, dim=-1, eps=1e-3)
+
+
+def align(picture, others, matches, signs, side):
+    """Improve affine matches of a picture's maps (1, 2, S, S) to others' (k, 2, S, S).
+
+    Returns correlations (k,) and matches. Gauss-Newton steps on what small moves change in the
+    picture itself (inverse compositional; Baker & Matthews 2004).
+    """
+    still = pose()[None]
+    nudges = F.pad(torch.eye(6).reshape(6, 2, 3), (0, 0, 0, 1)) * 2 / side  # by a pixel
+    target, target_mask = warp(picture, still, side)[0].flatten(1)
+    forward, backward = (warp(picture, still + n, side)[:, 0] for n in (nudges, -nudges))
+    slopes = (forward - backward).flatten(1) * side / 4 * target_mask
+    solver = target.norm() * torch.linalg.pinv(slopes, rtol=0.05)
+    shown = wanted = target
+    for step in range(6):
+        if step:
+            moves = still.repeat(len(others), 1, 1)
+            moves[:, :2] += ((shown - wanted) @ solver).clamp(-0.2, 0.2).reshape(-1, 2, 3)
+            matches = matches @ torch.linalg.inv(moves)
+        shown, mask = warp(others, matches, side).flatten(2).unbind(1)
+        mask = mask * target_mask
+        shown = unit_vectors(shown, mask) * signs[:, None]
+        wanted = unit_vectors(target, mask)
+    return (shown * wanted).sum(1) * (mask.mean(1) > 0.2), matches
+
+
+def agreement(picture, others, matches, signs):
+    """The correlation of details that 70 % of squares of 8 x 8 pixels reach: (k,).
+
+    Different patients' pictures may share outlines, but not the details everywhere.
+    """
+    others = warp(others, matches, PICTURE)
+    mask = (picture[:, 1:] * others[:, 1:] > 0.99).float()
+    squares = []
+    for grey in (picture[:, :1].expand_as(mask), others[:, :1]):
+        details = local_contrast(torch.cat([grey, mask], 1), 2.0, 0.7)
+        squares.append(F.unfold(details, 8, stride=8).unflatten(1, (2, 64)).transpose(2, 3))
+    weights = squares[0][:, 1]
+    first, second = (unit_vectors(square[:, 0], weights) for square in squares)
+    correlations = (first * second).sum(2) * signs[:, None]
+    known = weights.mean(2) > 0.4
+    reached = correlations.where(known, torch.nan).nanquantile(0.3, dim=1).nan_to_num(0)
+    return reached * (known.float().mean(1) > 0.15)
 
 
 # ---------------------------------------------------------------- the page

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from scipy import stats
 
 import evaluate
 import metrics
@@ -117,7 +118,7 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
         assert found["excess"] == pytest.approx(found["value"] - found["null"])
         assert 0.02 <= min(found["p_high"], found["p_low"]), name
         assert np.isfinite(found["real_vs_real"]), name
-    assert list(entry["memorisation"]) == ["likely_copies", "pairs"]
+    assert list(entry["memorisation"]) == ["likely_copies", "copies", "pairs"]
     assert len(entry["memorisation"]["pairs"]) == 12
     assert list(entry["memorisation"]["pairs"][0]) == ["generated", "train", "distance", "p"]
 
@@ -865,7 +866,7 @@ def test_another_mix_of_labels_is_no_difference_of_the_pictures(tmp_path, monkey
 # ---------------------------------------------------------------- copies
 
 
-def test_copies_of_training_images_are_counted_and_shown(tmp_path, monkeypatch, capsys):
+def test_copies_of_training_images_are_named_and_shown(tmp_path, monkeypatch, capsys):
     real = draw(tmp_path / "real", 30, 1)
     train = draw(tmp_path / "train", 60, 2)
     fake = draw(tmp_path / "fake", 20, 3)
@@ -875,10 +876,17 @@ def test_copies_of_training_images_are_counted_and_shown(tmp_path, monkeypatch, 
         mirrored.save(tmp_path / "fake" / f"{n:03}.png")
     flags = ("--metrics", "kid", "--train-data", train)
     found = run_set(monkeypatch, real, fake, *flags)["memorisation"]
-    assert 5 <= found["likely_copies"] <= 7
-    nearest = {(pair["generated"], pair["train"]) for pair in found["pairs"][:5]}
-    assert nearest == {(f"{n:03}.png",) * 2 for n in range(5)}
-    assert "of 60 training images" in capsys.readouterr().out
+    assert found["likely_copies"] == 5
+    assert {copy["kind"] for copy in found["copies"]} == {"mirrored"}
+    for copies in (found["copies"], found["pairs"][:5]):
+        nearest = {(copy["generated"], copy["train"]) for copy in copies}
+        assert nearest == {(f"{n:03}.png",) * 2 for n in range(5)}
+    out = capsys.readouterr().out
+    assert "5 of 20 generated images are copies of one of 60 training images: " in out
+    assert "001.png of 001.png (mirrored)" in out
+    assert "2 more" in out
+    assert "no sign of copying" not in out
+    assert "mirrored" in (tmp_path / "report.html").read_text()
 
 
 def test_copies_are_sought_among_all_real_images(tmp_path, monkeypatch, capsys):
@@ -888,42 +896,69 @@ def test_copies_are_sought_among_all_real_images(tmp_path, monkeypatch, capsys):
     assert "of 24 real images" in capsys.readouterr().out
 
 
-ARGS = types.SimpleNamespace(run=None, train_data=None)
+ARGS = types.SimpleNamespace(run=None, train_data=None, permutations=199, seed=0)
 
 
-def random_set(n, groups, seed=0):
+def random_set(n, seed=0, **how):
     gen = metrics.generator(seed, "set")
-    pixels = torch.randint(0, 255, (n, 3, 64, 64), generator=gen, dtype=torch.uint8)
-    rows = [row(group=group, file_name=str(i)) for i, group in enumerate(groups)]
+    rough = torch.rand(n, 3, 16, 16, generator=gen) * 255
+    pixels = torch.nn.functional.interpolate(rough, (64, 64), mode="bicubic").clamp(0, 255).byte()
+    rows = [row(file_name=f"{i}.png", **how) for i in range(n)]
     return evaluate.ImageSet("set", rows, pixels)
 
 
-def test_what_chance_gives_of_copies_is_counted_of_the_generated_ones():
-    known = random_set(50, [""] * 50)
-    fake = random_set(20, [""] * 20, 1)
-    fake.pixels[:2] = known.pixels[:2]
+def test_one_copy_among_many_is_found_and_said_with_its_label():
+    known = random_set(30, label="mpox")
+    fake = random_set(40, seed=1)
+    fake.pixels[20] = known.pixels[7]
     found = evaluate.find_copies(known, fake, ARGS)
-    p = 2 / 51
-    none_or_one = (1 - p) ** 20 + 20 * p * (1 - p) ** 19
-    assert found.count == 2
-    assert found.chance == pytest.approx(1 - none_or_one)
-    assert f"{20 * p:.2g} expected" in found.sentence
+    (copy,) = found.copies
+    assert copy["similarity"] > 0.99
+    assert copy["label"] == "mpox"
+    assert found.numbers[0] == (20, 7)
+    assert "1 of 40 generated images are copies" in found.sentence
+    assert "20.png of 7.png (as it is)" in found.sentence
+    assert "By label: mpox 1." in found.sentence
+    assert "no sign" not in found.sentence
 
 
-def test_films_of_one_patient_do_not_excuse_copies():
-    known = random_set(40, [f"p{n // 2}" for n in range(40)])
-    two_alike = 0.7 * known.pixels[::2] + 0.3 * known.pixels[1::2]
-    known.pixels[1::2] = two_alike.byte()
-    fake = random_set(10, [""] * 10, 1)
-    fake.pixels[:5] = (0.7 * known.pixels[:10:2] + 0.3 * fake.pixels[:5]).byte()
-    assert evaluate.find_copies(known, fake, ARGS).count >= 5
+def test_no_sign_of_copying_is_said_of_fresh_images():
+    found = evaluate.find_copies(random_set(30), random_set(20, seed=1), ARGS)
+    assert len(found.copies) == 0
+    assert found.sentence.startswith("No generated image is the same picture as one of 30 real")
+    assert found.sentence.endswith("no sign of copying.")
 
 
-def test_copies_are_not_looked_for_among_two_patients():
-    known = random_set(4, ["a"] * 4)
-    found = evaluate.find_copies(known, random_set(4, [""] * 4, 1), ARGS)
-    assert found.count is None
-    assert "not looked for" in found.sentence
+def test_the_alarm_of_near_images_is_as_frequent_as_it_says():
+    draws = np.random.RandomState(1)
+    groups = [""] * 60
+    chances = []
+    for seed in range(200):
+        points = draws.randn(60, 4)
+        distances = np.linalg.norm(points[:, None] - points, axis=2)
+        null = permutation_draws(30, 30, 99, (seed, "null"), groups)
+        chances.append(evaluate.count_near(distances, groups, null)[2])
+    assert stats.kstest(chances, "uniform").pvalue > 0.01
+
+
+def test_what_is_stored_twice_counts_once_among_the_near_ones():
+    known = random_set(30)
+    known.pixels[1::2] = known.pixels[::2]
+    found = evaluate.find_copies(known, random_set(30, seed=1), ARGS)
+    assert "no sign of copying" in found.sentence
+    assert found.chance > 0.01
+
+
+def test_images_nearer_than_chance_gives_are_counted():
+    draws = np.random.RandomState(0)
+    points = draws.randn(200, 20)
+    points[100:115] = points[:15] + 0.1 * draws.randn(15, 20)
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    null = permutation_draws(100, 100, 199, 0, [""] * 200)
+    counts, share, chance = evaluate.count_near(distances, [""] * 200, null)
+    assert 15 <= counts[0] <= 25
+    assert share == 0.2
+    assert chance == 1 / 200
 
 
 def figure(excess=1.0, lower_is_better=True, half_gaps=np.nan):
@@ -942,10 +977,10 @@ def entry(figures, n=60, copies=None):
 
 
 def test_many_copies_make_a_set_the_last():
-    copies = evaluate.Copies("300 copies.", 300, 1e-9)
-    found = entry({"kid": figure(1)}, 1000, copies)
-    assert evaluate.may_be_copies(found)
-    assert evaluate.verdict(found).endswith("300 copies.")
+    for many in ({"copies": [{}] * 300}, {"count": 300, "chance": 1e-9}):
+        found = entry({"kid": figure(1)}, 1000, evaluate.Copies("300 copies.", **many))
+        assert evaluate.may_be_copies(found)
+        assert evaluate.verdict(found).endswith("300 copies.")
     assert not evaluate.may_be_copies(entry({"kid": figure(1)}))
     assert evaluate.may_be_copies(entry({"kid": figure(-1)}))
 

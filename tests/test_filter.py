@@ -116,18 +116,6 @@ def test_where_nothing_is_kept_it_says_what_to_look_at(sets, filtered, capsys):
     assert "nothing is kept: is --reference of the same kind?" in capsys.readouterr().out
 
 
-def test_real_images_that_would_be_refused_as_copies_count_as_refused():
-    """Pairs of near-equal real images: --calibrate refuses less where copies are refused too."""
-    pixels = as_pixels([wound(n, 64) for n in range(60)])
-    pixels[:6] = (pixels[6:12].float() * 0.9 + pixels[:6].float() * 0.1).byte()
-    rows = [Row("", "") for _ in range(60)]
-
-    plain = filter_script.measure_reference(rows, pixels, "cpu", calibrate=0.1)
-    refusing = filter_script.measure_reference(rows, pixels, "cpu", 0.1, drop_copies=True)
-
-    assert refusing.thresholds[""] >= plain.thresholds[""]
-
-
 def test_copies_and_duplicates_go_and_the_best_of_each_stays(sets, filtered):
     out = filtered(sets, "--drop-copies", "--drop-duplicates")
 
