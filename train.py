@@ -7,7 +7,7 @@
 
 The same command typed again continues a run that was stopped, bit for bit. Written into --out:
 lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
-samples/, log.jsonl, args.json, split.csv, report.html and README.md, a model card.
+samples/, log.jsonl, args.json, split.csv, audit.json, report.html and README.md, a model card.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, product
@@ -37,7 +37,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from scipy import ndimage
+from scipy import ndimage, stats
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -580,7 +580,7 @@ def fixed_settings(train_rows, val_rows, args):
 # flags on which what is learnt does not depend, or which fixed_settings replaces
 MAY_CHANGE = """steps epochs out resume device precision save_every keep_last log_every val_prompts
     validate_every val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
-    val_data class_data patience tensorboard wandb compile gradient_checkpointing""".split()
+    val_data class_data audit patience tensorboard wandb compile gradient_checkpointing""".split()
 hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 
@@ -601,7 +601,7 @@ def read_checkpoint(made_of, args):
     """The checkpoint that --resume means, None to start afresh; refused if other flags made it."""
     path = checkpoint_path(args)
     if not path.exists():
-        if args.resume == "auto":
+        if args.resume == "auto" and not args.audit:
             return None
         fail(f"--resume {args.resume}: there is no {path}")
     try:
@@ -883,9 +883,9 @@ def image_sizes(row, variant, args):
 
 
 def load_data(base, rows, args):
-    """([training images and, with dreambooth, class images], validation images or None)."""
+    """([training images and, with dreambooth, class images], held-out images or None)."""
     rows, latents = load_latents(base, rows, args)
-    data = {"val": None}
+    data = {}
     for split, members in by_split(rows).items():
         data[split] = make_data(base, members, latents[split], latents[f"{split} sizes"], args)
         data[split].is_grey = bool(latents[f"{split} grey"])
@@ -896,7 +896,7 @@ def load_data(base, rows, args):
         data["class"].name = "class"
         data["class"].weight *= args.prior_weight
         streams.append(data["class"])
-    return streams, data["val"]
+    return streams, data.get("val", data.get("test"))
 
 
 def load_latents(base, rows, args):
@@ -1174,7 +1174,6 @@ def copy_adapter(weights, args):
 # ---------------------------------------------------------------- watching
 
 
-@torch.no_grad()
 def validation_loss(base, data, args):
     """Mean squared error at noise and timesteps that never change, spread evenly over all."""
     count = max(len(data.rows), 64)  # a few images are looked at several times
@@ -1182,17 +1181,27 @@ def validation_loss(base, data, args):
     timesteps = ((torch.arange(count) + 0.5) * base.num_timesteps / count).long()
     timesteps = timesteps[torch.randperm(count, generator=draw)]
     noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
-    total = torch.zeros((), device=base.device)
-    for part in torch.arange(count).split(args.batch_size)[RANK::WORLD]:
-        rows = part % len(data.rows)
-        text = {name: values[data.caption[rows]] for name, values in data.text.items()}
-        more = (text, data.sizes[rows], data.weight[rows])
-        batch = on_device(Batch(data.mean[rows], noise[part], timesteps[part], *more), base.device)
+    mine = torch.arange(count)[RANK::WORLD]
+    rows = mine % len(data.rows)
+    errors = denoising_errors(base, data, rows, noise[mine], timesteps[mine], args)
+    return over_processes(errors.sum()).item() / count
+
+
+@torch.no_grad()
+def denoising_errors(base, data, rows, noise, timesteps, args):
+    """The mean squared error of each of these rows (N,) at its noise and timestep: (N,)."""
+    errors = []
+    for part in torch.arange(len(rows)).split(args.batch_size):
+        places = rows[part]
+        text = {name: values[data.caption[places]] for name, values in data.text.items()}
+        more = (text, data.sizes[places], data.weight[places])
+        batch = Batch(data.mean[places], noise[part], timesteps[part], *more)
+        batch = on_device(batch, base.device)
         times = batch.timesteps.to(base.device)
         noisy, target, _ = noised_and_target(base, batch.latents, batch.noise, times)
         error = denoise(base, noisy, times, text_condition(base, batch, args)) - target
-        total += error.square().mean((1, 2, 3)).sum()
-    return over_processes(total).item() / count
+        errors.append(error.square().mean((1, 2, 3)))
+    return torch.cat(errors)
 
 
 def draw_pictures(base, jobs, args):
@@ -1360,11 +1369,92 @@ def open_board(state, args):
     return SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
 
 
+# ---------------------------------------------------------------- the membership audit
+
+AUDITED = 75  # patients a side, at most
+LOOKS = 600  # at all patients together: from 4 of each to 16 where they are few
+AUROC = "AUROC {auroc:.2f} (95 %: {low:.2f} to {high:.2f}, p {p:.2g})"
+
+
+def audit(base, data, held_out, best, state, args):
+    """audit.json: can someone who has the weights `best` tell what they learnt? In a sentence.
+
+    Learning lowers the error of training images more than that of others (Matsumoto et al. 2023);
+    the base's error at the same noise takes out how difficult a picture is (Watson et al. 2022).
+    What the base's error tells by itself is no memorisation: the control.
+    """
+    sides = [(part, draw_patients(part, args)) for part in (data, held_out) if part]
+    if len(sides) < 2 or min(len(patients) for _, patients in sides) < 5:
+        return "No membership audit: it needs five held-out patients (--val-split)."
+    note("auditing what the weights tell of the training images")
+    alone = {name: torch.zeros_like(weight) for name, weight in best.items()}
+    if args.method == "full":
+        alone = trainable_weights(prepare_base(args, torch.device("cpu")), args)
+    count = min(16, LOOKS // sum(len(patients) for _, patients in sides))
+    timesteps = (torch.linspace(0.05, 0.6, count) * base.num_timesteps).long()
+    errors = []
+    for weights in (alone, best):
+        ema = {name: weight.to(base.device) for name, weight in weights.items()}
+        with averaged_model(base, replace(state, ema=ema), args):
+            errors.append([patient_errors(base, *side, timesteps, args) for side in sides])
+    before, after = errors
+    control = tell_apart(*before, args.seed)
+    adapter = tell_apart(after[0] - before[0], after[1] - before[1], args.seed)
+    sentence = (
+        "Someone who has this adapter can tell training images from others with "
+        f"{AUROC.format(**adapter)}; the base alone gives {AUROC.format(**control)}."
+    )
+    result = {"adapter": adapter, "base": control, "sentence": sentence}
+    write_file(Path(args.out, "audit.json"), json.dumps(result, indent=1))
+    return sentence
+
+
+def draw_patients(data, args):
+    """The row numbers of each drawn patient's real images, or of one image of nobody known."""
+    gen = generator(args.seed, "audited")
+    patients = {}
+    for i in torch.randperm(len(data.rows), generator=gen).tolist():
+        row = data.rows[i]
+        if row.fields.get("synthetic") != "1":
+            patients.setdefault(row.group or row.path, []).append(i)
+    images = list(patients.values())
+    return [images[n] for n in torch.randperm(len(images), generator=gen)[:AUDITED]]
+
+
+def patient_errors(base, data, patients, timesteps, args):
+    """The mean log denoising error of each patient (N,), of another image at each timestep."""
+    total = 0
+    for k, timestep in enumerate(timesteps):
+        rows = torch.tensor([images[k % len(images)] for images in patients])
+        noise = torch.randn(data.mean.shape[1:], generator=generator(args.seed, "audit", k))
+        noise = noise.expand(len(rows), -1, -1, -1)
+        errors = denoising_errors(base, data, rows, noise, timestep.expand(len(rows)), args)
+        total += errors.cpu().double().log()
+    return total.numpy() / len(timesteps)
+
+
+def tell_apart(members, others, seed):
+    """How well a lower score tells members (N,) from others (M,).
+
+    AUROC, 95 % of 1,000 bootstraps of either side, and p of Mann and Whitney's permutations.
+    """
+    wins = np.heaviside(others[:, None] - members, 0.5)
+    gen = generator(seed, "bootstrap")
+    rows, columns = (torch.randint(n, (1000, n), generator=gen).numpy() for n in wins.shape)
+    draws = wins[rows[:, :, None], columns[:, None]].mean((1, 2))
+    low, high = np.percentile(draws, (2.5, 97.5))
+    p = stats.mannwhitneyu(members, others, alternative="less").pvalue
+    sizes = {"training": len(members), "held_out": len(others)}
+    return {"auroc": wins.mean(), "low": low, "high": high, "p": p} | sizes
+
+
 # ---------------------------------------------------------------- what a run writes and prints
 
 
-def describe_run(state, data, validation, args):
-    """Before anything long starts: print what will be trained on what."""
+def describe_run(rows, state, data, validation, args):
+    """Before anything long starts: write who is where, print what will be trained on what."""
+    lines = [[row.file_name, row.group, row.split] for row in rows]
+    write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
     patients = count_patients(data.rows)
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
@@ -1376,14 +1466,17 @@ def describe_run(state, data, validation, args):
     )
 
 
-def finish(state, data, args):
+def finish(base, state, data, held_out, args):
     """Write the results, the report and the card; print where they are and what to type next."""
-    result = save_results(state, args)
+    best = best_weights(state, args)
+    result = save_results(best, state, args)
+    sentence = audit(base, data, held_out, best, state, args)
+    print(sentence)
     flag = "--base" if args.method == "full" else "--lora"
     words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
     draw = command("sample.py", flag, result, *words, "--out", "runs/samples")
-    write_report(state, draw, args)
-    write_card(state, data, draw, args)
+    write_report(state, sentence, draw, args)
+    write_card(state, data, sentence, draw, args)
     write_args(args, state.step)
     if state.step < args.steps:
         print(f"ended at step {state.step}: --patience {args.patience} validations were no better")
@@ -1395,9 +1488,8 @@ def finish(state, data, args):
         print("then:", command("evaluate.py", *words))
 
 
-def save_results(state, args):
+def save_results(best, state, args):
     """Write the trained weights; returns the path for --lora or --base of sample.py."""
-    best = best_weights(state, args)
     if args.method == "full":
         return save_model(best, args)
     metadata = adapter_metadata(state, args)
@@ -1450,7 +1542,7 @@ def save_model(weights, args):
     return folder
 
 
-def write_card(state, data, draw, args):
+def write_card(state, data, sentence, draw, args):
     """README.md: a model card with the metadata that the Hub reads, the data, and the limits."""
     prompt = json.dumps(args.val_prompts[0], ensure_ascii=False)
     base = BASES.get(args.base, args.base)
@@ -1477,13 +1569,14 @@ Use: `{draw}`
 real images.
 **Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see the
 nearest pairs of evaluate.py) and inherit the biases of the training set and the base's licence.
+{sentence}
 
 Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
 """
     write_file(Path(args.out, "README.md"), text)
 
 
-def write_report(state, draw, args):
+def write_report(state, sentence, draw, args):
     """report.html: how it went, what to do next, the newest pictures, the loss, the flags."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -1504,6 +1597,7 @@ def write_report(state, draw, args):
     older = "".join(grids[1:])
     flags = table(("flag", "value"), vars(args).items())
     body = f"""<p class="verdict">{outcome(state, skipped, args)}</p>
+<p>{html.escape(sentence)}</p>
 <h2>Draw with it</h2><pre>{html.escape(draw)}</pre>
 <h2>The newest pictures</h2>{"".join(grids[:1])}
 {fold("Older pictures, the same noise each time", older)}
@@ -1903,6 +1997,7 @@ def parse_args():
     add("--save-every", "steps between two checkpoints", 500, positive)
     add("--keep-last", "checkpoints (0: all)", 3, count)
     add("--resume", "auto, latest, best or a path", "auto")
+    add("--audit", "repeat the membership audit of a finished run", False)
     add_common_flags(group)
     args = parser.parse_args()
     if args.alpha is None:
@@ -1969,12 +2064,13 @@ def run(args, device):
     splits = by_split(rows)
     train_rows = splits["train"]
     val_rows = splits.get("val", [])
+    held_rows = val_rows or splits.get("test", [])
     args = with_defaults(args, train_rows, find_base(args.base))
     check_validation(val_rows, args)
     class_rows = list_class_images(len(train_rows), args)
     made_of = fixed_settings(train_rows, val_rows, args)
     checkpoint = read_checkpoint(made_of, args)
-    if checkpoint and is_finished(checkpoint, args):
+    if checkpoint and is_finished(checkpoint, args) and not args.audit:
         if RANK == 0:
             print(
                 f"{args.out} is finished: {args.steps} steps. "
@@ -1987,23 +2083,22 @@ def run(args, device):
     base = prepare_base(args, device)
     perceptual = load_perceptual(base, args)
     weights = trainable_weights(base, args)  # before captions are encoded: adds new words
-    streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
+    streams, held_out = load_data(base, train_rows + held_rows + class_rows, args)
+    validation = held_out if val_rows else None
     make_room(base, args)
     data = streams[0]
     state = start(base, weights, args, made_of, checkpoint, data)
     log = Log(state, args)
     if RANK == 0:
-        lines = [[row.file_name, row.group, row.split] for row in rows]
-        write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
         write_args(args)
-        describe_run(state, data, validation, args)
+        describe_run(rows, state, data, validation, args)
         if checkpoint:  # --resume may name another one
             point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
     if checkpoint and is_due(state.step, args.validate_every, args):
         draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
     fit(base, streams, perceptual, validation, state, args, log)
     if RANK == 0:
-        finish(state, data, args)
+        finish(base, state, data, held_out, args)
 
 
 def main(args):

@@ -19,11 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_selector
 from PIL import Image
 from safetensors.torch import load_file
+from scipy import stats
 
 import lora
 import metrics
@@ -1704,3 +1706,115 @@ def test_refining_draws_keeps_trains_and_evaluates_in_each_round(base, tmp_path)
     args = json.loads((tmp_path / "out" / "round-1" / "train" / "args.json").read_text())["args"]
     assert args["weight_column"] == "quality" and args["data"].endswith("round-1/kept")
     assert (tmp_path / "out" / "round-1" / "train" / "lora.safetensors").exists()
+
+
+# ---------------------------------------------------------------- the membership audit
+
+
+def audit_of(out):
+    return json.loads((Path(out) / "audit.json").read_text())
+
+
+def test_lower_scores_tell_members_apart_as_counted_by_hand():
+    result = train.tell_apart(np.array([1.0, 2, 4]), np.array([3.0, 5, 6]), 0)
+    assert result["auroc"] == pytest.approx(8 / 9)  # of nine pairs one is the wrong way round
+    assert result["p"] == pytest.approx(2 / 20)  # two of 20 divisions of six are as good
+    assert (result["training"], result["held_out"]) == (3, 3)
+    assert train.tell_apart(np.ones(5), np.ones(7), 0)["auroc"] == 0.5
+
+
+def test_the_interval_is_that_of_both_sides_drawn_again():
+    draw = np.random.default_rng(0)
+    members, others = draw.normal(0, 1, 60), draw.normal(0.5, 1, 40)
+    result = train.tell_apart(members, others, 0)
+    theirs = stats.bootstrap(
+        (members, others),
+        lambda a, b: 1 - stats.mannwhitneyu(a, b).statistic / 2400,
+        n_resamples=1000,
+        vectorized=False,
+        method="percentile",
+        rng=draw,
+    ).confidence_interval
+    assert [result["low"], result["high"]] == pytest.approx(theirs, abs=0.02)
+    assert result == train.tell_apart(members, others, 0)
+    assert result["p"] == stats.mannwhitneyu(members, others, alternative="less").pvalue
+
+
+def test_what_the_adapter_alone_knows_better_is_found(flags, tmp_path, run, monkeypatch):
+    def errors(base, data, rows, *_):
+        adapter = dict(base.unet.named_parameters())
+        is_learnt = any(adapter[name].any() for name in adapter if "lora_B" in name)
+        known = is_learnt and data.rows[0].split == "train"
+        return torch.linspace(1, 2, len(data.rows))[rows] * (0.9 if known else 1)
+
+    flags += ["--val-split", 0.4, "--validate-every", 20, "--steps", 2, "--out", tmp_path]
+    monkeypatch.setattr(train, "denoising_errors", errors)
+    run(train, *flags)
+    audit = audit_of(tmp_path)
+    assert audit["adapter"]["auroc"] == audit["adapter"]["low"] == 1
+    assert audit["adapter"]["p"] < 0.001
+    assert audit["base"]["low"] < 0.5 < audit["base"]["high"]
+
+
+def test_the_audit_is_told_and_done_again_changes_nothing(
+    flags, tmp_path, run, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "LOOKS", 48)  # two timesteps, for speed
+    flags += ["--val-split", 0.4, "--steps", 2, "--out", tmp_path]
+    run(train, *flags)
+    audit, before = (tmp_path / "audit.json").read_bytes(), results(tmp_path)
+    sentence = audit_of(tmp_path)["sentence"]
+    assert sentence.startswith("Someone who has this adapter can tell training images from others")
+    for told in (tmp_path / "report.html", tmp_path / "README.md"):
+        assert sentence in told.read_text(encoding="utf-8")
+    assert sentence in capsys.readouterr().out
+    (tmp_path / "audit.json").unlink()
+    run(train, *flags, "--audit")
+    assert (tmp_path / "audit.json").read_bytes() == audit and results(tmp_path) == before
+    run(train, *flags)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_base_alone_is_the_same_whatever_was_trained(flags, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(train, "LOOKS", 48)
+    flags += ["--val-split", 0.4, "--steps", 1, "--lr", 0.01, "--precision", "fp32"]
+    controls = []
+    for more in ([], ["--text-lora"], ["--method", "full"]):
+        run(train, *flags, *more, "--out", tmp_path / str(len(controls)))
+        controls.append(audit_of(tmp_path / str(len(controls)))["base"])
+    assert controls[1] == pytest.approx(controls[0])
+    assert controls[2] == pytest.approx(controls[0])
+
+
+def test_images_of_a_test_serve_the_audit_where_there_is_no_validation(
+    flags, tmp_path, run, monkeypatch
+):
+    monkeypatch.setattr(train, "LOOKS", 48)
+    flags += ["--steps", 2, "--val-split", 0, "--test-split", 0.4]
+    run(train, *flags, "--out", tmp_path)
+    split = [row["split"] for row in metrics.read_table(tmp_path / "split.csv")]
+    assert audit_of(tmp_path)["base"]["held_out"] == split.count("test") > 0
+    assert log_of(tmp_path, "val_loss") == []
+
+
+def test_without_held_out_images_a_line_says_what_the_audit_needs(flags, tmp_path, run, capsys):
+    run(train, *flags, "--val-split", 0, "--out", tmp_path)
+    line = "No membership audit: it needs five held-out patients (--val-split)."
+    assert line in capsys.readouterr().out and line in (tmp_path / "report.html").read_text()
+    assert not (tmp_path / "audit.json").exists()
+
+
+def test_an_audit_needs_a_run(flags, tmp_path, refused):
+    assert "there is no" in refused(train, *flags, "--audit", "--out", tmp_path)
+
+
+def test_a_patient_counts_once_and_a_generated_image_not_at_all(setup):
+    args, _, data, _ = setup()
+    for i, row in enumerate(data.rows):
+        row.group = ["anna", "ben", ""][i % 3]
+        if i >= 18:
+            row.fields = {"synthetic": "1"}
+    drawn = train.draw_patients(data, args)
+    assert sorted(map(sorted, drawn)) == sorted(
+        [[0, 3, 6, 9, 12, 15], [1, 4, 7, 10, 13, 16], [2], [5], [8], [11], [14], [17]]
+    )
