@@ -36,6 +36,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
@@ -2187,9 +2188,8 @@ class CopyFinder:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPool(threads) as pool:
-                jobs = zip(pictures.split(1), forbidden, strict=True)
-                found = pool.imap(lambda job: self.find_one(*job), jobs)
+            with ThreadPoolExecutor(threads) as pool:
+                found = pool.map(self.find_one, pictures.split(1), forbidden)
                 found = list(tqdm(found, "copies", len(pictures), leave=False, disable=None))
         finally:
             torch.set_num_threads(threads)

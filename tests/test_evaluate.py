@@ -544,9 +544,9 @@ def test_a_picture_stored_twice_or_cropped_is_one_unit_which_joins_patients(tmp_
 
 
 def test_of_few_patients_each_image_counts():
-    _, drawn = units(random_set(30, [""] * 30).pixels, [f"p{n % 9}" for n in range(30)])
+    _, drawn = units(random_set(30).pixels, [f"p{n % 9}" for n in range(30)])
     assert drawn.all()
-    _, drawn = units(random_set(30, [""] * 30).pixels, [f"p{n % 10}" for n in range(30)])
+    _, drawn = units(random_set(30).pixels, [f"p{n % 10}" for n in range(30)])
     assert drawn.sum() == 10
 
 
@@ -554,7 +554,7 @@ def test_of_few_patients_each_image_counts():
 def test_repeats_of_generated_pictures_stay_where_the_real_set_has_fewer(repeats):
     parts = []
     for seed, times in ((0, 3), (1, repeats)):
-        part = random_set(20 * times, [""] * (20 * times), seed)
+        part = random_set(20 * times, seed)
         part.features = part.all_features = np.zeros((20 * times, 2))
         part.finder = types.SimpleNamespace(picture_of=np.arange(20 * times) % 20)
         part.drawn = np.arange(20 * times) < 20
