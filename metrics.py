@@ -2145,35 +2145,40 @@ class CopyFinder:
     """Finds pictures again: mirrored, turned, cropped, padded, re-saved, of other grey values.
 
     Each is compared with thumbnails of all real pictures in many poses. The most alike are laid
-    over it by an affine map, and the details of the best are compared. The real pictures are sought
-    among one another as well:
+    over it by an affine map, and the details of the best are compared. The real pictures, of more
+    than `most` each n-th, are sought among one another as well:
 
     limit: the `agreement` from which two are the same picture.
     picture_of, unit_of: (n,), equal for the same picture, and for those of one group or picture.
-    first: (units,), the number of an image of each unit.
+    first: (units,), the number of an image of each unit that was sought.
     usual: (units,), its best agreement with a picture of another unit.
     """
 
-    def __init__(self, real_pixels, groups):
+    def __init__(self, real_pixels, groups, most=2000):
         self.pictures = grey_and_mask(real_pixels)
         self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
         self.turns, self.crops = poses()
         coarse = local_contrast(self.pictures, 6.0, 2.0)
         self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
-        same = same_unit(groups)
+        self.measure_real(same_unit(groups), most)
+
+    def measure_real(self, same, most):
+        """Seek real pictures among the others; same: bool (n, n), whether they share a group."""
         near = np.eye(len(same), dtype=bool)
-        index, scores, _ = self.find_each(self.pictures, near)
-        others = np.where(np.take_along_axis(same, index, 1), 0, scores)
+        sought = np.arange(0, len(same), -(-len(same) // most))
+        index, scores, _ = self.find_each(self.pictures[sought], near[sought])
+        others = np.where(same[sought[:, None], index], 0, scores)
         # Of a kind whose pictures are all alike, copies must agree better. The second best: the
         # best may be stored twice.
         self.limit = min(max(SAME_PICTURE, np.median(np.sort(others)[:, -2:][:, 0]) + 0.25), 0.9)
-        np.put_along_axis(near, index, scores >= self.limit, 1)
+        near[sought[:, None], index] = scores >= self.limit
         _, self.picture_of = csgraph.connected_components(near)
         _, self.unit_of = csgraph.connected_components(near | same)
-        _, self.first = np.unique(self.unit_of, return_index=True)
+        _, first = np.unique(self.unit_of[sought], return_index=True)
+        self.first = sought[first]
+        self.usual = scores[first, 0]
         same = self.unit_of[self.first, None] == self.unit_of
-        crowded = np.take_along_axis(same, index[self.first], 1).any(1)
-        self.usual = scores[self.first, 0]
+        crowded = np.take_along_axis(same, index[first], 1).any(1)
         if crowded.any():
             _, scores, _ = self.find_each(self.pictures[self.first[crowded]], same[crowded])
             self.usual[crowded] = scores[:, 0]

@@ -784,6 +784,13 @@ def test_real_pictures_of_one_patient_or_photograph_are_one_unit():
     assert finder.usual[1] >= fresh - 1e-6
 
 
+def test_of_many_real_pictures_only_some_are_sought_among_the_others():
+    finder = metrics.CopyFinder(wounds([*range(7), 2]), [""] * 8, most=3)
+    assert finder.first.tolist() == [0, 3, 6]
+    assert len(finder.usual) == 3
+    assert finder.find(wounds([5]))[0] == [5]
+
+
 def test_flat_pictures_are_no_copies_of_anything(finder):
     flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
     assert (finder.find(flat)[1] == 0).all()
