@@ -13,8 +13,8 @@ report for any browser (--out) and the same figures for programs (--json):
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "utility": [{"share", "auroc", "low", "high", "gain", "gain_low",
-"gain_high"}]}]}
+"subgroups": [...], "labels": {"table": [...], "not_reached": [...], "not_told_apart": [...]},
+"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
 percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
@@ -43,17 +43,24 @@ from metrics import (
     WEIGHTS,
     CopyFinder,
     Flags,
+    LabelCheck,
     Network,
     add_comparison_flags,
+    auroc,
     colour,
+    colour_and_layout,
+    colour_scale,
     command,
-    curve,
     data_set,
+    dot_lines,
     extract,
     fail,
     fit_square,
+    fold,
     frechet,
     generator,
+    grey_kind,
+    in_grey,
     kid,
     label_list,
     list_images,
@@ -66,23 +73,27 @@ from metrics import (
     need_weights,
     number,
     page,
+    pair,
+    paragraph,
     pick_device,
     pick_resolution,
     pooled,
     precision_recall,
     read_table,
     report_enlarged,
+    resamples,
     resolve_auto,
     run_script,
     set_hash,
+    shows_colour,
     split_rows,
     squared_distances,
     ssim_matrix,
     stored_grain,
     table,
     text_key,
-    thumbnail,
     write_file,
+    zoom,
 )
 
 HALVES = 20  # random halves of the real set
@@ -417,6 +428,16 @@ def load_reference(rows, resolution, fakes, tools):
     return real
 
 
+def drop_faint_colours(images):
+    """Make images grey in which no eye sees a colour; say how many others there are."""
+    in_colour = shows_colour(images.pixels)
+    faint = ~in_colour
+    images.pixels[faint] = in_grey(images.pixels[faint])
+    if in_colour.any():
+        count = f"{in_colour.sum()} of {len(faint)} images show colours"
+        print(f"{images.path}: {count}, the real ones are grey: sample.py --grey draws grey ones")
+
+
 def list_reference(args):
     """The real rows to compare with, and those that are searched for copies."""
     rows = known = list_real(args.real, args)
@@ -493,6 +514,7 @@ class Entry:
     differences: dict  # metric: "worse" or "too good", rarest first
     copies: Copies
     mix: list  # sentences on the labels
+    labels: dict  # what images with them look like, as in the JSON
     subgroups: list  # as in the JSON
     utility: dict = None  # classifier: list of doses, as in the JSON
     utility_note: str = ""  # what they are worth, or why there are none
@@ -509,9 +531,11 @@ def evaluate_set(real, fake, known, tools):
     figures, mix = measure_figures(real, fake, tools)
     p, differences = test_together(figures)
     features = pooled(real.features, fake.features, tools.network.standardise)
+    labels = check_labels(real, fake, args.seed)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else (None, "")
-    return Entry(fake, real, known, figures, p, differences, copies, mix, subgroups, *utility)
+    more = mix, labels, subgroups, *utility
+    return Entry(fake, real, known, figures, p, differences, copies, *more)
 
 
 def measure_figures(real, fake, tools):
@@ -685,6 +709,49 @@ def may_be_copies(entry):
     return too_many or entry.differences.get(name) == "too good"
 
 
+def check_labels(real, fake, seed):
+    """What images of each label look like, as in the JSON: {} without labels that can be checked.
+
+    table: percent of the generated images of a label, and of the real ones, as images left out,
+    that look most like each label.
+    """
+    scale = colour_scale(colour_and_layout(real.pixels))
+    blocks = []
+    for images in (real, fake):
+        blocks.append([images.features, scale(colour_and_layout(images.pixels))])
+    check = LabelCheck(real.rows, blocks[0], seed)
+    if not check.names or (check.numbers(fake.rows) < 0).all():
+        return {}
+    own, looks, *_ = check.judge(blocks[1], fake.rows)
+    found = {"table": [], "not_reached": [], "not_told_apart": check.sentences}
+    for k in np.intersect1d(own, check.own):
+        counts = [
+            np.bincount(side, minlength=len(check.names))
+            for side in (looks[own == k], check.looks[check.own == k])
+        ]
+        for kind, count in zip(("generated", "real"), counts, strict=True):
+            record = {"label": check.names[k], "set": kind, "images": int(count.sum())}
+            for name, share in zip(check.names, count / count.sum(), strict=True):
+                record[f"like {name}, %"] = round(100 * share)
+            found["table"].append(record)
+        found["not_reached"] += not_reached(check, k, *counts)
+    return found
+
+
+def not_reached(check, k, fake, real):
+    """A sentence if generated images of label k look like another, and more than real ones do.
+
+    fake, real: how many look like each label; Fisher's exact test.
+    """
+    sides = [[count[k], count.sum() - count[k]] for count in (fake, real)]
+    other = (fake * (np.arange(len(fake)) != k) * check.apart[k]).argmax()
+    if scipy.stats.fisher_exact(sides, "less").pvalue > 0.01 or fake[other] == 0:
+        return []
+    label, looks = check.names[k], check.names[other]
+    text = f"of {fake.sum()} pictures labelled {label} {fake[other]} look like {looks}"
+    return [f"The generator does not reach {label}: {text}, of {real.sum()} real {real[other]}."]
+
+
 def subgroups_of(row, column):
     """The subgroups of an image: its findings one by one, an age as its decade."""
     text = row.label if column == "label" else row.fields.get(column, "")
@@ -744,13 +811,13 @@ def measure_utility(real, known, fake, tools):
         return None, f"Whether they help a classifier is not measured: {missing}."
     for images in (train, test, fake):
         prepare(images, classes, tools)
-    weights = resamples(test.rows, tools.args.seed)
+    weights = resamples([row.group for row in test.rows], tools.args.seed)
     found = fit_classifiers(train, test, fake, weights, tools.args.seed)
     results = {}
-    for (name, share), auroc in found.items():
-        gain = auroc - found[name, 0]
-        low, high = np.nanquantile(auroc[1:], (0.025, 0.975))
-        dose = {"share": share, "auroc": auroc[0], "low": low, "high": high, "gain": gain[0]}
+    for (name, share), values in found.items():
+        gain = values - found[name, 0]
+        low, high = np.nanquantile(values[1:], (0.025, 0.975))
+        dose = {"share": share, "auroc": values[0], "low": low, "high": high, "gain": gain[0]}
         low, high = np.nanquantile(gain[1:], (0.005, 0.995))  # several doses are tried
         results.setdefault(name, []).append(dose | {"gain_low": low, "gain_high": high})
     return results, sentence
@@ -830,8 +897,8 @@ def fit_classifiers(train, test, fake, weights, seed):
             network = small_cnn([first, real], 200, (seed, repeat))
             scores["small CNN, generated first"] = network(test.small)
         for name, score in scores.items():
-            auroc = aurocs(score, test.targets, weights) / SEEDS
-            found[name, share] = found.get((name, share), 0) + auroc
+            values = aurocs(score, test.targets, weights) / SEEDS
+            found[name, share] = found.get((name, share), 0) + values
     return found
 
 
@@ -875,24 +942,10 @@ def small_cnn(stages, steps, seed):
 
 def aurocs(scores, targets, weights):
     """AUROC of scores (N, classes), mean over classes, under each row of weights (B, N): (B,)."""
-    total, count = np.zeros((2, len(weights)))
-    for score, positive in zip(scores.T, targets.T > 0, strict=True):
-        ordered = np.heaviside(score[positive][:, None] - score[~positive], 0.5)
-        a, b = weights[:, positive], weights[:, ~positive]
-        weight = a.sum(1) * b.sum(1)
-        total += ((a @ ordered) * b).sum(1) / np.maximum(weight, 1)
-        count += weight > 0  # of classes that have both kinds
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def resamples(rows, seed, count=1000):
-    """(1 + count, N): how often each image counts; all once, then bootstraps of whole patients."""
-    units = units_of([row.group for row in rows])
-    drawn = torch.randint(len(units), (count, len(units)), generator=generator(seed, "bootstrap"))
-    weights = np.ones((1 + count, len(rows)))
-    for k, unit in enumerate(units):
-        weights[1:, unit] = (drawn == k).sum(1, keepdim=True)
-    return weights
+    pairs = zip(scores.T, targets.T > 0, strict=True)
+    values = np.stack([auroc(*pair, weights) for pair in pairs])
+    count = np.isfinite(values).sum(0)  # of classes that have both kinds
+    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
 
 # ---------------------------------------------------------------- in words
@@ -926,36 +979,40 @@ def figure_rows(entry):
     return rows
 
 
-# metrics that see the same, and what is said of them where they are worse than chance, or too good
+# metrics that see the same, their plain name, and what is said of them where they are worse than
+# chance, or too good
 PHRASES = [
-    ("fid frechet kid", "the images as a whole", "closer as a whole"),
-    ("colour", "colours", "closer in colour"),
-    ("grain", "sharpness, noise or JPEG blocks", "closer in sharpness, noise and JPEG blocks"),
-    ("precision density", "too few look real", "more of them look real"),
-    ("recall coverage", "too little of the real variety", "more of the real variety"),
+    ("fid frechet kid", "likeness as a whole", "the images as a whole", "closer as a whole"),
+    ("precision density", "looks real", "too few look real", "more of them look real"),
+    ("recall coverage", "variety", "too little of the real variety", "more of the real variety"),
+    ("colour", "colour", "colours", "closer in colour"),
+    (
+        "grain",
+        "sharpness and noise",
+        "sharpness, noise or JPEG blocks",
+        "closer in sharpness, noise and JPEG blocks",
+    ),
+    (
+        "ssim_nearest lpips_nearest",
+        "nearness to a real image",
+        "too far from a real image",
+        "nearer to a real image",
+    ),
     # a mixture of two different sets is less alike than each of them: this says nothing of which is
-    ("ssim_pairs lpips_pairs", "likeness to one another", "likeness to one another"),
-    ("ssim_nearest lpips_nearest", "too far from a real image", "nearer to a real image"),
-    ("inception_score", "contents less clear or varied", "contents clearer or more varied"),
+    ("ssim_pairs lpips_pairs", *["likeness to one another"] * 3),
+    (
+        "inception_score",
+        "clear contents",
+        "contents less clear or varied",
+        "contents clearer or more varied",
+    ),
 ]
 
 
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
-    opening = "By these figures they cannot be told from the real ones"
-    worse = name_differences(entry.differences, "worse")
-    better = name_differences(entry.differences, "too good")
-    if worse:
-        opening = "They can be told from the real ones"
-    elif better:
-        opening = "They are too good: better than fresh real images would be"
-    text = [f"{opening} (p = {digits(entry.p, 2)} for all figures together)."]
-    if worse:
-        text.append(f"What differs, the clearest first: {worse}.")
-    if better:
-        text.append(f"Too good for fresh images: {better}.")
-        text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
-    text += entry.mix
+    _, text = findings(entry)
+    text += entry.mix + entry.labels.get("not_reached", [])
     if entry.utility_note:
         text.append(entry.utility_note)
     for classifier, doses in (entry.utility or {}).items():
@@ -964,11 +1021,32 @@ def verdict(entry):
     return " ".join(text)
 
 
+def findings(entry):
+    """Whether and how the sets differ: a mark of few words, and sentences."""
+    mark = "✓ not told apart"
+    opening = "By these figures they cannot be told from the real ones"
+    worse = name_differences(entry.differences, "worse")
+    better = name_differences(entry.differences, "too good")
+    if worse:
+        mark = "✗ told apart"
+        opening = "They can be told from the real ones"
+    elif better:
+        mark = "! too good"
+        opening = "They are too good: better than fresh real images would be"
+    text = [f"{opening} (p = {digits(entry.p, 2)} for all figures together)."]
+    if worse:
+        text.append(f"What differs, the clearest first: {worse}.")
+    if better:
+        text.append(f"Too good for fresh images: {better}.")
+        text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
+    return mark, text
+
+
 def name_differences(differences, kind):
     """The metrics of one kind in plain words, those that see the same together; "" if none is."""
     found = {}
     for name, difference in differences.items():
-        for names, *phrases in PHRASES:
+        for names, _, *phrases in PHRASES:
             if difference == kind and name in names.split():
                 found.setdefault(phrases[kind != "worse"], []).append(name)
     return "; ".join(f"{phrase} ({', '.join(names)})" for phrase, names in found.items())
@@ -1015,7 +1093,7 @@ def ranking(entries):
         error = 1.96 * np.std(figure.half_gaps)
         excess = f"{digits(figure.excess, sign='+')} ± {digits(error, 2)}"
         rows.append([entry.fake.path, len(entry.fake.rows), excess, note])
-    return ["set", "images", f"{name}: excess ± 95 %", ""], rows
+    return ["set", "images", f"{name}: excess ± 95 %", "next to the first"], rows
 
 
 def print_entry(entry):
@@ -1024,6 +1102,11 @@ def print_entry(entry):
     print(f"{verdict(entry)}\n\n{GUIDE}\n")
     print_table(HEADER, figure_rows(entry))
     print(HALVES_GUIDE)
+    if entry.labels:
+        print(f"\n{LABELS_GUIDE}\n")
+        records = entry.labels["table"]
+        print_table(records[0], [record.values() for record in records])
+        print(*entry.labels["not_told_apart"], sep="\n")
 
 
 def print_table(header, rows):
@@ -1044,12 +1127,26 @@ count."""
 HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
 many generated images against one half, which can be compared with it."""
 
-FIGURES = """<h2>What the figures are</h2><p>With fewer than 50 images only gross differences show.
-<b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of the two sets;
-<b>colour</b>: the same of their colours, <b>grain</b> of the files as stored: sharpness, noise,
-JPEG's blocks. <b>precision, density</b>: generated images that look real. <b>recall, coverage</b>:
-real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest real image, and of
-generated images to one another. <b>band</b>: by a fixed table; compare it with real halves.</p>"""
+PAGE_GUIDE = """The bar is what chance gives where both sets are of one kind: 95 % of many mixtures
+of them, divided again. The dot is the generated set: further right it is worse, further left better
+than fresh real images would be, as copies are. Of so many figures one is often outside by chance:
+only those count that are said to differ. Of fewer than 50 images only gross differences show."""
+
+FIGURES = """<p><b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of
+the two sets; <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored:
+sharpness, noise, JPEG's blocks. <b>precision, density</b>: generated images that look real.
+<b>recall, coverage</b>: real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest
+real image, and of generated images to one another. <b>band</b>: by a fixed table; compare it with
+real halves.</p>"""
+
+LABELS_GUIDE = """Labels: what images look like to a classifier that learnt from the real ones.
+Real images are judged by one that never saw their patients."""
+
+COPIES = """Generated left, its nearest image right. p: how many real images are as near to
+another. This is no guarantee of privacy."""
+
+SUBGROUPS = """kid: how far the real images of a subgroup are from generated ones; error: one
+standard deviation of it; real_vs_rest: how far they are from the other real images."""
 
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
@@ -1058,22 +1155,17 @@ coverage with 5; Inception Score in one split. Copies: pictures are laid over ea
 affine map, and the local contrast of 70 % of squares (8 x 8 of 64 x 64 pixels) correlates better
 than any two real images' is likely to; distance of pairs: 1 less this correlation; p: how many real
 images are as near to another. Near: of fresh images, as many as a beta-binomial distribution gives.
-Null: {permutations} permutations,
-seed {seed}, within each label, of one image of each patient and of each picture that is stored
-several times, where there are ten or more; a patient's real and generated image change places with
-one another. p of all figures: Westfall and Young's minP. Of more than {max_images} images so many
-were drawn; the Frechet value alone is of all, where the mix of labels is the same. Real halves:
-median over {halves} random halves of the real set against each other; same size: of as many
-generated images against a half. Utility: ridge regression on the features and a network of three
-layers (200 steps of 32 images at 64 pixels), on real and generated images together or, generated
-first, 200 steps on these (for 0 %, on real ones) and 200 on real ones; {seeds} paired seeds, tested
-on the held-out images of --run (without: on 30 % of the real ones, which the generator may know);
-1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
-
-
-def paragraph(text, kind=""):
-    """HTML: a paragraph of plain text."""
-    return f'<p class="{kind}">{html.escape(text)}</p>'
+Null: {permutations} permutations, seed {seed}, within each label, of one image of each patient and
+of each picture that is stored several times, where there are ten or more; a patient's real and
+generated image change places with one another. p of all figures: Westfall and Young's minP. Of more
+than {max_images} images so many were drawn; the Frechet value alone is of all, where the mix of
+labels is the same. Real halves: median over {halves} random halves of the real set against each
+other; same size: of as many generated images against a half. Utility: ridge regression on the
+features and a network of three layers (200 steps of 32 images at 64 pixels), on real and generated
+images together or, generated first, 200 steps on these (for 0 %, on real ones) and 200 on real
+ones; {seeds} paired seeds, tested on the held-out images of --run (without: on 30 % of the real
+ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}. Not
+for diagnosis."""
 
 
 def records_table(records):
@@ -1081,60 +1173,124 @@ def records_table(records):
     return table(records[0], [map(digits, record.values()) for record in records])
 
 
+def verdict_box(entry):
+    """HTML: the verdict at a glance, a sign and words in a colour, then in sentences."""
+    mark, text = findings(entry)
+    marks = f'<b class="badge {mark}">{mark}</b>'
+    if entry.copies.copies or may_be_copies(entry):
+        marks += '<b class="badge copies">! may be copies</b>'
+    plain = re.sub(r" \(.*?\)", "", " ".join(text))  # without figures
+    return f'<div class="verdict">{marks}{paragraph(f"{plain} {entry.copies.sentence}")}</div>'
+
+
 def gallery(title, images, seed):
-    """HTML: 24 images of a set, drawn by the seed."""
-    order = torch.randperm(len(images.rows), generator=generator(seed, "shown")).tolist()
-    shown = [thumbnail(images.pixels[i], 128) for i in sorted(order[:24])]
-    heading = f"<h3>{title}: {len(shown)} of {len(images.rows)}</h3>"
-    return f'{heading}<div class="grid">{"".join(shown)}</div>'
+    """HTML: 12 images of a set, drawn by the seed."""
+    order = torch.randperm(len(images.rows), generator=generator(seed, "shown"))[:12]
+    tiles = [zoom(images.pixels[i], f"{title}: {images.rows[i].file_name}") for i in order]
+    heading = f"<h4>{title}: {len(order)} of {len(images.rows)}</h4>"
+    return f'<div>{heading}<div class="tiles">{"".join(tiles)}</div></div>'
+
+
+def figure_lines(entry):
+    """HTML: each figure next to what chance gives, those that see the same together."""
+    lines = []
+    for names, plain, *_ in PHRASES:
+        for name in names.split():
+            if name not in entry.metrics:
+                continue
+            figure = entry.metrics[name]
+            better = "lower" if figure.lower_is_better else "higher"
+            note = f"{name}, {better} is better"
+            chance = f"{digits(figure.null_low)} to {digits(figure.null_high)}"
+            title = f"{digits(figure.value)}; chance gives {chance}"
+            words = entry.differences.get(name, "no clear difference")
+            lines.append((plain, note, 40, 60, place(figure), title, words))
+    return dot_lines(("", "too good", "chance", "worse", "verdict"), lines)
+
+
+def place(figure):
+    """Where its dot is, in percent: chance gives 40 to 60, worse is right, far is logarithmic."""
+    limit = figure.null_high if figure.excess > 0 else figure.null_low
+    steps = np.arcsinh(figure.excess / max(abs(limit - figure.null), 1e-12)) / np.arcsinh(1)
+    return 50 + 10 * steps * (1 if figure.lower_is_better else -1)
+
+
+def copies_section(entry, args):
+    """HTML: copies, then the nearest pairs."""
+    pairs = ""
+    size = entry.fake.pixels.shape[-1]
+    records = {}
+    every = [*entry.copies.copies, *entry.copies.pairs]
+    for numbers, record in zip(entry.copies.numbers, every, strict=True):
+        records.setdefault(numbers, record)  # a copy is a pair of the nearest too
+    for (i, j), record in list(records.items())[:12]:
+        row = entry.known.rows[j]
+        _, pixels = load_real([row], size, args, bad_share=1)  # was searched small
+        fake = entry.fake.pixels[i], entry.fake.rows[i]
+        if "kind" in record:
+            text = f"a copy: {record['kind']}"
+        else:
+            text = f"distance {digits(record['distance'])}, p {digits(record['p'], 2)}"
+        pairs += pair(fake, (pixels[0], row), text)
+    return f'{paragraph(COPIES)}<div class="pairs">{pairs}</div>'
+
+
+def labels_section(entry):
+    """HTML: what images of each label look like."""
+    found = entry.labels
+    body = paragraph(" ".join([LABELS_GUIDE, *found["not_reached"]]))
+    body += records_table(found["table"])
+    for text in found["not_told_apart"]:
+        body += paragraph(f"The {text}.")
+    return body
+
+
+def utility_section(entry):
+    """HTML: whether generated images help a classifier."""
+    body = paragraph(entry.utility_note)
+    header = ("generated images", "0.5 guesses", "", "1 never errs", "AUROC")
+    for name, doses in (entry.utility or {}).items():
+        lines = []
+        for dose in doses:
+            places = [200 * dose[key] - 100 for key in ("low", "high", "auroc")]
+            title = f"95 %: {dose['low']:.3f} to {dose['high']:.3f}"
+            lines.append((f"{dose['share']} %", title, *places, title, f"{dose['auroc']:.3f}"))
+        body += paragraph(f"{name}: {dose_sentence(doses)}.") + dot_lines(header, lines)
+    return body
 
 
 def set_section(entry, args):
-    """HTML: one generated set's part of the report."""
+    """HTML: one generated set's part of the report, in the order in which people ask."""
     fake = entry.fake
-    parts = [f"<h2>{html.escape(fake.path)}</h2>", paragraph(verdict(entry), "verdict")]
-    parts += [paragraph(GUIDE), table(HEADER, figure_rows(entry)), paragraph(HALVES_GUIDE, "soft")]
+    numbers = paragraph(GUIDE) + table(HEADER, figure_rows(entry)) + paragraph(HALVES_GUIDE)
+    body = f"<h2>{html.escape(fake.path)}: {len(fake.rows)} images</h2>{verdict_box(entry)}"
+    body += '<h3>What do they look like?</h3><div class="sides">'
+    body += gallery("Real", entry.real, args.seed) + gallery("Generated", fake, args.seed)
+    body += f"</div>{paragraph(' '.join(entry.mix))}"
+    body += f"<h3>Do they differ, and how?</h3>{paragraph(PAGE_GUIDE)}{figure_lines(entry)}"
+    body += fold("The numbers", numbers + FIGURES)
+    body += f"<h3>Are they copies?</h3>{copies_section(entry, args)}"
+    if entry.labels:
+        body += f"<h3>Do they show their labels?</h3>{labels_section(entry)}"
     if entry.utility_note:
-        parts.append("<h3>Do they help a classifier?</h3>")
-        parts.append(paragraph(entry.utility_note))
-    if entry.utility:
-        lines = {}
-        for name, doses in entry.utility.items():
-            lines[name] = [(dose["share"], dose["auroc"]) for dose in doses]
-            parts.append(paragraph(f"{name}; 95 % of the AUROC, 99 % of the gain"))
-            parts.append(records_table(doses))
-        parts.append(curve(lines, "generated images added, % of the real ones", "AUROC"))
-    parts.append("<h3>Generated left, its nearest image right</h3>")
-    parts.append(
-        paragraph("No guarantee of privacy. p: how many real images are as near to another's.")
-    )
-    for records in (entry.copies.copies, entry.copies.pairs):
-        if records:
-            parts.append(records_table(records))
-    for i, j in entry.copies.numbers:
-        both = thumbnail(fake.pixels[i], 128) + thumbnail(entry.known.pixels[j], 128)
-        caption = html.escape(f"{fake.rows[i].file_name}, {entry.known.rows[j].file_name}")
-        parts.append(f'<figure><div class="grid">{both}</div>')
-        parts.append(f"<figcaption>{caption}</figcaption></figure>")
-    parts.append(gallery("Generated", fake, args.seed))
+        body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
-        parts.append(f"<h3>By {html.escape(args.by)}</h3>")
-        parts.append(records_table(entry.subgroups))
-    return "\n".join(parts)
+        body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}"
+        body += records_table(entry.subgroups)
+    return body
 
 
 def write_report(args, settings, entries):
     """Write --out: ranking where there are several sets, a section for each set, methods."""
-    body = [paragraph(settings["networks"], "soft")]
+    body = paragraph(f"{args.real}: {len(entries[0].real.rows)} real images", "soft")
     if len(entries) > 1:
-        body.append("<h2>Ranking, by excess over chance; copies last</h2>")
-        body.append(table(*ranking(entries)))
-    body += [set_section(entry, args) for entry in entries]
-    body.append(gallery("Real", entries[0].real, args.seed))
+        body += f"<h2>Ranking, by excess over chance; copies last</h2>{table(*ranking(entries))}"
+    for entry in entries:
+        body += set_section(entry, args)
     methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
-    body += [FIGURES, "<h2>How it was made</h2>", paragraph(methods)]
-    body.append(paragraph(command("evaluate.py", *sys.argv[1:]), "soft"))
-    write_file(args.out, page("Generated against real images", "\n".join(body)))
+    how = paragraph(methods) + paragraph(command("evaluate.py", *sys.argv[1:]), "soft")
+    body += fold("How it was made", how)
+    write_file(args.out, page("Generated against real images", body))
 
 
 JSON_KEYS = "value null null_low null_high excess p_high p_low real_vs_real band".split()
@@ -1153,6 +1309,8 @@ def write_json(args, settings, entries):
         result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
         result["memorisation"]["pairs"] = entry.copies.pairs
         result["subgroups"] = entry.subgroups
+        if entry.labels:
+            result["labels"] = entry.labels
         if entry.utility:
             result["utility"] = entry.utility["linear probe"]
             result["classifiers"] = entry.utility
@@ -1273,6 +1431,10 @@ def main(args):
     print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
+    real.pixels, in_colour = grey_kind(real.pixels)
+    if in_colour is not None:
+        for fake in fakes:
+            drop_faint_colours(fake)
     known = real
     if known_rows is not real_rows or len(known_rows) > args.max_images:
         size = resolution if args.utility else min(80, resolution)  # copies are searched small

@@ -31,7 +31,6 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import scipy
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from scipy import special
@@ -41,21 +40,32 @@ from metrics import (
     COLUMNS,
     CopyFinder,
     Flags,
+    LabelCheck,
     Row,
     add_comparison_flags,
+    auroc,
+    block_scale,
     colour,
+    colour_and_layout,
+    colour_scale,
     command,
     content_hash,
     copy_file,
+    cross_validate,
     data_set,
+    draw_order,
     existing_file,
     extract,
     fail,
     find_column,
     find_file,
+    fit_labels,
+    fit_logistic,
     fit_square,
     generator,
     grain,
+    grey_kind,
+    in_grey,
     list_images,
     list_real,
     load_features,
@@ -69,17 +79,24 @@ from metrics import (
     note,
     number,
     page,
+    pair,
+    paragraph,
     pick_device,
     pick_resolution,
+    predict,
     read_table,
     read_text,
     report_enlarged,
+    resamples,
     resolve_auto,
+    robust_scale,
     run_script,
     same_unit,
+    shows_colour,
     square_side,
     squared_distances,
     ssim_matrix,
+    table,
     text_key,
     thumbnail,
     write_csv,
@@ -103,6 +120,8 @@ class Reference:
     real_scores: dict = field(default_factory=dict)  # name -> (n,), against other patients
     thresholds: dict = field(default_factory=lambda: {"": 1.0})  # label, "" for any -> largest rank
     copies: CopyFinder = None  # where copies are refused
+    in_colour: np.ndarray = None  # (n,), of a grey kind those few that show a colour
+    labels: LabelCheck = None  # where labels are checked
     summary: list = field(default_factory=list)  # a line on each limit
 
     def judge(self, pixels, rows):
@@ -111,6 +130,11 @@ class Reference:
         pixels: uint8 (N, 3, S, S). The first reason that applies is given. scores["nearest"] is the
         number of the nearest real image; scores["quality"], in (0, 1], falls with the worst rank.
         """
+        reasons = [""] * len(rows)
+        if self.in_colour is not None:
+            for i in np.flatnonzero(shows_colour(pixels)):
+                reasons[i] = "in colour, the real images are grey (sample.py --grey)"
+            pixels = in_grey(pixels)
         vectors = {name: block.vectors(pixels) for name, block in self.blocks.items()}
         scores, nearest_real = self.score(pixels, vectors)
         is_copy = np.zeros(len(rows), bool)
@@ -122,18 +146,30 @@ class Reference:
         scores["nearest"] = nearest_real
         largest_rank = ranks.max(0)
         scores["quality"] = 1.001 - largest_rank
-        reasons = [""] * len(rows)
         for i, row in enumerate(rows):
             broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
             threshold = self.thresholds.get(text_key(row.label), self.thresholds[""])
             if is_copy[i]:
                 reasons[i] = f"copy of a real image (similarity {scores['similarity'][i]:.2f})"
+            elif reasons[i]:
+                continue
             elif broken:
                 reasons[i] = broken[0]
             elif largest_rank[i] > threshold:
                 worst = list(self.real_scores)[ranks[:, i].argmax()]
                 reasons[i] = f"{worst} unlike the real images"
+        if self.labels:
+            self.check_labels(vectors, rows, reasons, scores)
         return reasons, scores
+
+    def check_labels(self, vectors, rows, reasons, scores):
+        """Refuse what looks like another label of the real images; sets scores["label_p"]."""
+        names = self.labels.names
+        own, looks, p, is_other = self.labels.judge([vectors["texture"], vectors["colour"]], rows)
+        scores["label_p"] = p
+        for i in np.flatnonzero(is_other):
+            text = f"looks like {names[looks[i]]}, not {names[own[i]]} (p {p[i]:.2g})"
+            reasons[i] = reasons[i] or text
 
     def score(self, pixels, vectors, forbidden=False):
         """Scores of pixels (N, 3, S, S), name -> (N,), large is bad; numbers of the nearest, (N,).
@@ -178,8 +214,10 @@ def measure_reference(
 
     rows, pixels: as load_pixels gives, uint8 (n, 3, S, S), S >= 64. calibrate: refuse what looks
     less real than all but this share of real images. max_lpips, min_ssim: limits to the nearest.
-    Real images that are too few for that, or all of one patient, are an error.
+    Real images that are too few for that, or all of one patient, are an error. Where hardly any
+    real image has a colour, all are compared in grey.
     """
+    pixels, in_colour = grey_kind(pixels)
     if max_lpips is not None and lpips == "auto":
         lpips = "alex"
     features, lpips = resolve_auto(features, lpips)
@@ -200,7 +238,7 @@ def measure_reference(
     if same_patient.all(1).any():
         fail("--reference: all its images are of one patient; it takes several")
     comparisons, limits = compare_pairs(pixels, device, max_lpips, min_ssim, lpips, batch_size)
-    reference = Reference(pixels, same_patient, blocks, comparisons, limits)
+    reference = Reference(pixels, same_patient, blocks, comparisons, limits, in_colour=in_colour)
     reference.real_scores, _ = reference.score(pixels, vectors, same_patient)
     for name, limit, flag in limits:
         refused = np.mean(reference.real_scores[name] > limit)
@@ -231,18 +269,38 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
 
 def set_thresholds(reference, rows, alpha):
     """The largest rank that passes: of any image, and of each label with enough real images."""
-    worst = reference.rank(reference.real_scores).max(0)
-    reference.thresholds[""] = conformal_threshold(worst, alpha)
+    reference.thresholds = find_thresholds(reference, rows, alpha)
     if np.isinf(reference.thresholds[""]):
         fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")
     text = f"calibrated on {len(rows)} real images by {', '.join(reference.real_scores)}"
     reference.summary.append(f"{text}: about {1 - alpha:.0%} of unseen real ones would pass")
+    for label in list(reference.thresholds)[1:]:
+        reference.summary.append(f'label "{label}" has its own threshold')
+
+
+def find_thresholds(reference, rows, alpha):
+    """The largest rank that passes: {"" for any image, label with enough real images: rank}."""
+    worst = reference.rank(reference.real_scores).max(0)
+    if reference.in_colour is not None:  # refused, too
+        worst[reference.in_colour] = worst.max()
+    thresholds = {"": conformal_threshold(worst, alpha)}
     labels = np.array([text_key(row.label) for row in rows])
     for label in sorted(set(labels) - {""}):
         threshold = conformal_threshold(worst[labels == label], alpha)
         if np.isfinite(threshold):
-            reference.thresholds[label] = threshold
-            reference.summary.append(f'label "{label}" has its own threshold')
+            thresholds[label] = threshold
+    return thresholds
+
+
+def learn_labels(reference, rows, seed):
+    """Let a Reference check labels, where its real images have two of 8 images each or more."""
+    blocks = [reference.blocks[name].real for name in ("texture", "colour")]
+    check = LabelCheck(rows, blocks, seed)
+    if check.names:
+        reference.labels = check
+        reference.summary.append(f"labels are checked: {', '.join(check.names)}"[:300])
+        for text in check.sentences[:5]:
+            reference.summary.append(f"{text}: none is refused for looking like the other")
 
 
 def conformal_threshold(ranks, alpha):
@@ -267,44 +325,6 @@ class Block:
 
     def vectors(self, pixels):
         return self.scale(self.describe(pixels))
-
-
-def robust_scale(real, floor=1e-6):
-    """A function: descriptors less the real ones' median, over their median absolute deviation.
-
-    floor: the least deviation, so that what hardly differs among real images decides nothing.
-    """
-    middle = np.median(real, axis=0)
-    spread = 1.4826 * np.median(np.abs(real - middle), axis=0)
-    spread = np.maximum(spread, max(floor, 0.2 * np.median(spread)))
-    return lambda descriptors: (descriptors - middle) / spread
-
-
-def colour_and_layout(pixels):
-    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, made symmetric and of length 1.
-
-    Texture sees neither a colour nor that a film is a negative.
-    """
-    parts = [F.adaptive_avg_pool2d(part.float(), 8) for part in pixels.split(64)]
-    small = torch.cat(parts).double()
-    small = (small + small.flip(3))[..., :4].flatten(1)
-    layouts = F.normalize(small - small.mean(1, keepdim=True))
-    return np.hstack([colour(pixels), layouts.numpy()])
-
-
-def colour_scale(real):
-    """The scale of colour_and_layout: a colour counts as at most three deviations.
-
-    Otherwise one tinted film among grey ones would hide all differences of layout.
-    """
-    tint_scale = robust_scale(real[:, :8], floor=0.01)  # two or three grey levels
-    layout_spread = 0.8 * np.linalg.norm(real[:, 8:].std(0)) + 1e-6
-
-    def scale(vectors):
-        tint = 3 * np.tanh(tint_scale(vectors[:, :8]) / 3) / 8**0.5
-        return np.hstack([tint, vectors[:, 8:] / layout_spread])
-
-    return scale
 
 
 # ---------------------------------------------------------------- a selector, learnt from ratings
@@ -376,11 +396,6 @@ def describe(pixels):
     return np.hstack([texture, colour(pixels), grain(pixels)])
 
 
-def predict(features, weights):
-    """Logits (N, m) by weights (D + 1, m) of `fit_logistic`."""
-    return features @ weights[:-1] + weights[-1]
-
-
 def save_selector(path, selector):
     """Write safetensors with all settings as JSON under one key of the header; no paths."""
     settings = asdict(selector)
@@ -420,12 +435,14 @@ def filter_images(args):
     rows, pixels = load_pixels(all_rows, size)
     flags = {name: getattr(args, name) for name in REFERENCE_FLAGS}
     reference = measure_reference(real_rows, real, pick_device(args.device), **flags)
+    if not args.no_label_check:
+        learn_labels(reference, real_rows, args.seed)
 
     mixed, wanted = plan_mix(len(rows), args)
     reasons, scores, summary = decide(reference, selector, rows, pixels, wanted, args)
     kept = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     write_decisions(out, real_rows, all_rows, rows, reasons, scores)
-    body = report(rows, pixels, real, reasons, scores["nearest"], summary)
+    body = report(rows, pixels, real_rows, real, reasons, scores, reference, summary)
     write_file(out / "filter.html", page("What the filter kept", body))
     if not args.dry_run:
         copy_images(out, kept, mixed)
@@ -501,6 +518,10 @@ def decide(reference, selector, rows, pixels, wanted, args):
     """Reasons ("" keeps an image), scores, and lines that say what was done; sets row.quality."""
     reasons, scores = reference.judge(pixels, rows)
     summary = [f"all are compared at {pixels.shape[-1]} pixels a side", *reference.summary]
+    unknown = sum(np.isnan(scores.get("label_p", [])))
+    if unknown:
+        text = "images have no label that is checked"
+        summary.append(f"{unknown} of {len(rows)} {text}")
     if selector:
         for warning in selector.warnings:
             summary.append(f"the selector was written in spite of: {warning}")
@@ -517,10 +538,14 @@ def decide(reference, selector, rows, pixels, wanted, args):
         best = best_and_diverse(vectors[passed], scores["quality"][passed], wanted)
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
-    # without details: copy, --max-lpips, quality, duplicate, not among the best
-    kinds = Counter(re.split(r" of | \(| \d", reason)[0] or "kept" for reason in reasons)
-    summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds.most_common()))
+    kinds = count_reasons(reasons).most_common()
+    summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds))
     return reasons, scores, summary
+
+
+def count_reasons(reasons):
+    """How many images each reason refuses, without details: copy, --max-lpips, quality, …"""
+    return Counter(re.split(r" of | \(| \d", reason)[0] or "kept" for reason in reasons)
 
 
 def refuse_duplicates(reference, reasons, rows, vectors, quality):
@@ -615,26 +640,45 @@ def copy_images(out, kept, mixed):
     write_csv(out / "metadata.csv", header + list(extra), lines)
 
 
-def report(rows, pixels, real, reasons, nearest_real, summary):
-    """HTML: kept and refused images, each next to its nearest real image with the reason."""
-    parts = [f"<p>{html.escape(line)}</p>" for line in summary]
-    parts.append("<p>Each next to its nearest real image; of many only every n-th.</p>")
-    parts.append('<div style="display:grid;gap:1rem;grid-template-columns:1fr 1fr">')
-    kept = np.array(reasons) == ""
-    for title, shown in (("Kept", np.flatnonzero(kept)), ("Refused", np.flatnonzero(~kept))):
-        parts.append(f"<div><h2>{title}</h2>")
-        for i in shown[:: 1 + len(shown) // 61]:
-            pair = thumbnail(pixels[i]) + thumbnail(real[nearest_real[i]])
-            caption = f"{html.escape(rows[i].file_name)}<br>{html.escape(reasons[i])}"
-            parts.append(f'<figure><div class="grid">{pair}</div>')
-            parts.append(f"<figcaption>{caption}</figcaption></figure>")
-        parts.append("</div>")
-    return "".join(parts) + "</div>"
+REASONS = """Texture: the pattern of edges and surfaces. Colour: tints, and what is bright where.
+Grain: sharpness, noise, JPEG's blocks. Quality: 1 looks most like the real images, 0 least, by the
+worst of these; with a selector, how likely an expert is to call it good."""
 
 
-def draw_order(count, seed, *key):
-    """A permutation of range(count), int64, the same everywhere."""
-    return torch.randperm(count, generator=generator(seed, *key)).numpy()
+def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
+    """HTML: how many are kept and why others are not, other limits, each next to its nearest."""
+    kinds = count_reasons(reasons)
+    body = f'<div class="verdict"><b>Kept {kinds["kept"]} of {len(rows)} generated images.</b>'
+    body += table(("what became of them", "images"), kinds.most_common())
+    body += f"</div>{paragraph(REASONS, 'soft')}<h2>What would pass at another limit</h2>"
+    body += other_limits(reference, real_rows, rows, scores)
+    order = np.argsort(-scores["quality"], kind="stable")
+    kept = np.array(reasons)[order] == ""
+    for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
+        some = shown[:: 1 + len(shown) // 37]
+        body += f"<h2>{title}: {len(some)} of {len(shown)} are shown, the best first</h2>"
+        body += '<div class="pairs">'
+        for i in some:
+            j = scores["nearest"][i]
+            text = f"{reasons[i] or 'kept'}, quality {scores['quality'][i]:.2f}"
+            body += pair((pixels[i], rows[i]), (real[j], real_rows[j]), text, 256)
+        body += "</div>"
+    how = "".join(map(paragraph, summary))
+    return f"{body}<h2>How they were judged</h2>{how}"
+
+
+def other_limits(reference, real_rows, rows, scores):
+    """HTML: how many images would pass at other values of --calibrate."""
+    ranks = reference.rank(scores).max(0)
+    lines = []
+    for alpha in (0.01, 0.05, 0.1, 0.2, 0.5):
+        thresholds = find_thresholds(reference, real_rows, alpha)
+        limits = [thresholds.get(text_key(row.label), thresholds[""]) for row in rows]
+        passing = f"{np.sum(ranks <= limits)} of {len(rows)}"
+        if np.isinf(thresholds[""]):
+            passing = "too few real images"
+        lines.append((alpha, f"{1 - alpha:.0%}", passing))
+    return table(("calibrate", "unseen real images that pass", "generated ones that pass"), lines)
 
 
 # ---------------------------------------------------------------- experts rate
@@ -1235,7 +1279,6 @@ def describe_agreement(first, second, gen):
 
 # ---------------------------------------------------------------- ratings teach a selector
 
-PENALTIES = np.logspace(-1, 1.5, 6)  # the features of an image have a squared length near 3
 PERMUTATIONS = 199
 
 
@@ -1263,9 +1306,7 @@ def fit(args):
     size = args.resolution or pick_resolution(rated.rows)
     _, pixels = load_pixels(rated.rows, size, strict=True)
     descriptors = describe(pixels)
-    mean = descriptors.mean(0)
-    # by the root of its size, a block of many descriptors weighs no more than one of few
-    spread = np.maximum(descriptors.std(0), 1e-6) * np.sqrt(np.repeat(BLOCKS, BLOCKS))
+    mean, spread = block_scale(descriptors, BLOCKS)
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
     if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
         warnings.append(
@@ -1374,7 +1415,9 @@ def fit_quality(features, rated, seed):
             labels[same, column] = rated.labels[same[order], 0]
     logits, penalties = cross_validate(features, labels, rated.weights, rated.groups, seed)
     good = labels >= 0.5
-    values = auroc(logits, good, rated.modalities)
+    columns = zip(logits.T, good.T, strict=True)
+    values = [auroc(*column, strata=rated.modalities)[0] for column in columns]
+    drawn = auroc(logits[:, 0], good[:, 0], resamples(rated.groups, seed), rated.modalities)
     weights = fit_logistic(features, rated.labels, rated.weights, penalties[0])
     # the logits of images left out calibrate it (Platt 1999)
     slope, offset = fit_logistic(logits[:, :1], rated.labels, rated.weights, 0.1)[:, 0]
@@ -1382,78 +1425,9 @@ def fit_quality(features, rated, seed):
     weights[-1] += offset
     return weights, {
         "auroc": values[0],
-        "interval": auroc_interval(logits[:, :1], good[:, :1], rated, seed),
-        "p": (1 + (values[1:] >= values[0]).sum()) / (1 + PERMUTATIONS),
+        "interval": np.nanpercentile(drawn[1:], (2.5, 97.5)).tolist(),
+        "p": sum(value >= values[0] for value in values) / (1 + PERMUTATIONS),
     }
-
-
-def auroc_interval(logits, good, rated, seed):
-    """95 % of the AUROC over 500 draws of the groups, each with all its images."""
-    members = [np.flatnonzero(rated.groups == name) for name in np.unique(rated.groups)]
-    size = (500, len(members))
-    draws = torch.randint(len(members), size, generator=generator(seed, "interval"))
-    values = []
-    for draw in draws.tolist():
-        drawn = np.concatenate([members[n] for n in draw])
-        values.append(auroc(logits[drawn], good[drawn], rated.modalities[drawn])[0])
-    return np.nanpercentile(values, (2.5, 97.5)).tolist()
-
-
-def auroc(scores, good, strata):
-    """Share of (good, bad) pairs of one stratum that the scores order right, ties half: (m,).
-
-    scores, good: (n, m); strata: (n,). NaN where there is no such pair.
-    """
-    right, pairs = np.zeros((2, scores.shape[1]))
-    for stratum in np.unique(strata):
-        inside = strata == stratum
-        positive = good[inside].sum(0)
-        ranks = scipy.stats.rankdata(scores[inside], axis=0)
-        right += (ranks * good[inside]).sum(0) - positive * (positive + 1) / 2
-        pairs += positive * (inside.sum() - positive)
-    return right / np.where(pairs > 0, pairs, np.nan)
-
-
-def cross_validate(features, labels, weights, groups, seed):
-    """Predict each column of labels (n, m) five-fold by its best penalty, whole groups left out.
-
-    Returns logits (n, m) and the penalties (m,).
-    """
-    names, numbers = np.unique(groups, return_inverse=True)
-    folds = draw_order(len(names), seed, "folds")[numbers] % 5
-    u, scale, _ = np.linalg.svd(features, full_matrices=False)
-    x = u * scale  # the same fit in at most n dimensions
-    logits = np.zeros((len(PENALTIES), *labels.shape))
-    for k, penalty in enumerate(PENALTIES):
-        for fold in np.unique(folds):
-            train = folds != fold
-            fitted = fit_logistic(x[train], labels[train], weights[train], penalty)
-            logits[k, ~train] = predict(x[~train], fitted)
-    losses = np.logaddexp(0, logits) - labels * logits
-    best = (losses * weights[:, None]).sum(1).argmin(0)
-    return np.take_along_axis(logits, best[None, None], 0)[0], PENALTIES[best]
-
-
-def fit_logistic(features, labels, weights, penalty):
-    """Logistic regressions of each column of labels (n, m) in [0, 1]: weights (D + 1, m).
-
-    Minimises the weighted log loss + penalty / 2 |w|^2; the last weight, the intercept, is free.
-    Newton's method with the bound X'X / 4 on the Hessian (Boehning and Lindsay 1988), so that one
-    inverse serves all columns and steps.
-    """
-    x = np.hstack([features, np.ones((len(features), 1))])
-    ridge = np.full((x.shape[1], 1), penalty)
-    ridge[-1] = 1e-6
-    weights = (weights / weights.mean())[:, None]
-    inverse = np.linalg.inv(x.T @ (weights * x) / 4 + np.diag(ridge[:, 0]))
-    fitted = np.zeros((x.shape[1], labels.shape[1]))
-    for _ in range(500):
-        residuals = weights * (labels - special.expit(x @ fitted))
-        step = inverse @ (x.T @ residuals - ridge * fitted)
-        fitted += step
-        if np.abs(step).max() < 1e-3:
-            break
-    return fitted
 
 
 def fit_classes(rows, size, mean, spread, args):
@@ -1465,12 +1439,11 @@ def fit_classes(rows, size, mean, spread, args):
     if len(classes) < 2 or len(set(groups)) < 2:
         return [], np.zeros((len(mean) + 1, 0))
     features = (describe(pixels) - mean) / spread
-    labels = np.array([np.equal(classes, name_of(row)) for row in rows], float)
-    ones = np.ones(len(rows))
-    logits, penalties = cross_validate(features, labels, ones, groups, args.seed)
-    right = np.mean(logits.argmax(1) == labels.argmax(1))
+    labels = np.array([name_of(row) for row in rows])
+    logits, weights = fit_labels(classes, labels, features, groups, args.seed)
+    right = np.mean(np.array(classes)[logits.argmax(1)] == labels)
     print(f"{len(classes)} labels; {right:.0%} of real images left out look most like their own")
-    return classes, fit_logistic(features, labels, ones, np.median(penalties))
+    return classes, weights
 
 
 # ---------------------------------------------------------------- flags
@@ -1492,6 +1465,7 @@ def parse_args(argv=None):
     add("--selector", type=existing_file, help="judge by what --fit wrote")
     add("--min-quality", type=share, help="probability of a good rating (default: the selector's)")
     add("--min-alignment", type=share, help="probability that the image shows its label")
+    add("--no-label-check", action="store_true", help="keep what looks like another label")
     add("--keep", type=number(1, 10**9), help="only the best and most diverse N")
     add = parser.add_argument_group("how it is left").add_argument
     add("--dry-run", action="store_true", help="write decisions.csv and filter.html, copy nothing")

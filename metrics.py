@@ -7,7 +7,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
-    the page      page, table, thumbnail, curve
+    the page      page, table, dot_lines, thumbnail, zoom, pair, curve
 """
 
 import argparse
@@ -50,6 +50,7 @@ import scipy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from scipy import special
 from scipy.sparse import csgraph
 from tqdm import tqdm
 
@@ -1479,6 +1480,73 @@ def colour(pixels):
     return torch.cat(parts).cpu().double().numpy()
 
 
+def robust_scale(real, floor=1e-6):
+    """A function: descriptors less the real ones' median, over their median absolute deviation.
+
+    floor: the least deviation, so that what hardly differs among real images decides nothing.
+    """
+    middle = np.median(real, axis=0)
+    spread = 1.4826 * np.median(np.abs(real - middle), axis=0)
+    spread = np.maximum(spread, np.maximum(floor, 0.2 * np.median(spread)))
+    return lambda descriptors: (descriptors - middle) / spread
+
+
+def shows_colour(pixels):
+    """bool (N,): whether the eye sees a colour somewhere in uint8 pixels (N, 3, S, S).
+
+    The channels of a 16th of a side differ by over 8 grey levels; a VAE leaves one or two of a grey
+    picture, yellowed films have five.
+    """
+    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 16) for part in pixels.split(64)])
+    return ((small.amax(1) - small.amin(1)).amax((1, 2)) > 8).numpy()
+
+
+def in_grey(pixels):
+    """uint8 pixels (N, 3, S, S) with the mean of the channels in all three."""
+    mean = pixels.sum(1, keepdim=True, dtype=torch.int16).add(1).div(3, rounding_mode="floor")
+    return mean.to(torch.uint8).expand_as(pixels)
+
+
+def grey_kind(pixels):
+    """Of a grey kind of images the pixels in grey and which show a colour; else (pixels, None).
+
+    A few with a tint or a mark in colour decide nothing.
+    """
+    in_colour = shows_colour(pixels)
+    if in_colour.mean() > 0.05:
+        return pixels, None
+    return in_grey(pixels), in_colour
+
+
+def colour_and_layout(pixels):
+    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, made symmetric and of length 1.
+
+    Texture sees neither a colour nor that a film is a negative.
+    """
+    parts = [F.adaptive_avg_pool2d(part.float(), 8) for part in pixels.split(64)]
+    small = torch.cat(parts).double()
+    small = (small + small.flip(3))[..., :4].flatten(1)
+    layouts = F.normalize(small - small.mean(1, keepdim=True))
+    return np.hstack([colour(pixels), layouts.numpy()])
+
+
+def colour_scale(real):
+    """The scale of colour_and_layout: a colour counts as at most three deviations.
+
+    Otherwise one tinted film among grey ones would hide all differences of layout.
+    """
+    level = 2 / 255  # of a colour the eye hardly sees more
+    detail = np.log1p((level / np.exp(np.median(real[:, 6:8], axis=0))) ** 2) / 2  # as noise adds
+    tint_scale = robust_scale(real[:, :8], [*[level] * 6, *detail])
+    layout_spread = 0.8 * np.linalg.norm(real[:, 8:].std(0)) + 1e-6
+
+    def scale(vectors):
+        tint = 3 * np.tanh(tint_scale(vectors[:, :8]) / 3) / 8**0.5
+        return np.hstack([tint, vectors[:, 8:] / layout_spread])
+
+    return scale
+
+
 def grain(pixels):
     """How pictures were made: uint8 (N, 3, H, W), H, W >= 16 -> float64 (N, 11).
 
@@ -2355,6 +2423,196 @@ def agreement(picture, others, matches, signs):
     return reached * (known.float().mean(1) > 0.15)
 
 
+# ---------------------------------------------------------------- logistic regression
+
+PENALTIES = np.logspace(-1, 1.5, 6)  # the features of an image have a squared length near 3
+
+
+def draw_order(count, seed, *key):
+    """A permutation of range(count), int64, the same everywhere."""
+    return torch.randperm(count, generator=generator(seed, *key)).numpy()
+
+
+def predict(features, weights):
+    """Logits (N, m) by weights (D + 1, m) of `fit_logistic`."""
+    return features @ weights[:-1] + weights[-1]
+
+
+def auroc(scores, good, times=None, strata=0):
+    """Share of (good, bad) pairs of one stratum that scores (n,) order right, ties half: (B,).
+
+    good, strata: (n,). times: how often each image counts, (B, n). NaN where there is no such pair.
+    """
+    if times is None:
+        times = np.ones((1, len(good)))
+    right, pairs = np.zeros((2, len(times)))
+    for stratum in np.unique(strata):
+        first, second = (strata == stratum) & good, (strata == stratum) & ~good
+        a, b = times[:, first], times[:, second]
+        ordered = np.heaviside(scores[first][:, None] - scores[second], 0.5)
+        right += ((a @ ordered) * b).sum(1)
+        pairs += a.sum(1) * b.sum(1)
+    return right / np.where(pairs > 0, pairs, np.nan)
+
+
+def resamples(groups, seed, count=1000):
+    """(1 + count, n): how often each image counts; all once, then bootstraps of whole groups.
+
+    An image without a group ("") is alone.
+    """
+    names = [f"\0{n}" if name == "" else name for n, name in enumerate(groups)]
+    _, numbers = np.unique(names, return_inverse=True)
+    size = numbers.max() + 1
+    drawn = torch.randint(size, (count, size), generator=generator(seed, "bootstrap"))
+    times = np.apply_along_axis(np.bincount, 1, drawn.numpy(), minlength=size)[:, numbers]
+    return np.vstack([np.ones(len(groups)), times])
+
+
+def cross_validate(features, labels, weights, groups, seed):
+    """Predict each column of labels (n, m) five-fold by its best penalty, whole groups left out.
+
+    Returns logits (n, m) and the penalties (m,).
+    """
+    names, numbers = np.unique(groups, return_inverse=True)
+    folds = draw_order(len(names), seed, "folds")[numbers] % 5
+    u, scale, _ = np.linalg.svd(features, full_matrices=False)
+    x = u * scale  # the same fit in at most n dimensions
+    logits = np.zeros((len(PENALTIES), *labels.shape))
+    for k, penalty in enumerate(PENALTIES):
+        for fold in np.unique(folds):
+            train = folds != fold
+            fitted = fit_logistic(x[train], labels[train], weights[train], penalty)
+            logits[k, ~train] = predict(x[~train], fitted)
+    losses = np.logaddexp(0, logits) - labels * logits
+    best = (losses * weights[:, None]).sum(1).argmin(0)
+    return np.take_along_axis(logits, best[None, None], 0)[0], PENALTIES[best]
+
+
+def fit_logistic(features, labels, weights, penalty):
+    """Logistic regressions of each column of labels (n, m) in [0, 1]: weights (D + 1, m).
+
+    Minimises the weighted log loss + penalty / 2 |w|^2; the last weight, the intercept, is free.
+    Newton's method with the bound X'X / 4 on the Hessian (Boehning and Lindsay 1988), so that one
+    inverse serves all columns and steps.
+    """
+    x = np.hstack([features, np.ones((len(features), 1))])
+    ridge = np.full((x.shape[1], 1), penalty)
+    ridge[-1] = 1e-6
+    weights = (weights / weights.mean())[:, None]
+    inverse = np.linalg.inv(x.T @ (weights * x) / 4 + np.diag(ridge[:, 0]))
+    fitted = np.zeros((x.shape[1], labels.shape[1]))
+    for _ in range(500):
+        residuals = weights * (labels - special.expit(x @ fitted))
+        step = inverse @ (x.T @ residuals - ridge * fitted)
+        fitted += step
+        if np.abs(step).max() < 1e-3:
+            break
+    return fitted
+
+
+# ---------------------------------------------------------------- does an image show its label?
+
+LEAST_APART = 0.8  # of the AUROC's interval, for two labels that can be told apart
+
+
+def block_scale(real, sizes):
+    """Mean and spread (D,) of descriptors (n, D) that consist of blocks of these sizes."""
+    # by the root of its size, a block of many descriptors weighs no more than one of few
+    return real.mean(0), np.maximum(real.std(0), 1e-6) * np.sqrt(np.repeat(sizes, sizes))
+
+
+def fit_labels(names, labels, features, groups, seed):
+    """Tell labels (n,) apart by features (n, D), a column for each of the names.
+
+    Returns logits of images that were left out, (n, names), and the weights (D + 1, names) of all.
+    """
+    is_own = np.equal.outer(labels, names).astype(float)
+    ones = np.ones(len(labels))
+    logits, penalties = cross_validate(features, is_own, ones, groups, seed)
+    fitted = []
+    for k, penalty in enumerate(penalties):
+        fitted.append(fit_logistic(features, is_own[:, [k]], ones, penalty))
+    return logits, np.hstack(fitted)
+
+
+class LabelCheck:
+    """Does an image show its label? Learnt from the labelled real images alone.
+
+    names: the labels that 8 real images or more have; no label is checked where these are fewer
+    than two. own: the real images' numbers of names; looks, scores: what they look like and how
+    much like their own label, predicted as images left out.
+    """
+
+    def __init__(self, rows, blocks, seed):
+        """blocks: descriptors of the real images, arrays (n, D). Those of `grain` do not belong.
+
+        How a file was made often tells the labels of real images, and of generated ones nothing.
+        """
+        counts = Counter(text_key(row.label) for row in rows)
+        self.names = sorted(name for name in counts if name and counts[name] >= 8)
+        own = self.numbers(rows)
+        has_label = own >= 0
+        groups = np.array([row.group or row.path for row in rows])[has_label]
+        if len(self.names) < 2 or len(set(groups)) < 2:
+            self.names = []
+            return
+        self.own = own[has_label]
+        self.mean, self.spread = block_scale(np.hstack(blocks), [part.shape[1] for part in blocks])
+        features = (np.hstack(blocks)[has_label] - self.mean) / self.spread
+        numbers = range(len(self.names))
+        logits, self.weights = fit_labels(numbers, self.own, features, groups, seed)
+        self.looks = logits.argmax(1)
+        self.scores = label_scores(logits, self.own)
+        self.apart = np.ones((len(numbers), len(numbers)), bool)
+        self.sentences = []  # on pairs of labels that cannot be told apart
+        for a, b in itertools.combinations(numbers, 2):
+            pair = np.isin(self.own, (a, b))
+            self.compare(
+                a, b, (logits[:, a] - logits[:, b])[pair], self.own[pair], groups[pair], seed
+            )
+
+    def numbers(self, rows):
+        """The number of each row's label among the names, (N,); -1 for none of them."""
+        labels = [text_key(row.label) for row in rows]
+        return np.array([self.names.index(name) if name in self.names else -1 for name in labels])
+
+    def compare(self, a, b, scores, own, groups, seed):
+        """Whether scores (n,) tell the real images of two labels apart."""
+        values = auroc(scores, own == a, resamples(groups, seed))
+        low, high = np.nanpercentile(values[1:], (2.5, 97.5))
+        if not low >= LEAST_APART:  # or NaN, of a single patient
+            self.apart[a, b] = self.apart[b, a] = False
+            text = f'real images of "{self.names[a]}" and "{self.names[b]}" cannot be told apart '
+            text += f"(AUROC {values[0]:.2f}, 95 %: {low:.2f} to {high:.2f})"
+            self.sentences.append(text)
+
+    def judge(self, blocks, rows):
+        """Of each image: its label, what it looks like, p of its label, whether it shows another.
+
+        Labels are numbers of names, -1 for none of them, whose p is NaN. p is conformal: how many
+        real images of the label look less like it. Where none does, the real images of all labels
+        count, for few of one label would allow no small p.
+        """
+        logits = predict((np.hstack(blocks) - self.mean) / self.spread, self.weights)
+        own = self.numbers(rows)
+        looks = logits.argmax(1)
+        p = np.full(len(rows), np.nan)
+        for i, score in enumerate(label_scores(logits, own)):
+            below = self.scores <= score
+            same = self.own == own[i]
+            if same.any():
+                p[i] = (1 + below[same].sum()) / (1 + same.sum())
+            if not below[same].any():
+                p[i] = np.minimum(p[i], (1 + below.sum()) / (1 + len(below)))
+        limit = max(0.02, 1 / (1 + len(self.own)))
+        return own, looks, p, (looks != own) & (p <= limit) & self.apart[own, looks]
+
+
+def label_scores(logits, own):
+    """How much images look like their own labels: the logs of their shares, (N,)."""
+    return special.log_softmax(logits, axis=1)[np.arange(len(own)), own]
+
+
 # ---------------------------------------------------------------- the page
 
 STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1d9e0;--paper:#fff;
@@ -2362,24 +2620,44 @@ STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1
 --two:#c2410c;--three:#15803d;--four:#7e22ce}
 @media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9aa4af;--line:#343b43;--paper:#0e1116;
 --mark:#6cb0ff;--two:#fb923c;--three:#4ade80;--four:#c084fc}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:64rem;padding:1.2rem;font:16px/1.5 system-ui,
+*{box-sizing:border-box}body{margin:0 auto;max-width:66rem;padding:1.2rem;font:16px/1.5 system-ui,
 sans-serif;overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}
 h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
 table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600}
+th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;
+white-space:normal;overflow-wrap:break-word}
 td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}.soft{color:var(--soft)}
 .verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}
-.grid{display:flex;flex-wrap:wrap;gap:.3rem}figure .grid{flex-wrap:nowrap}
-.grid img{width:6rem;height:6rem;object-fit:cover;border-radius:.2rem}
-figure{display:inline-block;margin:0 .6rem .8rem 0}svg{width:35rem;max-width:100%;font-size:12px;
-text-anchor:middle}path,polyline{fill:none;stroke-width:2;stroke-linecap:round}
+.badge{display:inline-block;border:.15rem solid;border-radius:2rem;padding:0 .8rem;font-weight:700;
+margin:.2rem .5rem .2rem 0;color:var(--two)}
+.badge.not{color:var(--three)}.worse{color:var(--two)}:is(.too,.copies).badge,.too{
+color:var(--four)}
+svg{width:35rem;max-width:100%;font-size:12px;text-anchor:middle}path,polyline{fill:none;stroke-width:2;stroke-linecap:round}
 pre{white-space:pre-wrap;border:1px solid var(--line);border-radius:.3rem;padding:.6rem}
 summary{cursor:pointer;padding:.4rem 0;font-weight:600}
 :focus-visible{outline:.15rem solid var(--mark)}
-figcaption{font-size:.8rem;color:var(--soft);max-width:12.3rem;overflow-wrap:anywhere}
-@media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}
-h2,h3{break-after:avoid}figure,tr{break-inside:avoid}}"""
+.sides{display:grid;grid-template-columns:1fr 1fr;gap:.5rem 1rem}.sides h4{margin:.5rem 0;
+font-size:.9rem}
+.tiles,.pairs{display:grid;gap:.4rem;grid-auto-flow:dense;
+grid-template-columns:repeat(auto-fill,minmax(min(10rem,100%),1fr))}
+.pairs{gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(20.4rem,100%),1fr))}
+figure{display:grid;grid-template-columns:1fr 1fr;gap:.3rem;margin:0;align-content:start}
+figcaption{grid-column:1/-1;font-size:.8rem;color:var(--soft);white-space:pre-line}
+.zoom summary{padding:0;list-style:none;cursor:zoom-in}.zoom summary::-webkit-details-marker{
+display:none}.zoom img{display:block;width:100%;border-radius:.2rem}.zoom[open]{grid-column:1/-1}
+.zoom[open] img{max-width:32rem;cursor:zoom-out}
+.lines{width:100%;max-width:50rem;table-layout:fixed}.lines :is(th,td){white-space:normal;
+text-align:left}.lines :is(th,td):first-child{width:29%}.lines :is(th,td):last-child{width:25%}
+.lines tbody th{color:var(--ink)}small{color:var(--soft);font-weight:400;display:block}
+.ends{display:flex;justify-content:space-between;gap:.5rem;line-height:1.2}
+.axis{display:block;width:100%;height:1.6rem;overflow:visible}.axis line{stroke:var(--line)}
+.axis rect{fill:var(--soft);opacity:.4}.axis circle{fill:currentColor}
+@media(max-width:40rem){.sides{gap:.5rem}.sides .zoom[open]{width:calc(200% + .5rem);z-index:1}
+.sides>:last-child .zoom[open]{margin-left:calc(-100% - .5rem)}}
+@media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}th,td{
+white-space:normal}::details-content{content-visibility:visible}h2,h3{break-after:avoid}
+figure,tr{break-inside:avoid}}"""
 
 
 def page(title, body):
@@ -2403,6 +2681,33 @@ def table(header, rows):
     return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
 
 
+def dot_lines(header, rows):
+    """An HTML table with an axis in each row, on it a grey bar and a dot; all texts are HTML.
+
+    header: over the names, the left, middle and right of the axis, and the words. A row: name,
+    note, left and right of the bar and dot in percent of the axis, what they say, words.
+    """
+    names, *ends, words = header
+    ends = f'<div class="ends"><span>{"</span><span>".join(ends)}</span></div>'
+    heads = '<th scope="col">'.join(("", names, ends, words))
+    lines = [f"<thead><tr>{heads}</thead><tbody>"]
+    for name, note, *places, title, words in rows:
+        left, right, dot = np.clip(places, 0, 100)
+        lines.append(
+            f'<tr><th scope="row">{name}<small>{note}</small>'
+            f'<td><svg class="axis {words}" role="img"><title>{title}</title>'
+            '<line x1="0" x2="100%" y1="50%" y2="50%"/>'
+            f'<rect x="{left:.1f}%" width="{right - left:.1f}%" y="25%" height="50%"/>'
+            f'<circle cx="{dot:.1f}%" cy="50%" r="6"/></svg><td>{words}'
+        )
+    return f'<table class="lines">{"".join(lines)}</table>\n'
+
+
+def paragraph(text, kind=""):
+    """HTML: a paragraph of plain text."""
+    return f'<p class="{kind}">{html.escape(text)}</p>\n'
+
+
 def fold(title, body):
     """HTML that shows its body once the title is clicked."""
     return f"<details><summary>{html.escape(title)}</summary>{body}</details>\n"
@@ -2418,6 +2723,22 @@ def thumbnail(image, size=96, alt="", quality=85, **options):
     image.save(buffer, "JPEG", quality=quality, **options)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
+
+
+def zoom(image, alt, size=384):
+    """A picture of at most `size` pixels a side that a click, or Enter, shows larger."""
+    return f'<details class="zoom"><summary>{thumbnail(image, size, alt)}</summary></details>'
+
+
+def pair(generated, real, text, size=384):
+    """HTML: a generated picture next to a real one, each (pixels, row), over text and names."""
+    pictures = ""
+    for kind, (pixels, row) in (("generated", generated), ("real", real)):
+        pictures += zoom(pixels, f"{kind}: {row.file_name}", size)
+        text += f"\n{kind}: {row.file_name}"
+        if row.label:
+            text += f" ({row.label})"
+    return f"<figure>{pictures}<figcaption>{html.escape(text)}</figcaption></figure>\n"
 
 
 def curve(series, x_label="", y_label=""):

@@ -91,6 +91,7 @@ class Settings:
     negative_prompt: str = ""
     guidance_rescale: float = 0.0
     low_memory: bool = False
+    grey: bool = False
 
 
 def guided_prediction(base, noisy, timestep, conds, settings):
@@ -720,7 +721,7 @@ def read_checkpoint(path):
             if layer != key:
                 b = extra.pop(layer + ".lora_B.weight") * (flags["alpha"] / flags["rank"])
                 pairs[on_disk(layer)] = (extra.pop(key), b)
-        return Adapter(path, 1.0, pairs, flags, extra)
+        return Adapter(path, 1.0, pairs, flags | {"grey": content.get("grey")}, extra)
     except Exception as why:  # torch.load raises whatever it meets
         fail(f"--checkpoint {path}: not a checkpoint of train.py ({type(why).__name__})")
 
@@ -967,7 +968,7 @@ def plan(args, settings, base_name, prompts, adapters, control):
         f'Lora hashes: "{" ".join(hashes)}"'
     )
     options = control.description
-    if args.grey:
+    if settings.grey:
         options += ", Grey"
     if settings.guidance_rescale:
         options += f", Guidance rescale: {settings.guidance_rescale:g}"
@@ -1171,7 +1172,7 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
             while len(jobs) < batch_size:
                 jobs.append(jobs[-1])
             images = list(generate(base, jobs, settings, batch_size, args.seed))[: len(batch)]
-            if args.grey:
+            if settings.grey:
                 images = [image.convert("L") for image in images]
             reasons, scores = control.judge(images, [drawing.prompt for drawing in batch], args)
             finished = []
@@ -1273,7 +1274,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--out", default="runs/samples", help="folder")
     add("--format", choices=ENCODERS, default="png", help="dcm: DICOM Secondary Capture")
-    add("--grey", action="store_true", help="write grey pictures")
+    add_one_of = parser.add_mutually_exclusive_group().add_argument
+    help_text = "write grey pictures (default: if the adapter's run saw grey ones)"
+    add_one_of("--grey", action="store_true", default=None, help=help_text)
+    add_one_of("--color", action="store_false", dest="grey", help="write pictures in colour")
     add("--grid", action="store_true", help="also write a contact sheet, grid.png")
     add("--overwrite", action="store_true", help="replace pictures of other settings")
     args = parser.parse_args(argv)
@@ -1293,6 +1297,10 @@ def make_settings(args, adapters, base_name):
     values = {name: getattr(args, name) for name in vars(Settings())}
     values["height"] = args.height or side
     values["width"] = args.width or side
+    if args.grey is None:
+        values["grey"] = all(each.metadata.get("grey") for each in adapters) and bool(adapters)
+        if values["grey"]:
+            note("the adapter's run saw grey images: pictures are grey (--color: they are not)")
     return Settings(**values)
 
 

@@ -60,6 +60,7 @@ from metrics import (
     fold,
     frechet,
     generator,
+    grey_kind,
     kid,
     list_images,
     load_features,
@@ -478,6 +479,7 @@ class State:
     scaler: torch.amp.GradScaler
     made_of: dict  # what must not change while a run goes on: fixed_settings
     images: int = 0  # in the training set
+    is_grey: bool = False  # the training set, but for a few images
     step: int = 0
     best: dict = field(default_factory=lambda: {"step": 0})  # the best entry of history
     history: list = field(default_factory=list)  # of validations: {"step", "val_loss", …}
@@ -525,6 +527,7 @@ def save_checkpoint(state, args, is_best=False):
         "history": state.history,
         "args": vars(args),
         "made_of": state.made_of,
+        "grey": state.is_grey,
         "random": torch.get_rng_state(),
     }
     folder = Path(args.out, "checkpoints")
@@ -695,6 +698,7 @@ class Data:
     caption: torch.Tensor  # (N,) index into text
     weight: torch.Tensor  # (N,) of each row's loss
     classes: tuple = ()  # of the rows, with --balance
+    is_grey: bool = False  # hardly any picture shows a colour
     name: str = "data"  # keys its random draws
 
 
@@ -870,6 +874,7 @@ def load_data(base, rows, args):
     for split in dict.fromkeys(row.split for row in rows):
         members = [row for row in rows if row.split == split]
         data[split] = make_data(base, members, latents[split], latents[f"{split} sizes"], args)
+        data[split].is_grey = bool(latents[f"{split} grey"])
     streams = [data["train"]]
     if args.balance:
         streams[0].classes = rarest_labels(streams[0].rows)
@@ -883,7 +888,8 @@ def load_data(base, rows, args):
 def load_latents(base, rows, args):
     """The readable rows, and of each split its latents and the sizes of its images, by name.
 
-    {"train": posterior mean and std (2, variants x N, 4, h, w), "train sizes": (variants x N, 6)}
+    {"train": posterior mean and std (2, variants x N, 4, h, w), "train sizes": (variants x N, 6),
+    "train grey": whether hardly any image shows a colour}
     """
     if args.cache:
         path = cache_path(rows, args)
@@ -898,6 +904,7 @@ def load_latents(base, rows, args):
         latents[split], latents[f"{split} sizes"], small, places = encode_rows(base, members, args)
         if not places:
             fail(f"{args.data}: none of the images for {split} can be read")
+        latents[f"{split} grey"] = torch.tensor(grey_kind(small)[1] is not None)
         readable += [members[place] for place in places]
         thumbnails.append(small)
     bad = len(rows) - len(readable)
@@ -918,7 +925,7 @@ def cache_path(rows, args):
         parts += [args.variants, args.augment, args.seed]
     for row in rows:
         parts += [hash_of(row.path), row.slice, row.value_range, row.split, row.file_name]
-    return Path(args.cache, digest(["sizes", *parts])[:32] + ".safetensors")
+    return Path(args.cache, digest(["sizes, grey", *parts])[:32] + ".safetensors")
 
 
 @torch.no_grad()
@@ -1403,7 +1410,7 @@ def adapter_metadata(state, args):
         names += ["text_encoder", "text_length"]
     metadata = {name: getattr(args, name) for name in names}
     metadata |= {"prompt": args.prompt or "", "images": state.images, "made_by": "medlora"}
-    metadata["data"] = state.made_of["the training data"]
+    metadata |= {"grey": state.is_grey, "data": state.made_of["the training data"]}
     metadata["licence"] = "that of the base; research use, not for diagnosis"
     return metadata
 
@@ -1948,20 +1955,22 @@ def run(args, device):
     streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
     make_room(base, args)
     state = start(base, weights, args, made_of, checkpoint)
-    state.images = len(streams[0].rows)
+    data = streams[0]
+    state.images = len(data.rows)
+    state.is_grey = data.is_grey
     log = Log(state, args)
     if RANK == 0:
         lines = [[row.file_name, row.group, row.split] for row in rows]
         write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
         write_args(args)
-        describe_run(state, streams[0], validation, args)
+        describe_run(state, data, validation, args)
         if checkpoint:  # --resume may name another one
             point(Path(args.out, "checkpoints", "latest.pt"), checkpoint_path(args))
     if checkpoint and is_due(state.step, args.validate_every, args):
         draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
     fit(base, streams, perceptual, validation, state, args, log)
     if RANK == 0:
-        finish(state, streams[0], args)
+        finish(state, data, args)
 
 
 def main(args):

@@ -114,3 +114,40 @@ class Browser:
         self.process.wait()
         os.close(self.write_end)
         os.close(self.read_end)
+
+
+def page_faults(path, profile):
+    """Open a page on a phone and in print; what is wrong with it: overflow, requests, names."""
+    browser = Browser(path, profile, width=390)
+    try:
+        faults = browser.evaluate(FAULTS)
+        browser.call("Emulation.setEmulatedMedia", media="print")
+        paper = {"width": 700, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        browser.call("Emulation.setDeviceMetricsOverride", **paper)
+        faults += browser.evaluate(FAULTS)
+        faults += [
+            url for url in browser.requests if not url.startswith((f"file://{path}", "data:"))
+        ]
+    finally:
+        browser.kill()
+    return faults
+
+
+FAULTS = """(() => {
+    const all = query => [...document.querySelectorAll(query)];
+    const faults = [];
+    if (document.documentElement.scrollWidth > innerWidth) faults.push("wider than the window");
+    if (all("script, link, iframe, [onerror]").length) faults.push("something active");
+    for (const image of all("img")) {
+        if (!image.alt || !image.naturalWidth) faults.push("picture " + image.alt);
+        if (image.closest(".zoom").clientWidth < 160) faults.push("a small picture");
+    }
+    for (const head of all("th")) if (!head.scope) faults.push("no scope: " + head.textContent);
+    let last = 0;
+    for (const heading of all("h1, h2, h3, h4")) {
+        const level = +heading.tagName[1];
+        if (level > last + 1) faults.push("skips a level: " + heading.textContent);
+        last = level;
+    }
+    return faults;
+})()"""

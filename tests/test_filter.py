@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import Browser, needs_chromium
+from browser import Browser, needs_chromium, page_faults
 from PIL import Image, ImageFilter, ImageOps
 
 import filter as filter_script
@@ -324,6 +324,34 @@ def test_95_of_100_unseen_images_pass_all_scores_together():
 # ---------------------------------------------------------------- what stays, and what is written
 
 
+@needs_chromium
+def test_the_page_counts_shows_the_best_first_and_names_other_limits(sets, filtered, tmp_path):
+    generated = tmp_path / "generated"
+    shutil.copytree(sets[1], generated)
+    hostile = "<img src=x onerror=x>.png"
+    shutil.copy(generated / "fresh-00.png", generated / hostile)
+
+    out = filtered((sets[0], generated), "--calibrate", 0.05, "--drop-copies", "--dry-run")
+
+    assert page_faults(out / "filter.html", tmp_path / "phone") == []
+    page = (out / "filter.html").read_text()
+    found = decisions(out)
+    kept = [name for name, row in found.items() if row["kept"] == "1"]
+    assert f"Kept {len(kept)} of {len(found)} generated images." in page
+    assert hostile not in page
+    captions = re.findall("<figcaption>(.*?), quality (.*?)\ngenerated: (.*?)\nreal: ", page)
+    assert len(captions) > 50
+    for good in (True, False):
+        values = [float(value) for reason, value, _ in captions if (reason == "kept") == good]
+        assert values == sorted(values, reverse=True)
+    limits = dict(re.findall("<tr><td>(0[.0-9]+)<td>.*?<td>([0-9]+) of", page))
+    passing = sum(
+        row["reason"] in ("", "copy") or "copy" in row["reason"] for row in found.values()
+    )
+    assert len(kept) <= int(limits["0.05"]) <= passing
+    assert int(limits["0.05"]) >= int(limits["0.1"]) >= int(limits["0.5"])
+
+
 def test_two_images_of_one_name_are_refused(sets, tmp_path, refused):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -628,6 +656,134 @@ def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
     for row in true:
         assert row.fields["quality"] == ""
         assert Path(row.path).read_bytes() == (real / Path(row.file_name).name).read_bytes()
+
+
+# ---------------------------------------------------------------- labels, grey kinds
+
+
+def phantom(kind, seed, size=64):
+    return Image.fromarray(phantoms.draw(kind, seed, size)[0])
+
+
+def write_labelled(folder, images):
+    """Write [(PIL image, label)] with metadata.csv into a folder; returns it as a text."""
+    folder.mkdir()
+    rows = []
+    for n, (image, label) in enumerate(images):
+        image.save(folder / f"{n:02d}.png")
+        rows.append([f"{n:02d}.png", label])
+    write_csv(folder / "metadata.csv", ["file_name", "label"], rows)
+    return str(folder)
+
+
+@pytest.fixture
+def labelled_sets(tmp_path):
+    """(real, generated): wounds and films; of the generated ones 0 to 2 have the other's label."""
+    real = []
+    generated = []
+    for n in range(12):
+        for kind, label in (("inflammatory ulcer", "Wound"), ("normal chest", "film")):
+            real.append((phantom(kind, n), label))
+            generated.append((phantom(kind, 500 + n), label.upper()))
+    for n, label in ((0, "film"), (1, "wound"), (2, "film"), (23, "ct"), (22, "")):
+        generated[n] = (generated[n][0], label)
+    return write_labelled(tmp_path / "r", real), write_labelled(tmp_path / "g", generated)
+
+
+def test_what_looks_like_another_label_is_refused(labelled_sets, filtered, capsys):
+    out = filtered(labelled_sets, "--keep", 24)
+
+    rows = decisions(out)
+    refused = [name for name, row in rows.items() if row["kept"] == "0"]
+    assert refused == ["00.png", "01.png", "02.png"]
+    assert re.fullmatch(r"looks like wound, not film \(p 0\.0\d+\)", rows["00.png"]["reason"])
+    assert float(rows["00.png"]["label_p"]) <= 0.04 < float(rows["03.png"]["label_p"])
+    printed = capsys.readouterr().out
+    assert "labels are checked: film, wound" in printed
+    assert "2 of 24 images have no label that is checked" in printed
+
+
+def test_labels_are_not_checked_where_that_is_typed(labelled_sets, filtered):
+    out = filtered(labelled_sets, "--keep", 24, "--no-label-check")
+
+    assert {row["kept"] for row in decisions(out).values()} == {"1"}
+
+
+def labels_and_features(draw, count, distance):
+    """Rows of three labels, two of a patient, and features that lie so far apart."""
+    numbers = np.arange(3 * count) % 3
+    rows = [
+        Row("", f"{n}", label="abc"[n % 3], group=str(n // 6 * 3 + n % 3))
+        for n in range(len(numbers))
+    ]
+    return rows, [draw.randn(len(rows), 10) + distance * np.eye(10)[numbers]]
+
+
+def test_swapped_labels_are_found_and_few_right_ones_refused():
+    draw = np.random.RandomState(0)
+    check = metrics.LabelCheck(*labels_and_features(draw, 40, 4), 0)
+    rows, blocks = labels_and_features(draw, 300, 4)
+    swapped = [Row("", "", label="abc"["bca".index(row.label)]) for row in rows]
+
+    own, looks, p, is_other = check.judge(blocks, rows)
+
+    assert np.mean(looks == own) > 0.95
+    assert is_other.mean() <= 0.03
+    assert np.mean(p <= 0.5) == pytest.approx(0.5, abs=0.1)  # a fresh image's p is uniform
+    assert check.judge(blocks, swapped)[3].mean() >= 0.9
+    assert check.sentences == []
+
+
+def test_where_real_images_cannot_be_told_apart_nothing_is_refused():
+    draw = np.random.RandomState(0)
+    check = metrics.LabelCheck(*labels_and_features(draw, 12, 0), 0)
+
+    *_, is_other = check.judge(*reversed(labels_and_features(draw, 100, 0)))
+
+    assert not is_other.any()
+    assert len(check.sentences) == 3
+    assert 'images of "a" and "b" cannot be told apart (AUROC 0.' in check.sentences[0]
+
+
+def test_a_label_of_seven_images_is_not_checked():
+    rows, (features,) = labels_and_features(np.random.RandomState(0), 8, 4)
+
+    assert metrics.LabelCheck(rows, [features], 0).names == ["a", "b", "c"]
+    assert metrics.LabelCheck(rows[:-1], [features[:-1]], 0).names == ["a", "b"]
+
+
+def grey_films(first, count):
+    return as_pixels([phantom("normal chest", first + n).convert("L") for n in range(count)])
+
+
+def with_chroma(pixels, level):
+    noise = level * np.random.RandomState(0).randn(*pixels.shape)
+    noise -= noise.mean(1, keepdims=True)
+    return (pixels + torch.from_numpy(noise)).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("tinted", [0, 2])
+def test_a_chroma_that_no_eye_sees_changes_nothing_of_a_grey_kind(tinted):
+    real = grey_films(0, 40)
+    real[:tinted, 0] = real[:tinted, 0] // 2
+    rows = [Row("", str(n)) for n in range(40)]
+    reference = filter_script.measure_reference(rows, real, "cpu", calibrate=0.1, lpips="none")
+    fresh = grey_films(100, 20)
+    plain, _ = reference.judge(fresh, rows[:20])
+
+    assert reference.judge(with_chroma(fresh, 1), rows[:20])[0] == plain
+    assert plain.count("") >= 14
+
+
+def test_of_a_grey_kind_what_shows_a_colour_is_refused_and_the_reason_says_what_to_do():
+    rows = [Row("", str(n)) for n in range(40)]
+    reference = filter_script.measure_reference(rows, grey_films(0, 40), "cpu", lpips="none")
+    red = grey_films(100, 5)
+    red[:, 0, 20:30, 20:30] = 255
+
+    reasons, _ = reference.judge(red, rows[:5])
+
+    assert set(reasons) == {"in colour, the real images are grey (sample.py --grey)"}
 
 
 def letterbox(image):
@@ -1084,13 +1240,12 @@ def test_kappa_and_auroc_are_those_of_scikit_learn():
     a, b = draw.randint(1, 4, (2, 50))
     good = draw.rand(50, 1) < 0.4
     scores = draw.randn(50, 1).round(1)
-    one = np.zeros(50)
 
     known_kappa = cohen_kappa_score(a, b, weights="quadratic")
     assert filter_script.kappa(a, b) == pytest.approx(known_kappa)
     known_auroc = roc_auc_score(good[:, 0], scores[:, 0])
-    assert filter_script.auroc(scores, good, one)[0] == pytest.approx(known_auroc)
-    no_pairs_within_a_stratum = filter_script.auroc(scores, good, good[:, 0])
+    assert metrics.auroc(scores[:, 0], good[:, 0])[0] == pytest.approx(known_auroc)
+    no_pairs_within_a_stratum = metrics.auroc(scores[:, 0], good[:, 0], strata=good[:, 0])
     assert np.isnan(no_pairs_within_a_stratum[0])
 
 
@@ -1112,7 +1267,7 @@ def test_a_group_is_never_predicted_from_itself():
 
     for fold_logits in (logits[groups == group] for group in range(20)):
         assert np.ptp(fold_logits) == pytest.approx(0, abs=1e-9)
-    assert filter_script.auroc(logits, labels > 0, np.zeros(80))[0] < 0.6
+    assert metrics.auroc(logits[:, 0], labels[:, 0] > 0)[0] < 0.6
 
 
 def rated_by(labels, groups):

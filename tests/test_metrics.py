@@ -1041,6 +1041,22 @@ def test_a_thumbnail_is_no_larger_than_asked_and_takes_pixels_or_pictures():
     assert text == metrics.thumbnail(metrics.picture(pixels), 32)
 
 
+def test_a_pair_says_which_is_which_and_escapes_names():
+    pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    generated, real = metrics.Row("", "<b>.png"), metrics.Row("", '"a.png', label="<i>")
+    text = metrics.pair((pixels, generated), (pixels, real), "why & how")
+    assert 'alt="generated: &lt;b&gt;.png"' in text
+    assert 'alt="real: &quot;a.png"' in text
+    assert "why &amp; how\ngenerated: &lt;b&gt;.png\nreal: &quot;a.png (&lt;i&gt;)<" in text
+
+
+def test_a_dot_and_a_bar_that_are_off_the_axis_are_drawn_at_its_ends():
+    header = ("name", "left", "", "right", "words")
+    text = metrics.dot_lines(header, [("a", "b", -20, 40, 130, "title", "worse")])
+    assert '<rect x="0.0%" width="40.0%"' in text
+    assert '<circle cx="100.0%"' in text
+
+
 def test_an_axis_has_few_round_numbers_around_all_values():
     for values, expected in (
         ([0.213, 0.356], [0.2, 0.25, 0.3, 0.35, 0.4]),

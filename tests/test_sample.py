@@ -790,6 +790,19 @@ def test_an_adapter_draws_at_the_size_it_was_trained_at(draw, tmp_path):
     assert Image.open(tmp_path / "x-0000.png").size == (64, 96)
 
 
+def test_an_adapter_of_grey_images_draws_grey_unless_colour_is_asked_for(draw, tmp_path, capsys):
+    tensors = {"<grey>": torch.zeros(1, 32)}
+    grey = write_adapter(tmp_path / "g.safetensors", tensors, tokens="<grey>", grey=True)
+    other = write_word(tmp_path / "o.safetensors", "<other>", 0.0)
+    modes = {}
+    for name, flags in (("grey", []), ("forced", ["--color"]), ("mixed", ["--lora", other])):
+        draw(tmp_path / name, "--lora", grey, "--prompt", "a film", "--num-images", 1, *flags)
+        modes[name] = Image.open(tmp_path / name / "a-film-0000.png").mode
+
+    assert modes == {"grey": "L", "forced": "RGB", "mixed": "RGB"}
+    assert capsys.readouterr().err.count("pictures are grey (--color") == 1
+
+
 def test_adapters_add_up(draw, tmp_path):
     ramp = torch.arange(32.0) / 9
     ones = torch.ones(32)

@@ -123,6 +123,20 @@ def gradients(loaded, streams, perceptual, state, args):
 # ---------------------------------------------------------------- what a run leaves
 
 
+def test_an_adapter_says_that_it_learnt_from_grey_images(flags, tmp_path, run, images):
+    for path in Path(images).rglob("*.png"):
+        target = tmp_path / "grey" / path.relative_to(images)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("L").save(target)
+    flags = [*flags, "--data", tmp_path / "grey", "--steps", 1, "--out", tmp_path / "run"]
+    run(train, *flags, "--cache", tmp_path / "cache")
+    run(train, *flags, "--cache", tmp_path / "cache", "--out", tmp_path / "again")
+    for name in ("run", "again"):
+        assert lora.load(tmp_path / name / "lora.safetensors")[1]["grey"] is True
+        checkpoint = tmp_path / name / "checkpoints" / "latest.pt"
+        assert sample.read_checkpoint(str(checkpoint)).metadata["grey"] is True
+
+
 def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_path, run, base):
     run(train, *flags, "--out", tmp_path, "--val-samples", 1, "--val-steps", 2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
@@ -148,6 +162,7 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_
     assert split[0] == "file_name,group,split" and len(split) == 25
     pairs, metadata, _ = lora.load(tmp_path / "lora.safetensors")
     assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == 2
+    assert metadata["grey"] is False
     assert json.loads((tmp_path / "args.json").read_text())["finished"] == 12
     assert (tmp_path / "report.html").stat().st_size > 1000
 
