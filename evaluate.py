@@ -28,7 +28,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -36,7 +36,6 @@ import numpy as np
 import scipy
 import torch
 from scipy import special
-from scipy.sparse import csgraph
 from torch import nn
 from tqdm import tqdm
 
@@ -52,7 +51,6 @@ from metrics import (
     colour_and_layout,
     colour_scale,
     command,
-    copy_distances,
     data_set,
     dot_lines,
     extract,
@@ -72,8 +70,6 @@ from metrics import (
     load_pixels,
     load_real,
     lpips_matrix,
-    near_identical,
-    nearest,
     need_weights,
     number,
     page,
@@ -88,7 +84,6 @@ from metrics import (
     resamples,
     resolve_auto,
     run_script,
-    same_unit,
     set_hash,
     shows_colour,
     split_rows,
@@ -351,10 +346,14 @@ class ImageSet:
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     features: np.ndarray = None  # (N, D)
     all_features: np.ndarray = None  # also those of images that were not drawn
-    pictures: np.ndarray = None  # (N,), the same number for near-identical images
     drawn: np.ndarray = None  # bool (N,), one image of each unit
     targets: np.ndarray = None  # (N, classes) in {0, 1}, for --utility
     small: torch.Tensor = None  # (N, 3, 64, 64), for --utility
+
+    @cached_property
+    def finder(self):
+        """What finds its pictures again, in it and elsewhere."""
+        return CopyFinder(self.pixels, [row.group for row in self.rows])
 
 
 def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_grain):
@@ -373,29 +372,28 @@ def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_gra
         for start in range(0, len(others), 500):
             more_pixels = load(others[start : start + 500], resolution)[1]
             features.append(tools.extract(more_pixels))
-    units = find_units(path, rows, pixels, tools.args.seed)
-    return ImageSet(path, rows, pixels, features[0], np.concatenate(features), *units)
+    images = ImageSet(path, rows, pixels, features[0], np.concatenate(features))
+    images.drawn = draw_units(images, tools.args.seed)
+    return images
 
 
-def find_units(path, rows, pixels, seed, least=10):
-    """Numbers (N,), the same for near-identical images, and one image of each unit, bool (N,).
+def draw_units(images, seed, least=10):
+    """One image of each unit, bool (N,).
 
     A unit is a patient, or a picture stored several times, which may join patients. Of fewer than
     `least` units each image counts: then the figures hold for these patients alone.
     """
-    near = near_identical(pixels)
-    _, pictures = csgraph.connected_components(near)
-    _, units = csgraph.connected_components(near | same_unit([row.group for row in rows]))
-    order = shuffles(1, len(rows), seed, "units", path)[0]
-    drawn = order[np.unique(units[order], return_index=True)[1]]
+    count = len(images.rows)
+    order = shuffles(1, count, seed, "units", images.path)[0]
+    drawn = order[np.unique(images.finder.unit_of[order], return_index=True)[1]]
     if len(drawn) < least:
         drawn = order
-    repeated = (np.bincount(pictures) > 1).sum()
+    repeated = (np.bincount(images.finder.picture_of) > 1).sum()
     if repeated:
-        print(f"{path}: {repeated} pictures are stored more than once: each is one unit")
-    if len(drawn) < len(rows):
-        print(f"{path}: {len(drawn)} of {len(rows)} images are compared, one of each unit")
-    return pictures, np.isin(np.arange(len(rows)), drawn)
+        print(f"{images.path}: {repeated} pictures are stored more than once: each is one unit")
+    if len(drawn) < count:
+        print(f"{images.path}: {len(drawn)} of {count} images are compared, one of each unit")
+    return np.isin(np.arange(count), drawn)
 
 
 def pick_compared(real, fake):
@@ -404,7 +402,7 @@ def pick_compared(real, fake):
     A perfect generator need not repeat itself as the real set does. Where it repeats itself more,
     that is its fault, and its repeats stay.
     """
-    copies = [np.bincount(images.pictures) for images in (real, fake)]
+    copies = [np.bincount(images.finder.picture_of) for images in (real, fake)]
     if scipy.stats.mannwhitneyu(copies[1], copies[0], alternative="greater").pvalue < 0.001:
         print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
         fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
@@ -644,42 +642,47 @@ def band(limits, figure):
 
 def find_copies(known, fake, args):
     """Generated images that are the same picture as a known one, and those nearer than usual."""
-    finder = CopyFinder(known.pixels, [row.group for row in known.rows])
-    index, similarity, kinds = finder.find(fake.pixels)
-    numbers = []
+    index, similarity, kinds = known.finder.find(fake.pixels)
+    usual = known.finder.usual
+
+    def names(i):
+        return {"generated": fake.rows[i].file_name, "train": known.rows[index[i]].file_name}
+
+    order = np.argsort(-similarity, kind="stable")
+    copied = order[: (similarity >= known.finder.limit).sum()]
     copies = []
-    for i in np.argsort(-similarity, kind="stable")[: (similarity >= finder.limit).sum()]:
-        row = known.rows[index[i]]
-        names = {"generated": fake.rows[i].file_name, "train": row.file_name, "kind": kinds[i]}
-        copies.append(names | {"label": row.label, "similarity": similarity[i]})
-        numbers.append((i, index[i]))
-    n, m = len(known.rows), len(fake.rows)
-    pairs, pair_numbers, counts, share, chance = measure_nearness(known, fake, args)
+    for i in copied:
+        label = known.rows[index[i]].label
+        copies.append(names(i) | {"kind": kinds[i], "label": label, "similarity": similarity[i]})
+    pairs = []
+    for i in order[:12]:
+        p = (1 + (usual >= similarity[i]).sum()) / (1 + len(usual))
+        pairs.append(names(i) | {"distance": 1 - similarity[i], "p": p})
+    numbers = [(i, index[i]) for i in (*copied, *order[:12])]
     kind = "training" if args.run or args.train_data else "real"
-    text = copies_sentence(copies, m, f"one of {n} {kind} images")
-    text += f" {counts[0]} of {m} lie as near to one as {share:.0%} of images do to another "
-    text += f"({digits(counts[1:].mean(), 2)} expected, p {digits(chance, 2)})"
+    text = copies_sentence(copies, len(fake.rows), f"one of {len(known.rows)} {kind} images")
+    count, chance, words = count_near(usual, similarity[fake.finder.first])
+    text += f" {words}"
     if chance <= 0.01:
         text += ": more than by chance, look at the pairs"
     elif not copies:
         text += ": no sign of copying"
-    return Copies(text + ".", copies, pairs, numbers + pair_numbers, counts[0], chance)
+    return Copies(text + ".", copies, pairs, numbers, count, chance)
 
 
-def measure_nearness(known, fake, args):
-    """The answers of nearest_pairs and of count_near, with one known image of each unit."""
-    n, m = len(known.rows), len(fake.rows)
-    pixels = torch.cat([known.pixels, fake.pixels])
-    distances = copy_distances(pixels, pixels)
-    distances = np.minimum(distances, distances.T)
-    groups = np.array([row.group for row in known.rows + fake.rows])
-    same = same_unit(groups[:n]) | (distances[:n, :n] < 0.2)  # near_identical
-    pairs, numbers = nearest_pairs(distances, same, known, fake)
-    drawn = np.append(~np.tril(same, -1).any(1), np.ones(m, bool))  # the first of each unit
-    groups = groups[drawn]
-    draws = permutation_draws(drawn[:n].sum(), m, args.permutations, args.seed, groups)
-    near = count_near(distances[np.ix_(drawn, drawn)], groups, draws)
-    return pairs, numbers, *near
+def count_near(usual, similarity, share=0.1):
+    """How many generated pictures are as like a real one as few real ones are, p, and words.
+
+    Fresh ones fall among the real ones' `usual` similarities at random, so that the number above
+    the k-th largest is beta-binomial.
+    """
+    n, m = len(usual), len(similarity)
+    k = min(n, max(5, round(share * n)))
+    count = (similarity > np.sort(usual)[-k]).sum()
+    chance = scipy.stats.betabinom.sf(count - 1, m, k, n + 1 - k)
+    text = f"{count} of {m} are more like one than all but {k / n:.0%} of those are like another"
+    text += f" ({digits(m * k / (n + 1), 2)} expected, p {digits(chance, 2)})"
+    return count, chance, text
 
 
 def copies_sentence(copies, count, known):
@@ -695,36 +698,6 @@ def copies_sentence(copies, count, known):
     if labels:
         text += f" By label: {', '.join(f'{name} {n}' for name, n in labels.most_common())}."
     return text
-
-
-def nearest_pairs(distances, same, known, fake):
-    """The 12 nearest pairs as in the JSON, and their numbers; p: among known images' distances."""
-    n = len(known.rows)
-    _, usual = nearest(distances[:n, :n], same)
-    index, distance = nearest(distances[n:, :n])
-    p = (1 + np.searchsorted(np.sort(usual), distance, "right")) / (n + 1)
-    numbers = [(i, index[i]) for i in np.argsort(distance, kind="stable")[:12]]
-    pairs = []
-    for i, j in numbers:
-        names = {"generated": fake.rows[i].file_name, "train": known.rows[j].file_name}
-        pairs.append(names | {"distance": float(distance[i]), "p": p[i]})
-    return pairs, numbers
-
-
-def count_near(distances, groups, draws):
-    """How many images of the second set lie near one of the first, in each draw.
-
-    Near: as the nearest 5 % of all images (at least 40) to one of another group. Also returns that
-    share, and how often chance gives as many; of equal counts, the nearer ones are higher.
-    """
-    distances = np.where(same_unit(groups), np.inf, distances)
-    share = min(1, max(0.05, 40 / len(distances)))
-    limit = np.quantile(distances.min(1), share, method="lower")
-    closeness = np.where(distances <= limit, 1 + limit - distances, 0)
-    reached = ((draws == 1) @ closeness) * (draws == -1)
-    counts = (reached > 0).sum(1)
-    ranks = counts + 1e-6 * reached.sum(1)
-    return counts, share, np.mean(ranks >= ranks[0])
 
 
 def may_be_copies(entry):
@@ -1188,18 +1161,19 @@ central square. All were resized to {resolution} pixels (Lanczos); {resize} resi
 network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
 coverage with 5; Inception Score in one split. Copies: pictures are laid over each other by an
 affine map, and the local contrast of 70 % of squares (8 x 8 of 64 x 64 pixels) correlates better
-than any two real images' is likely to; distance of pairs: of 16-pixel thumbnails over mirror images
-and 90 % crops; p: how many real images are as near to another. Null: {permutations} permutations,
-seed {seed}, within each label, of one image of each patient and of each picture that is stored
-several times, where there are ten or more; a patient's real and generated image change places with
-one another. p of all figures: Westfall and Young's minP. Of more than {max_images} images so many
-were drawn; the Frechet value alone is of all, where the mix of labels is the same. Real halves:
-median over {halves} random halves of the real set against each other; same size: of as many
-generated images against a half. Utility: ridge regression on the features and a network of three
-layers (200 steps of 32 images at 64 pixels), on real and generated images together or, generated
-first, 200 steps on these (for 0 %, on real ones) and 200 on real ones; {seeds} paired seeds, tested
-on the held-out images of --run (without: on 30 % of the real ones, which the generator may know);
-1000 bootstraps of whole patients. {versions}, {device}. Not for diagnosis."""
+than any two real images' is likely to; distance of pairs: 1 less this correlation; p: how many real
+images are as near to another. Near: of fresh images, as many as a beta-binomial distribution gives.
+Null: {permutations} permutations, seed {seed}, within each label, of one image of each patient and
+of each picture that is stored several times, where there are ten or more; a patient's real and
+generated image change places with one another. p of all figures: Westfall and Young's minP. Of more
+than {max_images} images so many were drawn; the Frechet value alone is of all, where the mix of
+labels is the same. Real halves: median over {halves} random halves of the real set against each
+other; same size: of as many generated images against a half. Utility: ridge regression on the
+features and a network of three layers (200 steps of 32 images at 64 pixels), on real and generated
+images together or, generated first, 200 steps on these (for 0 %, on real ones) and 200 on real
+ones; {seeds} paired seeds, tested on the held-out images of --run (without: on 30 % of the real
+ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}. Not
+for diagnosis."""
 
 
 def records_table(records):

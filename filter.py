@@ -246,7 +246,7 @@ def measure_reference(
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
-        reference.copies = CopyFinder(pixels, [row.group for row in rows])
+        reference.copies = CopyFinder(pixels, [row.group for row in rows], most=200)
     if calibrate is not None:
         set_thresholds(reference, rows, calibrate)
     return reference

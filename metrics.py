@@ -36,6 +36,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
@@ -50,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy import special
+from scipy.sparse import csgraph
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- foundation: errors, flags, files
@@ -2257,45 +2259,6 @@ def nearest(distances, forbidden=False):
     return allowed.argmin(1), allowed.min(1)
 
 
-def copy_distances(first, real):
-    """Distances small for altered copies: uint8 (N, 3, S, S), (M, 3, S, S) -> (N, M), 0 to 2.
-
-    sqrt(2 - 2 correlation) of 16 x 16 grey thumbnails, the smallest over the real picture, 25 crops
-    of 90 % and all their mirror images.
-    """
-
-    def shrink(grey, side):
-        return F.interpolate(grey, (side, side), mode="bilinear", antialias=True)
-
-    def thumbnails(grey):  # (B, 16, 16) of mean 0 and norm 1
-        small = shrink(grey, 16)[:, 0]
-        small = small - small.mean((1, 2), keepdim=True)
-        return F.normalize(small.flatten(1)).reshape(small.shape)
-
-    offsets = range(0, 9, 2)  # of 80 pixels: steps of 2.5 %, coarser ones miss some
-    places = [(0, 0, 80)] + [(y, x, 72) for y in offsets for x in offsets]
-    parts = [thumbnails(shrink(to_grey(part), 80)).flatten(1) for part in first.split(256)]
-    queries = torch.cat(parts)
-    best = torch.full((len(first), len(real)), -1.0)
-    for part, best_part in zip(real.split(256), best.split(256, 1), strict=True):  # views of best
-        grey = shrink(to_grey(part), 80)
-        for y, x, side in places:
-            crops = thumbnails(grey[:, :, y : y + side, x : x + side])
-            for view in (crops, crops.flip(2)):
-                torch.maximum(best_part, queries @ view.flatten(1).T, out=best_part)
-    return (2 - 2 * best).clamp(min=0).sqrt().numpy()
-
-
-def near_identical(pixels, limit=0.2):
-    """bool (N, N): pictures that are the same, re-saved, mirrored or cropped to 90 % of a side.
-
-    Of 128 pixels, such crops of wounds, films and lesions lay within 0.2 for 96 to 100 % of them;
-    of other patients' pictures no more than 1 pair in 25,000 did.
-    """
-    near = copy_distances(pixels, pixels) < limit
-    return near | near.T
-
-
 PICTURE = 64  # pixels a side at which pictures are compared
 THUMBNAIL = 12
 SAME_PICTURE = 0.62  # of different patients' wounds or films, hardly two agree so well
@@ -2305,42 +2268,67 @@ class CopyFinder:
     """Finds pictures again: mirrored, turned, cropped, padded, re-saved, of other grey values.
 
     Each is compared with thumbnails of all real pictures in many poses. The most alike are laid
-    over it by an affine map, and the details of the best are compared.
+    over it by an affine map, and the details of the best are compared. The real pictures, of more
+    than `most` each n-th, are sought among one another as well:
+
+    limit: the `agreement` from which two are the same picture.
+    picture_of, unit_of: (n,), equal for the same picture, and for those of one group or picture.
+    first: (units,), the number of an image of each unit that was sought.
+    usual: (units,), its best agreement with a picture of another unit.
     """
 
-    def __init__(self, real_pixels, groups):
+    def __init__(self, real_pixels, groups, most=2000):
         self.pictures = grey_and_mask(real_pixels)
         self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
         self.turns, self.crops = poses()
         coarse = local_contrast(self.pictures, 6.0, 2.0)
         self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
-        # of a kind whose pictures are all alike, copies must agree better
-        chosen = range(0, len(groups), 1 + len(groups) // 100)
-        others = self.find_each(self.pictures[chosen], torch.from_numpy(same_unit(groups))[chosen])
-        self.limit = min(
-            max(SAME_PICTURE, np.median([score for _, score, _ in others]) + 0.25), 0.9
-        )
+        self.measure_real(same_unit(groups), most)
+
+    def measure_real(self, same, most):
+        """Seek real pictures among the others; same: bool (n, n), whether they share a group."""
+        near = np.eye(len(same), dtype=bool)
+        sought = np.arange(0, len(same), -(-len(same) // most))
+        index, scores, _ = self.find_each(self.pictures[sought], near[sought])
+        others = np.where(same[sought[:, None], index], 0, scores)
+        # Of a kind whose pictures are all alike, copies must agree better. The second best: the
+        # best may be stored twice.
+        self.limit = min(max(SAME_PICTURE, np.median(np.sort(others)[:, -2:][:, 0]) + 0.25), 0.9)
+        near[sought[:, None], index] = scores >= self.limit
+        _, self.picture_of = csgraph.connected_components(near)
+        _, self.unit_of = csgraph.connected_components(near | same)
+        _, first = np.unique(self.unit_of[sought], return_index=True)
+        self.first = sought[first]
+        self.usual = scores[first, 0]
+        same = self.unit_of[self.first, None] == self.unit_of
+        crowded = np.take_along_axis(same, index[first], 1).any(1)
+        if crowded.any():
+            _, scores, _ = self.find_each(self.pictures[self.first[crowded]], same[crowded])
+            self.usual[crowded] = scores[:, 0]
 
     def find(self, pixels):
         """For each of uint8 (N, 3, S, S): number of the real picture, `agreement`, kind of copy."""
-        found = self.find_each(grey_and_mask(pixels), [()] * len(pixels))
-        indices, scores, kinds = zip(*found, strict=True)
-        return np.array(indices), np.array(scores), kinds
+        index, scores, kinds = self.find_each(grey_and_mask(pixels), [()] * len(pixels))
+        return index[:, 0], scores[:, 0], kinds
 
     def find_each(self, pictures, forbidden):
         """What find_one gives for each picture: one a thread, for its steps are small."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with ThreadPool(threads) as pool:
-                jobs = zip(pictures.split(1), forbidden, strict=True)
-                found = pool.imap(lambda job: self.find_one(*job), jobs)
-                return list(tqdm(found, "copies", len(pictures), leave=False, disable=None))
+            with ThreadPoolExecutor(threads) as pool:
+                found = pool.map(self.find_one, pictures.split(1), forbidden)
+                found = list(tqdm(found, "copies", len(pictures), leave=False, disable=None))
         finally:
             torch.set_num_threads(threads)
+        index, scores, kinds = zip(*found, strict=True)
+        return np.array(index), np.array(scores), kinds
 
     def find_one(self, picture, forbidden):
-        """The same of one of `pictures`, leaving out some real ones."""
+        """Numbers of the 3 real pictures most like one, scores, kind of the first.
+
+        One that is forbidden has a score of 0.
+        """
         coarse = local_contrast(picture, 6.0, 2.0)
         likeness = thumbnails(coarse, self.turns) @ self.thumbnails.T
         likeness = likeness.reshape(-1, len(self.pictures))  # (turns x crops, n)
@@ -2357,8 +2345,9 @@ class CopyFinder:
             best = scores.topk(min(count, len(scores))).indices
             index, matches, signs = index[best], matches[best], signs[best]
         scores = agreement(picture, self.pictures[index], matches, signs)
-        best = scores.argmax()
-        return int(index[best]), float(scores[best]), kind_of_copy(matches[best], signs[best])
+        best = scores.argsort(descending=True)
+        kind = kind_of_copy(matches[best[0]], signs[best[0]])
+        return index[best].tolist(), scores[best].tolist(), kind
 
 
 def pose(angle=0, scale=1.0, x=0.0, y=0.0, sign=1):

@@ -1,6 +1,7 @@
 """Numbers against values from outside: published packages run once and closed forms."""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -699,14 +700,19 @@ def test_the_hub_is_asked_only_where_it_answers(manner, offline, web, monkeypatc
 # ---------------------------------------------------------------- copies
 
 
-def wounds(seeds, size=96):
-    pictures = [phantoms.draw("inflammatory ulcer", seed, size)[0] for seed in seeds]
+@functools.cache
+def wound(seed, size=96):
+    return phantoms.draw("inflammatory ulcer", seed, size)[0]
+
+
+def wounds(seeds):
+    pictures = [wound(seed) for seed in seeds]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
 @pytest.fixture(scope="module")
 def finder():
-    return metrics.CopyFinder(wounds(range(40)), [""] * 40)
+    return metrics.CopyFinder(wounds(range(24)), [""] * 24)
 
 
 def shifted(image):
@@ -736,25 +742,53 @@ CHANGES = {
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_copy_is_found_whatever_was_done_to_it(finder, kind):
-    copies = change_each(wounds(range(5, 15)), lambda _, image: CHANGES[kind](image))
+    copies = change_each(wounds(range(5, 12)), lambda _, image: CHANGES[kind](image))
     index, similarity, kinds = finder.find(copies)
-    assert (index == range(5, 15)).all()
-    assert (similarity >= finder.limit).mean() >= 0.9
+    assert (index == range(5, 12)).all()
+    assert (similarity >= finder.limit).sum() >= 6
     if kind in ("re-saved", "shifted", "blurred", "darker"):
         kind = "as it is"
-    assert kinds.count(kind) >= 6
+    assert kinds.count(kind) >= 4
 
 
 def test_fresh_pictures_are_no_copies(finder):
-    _, similarity, _ = finder.find(wounds(range(1000, 1020)))
-    assert (similarity < finder.limit).mean() >= 0.95
+    _, similarity, _ = finder.find(wounds(range(1000, 1012)))
+    assert (similarity < finder.limit).all()
+    assert (finder.usual < finder.limit).all()
+    assert len(finder.usual) >= 23
 
 
 def test_where_all_pictures_are_alike_copies_must_agree_better():
     one = wounds([0])
-    noisy = one.repeat(20, 1, 1, 1) + torch.randint(0, 9, (20, *one.shape[1:])).byte()
-    assert metrics.CopyFinder(noisy, [""] * 20).limit == 0.9
-    assert metrics.CopyFinder(noisy, ["patient"] * 20).limit == metrics.SAME_PICTURE
+    noisy = one.repeat(8, 1, 1, 1) + torch.randint(0, 9, (8, *one.shape[1:])).byte()
+    assert metrics.CopyFinder(noisy, [""] * 8).limit == 0.9
+    assert metrics.CopyFinder(noisy, ["patient"] * 8).limit == metrics.SAME_PICTURE
+
+
+def test_real_pictures_of_one_patient_or_photograph_are_one_unit():
+    pictures = wounds([*range(6), 0, 1, 2, 2, 2, 2])
+    crops = change_each(pictures[6:8], lambda _, image: cropped(image))
+    finder = metrics.CopyFinder(
+        torch.cat([pictures[:6], crops, pictures[8:]]), [*"aabc"] + [""] * 8
+    )
+    assert (
+        finder.picture_of[[6, 7, 8, 9, 10, 11]].tolist()
+        == finder.picture_of[[0, 1, 2, 2, 2, 2]].tolist()
+    )
+    assert len(set(finder.picture_of)) == 6
+    assert finder.unit_of[0] == finder.unit_of[1]
+    assert finder.first.tolist() == [0, 2, 3, 4, 5]
+    fresh = metrics.CopyFinder(pictures[[1, 3, 4, 5]], [""] * 4).find(pictures[[2]])[1]
+    assert len(finder.usual) == 5
+    assert finder.usual.max() < finder.limit  # with another unit, though three are the same
+    assert finder.usual[1] >= fresh - 1e-6
+
+
+def test_of_many_real_pictures_only_some_are_sought_among_the_others():
+    finder = metrics.CopyFinder(wounds([*range(7), 2]), [""] * 8, most=3)
+    assert finder.first.tolist() == [0, 3, 6]
+    assert len(finder.usual) == 3
+    assert finder.find(wounds([5]))[0] == [5]
 
 
 def test_flat_pictures_are_no_copies_of_anything(finder):
