@@ -1353,12 +1353,12 @@ def main(args):
         if RANK == 0:
             manifest.write()
     if RANK == 0:
-        run = args.run or find_run([each.path for each in adapters] + [base_name])
-        finish([manifest.records[drawing.stem] for drawing in planned], missing, run, args)
+        files = [each.path for each in adapters] + [base_name]
+        finish([manifest.records[drawing.stem] for drawing in planned], missing, files, args)
 
 
-def finish(records, missing, run, args):
-    """Write the contact sheet; print what was drawn and, with a run's folder, what to do next."""
+def finish(records, missing, files, args):
+    """Write the contact sheet; print what was drawn by these files, and what to do next."""
     kept = [record for record in records if not record["reason"]]
     if args.grid:
         cells = []
@@ -1374,6 +1374,7 @@ def finish(records, missing, run, args):
             print(f"the others are in {args.out}/refused")
     if kept:
         words = [args.reference or "REAL", args.out]
+        run = args.run or find_run(files)
         if run:
             words = [args.reference or read_run(run)["data"], args.out, "--run", run]
         print("next: " + command("evaluate.py", *words))
