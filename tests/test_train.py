@@ -1620,7 +1620,7 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     card = ModelCard.load(tmp_path / "README.md")
     assert (
         card.data.instance_prompt == "a sore foot"
-        and "--prompt 'a sore foot'`" in card.text
+        and "--prompt 'a sore foot' --num-images 50" in card.text
         and "lora" in card.data.tags
         and card.data.license == "other"
     )
