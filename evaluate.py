@@ -353,7 +353,8 @@ class ImageSet:
     @cached_property
     def finder(self):
         """What finds its pictures again, in it and elsewhere."""
-        return CopyFinder(self.pixels, [row.group for row in self.rows])
+        groups = [row.group for row in self.rows]
+        return CopyFinder(self.pixels, groups, [text_key(row.label) for row in self.rows])
 
 
 def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_grain):
@@ -642,14 +643,14 @@ def band(limits, figure):
 
 def find_copies(known, fake, args):
     """Generated images that are the same picture as a known one, and those nearer than usual."""
-    index, similarity, kinds = known.finder.find(fake.pixels)
+    index, similarity, kinds, is_copy = known.finder.find(fake.pixels)
     usual = known.finder.usual
 
     def names(i):
         return {"generated": fake.rows[i].file_name, "train": known.rows[index[i]].file_name}
 
     order = np.argsort(-similarity, kind="stable")
-    copied = order[: (similarity >= known.finder.limit).sum()]
+    copied = order[is_copy[order]]
     copies = []
     for i in copied:
         label = known.rows[index[i]].label

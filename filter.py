@@ -132,31 +132,30 @@ class Reference:
         pixels: uint8 (N, 3, S, S). The first reason that applies is given. scores["nearest"] is the
         number of the nearest real image; scores["quality"], in (0, 1], falls with the worst rank.
         """
-        reasons = [""] * len(rows)
+        in_colour = np.zeros(len(rows), bool)
         if self.in_colour is not None:
-            for i in np.flatnonzero(shows_colour(pixels)):
-                reasons[i] = "in colour, the real images are grey (sample.py --grey)"
+            in_colour = shows_colour(pixels)
             pixels = in_grey(pixels)
         vectors = {name: block.vectors(pixels) for name, block in self.blocks.items()}
         scores, nearest_real = self.score(pixels, vectors)
         is_copy = np.zeros(len(rows), bool)
         if self.copies is not None:
-            copied, scores["similarity"], _ = self.copies.find(pixels)
-            is_copy = scores["similarity"] >= self.copies.limit
+            copied, scores["similarity"], _, is_copy = self.copies.find(pixels)
             nearest_real = np.where(is_copy, copied, nearest_real)
         ranks = self.rank(scores)
         scores["nearest"] = nearest_real
         largest_rank = ranks.max(0)
         scores["quality"] = 1.001 - largest_rank
+        reasons = [""] * len(rows)
         for i, row in enumerate(rows):
             broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
             threshold = self.thresholds.get(text_key(row.label), self.thresholds[""])
             if is_copy[i]:
                 reasons[i] = f"copy of a real image (similarity {scores['similarity'][i]:.2f})"
-            elif reasons[i]:
-                continue
             elif broken:
                 reasons[i] = broken[0]
+            elif in_colour[i] and threshold < 1:  # with --calibrate
+                reasons[i] = "in colour, the real images are grey (sample.py --grey)"
             elif largest_rank[i] > threshold:
                 worst = list(self.real_scores)[ranks[:, i].argmax()]
                 reasons[i] = f"{worst} unlike the real images"
@@ -246,7 +245,9 @@ def measure_reference(
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
-        reference.copies = CopyFinder(pixels, [row.group for row in rows], most=200)
+        groups = [row.group for row in rows]
+        labels = [text_key(row.label) for row in rows]
+        reference.copies = CopyFinder(pixels, groups, labels, most=200)
     if calibrate is not None:
         set_thresholds(reference, rows, calibrate)
     return reference

@@ -2271,30 +2271,34 @@ class CopyFinder:
     over it by an affine map, and the details of the best are compared. The real pictures, of more
     than `most` each n-th, are sought among one another as well:
 
-    limit: the `agreement` from which two are the same picture.
+    limits: (n,), the `agreement` with a picture from which another is the same.
     picture_of, unit_of: (n,), equal for the same picture, and for those of one group or picture.
     first: (units,), the number of an image of each unit that was sought.
     usual: (units,), its best agreement with a picture of another unit.
     """
 
-    def __init__(self, real_pixels, groups, most=2000):
+    def __init__(self, real_pixels, groups, labels, most=2000):
         self.pictures = grey_and_mask(real_pixels)
         self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
         self.turns, self.crops = poses()
         coarse = local_contrast(self.pictures, 6.0, 2.0)
         self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
-        self.measure_real(same_unit(groups), most)
+        self.measure_real(same_unit(groups), np.array(labels), most)
 
-    def measure_real(self, same, most):
+    def measure_real(self, same, labels, most):
         """Seek real pictures among the others; same: bool (n, n), whether they share a group."""
         near = np.eye(len(same), dtype=bool)
         sought = np.arange(0, len(same), -(-len(same) // most))
         index, scores, _ = self.find_each(self.pictures[sought], near[sought])
         others = np.where(same[sought[:, None], index], 0, scores)
-        # Of a kind whose pictures are all alike, copies must agree better. The second best: the
+        # Of a label whose pictures are all alike, copies must agree better. The second best: the
         # best may be stored twice.
-        self.limit = min(max(SAME_PICTURE, np.median(np.sort(others)[:, -2:][:, 0]) + 0.25), 0.9)
-        near[sought[:, None], index] = scores >= self.limit
+        second = np.sort(others)[:, -2:][:, 0]
+        self.limits = np.full(len(same), np.median(second))
+        for label in np.unique(labels[sought]):
+            self.limits[labels == label] = np.median(second[labels[sought] == label])
+        self.limits = np.clip(self.limits + 0.35, SAME_PICTURE, 0.9)
+        near[sought[:, None], index] = scores >= self.limits[index]
         _, self.picture_of = csgraph.connected_components(near)
         _, self.unit_of = csgraph.connected_components(near | same)
         _, first = np.unique(self.unit_of[sought], return_index=True)
@@ -2307,9 +2311,10 @@ class CopyFinder:
             self.usual[crowded] = scores[:, 0]
 
     def find(self, pixels):
-        """For each of uint8 (N, 3, S, S): number of the real picture, `agreement`, kind of copy."""
+        """For uint8 (N, 3, S, S): numbers of real ones, `agreement`, kinds, and which are copies."""
         index, scores, kinds = self.find_each(grey_and_mask(pixels), [()] * len(pixels))
-        return index[:, 0], scores[:, 0], kinds
+        is_copy = scores[:, 0] >= self.limits[index[:, 0]]
+        return index[:, 0], scores[:, 0], kinds, is_copy
 
     def find_each(self, pictures, forbidden):
         """What find_one gives for each picture: one a thread, for its steps are small."""

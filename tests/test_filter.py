@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -777,13 +778,15 @@ def test_a_chroma_that_no_eye_sees_changes_nothing_of_a_grey_kind(tinted):
 
 def test_of_a_grey_kind_what_shows_a_colour_is_refused_and_the_reason_says_what_to_do():
     rows = [Row("", str(n)) for n in range(40)]
-    reference = filter_script.measure_reference(rows, grey_films(0, 40), "cpu", lpips="none")
+    measure = partial(filter_script.measure_reference, rows, grey_films(0, 40), "cpu", lpips="none")
     red = grey_films(100, 5)
     red[:, 0, 20:30, 20:30] = 255
 
-    reasons, _ = reference.judge(red, rows[:5])
+    calibrated, _ = measure(calibrate=0.05).judge(red, rows[:5])
+    others, _ = measure(drop_copies=True).judge(red, rows[:5])
 
-    assert set(reasons) == {"in colour, the real images are grey (sample.py --grey)"}
+    assert set(calibrated) == {"in colour, the real images are grey (sample.py --grey)"}
+    assert set(others) == {""}
 
 
 def letterbox(image):

@@ -712,7 +712,7 @@ def wounds(seeds):
 
 @pytest.fixture(scope="module")
 def finder():
-    return metrics.CopyFinder(wounds(range(24)), [""] * 24)
+    return metrics.CopyFinder(wounds(range(24)), [""] * 24, [""] * 24)
 
 
 def shifted(image):
@@ -743,33 +743,35 @@ CHANGES = {
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_copy_is_found_whatever_was_done_to_it(finder, kind):
     copies = change_each(wounds(range(5, 12)), lambda _, image: CHANGES[kind](image))
-    index, similarity, kinds = finder.find(copies)
+    index, _, kinds, is_copy = finder.find(copies)
     assert (index == range(5, 12)).all()
-    assert (similarity >= finder.limit).sum() >= 6
+    assert is_copy.sum() >= 6
     if kind in ("re-saved", "shifted", "blurred", "darker"):
         kind = "as it is"
     assert kinds.count(kind) >= 4
 
 
 def test_fresh_pictures_are_no_copies(finder):
-    _, similarity, _ = finder.find(wounds(range(1000, 1012)))
-    assert (similarity < finder.limit).all()
-    assert (finder.usual < finder.limit).all()
+    assert not finder.find(wounds(range(1000, 1012)))[3].any()
+    assert (finder.usual < finder.limits.min()).all()
     assert len(finder.usual) >= 23
 
 
 def test_where_all_pictures_are_alike_copies_must_agree_better():
     one = wounds([0])
     noisy = one.repeat(8, 1, 1, 1) + torch.randint(0, 9, (8, *one.shape[1:])).byte()
-    assert metrics.CopyFinder(noisy, [""] * 8).limit == 0.9
-    assert metrics.CopyFinder(noisy, ["patient"] * 8).limit == metrics.SAME_PICTURE
+    pictures = torch.cat([noisy, wounds(range(8))])
+    finder = metrics.CopyFinder(pictures, [""] * 16, ["alike"] * 8 + ["wound"] * 8)
+    assert (finder.limits == [0.9] * 8 + [metrics.SAME_PICTURE] * 8).all()
+    finder = metrics.CopyFinder(noisy, ["patient"] * 8, [""] * 8)
+    assert (finder.limits == metrics.SAME_PICTURE).all()
 
 
 def test_real_pictures_of_one_patient_or_photograph_are_one_unit():
     pictures = wounds([*range(6), 0, 1, 2, 2, 2, 2])
     crops = change_each(pictures[6:8], lambda _, image: cropped(image))
     finder = metrics.CopyFinder(
-        torch.cat([pictures[:6], crops, pictures[8:]]), [*"aabc"] + [""] * 8
+        torch.cat([pictures[:6], crops, pictures[8:]]), [*"aabc"] + [""] * 8, [""] * 12
     )
     assert (
         finder.picture_of[[6, 7, 8, 9, 10, 11]].tolist()
@@ -778,14 +780,14 @@ def test_real_pictures_of_one_patient_or_photograph_are_one_unit():
     assert len(set(finder.picture_of)) == 6
     assert finder.unit_of[0] == finder.unit_of[1]
     assert finder.first.tolist() == [0, 2, 3, 4, 5]
-    fresh = metrics.CopyFinder(pictures[[1, 3, 4, 5]], [""] * 4).find(pictures[[2]])[1]
+    fresh = metrics.CopyFinder(pictures[[1, 3, 4, 5]], [""] * 4, [""] * 4).find(pictures[[2]])[1]
     assert len(finder.usual) == 5
-    assert finder.usual.max() < finder.limit  # with another unit, though three are the same
+    assert finder.usual.max() < finder.limits[0]  # with another unit, though three are the same
     assert finder.usual[1] >= fresh - 1e-6
 
 
 def test_of_many_real_pictures_only_some_are_sought_among_the_others():
-    finder = metrics.CopyFinder(wounds([*range(7), 2]), [""] * 8, most=3)
+    finder = metrics.CopyFinder(wounds([*range(7), 2]), [""] * 8, [""] * 8, most=3)
     assert finder.first.tolist() == [0, 3, 6]
     assert len(finder.usual) == 3
     assert finder.find(wounds([5]))[0] == [5]
@@ -794,7 +796,7 @@ def test_of_many_real_pictures_only_some_are_sought_among_the_others():
 def test_flat_pictures_are_no_copies_of_anything(finder):
     flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
     assert (finder.find(flat)[1] == 0).all()
-    assert (metrics.CopyFinder(flat, ["", ""]).find(wounds([0]))[1] == 0).all()
+    assert (metrics.CopyFinder(flat, ["", ""], ["", ""]).find(wounds([0]))[1] == 0).all()
 
 
 def test_the_nearest_real_image_of_a_real_one_is_never_its_own_patient():
