@@ -41,7 +41,6 @@ from tqdm import tqdm
 
 from metrics import (
     WEIGHTS,
-    CopyFinder,
     Flags,
     LabelCheck,
     Network,
@@ -51,6 +50,7 @@ from metrics import (
     colour_and_layout,
     colour_scale,
     command,
+    copy_finder,
     data_set,
     dot_lines,
     extract,
@@ -353,8 +353,7 @@ class ImageSet:
     @cached_property
     def finder(self):
         """What finds its pictures again, in it and elsewhere."""
-        groups = [row.group for row in self.rows]
-        return CopyFinder(self.pixels, groups, [text_key(row.label) for row in self.rows])
+        return copy_finder(self.rows, self.pixels)
 
 
 def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_grain):

@@ -51,6 +51,7 @@ from metrics import (
     command,
     content_hash,
     copy_file,
+    copy_finder,
     cross_validate,
     data_set,
     draw_order,
@@ -245,9 +246,7 @@ def measure_reference(
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
-        groups = [row.group for row in rows]
-        labels = [text_key(row.label) for row in rows]
-        reference.copies = CopyFinder(pixels, groups, labels, most=200)
+        reference.copies = copy_finder(rows, pixels, most=200)
     if calibrate is not None:
         set_thresholds(reference, rows, calibrate)
     return reference

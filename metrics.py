@@ -6,7 +6,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     listing       list_images, read_table, fill_captions, split_rows
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
-    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
+    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; copy_finder
     the page      page, table, dot_lines, thumbnail, zoom, pair, curve
 """
 
@@ -2277,7 +2277,7 @@ class CopyFinder:
     usual: (units,), its best agreement with a picture of another unit.
     """
 
-    def __init__(self, real_pixels, groups, labels, most=2000):
+    def __init__(self, real_pixels, groups, labels, most):
         self.pictures = grey_and_mask(real_pixels)
         self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
         self.turns, self.crops = poses()
@@ -2291,13 +2291,7 @@ class CopyFinder:
         sought = np.arange(0, len(same), -(-len(same) // most))
         index, scores, _ = self.find_each(self.pictures[sought], near[sought])
         others = np.where(same[sought[:, None], index], 0, scores)
-        # Of a label whose pictures are all alike, copies must agree better. The second best: the
-        # best may be stored twice.
-        second = np.sort(others)[:, -2:][:, 0]
-        self.limits = np.full(len(same), np.median(second))
-        for label in np.unique(labels[sought]):
-            self.limits[labels == label] = np.median(second[labels[sought] == label])
-        self.limits = np.clip(self.limits + 0.35, SAME_PICTURE, 0.9)
+        self.limits = copy_limits(np.sort(others)[:, -2:][:, 0], sought, labels)
         near[sought[:, None], index] = scores >= self.limits[index]
         _, self.picture_of = csgraph.connected_components(near)
         _, self.unit_of = csgraph.connected_components(near | same)
@@ -2311,7 +2305,7 @@ class CopyFinder:
             self.usual[crowded] = scores[:, 0]
 
     def find(self, pixels):
-        """For uint8 (N, 3, S, S): numbers of real ones, `agreement`, kinds, and which are copies."""
+        """For uint8 (N, 3, S, S): numbers of real ones, `agreement`, kinds, is it a copy."""
         index, scores, kinds = self.find_each(grey_and_mask(pixels), [()] * len(pixels))
         is_copy = scores[:, 0] >= self.limits[index[:, 0]]
         return index[:, 0], scores[:, 0], kinds, is_copy
@@ -2353,6 +2347,25 @@ class CopyFinder:
         best = scores.argsort(descending=True)
         kind = kind_of_copy(matches[best[0]], signs[best[0]])
         return index[best].tolist(), scores[best].tolist(), kind
+
+
+def copy_limits(second, sought, labels):
+    """The agreement from which a picture is a copy of each real one: (n,).
+
+    second: of those `sought`, the second best with another patient's; the best may be stored twice.
+    Of a label whose pictures are all alike, copies must agree better.
+    """
+    usual = np.full(len(labels), np.median(second))
+    for label in np.unique(labels[sought]):
+        usual[labels == label] = np.median(second[labels[sought] == label])
+    return np.clip(usual + 0.35, SAME_PICTURE, 0.9)
+
+
+def copy_finder(rows, pixels, most=2000):
+    """The CopyFinder of images as load_pixels gives them."""
+    groups = [row.group for row in rows]
+    labels = [text_key(row.label) for row in rows]
+    return CopyFinder(pixels, groups, labels, most)
 
 
 def pose(angle=0, scale=1.0, x=0.0, y=0.0, sign=1):

@@ -712,7 +712,7 @@ def wounds(seeds):
 
 @pytest.fixture(scope="module")
 def finder():
-    return metrics.CopyFinder(wounds(range(24)), [""] * 24, [""] * 24)
+    return metrics.CopyFinder(wounds(range(24)), [""] * 24, [""] * 24, 2000)
 
 
 def shifted(image):
@@ -761,9 +761,9 @@ def test_where_all_pictures_are_alike_copies_must_agree_better():
     one = wounds([0])
     noisy = one.repeat(8, 1, 1, 1) + torch.randint(0, 9, (8, *one.shape[1:])).byte()
     pictures = torch.cat([noisy, wounds(range(8))])
-    finder = metrics.CopyFinder(pictures, [""] * 16, ["alike"] * 8 + ["wound"] * 8)
+    finder = metrics.CopyFinder(pictures, [""] * 16, ["alike"] * 8 + ["wound"] * 8, 2000)
     assert (finder.limits == [0.9] * 8 + [metrics.SAME_PICTURE] * 8).all()
-    finder = metrics.CopyFinder(noisy, ["patient"] * 8, [""] * 8)
+    finder = metrics.CopyFinder(noisy, ["patient"] * 8, [""] * 8, 2000)
     assert (finder.limits == metrics.SAME_PICTURE).all()
 
 
@@ -771,7 +771,7 @@ def test_real_pictures_of_one_patient_or_photograph_are_one_unit():
     pictures = wounds([*range(6), 0, 1, 2, 2, 2, 2])
     crops = change_each(pictures[6:8], lambda _, image: cropped(image))
     finder = metrics.CopyFinder(
-        torch.cat([pictures[:6], crops, pictures[8:]]), [*"aabc"] + [""] * 8, [""] * 12
+        torch.cat([pictures[:6], crops, pictures[8:]]), [*"aabc"] + [""] * 8, [""] * 12, 2000
     )
     assert (
         finder.picture_of[[6, 7, 8, 9, 10, 11]].tolist()
@@ -780,7 +780,9 @@ def test_real_pictures_of_one_patient_or_photograph_are_one_unit():
     assert len(set(finder.picture_of)) == 6
     assert finder.unit_of[0] == finder.unit_of[1]
     assert finder.first.tolist() == [0, 2, 3, 4, 5]
-    fresh = metrics.CopyFinder(pictures[[1, 3, 4, 5]], [""] * 4, [""] * 4).find(pictures[[2]])[1]
+    fresh = metrics.CopyFinder(pictures[[1, 3, 4, 5]], [""] * 4, [""] * 4, 2000).find(
+        pictures[[2]]
+    )[1]
     assert len(finder.usual) == 5
     assert finder.usual.max() < finder.limits[0]  # with another unit, though three are the same
     assert finder.usual[1] >= fresh - 1e-6
@@ -796,7 +798,7 @@ def test_of_many_real_pictures_only_some_are_sought_among_the_others():
 def test_flat_pictures_are_no_copies_of_anything(finder):
     flat = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
     assert (finder.find(flat)[1] == 0).all()
-    assert (metrics.CopyFinder(flat, ["", ""], ["", ""]).find(wounds([0]))[1] == 0).all()
+    assert (metrics.CopyFinder(flat, ["", ""], ["", ""], 2000).find(wounds([0]))[1] == 0).all()
 
 
 def test_the_nearest_real_image_of_a_real_one_is_never_its_own_patient():
