@@ -135,7 +135,8 @@ def yardstick(values, lower_is_better):
     badness = np.round(values / (np.abs(values).max() or 1), 9)  # equal but for rounding: a tie
     if not lower_is_better:
         badness = -badness
-    ranks = scipy.stats.rankdata([-badness, badness], "max", axis=1)
+    both = np.array([-badness, badness])
+    ranks = np.stack([np.searchsorted(np.sort(side), side, "right") for side in both])
     p_high, p_low = ranks[:, 0] / len(values)
     # Each metric has a draw of rank 1: among equal ranks the one further out is rarer. No z-score
     # is over sqrt(draws), so that this is less than half a rank.
@@ -403,7 +404,12 @@ def pick_compared(real, fake):
     that is its fault, and its repeats stay.
     """
     copies = [np.bincount(images.finder.picture_of) for images in (real, fake)]
-    if scipy.stats.mannwhitneyu(copies[1], copies[0], alternative="greater").pvalue < 0.001:
+    # scipy.stats takes a second to import
+    has_repeats = copies[1].max() > 1
+    if (
+        has_repeats
+        and scipy.stats.mannwhitneyu(*copies[::-1], alternative="greater").pvalue < 0.001
+    ):
         print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
         fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
     compared = []
@@ -679,7 +685,9 @@ def count_near(usual, similarity, share=0.1):
     n, m = len(usual), len(similarity)
     k = min(n, max(5, round(share * n)))
     count = (similarity > np.sort(usual)[-k]).sum()
-    chance = scipy.stats.betabinom.sf(count - 1, m, k, n + 1 - k)
+    counts = np.arange(count, m + 1)
+    beta = special.betaln(counts + k, m - counts + n + 1 - k) - special.betaln(k, n + 1 - k)
+    chance = (special.binom(m, counts) * np.exp(beta)).sum()
     text = f"{count} of {m} are more like one than all but {k / n:.0%} of those are like another"
     text += f" ({digits(m * k / (n + 1), 2)} expected, p {digits(chance, 2)})"
     return count, chance, text
