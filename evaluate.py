@@ -686,8 +686,9 @@ def count_near(usual, similarity, share=0.1):
     k = min(n, max(5, round(share * n)))
     count = (similarity > np.sort(usual)[-k]).sum()
     counts = np.arange(count, m + 1)
-    beta = special.betaln(counts + k, m - counts + n + 1 - k) - special.betaln(k, n + 1 - k)
-    chance = (special.binom(m, counts) * np.exp(beta)).sum()
+    log_shares = special.betaln(counts + k, m - counts + n + 1 - k) - special.betaln(k, n + 1 - k)
+    log_shares -= special.betaln(counts + 1, m - counts + 1) + np.log(m + 1)
+    chance = np.exp(log_shares).sum()
     text = f"{count} of {m} are more like one than all but {k / n:.0%} of those are like another"
     text += f" ({digits(m * k / (n + 1), 2)} expected, p {digits(chance, 2)})"
     return count, chance, text
