@@ -404,14 +404,11 @@ def pick_compared(real, fake):
     that is its fault, and its repeats stay.
     """
     copies = [np.bincount(images.finder.picture_of) for images in (real, fake)]
-    # scipy.stats takes a second to import
-    has_repeats = copies[1].max() > 1
-    if (
-        has_repeats
-        and scipy.stats.mannwhitneyu(*copies[::-1], alternative="greater").pvalue < 0.001
-    ):
-        print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
-        fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
+    if copies[1].max() > 1:  # else scipy.stats, which takes a second, is not imported
+        test = scipy.stats.mannwhitneyu(copies[1], copies[0], alternative="greater")
+        if test.pvalue < 0.001:
+            print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
+            fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
     compared = []
     for images in (real, fake):
         compared.append(replace(subset(images, images.drawn), all_features=images.all_features))
