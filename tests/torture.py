@@ -251,7 +251,7 @@ def torn_files(place):
         ".safetensors": lambda path: safe_open(path, "pt").keys(),
         ".png": lambda path: Image.open(path).load(),
         ".json": lambda path: json.loads(path.read_text()),
-        ".csv": lambda path: path.read_text()[-1:].index("\n"),
+        ".csv": lambda path: path.read_bytes().rstrip(b"\0")[-1:].index(b"\n"),  # UTF-16, too
         ".html": lambda path: path.read_text().index("</html>"),
     }
     faults = []

@@ -1,0 +1,104 @@
+"""README's commands and the scripts under tests/ run as they are typed, on small stand-ins."""
+
+import os
+import re
+import shlex
+import subprocess
+
+import evaluate
+import filter as filter_script
+import phantoms
+import pytest
+import sample
+import train
+from conftest import ROOT
+from PIL import Image
+
+SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate, "filter": filter_script}
+INSTALLS = ("python3 -m venv", "pip install", "ruff ", "python -m pytest")  # .ci/run types these
+SMALLER = {  # flags that override what a command asks for
+    "train": ["--steps", "2", "--resolution", "64", "--val-samples", "0"],
+    "sample": ["--num-images", "4", "--steps", "2"],
+    "evaluate": ["--permutations", "19"],
+    "filter": [],
+}
+
+
+def readme_commands():
+    """The commands of README's fenced blocks, without those that install or check."""
+    text = (ROOT / "README.md").read_text()
+    commands = []
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if not line.startswith(INSTALLS):
+                commands.append(line)
+    return commands
+
+
+def write_data(folder, kinds):
+    """A small data set with labels and patients."""
+    phantoms.write(folder, count=24, seed=100, kinds=kinds, size=64)
+
+
+def write_ratings(folder, path):
+    """Ratings of pictures in `folder`: drawings are good, noise is bad."""
+    lines = ["image_path,rating,prompt"]
+    for i, picture in enumerate(sorted(folder.glob("*.png"))):
+        lines.append(f"{picture},3,a{i}")
+    for i in range(24):
+        noise = folder / f"noise-{i}.png"
+        Image.effect_noise((64, 64), 30 + 5 * i).convert("RGB").save(noise)
+        lines.append(f"{noise},1,b{i}")
+    path.write_text("\n".join(lines))
+
+
+def test_every_command_of_readme_runs_as_typed(run, base, tmp_path, monkeypatch):
+    write_data(tmp_path / "wounds", ["inflammatory ulcer", "remodelling ulcer"])
+    write_data(tmp_path / "xray", ["normal chest", "pleural effusion"])
+    write_data(tmp_path / "rated", ["inflammatory ulcer"])
+    write_ratings(tmp_path / "rated", tmp_path / "ratings-anna.csv")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    commands = readme_commands()
+    assert len(commands) >= 9
+    for command in commands:
+        command = re.sub(r"\b(sd15|sd21-base|sd21|sdxl)\b", base, command)
+        words = shlex.split(command)
+        if words[0] == "python":
+            script = words[1].removesuffix(".py")
+            run(SCRIPTS[script], *words[2:], *SMALLER[script])
+        else:
+            shorter = re.sub(r"(STEPS|NUM_IMAGES)=\d+", r"\1=2", command)
+            shorter = shorter.replace("OUT=", f"OUT={tmp_path}/").replace(
+                "DATA=", f"DATA={tmp_path}/"
+            )
+            subprocess.run(shorter, shell=True, check=True, cwd=ROOT)
+
+
+def test_every_flag_that_readme_names_is_one_of_the_scripts():
+    known = set()
+    for script in SCRIPTS:
+        text = (ROOT / f"{script}.py").read_text()
+        known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', text))
+    known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', (ROOT / "metrics.py").read_text()))
+    elsewhere = {"--nproc_per_node", "--config"}  # torchrun's, ruff's
+    named = set(re.findall(r"--[a-z][a-z0-9_-]+", (ROOT / "README.md").read_text()))
+    assert named - known - elsewhere == set()
+
+
+@pytest.mark.parametrize("name, report", [("wounds", "utility.html"), ("films", "report.html")])
+def test_the_scripts_go_from_images_to_a_mixed_set(name, report, base, tmp_path):
+    settings = {
+        "BASE": base,
+        "OUT": str(tmp_path),
+        "PHANTOMS": "32",
+        "NUM_IMAGES": "2",
+        "TRAIN": "--steps 2 --resolution 64 --val-samples 0 --batch-size 4",
+        "SAMPLE": "--steps 2",
+        "OMP_NUM_THREADS": "1",
+    }
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "env": {**os.environ, **settings}}
+    ended = subprocess.run(["sh", f"tests/{name}.sh"], **how)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / report).exists()
+    assert list((tmp_path / "kept").rglob("metadata.csv"))
