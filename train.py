@@ -1,6 +1,6 @@
 """Fit an adapter, a new word, or the whole UNet of a Stable Diffusion base to a folder of images.
 
-    python train.py --base tiny --data tests/phantoms --steps 300 --out runs/try
+    python train.py --base tiny --data runs/quickstart/data --steps 300 --out runs/try
     python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
     python train.py --data xray/ --preview runs/look      show the data as the model would see them
     torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}"
