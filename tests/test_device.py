@@ -581,8 +581,12 @@ def test_the_noise_of_euler_a_is_drawn_ahead_and_the_same_to_the_bit(loaded, mon
     def fresh_generators():
         return [generator(0, "sample", "a foot", i) for i in range(2)]
 
+    generators = fresh_generators()
+    ahead = [noise]
+    for _ in range(4):
+        ahead.append(torch.stack([torch.randn(4, 8, 8, generator=own) for own in generators]))
     with torch.no_grad():
-        drawn = sample.generate_batch(loaded, noise, (cond, cond), fresh_generators(), settings)
+        drawn = sample.generate_batch(loaded, torch.stack(ahead), (cond, cond), settings)
         assert euler_a.randn_tensor is randn_tensor  # others use diffusers, too
 
         scheduler = sample.make_scheduler(loaded, settings)
