@@ -380,7 +380,7 @@ def draw_units(images, seed):
     if len(drawn) < 10:
         drawn = order
     if len(drawn) < count:
-        text = "one of each patient and of each picture that is stored several times"
+        text = "one of each patient and of each picture that is stored twice"
         print(f"{images.path}: {len(drawn)} of {count} images are compared, {text}")
     return np.isin(np.arange(count), drawn)
 
@@ -551,10 +551,10 @@ def measure_figures(real, fake, tools):
 
 
 def match_labels(real, fake, seed):
-    """Both sets with one mix of labels, the label of each image, and sentences.
+    """Both sets with one mix of labels, a number for the label of each image, and sentences.
 
     Of each label that both sets have, images are drawn by the seed, `ratio` generated ones for a
-    real one: all real ones of a typical real image's label. All other labels are as one, "".
+    real one: all real ones of a typical real image's label. All other labels are as one, 0.
     """
     real_labels = np.array([text_key(row.label) for row in real.rows])
     fake_labels = np.array([text_key(row.label) for row in fake.rows])
@@ -571,8 +571,9 @@ def match_labels(real, fake, seed):
         real, fake = subset(real, keep_real), subset(fake, keep_fake)
         text = f"{len(fake.rows)} generated and {len(real.rows)} real images of one mix"
         sentences.append(f"The mix of labels is not the real one: compared are {text}.")
-    labels = np.append(real_labels[keep_real], fake_labels[keep_fake])
-    return real, fake, np.where(np.isin(labels, shared), labels, ""), sentences
+    numbers = {label: k for k, label in enumerate(shared, 1)}
+    labels = [*real_labels[keep_real], *fake_labels[keep_fake]]
+    return real, fake, np.array([numbers.get(label, 0) for label in labels]), sentences
 
 
 def draw_labels(labels, counts, seed):
@@ -805,9 +806,11 @@ def real_parts(real, known, args):
     return subset(real, ~held_out), subset(real, held_out), sentence
 
 
-NO_UTILITY = """Whether they help a classifier is not measured: it takes a label that five images to
-train on, to test on and generated show, and as many real ones lack. Hold out more (train.py
---val-split 0.4), label generated images (sample.py --label), or join labels into fewer."""
+NO_UTILITY = (
+    "Whether they help a classifier is not measured: it takes a label that five images to train "
+    "on, to test on and generated show, and as many real ones lack. Hold out more (train.py "
+    "--val-split 0.4), label generated images (sample.py --label), or join labels into fewer."
+)
 
 
 def shared_classes(train, test, fake):
