@@ -1102,6 +1102,11 @@ on the held-out images of --run, else on 30 % of the real ones; 1000 bootstraps 
 {versions}, {device}. Not for diagnosis."""
 
 
+def records_table(records):
+    """HTML: a table of dicts with the same keys, as in the JSON."""
+    return table(records[0], [map(digits, record.values()) for record in records])
+
+
 def verdict_box(entry):
     """HTML: the verdict at a glance, a sign and words in a colour, then in sentences."""
     mark, text = findings(entry)
@@ -1197,9 +1202,8 @@ def set_section(entry, args):
     if entry.utility_note:
         body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
-        rows = [map(digits, record.values()) for record in entry.subgroups]
         body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}"
-        body += table(entry.subgroups[0], rows)
+        body += records_table(entry.subgroups)
     return body
 
 
