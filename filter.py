@@ -120,7 +120,7 @@ class Reference:
     comparisons: dict  # name -> function of pixels (N, 3, S, S) that gives distances (N, n)
     limits: list  # (name, largest score that passes, the flag that says so)
     real_scores: dict = field(default_factory=dict)  # name -> (n,), against other patients
-    thresholds: dict = field(default_factory=lambda: {"": 1.0})  # label, "" for any -> largest rank
+    threshold: float = 1.0  # the largest rank that passes
     copies: CopyFinder = None  # where copies are refused
     in_colour: np.ndarray = None  # (n,), of a grey kind those few that show a colour
     labels: LabelCheck = None  # where labels are checked
@@ -147,16 +147,15 @@ class Reference:
         largest_rank = ranks.max(0)
         scores["quality"] = 1.001 - largest_rank
         reasons = [""] * len(rows)
-        for i, row in enumerate(rows):
+        for i in range(len(rows)):
             broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
-            threshold = self.thresholds.get(text_key(row.label), self.thresholds[""])
             if is_copy[i]:
                 reasons[i] = f"copy of a real image (similarity {scores['similarity'][i]:.2f})"
             elif broken:
                 reasons[i] = broken[0]
-            elif in_colour[i] and threshold < 1:  # with --calibrate
+            elif in_colour[i] and self.threshold < 1:  # with --calibrate
                 reasons[i] = "in colour, the real images are grey (sample.py --grey)"
-            elif largest_rank[i] > threshold:
+            elif largest_rank[i] > self.threshold:
                 worst = list(self.real_scores)[ranks[:, i].argmax()]
                 reasons[i] = f"{worst} unlike the real images"
         if self.labels:
@@ -247,7 +246,7 @@ def measure_reference(
     if drop_copies:
         reference.copies = copy_finder(rows, pixels, most=200)
     if calibrate is not None:
-        set_thresholds(reference, rows, calibrate)
+        set_threshold(reference, calibrate)
     return reference
 
 
@@ -268,27 +267,22 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
     return comparisons, limits
 
 
-def set_thresholds(reference, rows, alpha):
-    """The largest rank that passes: of any image, and of each label with enough real images."""
-    reference.thresholds = find_thresholds(reference, rows, alpha)
-    if np.isinf(reference.thresholds[""]):
-        fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")
-    text = f"calibrated on {len(rows)} real images by {', '.join(reference.real_scores)}"
+def set_threshold(reference, alpha):
+    """Let a Reference refuse what has a larger rank than all but this share of real images."""
+    ranks = real_ranks(reference)
+    reference.threshold = conformal_threshold(ranks, alpha)
+    if np.isinf(reference.threshold):
+        fail(f"--calibrate {alpha:g}: {len(ranks)} real images are too few, see --reference")
+    text = f"calibrated on {len(ranks)} real images by {', '.join(reference.real_scores)}"
     reference.summary.append(f"{text}: about {1 - alpha:.0%} of unseen real ones would pass")
 
 
-def find_thresholds(reference, rows, alpha):
-    """The largest rank that passes: {"" for any image, label with enough real images: rank}."""
-    worst = reference.rank(reference.real_scores).max(0)
+def real_ranks(reference):
+    """The largest ranks of the real images, (n,)."""
+    ranks = reference.rank(reference.real_scores).max(0)
     if reference.in_colour is not None:  # refused, too
-        worst[reference.in_colour] = worst.max()
-    thresholds = {"": conformal_threshold(worst, alpha)}
-    labels = np.array([text_key(row.label) for row in rows])
-    for label in sorted(set(labels) - {""}):
-        threshold = conformal_threshold(worst[labels == label], alpha)
-        if np.isfinite(threshold):
-            thresholds[label] = threshold
-    return thresholds
+        ranks[reference.in_colour] = ranks.max()
+    return ranks
 
 
 def learn_labels(reference, rows, seed):
@@ -626,7 +620,7 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     body = f'<div class="verdict"><b>Kept {kinds["kept"]} of {len(rows)} generated images.</b>'
     body += table(("what became of them", "images"), kinds.most_common())
     body += f"</div>{paragraph(REASONS, 'soft')}<h2>What would pass at another limit</h2>"
-    body += other_limits(reference, real_rows, rows, scores)
+    body += other_limits(reference, scores)
     order = np.argsort(-scores["quality"], kind="stable")
     kept = np.array(reasons)[order] == ""
     for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
@@ -642,15 +636,14 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     return f"{body}<h2>How they were judged</h2>{how}"
 
 
-def other_limits(reference, real_rows, rows, scores):
+def other_limits(reference, scores):
     """HTML: how many images would pass at other values of --calibrate."""
     ranks = reference.rank(scores).max(0)
     lines = []
     for alpha in (0.01, 0.05, 0.1, 0.2, 0.5):
-        thresholds = find_thresholds(reference, real_rows, alpha)
-        limits = [thresholds.get(text_key(row.label), thresholds[""]) for row in rows]
-        if np.isfinite(thresholds[""]):  # else there are too few real images for it
-            passing = f"{np.sum(ranks <= limits)} of {len(rows)}"
+        threshold = conformal_threshold(real_ranks(reference), alpha)
+        if np.isfinite(threshold):  # else there are too few real images for it
+            passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
             lines.append((alpha, f"{1 - alpha:.0%}", passing))
     return table(("calibrate", "unseen real images that pass", "generated ones that pass"), lines)
 

@@ -288,19 +288,6 @@ def nearest_of_the_reference(reference, pixels):
     return nearest
 
 
-def test_a_label_with_enough_real_images_has_its_own_threshold():
-    scores = {"blur": np.concatenate([np.arange(30.0), 100 + np.arange(30.0)])}
-    rows = [Row("", "", label="sharp")] * 30 + [Row("", "", label="Soft ")] * 30
-    reference = filter_script.Reference(None, None, {}, {}, {}, real_scores=scores)
-
-    filter_script.set_thresholds(reference, rows, 0.05)
-
-    assert list(reference.thresholds) == ["", "sharp", "soft"]
-    largest = reference.rank({"blur": np.array([29.0, 129])})[0]
-    assert reference.thresholds["sharp"] == largest[0]
-    assert reference.thresholds["soft"] == largest[1]
-
-
 def test_the_threshold_is_the_conformal_quantile():
     ranks = np.arange(1, 20) / 20
 
@@ -316,9 +303,9 @@ def test_95_of_100_unseen_images_pass_all_scores_together():
         values = draw.randn(3, 80)
         real = {str(name): row[:60] for name, row in enumerate(values)}
         reference = filter_script.Reference(None, None, {}, {}, {}, real_scores=real)
-        filter_script.set_thresholds(reference, [Row("", "")] * 60, 0.05)
+        filter_script.set_threshold(reference, 0.05)
         worst = reference.rank({str(name): row[60:] for name, row in enumerate(values)}).max(0)
-        passed.append(np.mean(worst <= reference.thresholds[""]))
+        passed.append(np.mean(worst <= reference.threshold))
     assert np.mean(passed) == pytest.approx(0.95, abs=0.02)
 
 
