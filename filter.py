@@ -331,7 +331,6 @@ class Selector:
 
     size: int  # pixels a side at which it judges
     good: int  # the least rating of a good picture
-    modalities: list  # those that were rated
     classes: list  # the labels that it tells apart
     measured: dict  # how well it predicts the ratings of images left out
     weights: np.ndarray  # (D + 1, 1 + classes): quality, classes; D = sum(BLOCKS), the intercept
@@ -358,13 +357,9 @@ class Selector:
                 reasons[i] = f"alignment {alignment[i]:.2f} below {min_alignment:.2f}"
         return reasons, {"quality": quality, "alignment": alignment}
 
-    def check_rows(self, rows, min_alignment=None):
-        """Fail for a modality that was not rated or, with min_alignment, for an unknown label."""
+    def check_rows(self, rows, min_alignment):
+        """Fail where images are to show a label that it does not know."""
         for row in rows:
-            modality = text_key(modality_of(row))
-            if len(self.modalities) > 1 and modality not in self.modalities:
-                rated = ", ".join(self.modalities)
-                fail(f"the selector was fitted on {rated}, not on {modality or 'no modality'}")
             name = name_of(row)
             if min_alignment is not None and name not in self.classes:
                 fail(f'--min-alignment: the selector knows no label "{name}"; --fit --reference')
@@ -1140,13 +1135,13 @@ def kappa(first, second):
 
 def print_agreement(args):
     """Print how far raters agree, and whether they can tell real from generated."""
-    ratings = {}
-    guesses = {}
+    ratings = defaultdict(dict)
+    guesses = defaultdict(partial(np.zeros, (2, 2), int))
     for rating in read_ratings(args.agreement):
-        ratings.setdefault(rating.expert, {})[rating.path or rating.image] = rating.rating
+        ratings[rating.expert][rating.path or rating.image] = rating.rating
         if rating.real and rating.guess:
-            counts = guesses.setdefault(rating.expert, np.zeros((2, 2), int))
-            counts[int(not rating.is_real), int(text_key(rating.guess) != "real")] += 1
+            taken_for_generated = int(text_key(rating.guess) != "real")
+            guesses[rating.expert][int(not rating.is_real), taken_for_generated] += 1
     if len(ratings) < 2 and not guesses:
         fail("--agreement: one rater and no guesses: nothing to compare")
     for (a, first), (b, second) in itertools.combinations(ratings.items(), 2):
@@ -1198,7 +1193,7 @@ def fit(args):
     ratings = read_generated(args, real_rows)
     good = args.good or 3
     rated = gather(ratings, good)
-    refuse_fit(objections(ratings, rated))
+    check_ratings(ratings, rated)
     size = args.resolution or pick_resolution(rated.rows)
     _, pixels = load_pixels(rated.rows, size, strict=True)
     descriptors = describe(pixels)
@@ -1206,15 +1201,14 @@ def fit(args):
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
     if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
         chance = "the ratings do not predict quality better than chance"
-        refuse_fit([f"{chance}: {in_words(measured)}"])
+        fail(f"no selector written: {chance}: {in_words(measured)}")
     print(f"{in_words(measured)}, by {len(ratings)} ratings of {len(rated.rows)} images")
     shown = [read_number(rating.shows) for rating in ratings if rating.shows]
     if shown:
         print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
     classes, class_weights = fit_classes(real_rows, size, args)
     weights = np.hstack([unscaled(weights, mean, spread), class_weights])
-    modalities = sorted(set(rated.modalities))
-    save_selector(args.out, Selector(size, good, modalities, classes, measured, weights))
+    save_selector(args.out, Selector(size, good, classes, measured, weights))
     generated = args.generated or os.path.dirname(rated.rows[0].path)
     words = (generated, "--reference", args.reference or "REAL", "--selector", args.out)
     print("next:", command("filter.py", *words))
@@ -1233,12 +1227,6 @@ def in_words(measured):
         f"of two pictures it picks the better {100 * measured['auroc']:.0f} times in 100 "
         f"(95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g})"
     )
-
-
-def refuse_fit(found):
-    """Stop for what speaks against a selector, if anything does."""
-    if found:
-        fail(f"no selector written: {'; '.join(found)}")
 
 
 def read_generated(args, real_rows):
@@ -1274,8 +1262,8 @@ def gather(ratings, good):
     return Rated(rows, *map(np.array, (labels, weights, groups, modalities)))
 
 
-def objections(ratings, rated):
-    """What speaks against fitting these ratings, before an image is looked at: [str]."""
+def check_ratings(ratings, rated):
+    """Fail where there is too little to learn from, or where ratings repeat who rated or what."""
     found = []
     values = [rating.rating for rating in ratings]
     for name in ("modality", "expert", "expert_level", "prompt"):
@@ -1292,7 +1280,8 @@ def objections(ratings, rated):
         found.append(f"{count} rated images are fewer than 30")
     if min(good, count - good) < 8:
         found.append(f"{good} images are good and {count - good} are not: 8 of each are needed")
-    return found
+    if found:
+        fail(f"no selector written: {'; '.join(found)}")
 
 
 def fit_quality(features, rated, seed):

@@ -916,22 +916,17 @@ def test_alignment_is_high_for_the_right_label_and_low_for_the_wrong_one(rated, 
     assert "" not in unknown_reasons
 
 
-def test_what_the_selector_does_not_know_is_one_line(selector, capsys):
+def test_a_label_that_the_selector_does_not_know_is_one_line(selector, capsys):
     loaded = filter_script.load_selector(selector)
-    known = Row("", "", label="normal chest", fields={"Modality": "Chest X-Ray"})
-    other_modality = Row("", "", label="normal chest", fields={"modality": "OCT"})
-    other_label = Row("", "", label="drusen", fields=known.fields)
+    known = Row("", "", label="normal chest")
+    other = Row("", "", label="drusen")
 
-    loaded.check_rows([known], min_alignment=0.5)
-    loaded.check_rows([other_label])
+    loaded.check_rows([known], 0.5)
+    loaded.check_rows([other], None)
     with pytest.raises(SystemExit):
-        loaded.check_rows([known, other_modality])
-    with pytest.raises(SystemExit):
-        loaded.check_rows([known, other_label], min_alignment=0.5)
+        loaded.check_rows([known, other], 0.5)
 
-    modality, label = capsys.readouterr().err.strip().splitlines()
-    assert modality.endswith("not on oct")
-    assert '"drusen"' in label
+    assert '"drusen"' in capsys.readouterr().err
 
 
 def test_the_filter_keeps_what_the_selector_finds_good(rated, selector, filtered, refused):
