@@ -114,7 +114,6 @@ NEIGHBOURS = 5  # a few odd real images, grey among photographs, must not excuse
 class Reference:
     """The real images as `measure_reference` measured them, and what follows for others."""
 
-    pixels: torch.Tensor  # uint8 (n, 3, S, S)
     same_patient: np.ndarray  # bool (n, n)
     blocks: dict  # name -> Block
     comparisons: dict  # name -> function of pixels (N, 3, S, S) that gives distances (N, n)
@@ -238,7 +237,7 @@ def measure_reference(
     if same_patient.all(1).any():
         fail("--reference: all its images are of one patient; it takes several")
     comparisons, limits = compare_pairs(pixels, device, max_lpips, min_ssim, lpips, batch_size)
-    reference = Reference(pixels, same_patient, blocks, comparisons, limits, in_colour=in_colour)
+    reference = Reference(same_patient, blocks, comparisons, limits, in_colour=in_colour)
     reference.real_scores, _ = reference.score(pixels, vectors, same_patient)
     for name, limit, flag in limits:
         refused = np.mean(reference.real_scores[name] > limit)
@@ -300,7 +299,7 @@ def learn_labels(reference, rows, seed):
 def conformal_threshold(ranks, alpha):
     """The rank that 1 - alpha of unseen images stay within; infinite for too few ranks (n,)."""
     place = int(np.ceil((1 - alpha) * (len(ranks) + 1) - 1e-9))
-    return np.sort([*ranks, np.inf])[place - 1]
+    return np.sort(np.append(ranks, np.inf))[place - 1]
 
 
 # ---------------------------------------------------------------- three blocks of descriptors
@@ -503,12 +502,12 @@ def decide(reference, selector, rows, pixels, wanted, args):
         scores.update(judged)
     for row, quality in zip(rows, scores["quality"], strict=True):
         row.quality = f"{quality:.4g}"
-    vectors = reference.blocks["texture"].vectors(pixels)
     if args.drop_duplicates:
         refuse_duplicates(reasons, rows, pixels, scores["quality"])
     passed = np.flatnonzero(np.array(reasons) == "")
     if len(passed) > wanted:
-        best = best_and_diverse(vectors[passed], scores["quality"][passed], wanted)
+        vectors = reference.blocks["texture"].vectors(pixels[passed])
+        best = best_and_diverse(vectors, scores["quality"][passed], wanted)
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
     kinds = count_reasons(reasons).most_common()
@@ -1189,8 +1188,7 @@ class Rated:
 
 def fit(args):
     """Learn a selector from ratings; write it only where it predicts them better than chance."""
-    real_rows = list_training(args.reference, args) if args.reference else []
-    ratings = read_generated(args, real_rows)
+    ratings = read_generated(args)
     good = args.good or 3
     rated = gather(ratings, good)
     check_ratings(ratings, rated)
@@ -1206,7 +1204,7 @@ def fit(args):
     shown = [read_number(rating.shows) for rating in ratings if rating.shows]
     if shown:
         print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
-    classes, class_weights = fit_classes(real_rows, size, args)
+    classes, class_weights = fit_classes(size, args)
     weights = np.hstack([unscaled(weights, mean, spread), class_weights])
     save_selector(args.out, Selector(size, good, classes, measured, weights))
     generated = args.generated or os.path.dirname(rated.rows[0].path)
@@ -1229,10 +1227,10 @@ def in_words(measured):
     )
 
 
-def read_generated(args, real_rows):
+def read_generated(args):
     """The ratings of generated images; of real ones a selector could learn that real is good."""
     rows = list_images(args.generated) if args.generated else []
-    ratings = read_ratings(args.fit, rows + real_rows, (args.generated, args.reference))
+    ratings = read_ratings(args.fit, rows, (args.generated, args.reference))
     generated = [rating for rating in ratings if not rating.is_real]
     if len(generated) < len(ratings):
         note(f"{len(ratings) - len(generated)} ratings are of real images: not used")
@@ -1268,12 +1266,13 @@ def check_ratings(ratings, rated):
     values = [rating.rating for rating in ratings]
     for name in ("modality", "expert", "expert_level", "prompt"):
         names = [getattr(rating, name) for rating in ratings]
+        if len(set(names)) > len(names) / 5:  # of names that hardly repeat chance makes V large
+            continue
         counts = scipy.stats.contingency.crosstab(values, names).count
         with np.errstate(invalid="ignore"):  # NaN where all are the same
-            t = scipy.stats.contingency.association(counts, method="tschuprow")
-        if t > 0.6:
-            text = f"the ratings may encode {name} rather than quality"
-            found.append(f"{text} (Tschuprow's T {t:.2f})")
+            v = scipy.stats.contingency.association(counts, method="cramer")
+        if v > 0.6:
+            found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
     count = len(rated.rows)
     good = (rated.labels >= 0.5).sum()
     if count < 30:
@@ -1313,11 +1312,12 @@ def fit_quality(features, rated, seed):
     }
 
 
-def fit_classes(rows, size, args):
+def fit_classes(size, args):
     """What tells labels of 8 real images or more apart: the labels, weights (D + 1, labels)."""
     nothing = [], np.zeros((sum(BLOCKS) + 1, 0))
-    if not rows:
+    if not args.reference:
         return nothing
+    rows = list_training(args.reference, args)
     for row in rows:
         row.label = name_of(row)
     rows, pixels = load_real(rows, size, args)
@@ -1345,7 +1345,7 @@ def parse_args(argv=None):
     add("--max-lpips", "largest distance to the nearest real image", type=number(0.0, 1e6))
     add("--min-ssim", "least similarity to the nearest real image", type=number(-1.0, 1.0))
     add("--drop-copies", "refuse copies of real images", False)
-    add("--drop-duplicates", "of near-equal images keep the best", False)
+    add("--drop-duplicates", "of pictures that are the same keep the best", False)
     add("--selector", "judge by what --fit wrote", type=existing_file)
     add("--min-quality", "least probability of a good rating (default: 0.5)", type=share)
     add("--min-alignment", "probability that the image shows its label", type=share)

@@ -302,7 +302,7 @@ def test_95_of_100_unseen_images_pass_all_scores_together():
     for _ in range(200):
         values = draw.randn(3, 80)
         real = {str(name): row[:60] for name, row in enumerate(values)}
-        reference = filter_script.Reference(None, None, {}, {}, {}, real_scores=real)
+        reference = filter_script.Reference(None, {}, {}, {}, real_scores=real)
         filter_script.set_threshold(reference, 0.05)
         worst = reference.rank({str(name): row[60:] for name, row in enumerate(values)}).max(0)
         passed.append(np.mean(worst <= reference.threshold))
