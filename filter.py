@@ -403,7 +403,6 @@ def filter_images(args):
     out = Path(args.out).resolve()
     check_folders(out, args)
     selector = load_selector(args.selector) if args.selector else None
-    print(f"listing {args.reference} and {args.generated}")
     real_rows = list_training(args.reference, args)
     all_rows = list_images(args.generated)
     size = pick_size(selector, all_rows, args)
@@ -821,12 +820,12 @@ name</i>.csv. It will be in the folder for downloads: send it to whoever gave yo
 <main id="rate" hidden><div id="picture"></div><div>
 <p><b id="rater"></b> <button data-key="c">other rater (c)</button></p>
 <progress id="bar"></progress><p id="where" aria-live="polite"></p>
-<div id="work"><div id="ask"><span id="question"></span> <button data-key="y">yes (y)</button
-><button data-key="n">no (n)</button></div>
-<div id="guesses"><button data-key="r">real (r)</button
-><button data-key="g">generated (g)</button></div>
-<div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button
-><button data-key="3">3 good</button></div><p id="text"></p>
+<div id="work"><div id="ask"><span id="question"></span> <button data-key="y">yes (y)</button>
+<button data-key="n">no (n)</button></div>
+<div id="guesses"><button data-key="r">real (r)</button>
+<button data-key="g">generated (g)</button></div>
+<div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
+<button data-key="3">3 good</button></div><p id="text"></p>
 <input id="note" placeholder="note (t), Enter ends it"></div>
 <div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
 the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></div>
