@@ -532,23 +532,19 @@ def refuse_duplicates(reasons, rows, pixels, quality):
 def best_and_diverse(vectors, quality, count):
     """Numbers of `count` images of high quality in [0, 1] that are unlike one another.
 
-    The greedy mode of a determinantal point process (Chen et al. 2018) with the kernel
-    q_i q_j exp(-|x_i - x_j|^2 / 2s), s the median squared distance. Ties go to the first.
+    Each is the one with the largest quality^2 (1 - exp(-d^2 / 2s)), d its distance to the nearest
+    that is chosen already, s the median squared distance. Ties go to the first.
     """
     squares = squared_distances(vectors[:500], vectors[:500])
     scale = np.median(squares[squares > 0]) if squares.any() else 1.0  # equal images tell none
-    x = np.float32((vectors - vectors.mean(0)) / np.sqrt(2 * scale))
-    gain = 2 * np.log(np.maximum(quality, 1e-6))
-    remaining = np.ones(len(x), np.float32)  # variance that the chosen ones leave unexplained
-    factor = np.zeros((count, len(x)), np.float32)  # of Cholesky, a row for each chosen one
+    novelty = np.ones(len(vectors))
     chosen = []
-    for step in range(count):
-        i = int(np.argmax(gain + np.log(remaining)))
-        kernel = np.exp(-squared_distances(x, x[[i]])[:, 0])
-        factor[step] = (kernel - factor[:step, i] @ factor[:step]) / np.sqrt(remaining[i])
-        remaining = np.maximum(remaining - factor[step] ** 2, 1e-6)
-        gain[i] = -np.inf
-        chosen.append(i)
+    for _ in range(count):
+        gain = np.square(quality) * novelty
+        gain[chosen] = -1
+        chosen.append(int(np.argmax(gain)))
+        squares = squared_distances(vectors, vectors[chosen[-1:]])[:, 0]
+        novelty = np.minimum(novelty, 1 - np.exp(-squares / (2 * scale)))
     return chosen
 
 
