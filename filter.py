@@ -1059,7 +1059,7 @@ def draw_blind(rows, real_rows, size, args):
     rows, _ = load_pixels(rows, 64)
     real_rows, _ = load_real([real_rows[i] for i in drawn], 64, args)
     sides = [square_side(row, args.crop) for row in real_rows]
-    size = min(size, int(np.median(sides)), *[min(row.size) for row in rows])
+    size = min(size, int(np.median(sides or size)), *[min(row.size) for row in rows])
     return [row for row in real_rows if square_side(row, args.crop) >= size][:wanted], size
 
 
@@ -1100,7 +1100,7 @@ const IMAGES = {json.dumps(images)};
 
 
 def choose_images(rows, args):
-    """The rows to rate: all, or --suggest, which are unlike and doubtful to the selector."""
+    """The rows to rate, all or --suggest: unlike one another, where the selector is least sure."""
     count = min(len(rows), args.suggest or len(rows))
     if args.suggest and args.blind:
         count = min(count, args.suggest - args.suggest // 5)
