@@ -991,7 +991,7 @@ def test_a_selector_learns_from_generated_images_alone(rated, tmp_path, run, cap
     output, errors = capsys.readouterr()
 
     assert (tmp_path / "both").read_bytes() == (tmp_path / "blind").read_bytes()
-    assert errors.endswith("\n30 ratings are of real images: not used\n")
+    assert "30 ratings are of real images: not used\n" in errors
     assert re.search(r"of two pictures it picks the better \d+ times in 100 \(95 %: 0\.", output)
     assert "1 of 200 ratings say that the label is not shown" in output
     words = f"{rated} --reference {rated / 'real.csv'} --selector {tmp_path / 'both'}"
