@@ -792,7 +792,7 @@ button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px 
 border-radius:.4rem;padding:.5rem .8rem;margin:.15rem;min-height:2.8rem}
 button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}#rater{color:var(--mark)}
 #rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}#note,progress{width:min(94%,30rem)}
-#marks button{min-width:6.5rem}#view{color:var(--soft);font-size:.85rem}
+#ask span{display:inline-block}#marks button{min-width:6.5rem}#view{color:var(--soft);font-size:.85rem}
 #view label{white-space:nowrap}#view input{width:5rem;min-height:1.5rem;padding:0;
 vertical-align:middle}#picture{display:flex;overflow:auto;scrollbar-width:none;
 height:min(58vh,100vw)}#picture img{margin:auto;flex:none;user-select:none}
@@ -816,8 +816,8 @@ name</i>.csv. It will be in the folder for downloads: send it to whoever gave yo
 <main id="rate" hidden><div id="picture"></div><div>
 <p><b id="rater"></b> <button data-key="c">other rater (c)</button></p>
 <progress id="bar"></progress><p id="where" aria-live="polite"></p>
-<div id="work"><div id="ask"><span id="question"></span> <button data-key="y">yes (y)</button>
-<button data-key="n">no (n)</button></div>
+<div id="work"><div id="ask"><span id="question"></span> <span><button data-key="y">yes (y)</button>
+<button data-key="n">no (n)</button></span></div>
 <div id="guesses"><button data-key="r">real (r)</button>
 <button data-key="g">generated (g)</button></div>
 <div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
