@@ -793,8 +793,9 @@ border-radius:.4rem;padding:.5rem .8rem;margin:.15rem;min-height:2.8rem}
 button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}#rater{color:var(--mark)}
 #rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}#note,progress{width:min(94%,30rem)}
 #ask span{display:inline-block}#marks button{min-width:6.5rem}
-#view{color:var(--soft);font-size:.85rem}#view label{white-space:nowrap}#view input{width:5rem;min-height:1.5rem;padding:0;
-vertical-align:middle}#picture{display:flex;overflow:auto;scrollbar-width:none;
+#view{color:var(--soft);font-size:.85rem}#view label{white-space:nowrap}
+#view input{width:5rem;min-height:1.5rem;padding:0;vertical-align:middle}
+#picture{display:flex;overflow:auto;scrollbar-width:none;
 height:min(58vh,100vw)}#picture img{margin:auto;flex:none;user-select:none}
 @media(min-aspect-ratio:6/5){#rate{display:grid;gap:.8rem;align-items:center;
 grid-template-columns:minmax(0,1fr) minmax(19rem,36vw)}#picture[hidden]+div{grid-column:1/-1}
