@@ -578,7 +578,10 @@ def copy_images(out, kept, mixed):
     header = ["file_name", "text", "label", "patient_id", "synthetic", "quality"]
     columns = dict.fromkeys(header)  # and the others of all tables, in order
     lines = []
+    paths = {}
     for name, row in entries:
+        if paths.setdefault(name, row.path) != row.path:  # a table may repeat an image
+            fail(f"{row.path}: another image would be called {name} too; rename one")
         quality = getattr(row, "quality", "")  # real images have none
         values = (name, row.caption, row.label, row.group, int(quality != ""), quality)
         line = dict(zip(header, values, strict=True))
@@ -588,13 +591,12 @@ def copy_images(out, kept, mixed):
                 line[column] = value
         columns |= line
         lines.append(line)
-    names = {name for name, _ in entries}
     if (out / "metadata.csv").is_file():
         for old in read_table(out / "metadata.csv"):
-            if old.get("synthetic") == "1" and old["file_name"] not in names:
+            if old.get("synthetic") == "1" and old["file_name"] not in paths:
                 (out / name_below("", old["file_name"])).unlink(missing_ok=True)
-    for name, row in entries:
-        copy_file(row.path, out / name)
+    for name, path in paths.items():
+        copy_file(path, out / name)
     write_csv(out / "metadata.csv", columns, [map(line.get, columns) for line in lines])
 
 

@@ -340,6 +340,22 @@ def test_the_page_counts_shows_the_best_first_and_names_other_limits(sets, filte
     assert int(limits["0.05"]) >= int(limits["0.1"]) >= int(limits["0.5"])
 
 
+def test_two_images_of_one_name_are_refused(sets, tmp_path, refused):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    twin = folder / str(tmp_path)[1:]  # ./tmp/…/x.png and /tmp/…/x.png
+    twin.mkdir(parents=True)
+    wound(1).save(tmp_path / "x.png")
+    wound(2).save(twin / "x.png")
+    names = [[str(tmp_path / "x.png")], [str(tmp_path / "x.png")[1:]]]
+    write_csv(folder / "metadata.csv", ["file_name"], names)
+    flags = ["--min-ssim", -1, "--out", tmp_path / "kept"]
+
+    message = refused(filter_script, folder, "--reference", sets[0], *flags)
+
+    assert "another image would be called" in message
+
+
 def test_a_dry_run_leaves_the_copies_of_an_earlier_filtering(sets, filtered):
     first = contents(filtered(sets, "--min-ssim", 0))
     second = contents(filtered(sets, "--calibrate", 0.1, "--dry-run"))
