@@ -51,7 +51,6 @@ from metrics import (
     command,
     content_hash,
     copy_file,
-    copy_finder,
     cross_validate,
     data_set,
     draw_order,
@@ -246,7 +245,7 @@ def measure_reference(
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
-        reference.copies = copy_finder(rows, pixels, most=200)
+        reference.copies = CopyFinder(rows, pixels, most=200)
     if calibrate is not None:
         set_thresholds(reference, rows, calibrate)
     return reference

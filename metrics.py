@@ -6,7 +6,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     listing       list_images, read_table, fill_captions, split_rows
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
-    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; copy_finder
+    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
     the page      page, table, dot_lines, thumbnail, zoom, pair, curve
 """
 
@@ -19,7 +19,7 @@ import functools
 import glob
 import hashlib
 import html
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -75,21 +75,23 @@ def note(message):
         print(message, file=sys.stderr)
 
 
+def progress(items, title, count=None):
+    """The items, and on a terminal a bar for what takes over a second."""
+    return tqdm(items, title, count, leave=False, disable=None, delay=1)
+
+
 class BadImage(Exception):
-    """An image that cannot be read: .path says which, .why says why."""
+    """An image that cannot be read."""
 
     def __init__(self, path, why):
         super().__init__(f"{path}: {why}")
-        self.path = str(path)
-        self.why = why
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the description as written, and every default that is informative."""
 
     def _get_help_string(self, action):
-        is_unset = action.default is None or action.default is False
-        if is_unset or action.default in ("", []) or "default" in action.help:
+        if action.default in (None, "", []) or action.default is False or "default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -121,11 +123,10 @@ class Flags(argparse.ArgumentParser):
         """The flags, those of READING that are not typed as in the settings of a run."""
         taken = {name: settings[name] for name in READING if settings.get(name)}
         self.set_defaults(**taken)
-        args = super().parse_args(argv)
-        words = [f"{name} {value}" for name, value in taken.items() if vars(args)[name] == value]
-        if words:  # not of another program's adapter
-            note(f"{source}: real images are prepared as its run did: {', '.join(words)}")
-        return args
+        if taken:  # not of another program's adapter
+            words = ", ".join(f"{name} {value}" for name, value in taken.items())
+            note(f"{source}: real images are prepared as its run did: {words}")
+        return super().parse_args(argv)
 
 
 def number(low, high):
@@ -159,22 +160,13 @@ def existing_file(text):
     return text
 
 
-def run_folder(text):
-    """An argument type: the folder of a run of train.py."""
-    for name in ("args.json", "split.csv"):
-        if not os.path.isfile(os.path.join(text, name)):
-            why = f"there is no {name} in it: give the --out of a train.py that has started"
-            raise argparse.ArgumentTypeError(f"{text}: {why}")
-    return text
-
-
 def read_run(folder):
     """The flags of a run of train.py: a dict."""
     path = os.path.join(folder, "args.json")
     try:
         return dict(json.loads(read_text(path))["args"])
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path}: damaged, or not of train.py: give the folder of another run")
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{path}: missing or damaged: give the --out of a train.py that has started")
 
 
 def interval(text):
@@ -192,10 +184,7 @@ def ct_window(text):
 
 
 def flag_adder(group):
-    """A function that adds a flag to a group: name, help, default, type, what else argparse takes.
-
-    A flag whose default is False is a switch.
-    """
+    """A function that adds a flag to a group; one whose default is False is a switch."""
 
     def add(name, help, *default_and_type, **options):
         options |= zip(("default", "type"), default_and_type, strict=False)
@@ -224,7 +213,7 @@ def add_reading_flags(group, with_run=True):
     add = flag_adder(group)
     if with_run:
         run = "a run of train.py: its split, and how it prepared images where no flag says so"
-        add("--run", run, type=run_folder, metavar="DIR")
+        add("--run", run, metavar="DIR")
     for role in COLUMNS:
         add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
     add(
@@ -375,32 +364,23 @@ MEMORY_IS_FULL = (
 def less_memory(args):
     """The flags that would let this command, whose flags are args, do with less memory."""
     flags = vars(args) if args else {}
-    advice = []
-    if flags.get("batch_size", 1) > 1:
-        advice.append("--batch-size")
-    for name in ("resolution", "height", "width", "max_images"):
-        if name in flags:
-            advice.append("--" + name.replace("_", "-"))
-    if advice:
-        advice = ["a smaller " + ", ".join(advice)]
-    for name in ("low_memory", "gradient_checkpointing"):
-        if flags.get(name) is False:
-            advice.append("--" + name.replace("_", "-"))
-    if flags.get("precision") == "fp32":
-        advice.append("--precision bf16")
-    if flags.get("method") == "full" and flags["optimizer"] == "adamw":
-        advice.append("--optimizer adamw8bit")
-    if flags.get("method") == "full" and flags["ema"]:
-        advice.append("--ema 0")
-    return advice
+    is_full = flags.get("method") == "full"
+    advice = {
+        "a smaller --batch-size": flags.get("batch_size", 1) > 1,
+        "a smaller --resolution": "resolution" in flags,
+        "a smaller --height and --width": "height" in flags,
+        "a smaller --max-images": "max_images" in flags,
+        "--low-memory": flags.get("low_memory") is False,
+        "--gradient-checkpointing": flags.get("gradient_checkpointing") is False,
+        "--precision bf16": flags.get("precision") == "fp32",
+        "--optimizer adamw8bit": is_full and flags["optimizer"] == "adamw",
+        "--ema 0": is_full and flags["ema"] > 0,
+    }
+    return [flag for flag, helps in advice.items() if helps]
 
 
 def pick_device(name):
-    """The torch.device of auto|cpu|cuda|cuda:N|mps, a GPU always with its number.
-
-    Under torchrun each process takes a GPU of its own; else auto and cuda take the one with most
-    free memory. auto is the CPU where there is no GPU.
-    """
+    """The torch.device of auto|cpu|cuda|cuda:N|mps, a GPU always with its number."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cpu", *gpus]
     if torch.backends.mps.is_available():
@@ -416,8 +396,8 @@ def pick_device(name):
 
 def pick_gpu(gpus):
     """The GPU of this process under torchrun, else the one with most free memory."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # Slurm may show each process a single one
-        return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+    if "LOCAL_RANK" in os.environ:  # Slurm may show each process a single one
+        return gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
     if len(gpus) == 1:
         return gpus[0]
     free = {}
@@ -434,20 +414,15 @@ def pick_gpu(gpus):
 # never EPS: Pillow starts ghostscript to read it
 FORMATS = tuple("PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split())
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-HEIC_SUFFIXES = ()
-if importlib.util.find_spec("pillow_heif"):
-    HEIC_SUFFIXES = (".heic", ".heif")
+with contextlib.suppress(ImportError):
+    importlib.import_module("pillow_heif").register_heif_opener()
+    FORMATS += ("HEIF",)
 ADVICE = "save images as PNG, or for HEIC pip install pillow-heif"
 WINDOWS = {  # (centre, width) in Hounsfield units
     "lung": (-600, 1500),
     "soft": (40, 400),
-    "mediastinum": (50, 350),
     "brain": (40, 80),
-    "stroke": (35, 30),
-    "subdural": (75, 215),
     "bone": (400, 1800),
-    "liver": (60, 160),
-    "angio": (300, 600),
 }
 for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
     warnings.filterwarnings("ignore", module=package)
@@ -487,18 +462,12 @@ def read_image(
 def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like: the first frame, upright, transparency on black."""
     # opened as a file: given a name, Pillow maps some TIFFs wrongly
-    formats = FORMATS
-    if str(path).lower().endswith(HEIC_SUFFIXES):
-        importlib.import_module("pillow_heif").register_heif_opener()
-        formats += ("HEIF",)
-    with open(path, "rb") as file, Image.open(file, formats=formats) as image:
-        if image.format == "PNG":
-            Image.open(path).verify()  # decoding alone ignores wrong checksums
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         values = deep_values(path, image)
         if values is not None:  # convert() would clip these at 255
             scaled = scale(values, *(value_range or percentile_range(values, 0, 100)))
             if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
-                return ImageOps.invert(scaled)  # Pillow does this for 8 bits itself
+                scaled = ImageOps.invert(scaled)  # Pillow does this for 8 bits itself
             scaled.info = image.info
             return ImageOps.exif_transpose(scaled)
         ImageOps.exif_transpose(image, in_place=True)
@@ -553,13 +522,9 @@ def scale(values, low, high):
 
 
 def percentile_range(values, low, high):
-    """(low, high) percentiles of the finite values, or their whole range if the two coincide."""
+    """(low, high) percentiles of the finite values."""
     finite = values[np.isfinite(values)]
-    if finite.size:
-        bottom, top = np.percentile(finite, (low, high))
-        if bottom < top:
-            return bottom, top
-    return finite.min(initial=0), finite.max(initial=1)
+    return tuple(np.percentile(finite, (low, high))) if finite.size else (0, 1)
 
 
 def pick_window(window):
@@ -660,10 +625,7 @@ def dicom_frame(path, data, frame):
 
 
 def jpeg_colours(data, frame):
-    """A frame of a JPEG's colours, as the stream has them; None where it does not say which.
-
-    pydicom reads them as the header has them.
-    """
+    """A frame of a JPEG's colours, as the stream has them; None where the header decides."""
     from pydicom.encaps import get_frame
     from pydicom.uid import JPEGBaseline8Bit
 
@@ -704,18 +666,6 @@ def own_window(data):
     return None
 
 
-@functools.cache
-def range_of_frames(path):
-    """Percentiles over up to 16 frames of a file without a window."""
-    count = count_frames(open_dicom(path))
-    frames = []
-    for frame in range(0, count, 1 + count // 16):
-        data = open_dicom(path)  # again, for no frame has the tags of another
-        copy_frame_tags(data, frame)
-        frames.append(dicom_frame(path, data, frame))
-    return percentile_range(np.concatenate(frames), 0.5, 99.5)
-
-
 def dicom_grey(path, data, values, window, value_range):
     """Rescaled (H, W) values to mode "L": as asked for, else as the file says, else percentiles."""
     if window in WINDOWS and data.get("Modality", "CT") != "CT":
@@ -736,10 +686,8 @@ def dicom_grey(path, data, values, window, value_range):
     elif window:
         centre, width = window
         # LINEAR counts whole grey levels (PS3.3 C.11.2.1.2.1)
-        is_exact = function == "LINEAR_EXACT" or width < 1 or "PixelData" not in data
+        is_exact = function == "LINEAR_EXACT" or width < 1
         value_range = centre - width / 2, centre + width / 2 - (0 if is_exact else 1)
-    elif value_range is None and count_frames(data) > 1:
-        value_range = range_of_frames(path)
     low, high = value_range or percentile_range(values, 0.5, 99.5)
     image = scale(values, low, high)
     if data.PhotometricInterpretation == "MONOCHROME1":
@@ -804,7 +752,7 @@ def load_volume(path):
 
 # ---------------------------------------------------------------- listing a data set
 
-IMAGE_SUFFIXES = (".dcm", ".dicom", *VOLUME_SUFFIXES, *HEIC_SUFFIXES)
+IMAGE_SUFFIXES = (".dcm", ".dicom", *VOLUME_SUFFIXES)
 for suffix, name in Image.registered_extensions().items():
     if name in FORMATS:
         IMAGE_SUFFIXES += (suffix,)
@@ -879,10 +827,7 @@ def list_images(
 
 
 def list_folder(folder, strict):
-    """Rows of the images below a folder; the label is the name of the first subfolder.
-
-    The caption is the text in a file of the same name, .txt or .caption.
-    """
+    """Rows of the images below a folder: label by subfolder, caption by a .txt of the same name."""
     rows = []
     texts = {}
     skipped = Counter()
@@ -901,8 +846,8 @@ def list_folder(folder, strict):
     for row in rows:
         if stem_of(row.path) in texts:
             row.caption = " ".join(read_text(texts[stem_of(row.path)]).split())
-    for _ in texts.keys() - {stem_of(row.path) for row in rows}:
-        skipped["captions without an image"] += 1
+    skipped["captions without an image"] = len(texts.keys() - {stem_of(row.path) for row in rows})
+    skipped = +skipped  # without zeros
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
         message = f"{folder}: {skipped.total()} files are not read: {kinds}: {ADVICE}"
@@ -941,14 +886,15 @@ def report_table(table, rows, group_column):
     """Say where images lie next to those that a table names, and where a group is no patient."""
     named = {name_key(row.path) for row in rows}
     unnamed = []
-    for folder in sorted({os.path.dirname(row.path) for row in rows}):
-        for name in sorted(glob.glob("*", root_dir=folder)):
-            is_named = name_key(os.path.join(folder, name)) in named or name == "grid.png"
-            if name.lower().endswith(IMAGE_SUFFIXES) and not is_named:
+    for folder in {os.path.dirname(row.path) for row in rows}:
+        for path in glob.glob(os.path.join(glob.escape(folder), "*")):
+            name = os.path.basename(path)
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and name != "grid.png"
+            if is_image and name_key(path) not in named:
                 unnamed.append(name)
     if unnamed:
         count = f"{len(rows)} images, and {len(unnamed)} more lie next to them"
-        note(f"{table}: names {count}, such as {unnamed[0]}: not used")
+        note(f"{table}: names {count}, such as {min(unnamed)}: not used")
     groups = sorted({row.group for row in rows} - {""})
     if str(group_column).lower() == "group" and 0 < len(groups) < min(10, len(rows) / 4):
         count = f"{len(groups)} values in {len(rows)} rows ({', '.join(groups[:3])})"
@@ -1007,17 +953,12 @@ def read_csv(path, text, caption_column):
     """
     text = re.sub(r"\A(sep=.|\s)*\n", "", text)  # blank lines, and the one that Excel writes first
     mark = max(",;\t", key=text.partition("\n")[0].count)
-    lines = io.StringIO(text, newline="")
-    spaced = f'{mark} "' in text  # a quoted cell after a space
-    reader = csv.reader(lines, delimiter=mark, skipinitialspace=spaced)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     try:
         header, *rows = [cells for cells in reader if any(cells)] or [[]]
     except csv.Error as error:
         fail(f"{path}: {error}")
     header = [name.strip() for name in header]
-    names = [name for name in header if name]
-    if len(set(names)) < len(names):
-        fail(f"{path}: two columns have the same name: {', '.join(names)}")
     caption = caption_column or find_column(header, "caption")
     start = header.index(caption) if caption in header else len(header)
     records = []
@@ -1143,16 +1084,16 @@ def check_dicoms(data, rows):
     """
     kept = []
     named = []
-    for row in tqdm(rows, "looking for DICOM", leave=False, disable=None, delay=1):
+    for row in progress(rows, "looking for DICOM"):
         header = dicom_header(row.path)
-        if header is not None:
-            if "Rows" not in header or "LOCALIZER" in (header.get("ImageType") or ()):
-                continue
-        kept.append(row)
-        if header and header.get("PatientID") and not row.group:
-            digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
-            row.group = f"patient-{digest.hexdigest()}"
-            named.append(row)
+        if header is None:
+            kept.append(row)
+        elif "Rows" in header and "LOCALIZER" not in (header.get("ImageType") or ()):
+            kept.append(row)
+            if header.get("PatientID") and not row.group:
+                digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
+                row.group = f"patient-{digest.hexdigest()}"
+                named.append(row)
     if len(kept) < len(rows):
         note(
             f"{data}: {len(rows) - len(kept)} of {len(rows)} files skipped: DICOM reports, plans "
@@ -1336,7 +1277,7 @@ def share_range(rows, given=None):
     deep = []
     ends = []
     kind = ""
-    for row in tqdm(rows, "looking at grey values", leave=False, disable=None, delay=1):
+    for row in progress(rows, "looking at grey values"):
         row.value_range = given
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
             values = deep_values(row.path, image)
@@ -1397,7 +1338,7 @@ def load_pixels(
 
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         results = pool.imap(load, range(len(rows)))
-        errors = list(tqdm(results, "reading", len(rows), leave=False, disable=None))
+        errors = list(progress(results, "reading", len(rows)))
     bad = [error for error in errors if error]
     report_bad(rows, bad, 0 if strict else bad_share)
     if bad_share < 1:  # else these are a part of a set
@@ -1436,27 +1377,20 @@ def picture(pixels):
 
 
 def near_duplicates(pixels, alike=0.95):
-    """Pairs of pictures that are the same: [(i, j, kind)], i < j, of uint8 pixels (N, 3, S, S).
+    """Pairs (i, j), i < j, of uint8 pixels (N, 3, S, S) that show one picture, perhaps mirrored.
 
-    exact: equal pixels; near: correlated above `alike`, as after re-saving, resizing or gamma;
-    flipped: near the mirror image. Of 230 chest films, re-saved copies correlated above .98, films
-    of other patients below .91. Blank pictures have no duplicates.
+    They correlate above `alike`, as after re-saving, resizing or gamma. Of 230 chest films,
+    re-saved copies correlated above .98, films of other patients below .91.
     """
-    parts = [F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)]
-    thumbnails = torch.cat(parts)
+    thumbnails = shrink(pixels, 16).mean(1)
     hashes = difference_hash(thumbnails)
     mirrored = difference_hash(thumbnails.flip(2))
     pairs = []
     for start in range(0, len(pixels), 1024):
         block = hashes[start : start + 1024]
-        near = block @ hashes.T > alike
-        flipped = block @ mirrored.T > alike
-        for row, j in (near | flipped).triu(start + 1).nonzero().tolist():
-            i = start + row
-            kind = "near" if near[row, j] else "flipped"
-            if torch.equal(pixels[i], pixels[j]):
-                kind = "exact"
-            pairs.append((i, j, kind))
+        likeness = torch.maximum(block @ hashes.T, block @ mirrored.T)
+        for row, j in (likeness > alike).triu(start + 1).nonzero().tolist():
+            pairs.append((start + row, j))
     return pairs
 
 
@@ -1537,10 +1471,7 @@ def colour(pixels):
 
 
 def robust_scale(real, floor=1e-6):
-    """A function: descriptors less the real ones' median, over their median absolute deviation.
-
-    floor: the least deviation, so that what hardly differs among real images decides nothing.
-    """
+    """A function: descriptors less the real median, over the real median deviation (>= floor)."""
     middle = np.median(real, axis=0)
     spread = 1.4826 * np.median(np.abs(real - middle), axis=0)
     spread = np.maximum(spread, np.maximum(floor, 0.2 * np.median(spread)))
@@ -1548,13 +1479,15 @@ def robust_scale(real, floor=1e-6):
 
 
 def shows_colour(pixels):
-    """bool (N,): whether the eye sees a colour somewhere in uint8 pixels (N, 3, S, S).
+    """bool (N,): whether the eye sees a colour somewhere in uint8 pixels (N, 3, S, S)."""
+    small = shrink(pixels, 16)
+    differences = (small.amax(1) - small.amin(1)).amax((1, 2))
+    return (differences > 8).numpy()  # a VAE leaves 2 of a grey picture, yellowed films have 5
 
-    The channels of a 16th of a side differ by over 8 grey levels; a VAE leaves one or two of a grey
-    picture, yellowed films have five.
-    """
-    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 16) for part in pixels.split(64)])
-    return ((small.amax(1) - small.amin(1)).amax((1, 2)) > 8).numpy()
+
+def shrink(pixels, side):
+    """uint8 (N, 3, H, W) -> (N, 3, side, side): the means of its cells, few images at a time."""
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), side) for part in pixels.split(64)])
 
 
 def in_grey(pixels):
@@ -1564,12 +1497,9 @@ def in_grey(pixels):
 
 
 def grey_kind(pixels):
-    """Of a grey kind of images the pixels in grey and which show a colour; else (pixels, None).
-
-    A few with a tint or a mark in colour decide nothing.
-    """
+    """Of a grey kind of images the pixels in grey and which show a colour; else (pixels, None)."""
     in_colour = shows_colour(pixels)
-    if in_colour.mean() > 0.05:
+    if in_colour.mean() > 0.05:  # a few with a tint or a mark decide nothing
         return pixels, None
     return in_grey(pixels), in_colour
 
@@ -1579,8 +1509,7 @@ def colour_and_layout(pixels):
 
     Texture sees neither a colour nor that a film is a negative.
     """
-    parts = [F.adaptive_avg_pool2d(part.float(), 8) for part in pixels.split(64)]
-    small = torch.cat(parts).double()
+    small = shrink(pixels, 8).double()
     small = (small + small.flip(3))[..., :4].flatten(1)
     layouts = F.normalize(small - small.mean(1, keepdim=True))
     return np.hstack([colour(pixels), layouts.numpy()])
@@ -1816,10 +1745,7 @@ def load_weights(path):
 
 
 def load_features(name, device, resize="legacy"):
-    """The Network of texture, inception, a file of its weights, or a vision model's id or folder.
-
-    resize: how Inception's input is made, "legacy" as by pytorch-fid, "clean" as by clean-fid.
-    """
+    """The Network of texture, inception, a file of its weights, or a vision model of the Hub."""
     if name == "texture":
         return Network("texture-1", texture_in_parts, standardise=True)
     if name == "inception":
@@ -1958,17 +1884,18 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
     The cache's key is the network and the pixels, so an edited file never meets an old vector.
     precision: auto is fp32, as published figures are.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    name = network.name
-    if dtype != torch.float32:
-        name += f"-{precision}"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    name = f"{network.name}-{precision}" if dtype else network.name
     paths = [cache_path(name, image) for image in pixels]
-    vectors = [read_vector(path) for path in paths]
+    vectors = [None] * len(pixels)
+    for n, path in enumerate(paths):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # absent or torn
+            vectors[n] = np.load(path)
     missing = [n for n, vector in enumerate(vectors) if vector is None]
     starts = range(0, len(missing), batch_size)
-    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
     with torch.inference_mode(), autocast, without_tf32():
-        for start in tqdm(starts, desc=name, leave=False, disable=None, delay=2):
+        for start in progress(starts, name):
             numbers = missing[start : start + batch_size]
             batch = network.function(pixels[numbers].to(device)).float().cpu().numpy()
             for n, vector in zip(numbers, batch, strict=True):
@@ -1991,14 +1918,6 @@ def cache_path(name, image):
     content = f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
     key = sha256(content)
     return CACHE / "features" / name / key[:2] / f"{key}.npy"
-
-
-def read_vector(path):
-    """The vector in a cache file, or None where there is no readable one."""
-    try:
-        return np.load(path)
-    except (OSError, ValueError, EOFError):
-        return None
 
 
 # ---------------------------------------------------------------- image against image: LPIPS, SSIM
@@ -2078,19 +1997,15 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     def vectors(part):
         return torch.cat([network.function(batch.to(device)) for batch in part.split(batch_size)])
 
-    def squares(part):
-        return torch.linalg.vector_norm(part, dim=1).square()
-
     with torch.inference_mode(), without_tf32():
         width = max(1, memory // (4 * vectors(pixels[:1]).shape[1]))
-        step = width if symmetric else batch_size
-        starts = range(0, len(pixels), width)
-        for i in tqdm(starts, desc=f"LPIPS {network.name}", leave=False, disable=None):
+        for i in progress(range(0, len(pixels), width), f"LPIPS {network.name}"):
             first = vectors(pixels[i : i + width])
-            for j in range(i if symmetric else 0, len(others), step):
-                second = first if symmetric and i == j else vectors(others[j : j + step])
-                distances = squares(first)[:, None] + squares(second) - 2 * (first @ second.T)
-                result[i : i + width, j : j + step] = distances.cpu()
+            for j in range(i if symmetric else 0, len(others), width):
+                second = first if symmetric and i == j else vectors(others[j : j + width])
+                squares = first.norm(dim=1).square()[:, None] + second.norm(dim=1).square()
+                distances = squares - 2 * (first @ second.T)
+                result[i : i + width, j : j + width] = distances.cpu()
     if symmetric:  # by construction: a product a @ a.T is not so to the last bit on every machine
         result = np.triu(result, 1)
         result += result.T
@@ -2111,13 +2026,10 @@ def ssim_matrix(first, second, device="cpu", height=128):
     weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
     symmetric = first is second
     with torch.inference_mode():
-        first = grey_pictures(first, device)
-        second = grey_pictures(second, device)
+        greys = [to_grey(shrink(pixels.to(device), 64))[:, 0] for pixels in (first, second)]
         total = torch.zeros(len(first), len(second), device=device)
-        for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None, delay=2):
-            left = right = ssim_terms(first, weights, *divmod(place, 54))
-            if not symmetric:
-                right = ssim_terms(second, weights, *divmod(place, 54))
+        for place in progress(range(54 * 54), "SSIM"):
+            left, right = [ssim_terms(grey, weights, *divmod(place, 54)) for grey in greys]
             for i in range(0, len(first), height):
                 start = i if symmetric else 0
                 patches_a, mean_a, light_a, spread_a = [term[i : i + height] for term in left]
@@ -2129,14 +2041,6 @@ def ssim_matrix(first, second, device="cpu", height=128):
     if symmetric:
         total = total.triu() + total.triu(1).T
     return (total / 54**2).cpu().double().numpy()
-
-
-def grey_pictures(pixels, device):
-    """uint8 (N, 3, H, W) -> (N, 64, 64) in [0, 1]."""
-    parts = []
-    for part in pixels.split(64):
-        parts.append(F.adaptive_avg_pool2d(to_grey(part.to(device)), 64)[:, 0])
-    return torch.cat(parts)
 
 
 def ssim_terms(grey, weights, y, x):
@@ -2177,12 +2081,7 @@ def frechet(first, second):
 def covariance_root(features):
     """R (at most D, D) with R' R the covariance of features (N, D)."""
     root = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    if len(root) <= root.shape[1]:
-        return root
-    try:
-        return np.linalg.cholesky(root.T @ root).T
-    except np.linalg.LinAlgError:  # singular
-        return np.linalg.qr(root, mode="r")
+    return np.linalg.qr(root, mode="r") if len(root) > root.shape[1] else root
 
 
 def kid(first, second):
@@ -2285,21 +2184,23 @@ class CopyFinder:
     usual: (units,), its best agreement with a picture of another unit.
     """
 
-    def __init__(self, real_pixels, groups, labels, most):
-        self.pictures = grey_and_mask(real_pixels)
+    def __init__(self, rows, pixels, most=2000):
+        """rows, pixels: of the real images, as load_pixels gives them."""
+        self.pictures = grey_and_mask(pixels)
         self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
         self.turns, self.crops = poses()
         coarse = local_contrast(self.pictures, 6.0, 2.0)
         self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
-        self.measure_real(same_unit(groups), np.array(labels), most)
+        self.measure_real(rows, most)
 
-    def measure_real(self, same, labels, most):
-        """Seek real pictures among the others; same: bool (n, n), whether they share a group."""
-        near = np.eye(len(same), dtype=bool)
-        sought = np.arange(0, len(same), -(-len(same) // most))
+    def measure_real(self, rows, most):
+        """Seek real pictures among the others."""
+        same = same_unit([row.group for row in rows])
+        near = np.eye(len(rows), dtype=bool)
+        sought = np.arange(0, len(rows), -(-len(rows) // most))
         index, scores, _ = self.find_each(self.pictures[sought], near[sought])
         others = np.where(same[sought[:, None], index], 0, scores)
-        self.limits = copy_limits(np.sort(others)[:, -2:][:, 0], sought, labels)
+        self.limits = copy_limits(np.sort(others)[:, -2:][:, 0], sought, rows)
         near[sought[:, None], index] = scores >= self.limits[index]
         _, self.picture_of = csgraph.connected_components(near)
         _, self.unit_of = csgraph.connected_components(near | same)
@@ -2325,7 +2226,7 @@ class CopyFinder:
         try:
             with ThreadPoolExecutor(threads) as pool:
                 found = pool.map(self.find_one, pictures.split(1), forbidden)
-                found = list(tqdm(found, "copies", len(pictures), leave=False, disable=None))
+                found = list(progress(found, "copies", len(pictures)))
         finally:
             torch.set_num_threads(threads)
         index, scores, kinds = zip(*found, strict=True)
@@ -2357,23 +2258,17 @@ class CopyFinder:
         return index[best].tolist(), scores[best].tolist(), kind
 
 
-def copy_limits(second, sought, labels):
+def copy_limits(second, sought, rows):
     """The agreement from which a picture is a copy of each real one: (n,).
 
     second: of those `sought`, the second best with another patient's; the best may be stored twice.
     Of a label whose pictures are all alike, copies must agree better.
     """
-    usual = np.full(len(labels), np.median(second))
+    labels = np.array([text_key(row.label) for row in rows])
+    usual = np.full(len(rows), np.median(second))
     for label in np.unique(labels[sought]):
         usual[labels == label] = np.median(second[labels[sought] == label])
     return np.clip(usual + 0.35, SAME_PICTURE, 0.9)
-
-
-def copy_finder(rows, pixels, most=2000):
-    """The CopyFinder of images as load_pixels gives them."""
-    groups = [row.group for row in rows]
-    labels = [text_key(row.label) for row in rows]
-    return CopyFinder(pixels, groups, labels, most)
 
 
 def pose(angle=0, scale=1.0, x=0.0, y=0.0, sign=1):
@@ -2389,8 +2284,9 @@ def poses():
     for sign, quarter in itertools.product((1, -1), (0, 90, 180, 270)):
         for angle, scale in ((-10, 1), (0, 1), (10, 1), (0, 0.85), (0, 0.7)):
             turns.append(pose(quarter + angle, scale, sign=sign))
-    crops = [pose()]
-    for scale, shifts in ((0.9, (-0.1, 0.1)), (0.8, (-0.2, 0, 0.2)), (0.7, (-0.3, -0.1, 0.1, 0.3))):
+    crops = []
+    for scale, count in ((1, 1), (0.9, 2), (0.8, 3), (0.7, 4)):
+        shifts = np.linspace(scale - 1, 1 - scale, count).tolist()
         for x, y in itertools.product(shifts, shifts):
             crops.append(pose(0, scale, x, y))
     return torch.stack(turns), torch.stack(crops)
@@ -2492,13 +2388,13 @@ def agreement(picture, others, matches, signs):
     """
     others = warp(others, matches, PICTURE)
     mask = (picture[:, 1:] * others[:, 1:] > 0.99).float()
-    squares = []
-    for grey in (picture[:, :1].expand_as(mask), others[:, :1]):
-        details = local_contrast(torch.cat([grey, mask], 1), 2.0, 0.7)
-        squares.append(F.unfold(details, 8, stride=8).unflatten(1, (2, 64)).transpose(2, 3))
-    weights = squares[0][:, 1]
-    first, second = (unit_vectors(square[:, 0], weights) for square in squares)
-    correlations = (first * second).sum(2) * signs[:, None]
+    greys = torch.cat([picture[:, :1].expand_as(mask), others[:, :1]])
+    details = local_contrast(torch.cat([greys, mask.repeat(2, 1, 1, 1)], 1), 2.0, 0.7)
+    squares = F.unfold(details, 8, stride=8).unflatten(1, (2, 64)).transpose(2, 3)
+    weights = squares[: len(mask), 1]
+    first, second = squares[:, 0].chunk(2)
+    products = unit_vectors(first, weights) * unit_vectors(second, weights)
+    correlations = products.sum(2) * signs[:, None]
     known = weights.mean(2) > 0.4
     reached = correlations.where(known, torch.nan).nanquantile(0.3, dim=1).nan_to_num(0)
     return reached * (known.float().mean(1) > 0.15)
@@ -2644,9 +2540,9 @@ class LabelCheck:
         self.sentences = []  # on pairs of labels that cannot be told apart
         for pair in itertools.combinations(numbers, 2):
             self.compare(pair, logits, groups, seed)
-        if len(self.sentences) > 5:
-            rest = f"{len(self.sentences) - 4} more pairs of labels cannot be told apart either."
-            self.sentences[4:] = [rest]
+        more = len(self.sentences) - 4
+        if more > 1:
+            self.sentences[4:] = [f"{more} more pairs of labels cannot be told apart either."]
 
     def scale(self, blocks):
         """Descriptors of all kinds side by side, (N, D), in units of the real images."""
@@ -2824,7 +2720,7 @@ def pair(generated, real, text, size=384):
     return f"<figure>{pictures}<figcaption>{html.escape(text)}</figcaption></figure>\n"
 
 
-def curve(series, x_label="", y_label=""):
+def curve(series, x_label):
     """An inline SVG line chart; series: name -> list of (x, y). Only finite points are drawn."""
     finite = {}
     for name, points in series.items():
@@ -2833,36 +2729,23 @@ def curve(series, x_label="", y_label=""):
     every = np.concatenate(list(finite.values()))
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
-    x_ticks, y_ticks = map(round_numbers, every.T)
-    low, high = np.stack([x_ticks[[0, -1]], y_ticks[[0, -1]]], axis=1)
+    low = every.min(0)
+    span = np.maximum(every.max(0) - low, 1e-9)
 
-    def positions(points):  # the axes cross at (50, 215)
-        return (points - low) / (high - low) * (350, -180) + (50, 215)
+    def text(x, y, content, colour="soft"):
+        return f'<text x="{x}" y="{y}" fill="var(--{colour})">{html.escape(content)}</text>'
 
-    def text(x, y, content, colour="var(--soft)"):
-        return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}">{html.escape(content)}</text>'
-
-    parts = ['<path d="M50 30V215H405" stroke="var(--line)"/>']
-    parts += [text(225, 246, x_label), text(24, 12, y_label)]
-    for value in x_ticks:
-        parts.append(text(positions((value, 0))[0], 230, f"{value:.4g}"))
-    for value in y_ticks:
-        parts.append(text(24, positions((0, value))[1], f"{value:.4g}"))
+    parts = ['<path d="M50 30V215H405" stroke="var(--line)"/>', text(225, 246, x_label)]
+    for share in (0, 0.5, 1):
+        x, y = low + share * span
+        parts.append(text(50 + 350 * share, 230, f"{x:.4g}"))
+        parts.append(text(24, 215 - 180 * share, f"{y:.4g}"))
     for n, (name, points) in enumerate(finite.items()):
-        colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
-        words = [f"{x:.1f},{y:.1f}" for x, y in positions(points)]
+        colour = ("mark", "two", "three", "four")[n]
+        places = (points - low) / span * (350, -180) + (50, 215)  # the axes cross at (50, 215)
+        words = [f"{x:.1f},{y:.1f}" for x, y in places]
         line = " ".join(words[:1] + words)  # the first twice: one alone is a dot
-        parts.append(f'<polyline points="{line}" stroke="{colour}"/>')
+        parts.append(f'<polyline points="{line}" stroke="var(--{colour})"/>')
         parts.append(text(110 + 90 * n, 12, name, colour))
     label = html.escape(f"{', '.join(finite)} against {x_label}")
     return f'<svg viewBox="0 0 420 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
-
-
-def round_numbers(values):
-    """Round numbers at even steps, from below the least of the values to above the greatest."""
-    low = min(values)
-    span = max(values) - low or abs(low) or 1
-    step = 10.0 ** math.ceil(math.log10(span)) / 5
-    while span < 2 * step:
-        step /= 2
-    return np.arange(math.floor(low / step), math.ceil((low + span) / step) + 1) * step
