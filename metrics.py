@@ -463,6 +463,8 @@ def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like: the first frame, upright, transparency on black."""
     # opened as a file: given a name, Pillow maps some TIFFs wrongly
     with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        if image.format == "PNG":
+            Image.open(path).verify()  # decoding alone ignores wrong checksums
         values = deep_values(path, image)
         if values is not None:  # convert() would clip these at 255
             scaled = scale(values, *(value_range or percentile_range(values, 0, 100)))
@@ -646,9 +648,9 @@ def jpeg_colours(data, frame):
 
 def copy_frame_tags(data, frame):
     """Copy an enhanced file's tags of one frame to where a simple file has them."""
-    groups = (data.get("SharedFunctionalGroupsSequence") or [])[:1]
-    groups += (data.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
-    for group in groups:
+    shared = data.get("SharedFunctionalGroupsSequence") or []
+    of_frames = data.get("PerFrameFunctionalGroupsSequence") or []
+    for group in [*shared, *of_frames[frame : frame + 1]]:
         for kind in ("PixelValueTransformation", "FrameVOILUT", "PixelMeasures"):
             for tags in group.get(f"{kind}Sequence") or []:
                 data.update(tags)
@@ -791,28 +793,20 @@ class Row:
     weight: float = 1.0
 
 
-def list_images(
-    data,
-    image_column=None,
-    caption_column=None,
-    label_column=None,
-    group_column=None,
-    prompt=None,
-    slices="middle",
-    strict=False,
-):
+def list_images(data, columns=None, prompt=None, slices="middle", strict=False):
     """The rows of a data set: a folder, class folders, a folder with a table, or a table.
 
-    prompt: a format string over the columns, instead of the caption column. slices: middle, every:N
-    or all of a file, a row each. More than 5 % of files missing, or any with strict, is an error.
+    columns: {role: a column of the table, None to find it}. prompt: a format string over the
+    columns, instead of the caption column.
     """
+    wanted = columns or {}
     tables = [data, *(os.path.join(data, name) for name in TABLES)]
     table = next(filter(os.path.isfile, tables), None)
-    records = read_table(table, caption_column) if table else []
+    records = read_table(table, wanted.get("caption")) if table else []
     names = records[0] if records else {}
-    wanted = (image_column, caption_column, label_column, group_column)
     columns = {}
-    for role, name in zip(COLUMNS, wanted, strict=True):
+    for role in COLUMNS:
+        name = wanted.get(role)
         if name is not None and name not in names:
             fail(f"--{role}-column {name}: {data} has {', '.join(names) or 'no table of columns'}")
         columns[role] = name or find_column(names, role)
@@ -947,10 +941,7 @@ def read_jsonl(path, text):
 
 
 def read_csv(path, text, caption_column):
-    """The rows of a CSV text with any of the delimiters comma, semicolon and tab.
-
-    Surplus cells belong to the caption, where it is the last column, or a space follows each comma.
-    """
+    """The rows of a CSV text; the delimiter is a comma, semicolon or tab."""
     text = re.sub(r"\A(sep=.|\s)*\n", "", text)  # blank lines, and the one that Excel writes first
     mark = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
@@ -966,6 +957,7 @@ def read_csv(path, text, caption_column):
     for cells in rows:
         if any(cells[len(header) :]):  # others are a spreadsheet's empty columns
             end = start + 1 + len(cells) - len(header)
+            # they belong to the caption, if a space follows each comma or it is the last column
             is_prose = all(cell.startswith(" ") for cell in cells[start + 1 : end])
             if caption not in header or not (is_prose or caption == header[-1]):
                 fail(f"{path}: row {cells[0]} has more cells than the header: quote its texts")
@@ -1078,10 +1070,7 @@ def fill_captions(data, rows, columns, prompt):
 
 
 def check_dicoms(data, rows):
-    """The rows without DICOM files that show no patient; the files of each patient get one group.
-
-    The group is 16 bits of a hash of the id, too few to tell who it is.
-    """
+    """The rows without DICOM files that show no patient; those of each patient get one group."""
     kept = []
     named = []
     for row in progress(rows, "looking for DICOM"):
@@ -1158,8 +1147,8 @@ def set_hash(rows):
 
 def list_rows(data, args, prompt=None, strict=False):
     """list_images by the flags of add_reading_flags."""
-    columns = [getattr(args, f"{role}_column") for role in COLUMNS]
-    return list_images(data, *columns, prompt, args.slices, strict)
+    columns = {role: getattr(args, f"{role}_column") for role in COLUMNS}
+    return list_images(data, columns, prompt, args.slices, strict)
 
 
 def list_real(data, args):
@@ -1173,8 +1162,7 @@ def list_real(data, args):
 def split_rows(rows, val_share, test_share=0.0):
     """Set row.split to train, val or test by a hash of the group, else of the file's content.
 
-    It is the same on every machine and in any order, and new files move no others. Of a mix, the
-    generated images (column synthetic) are all for training.
+    Of a mix, the generated images (column synthetic) are all for training.
     """
     synthetic = [row.fields.get("synthetic") == "1" for row in rows]
     for row, is_synthetic in zip(rows, synthetic, strict=True):
@@ -1203,11 +1191,7 @@ def read_split(rows, path):
 
 
 def fit_square(image, resolution, crop="center", gen=None):
-    """An image resized to resolution x resolution.
-
-    center: its largest central square; random: such a square anywhere, drawn by gen; pad: all of it
-    on black; fundus: the square around its lit disc, or "pad" without one.
-    """
+    """An image resized to resolution x resolution; random: cut where gen says."""
     size = (resolution, resolution)
     disc = find_disc(image) if crop == "fundus" else None
     if disc:
@@ -1219,10 +1203,7 @@ def fit_square(image, resolution, crop="center", gen=None):
 
 
 def find_disc(image):
-    """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None.
-
-    Its top and bottom may be cut off, so the width counts as well as the height.
-    """
+    """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None."""
     small = image.convert("L")
     small.thumbnail((256, 256))
     parts, count = scipy.ndimage.label(np.asarray(small) > 10)
@@ -1505,10 +1486,7 @@ def grey_kind(pixels):
 
 
 def colour_and_layout(pixels):
-    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, made symmetric and of length 1.
-
-    Texture sees neither a colour nor that a film is a negative.
-    """
+    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, symmetric and of length 1."""
     small = shrink(pixels, 8).double()
     small = (small + small.flip(3))[..., :4].flatten(1)
     layouts = F.normalize(small - small.mean(1, keepdim=True))
@@ -1516,10 +1494,7 @@ def colour_and_layout(pixels):
 
 
 def colour_scale(real):
-    """The scale of colour_and_layout: a colour counts as at most three deviations.
-
-    Otherwise one tinted film among grey ones would hide all differences of layout.
-    """
+    """The scale of colour_and_layout, where a colour counts as at most three deviations."""
     level = 2 / 255  # of a colour the eye hardly sees more
     detail = np.log1p((level / np.exp(np.median(real[:, 6:8], axis=0))) ** 2) / 2  # as noise adds
     tint_scale = robust_scale(real[:, :8], [*[level] * 6, *detail])
@@ -1648,10 +1623,7 @@ PROBLEMS = []  # why downloads failed in this command
 
 
 def get_weights(name):
-    """The path of a file of WEIGHTS, downloaded once, or None and PROBLEMS says why.
-
-    Copies in our cache or torch's own count if they are whole.
-    """
+    """The path of a file of WEIGHTS, downloaded once, or None and PROBLEMS says why."""
     folder, sha256, size, licence = WEIGHTS[name]
     for place in (Path(torch.hub.get_dir()) / "checkpoints", CACHE):
         path = place / name
@@ -1881,7 +1853,6 @@ def load_vision_model(name, device):
 def extract(pixels, network, device, batch_size=32, precision="auto"):
     """Features of uint8 pixels (N, 3, H, W): float64 (N, D), each image's kept in the cache.
 
-    The cache's key is the network and the pixels, so an edited file never meets an old vector.
     precision: auto is fp32, as published figures are.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -2233,10 +2204,7 @@ class CopyFinder:
         return np.array(index), np.array(scores), kinds
 
     def find_one(self, picture, forbidden):
-        """Numbers of the 3 real pictures most like one, scores, kind of the first.
-
-        One that is forbidden has a score of 0.
-        """
+        """Numbers of the 3 real pictures most like one, scores (0: forbidden), first kind."""
         coarse = local_contrast(picture, 6.0, 2.0)
         likeness = thumbnails(coarse, self.turns) @ self.thumbnails.T
         likeness = likeness.reshape(-1, len(self.pictures))  # (turns x crops, n)
@@ -2259,10 +2227,9 @@ class CopyFinder:
 
 
 def copy_limits(second, sought, rows):
-    """The agreement from which a picture is a copy of each real one: (n,).
+    """The agreement from which a picture is a copy of each real one, (n,): more if all are alike.
 
     second: of those `sought`, the second best with another patient's; the best may be stored twice.
-    Of a label whose pictures are all alike, copies must agree better.
     """
     labels = np.array([text_key(row.label) for row in rows])
     usual = np.full(len(rows), np.median(second))
@@ -2382,10 +2349,7 @@ def align(picture, others, matches, signs, side):
 
 
 def agreement(picture, others, matches, signs):
-    """The correlation of details that 70 % of squares of 8 x 8 pixels reach: (k,).
-
-    Different patients' pictures may share outlines, but not the details everywhere.
-    """
+    """The correlation of details that 70 % of squares of 8 x 8 pixels reach: (k,)."""
     others = warp(others, matches, PICTURE)
     mask = (picture[:, 1:] * others[:, 1:] > 0.99).float()
     greys = torch.cat([picture[:, :1].expand_as(mask), others[:, :1]])
@@ -2433,10 +2397,7 @@ def auroc(scores, good, times=None, strata=0):
 
 
 def resamples(groups, seed, count=1000):
-    """(1 + count, n): how often each image counts; all once, then bootstraps of whole groups.
-
-    An image without a group ("") is alone.
-    """
+    """(1 + count, n): how often each image counts; all once, then bootstraps of whole groups."""
     names = [f"\0{n}" if name == "" else name for n, name in enumerate(groups)]
     _, numbers = np.unique(names, return_inverse=True)
     size = numbers.max() + 1
@@ -2446,10 +2407,7 @@ def resamples(groups, seed, count=1000):
 
 
 def cross_validate(features, labels, weights, groups, seed):
-    """Predict each column of labels (n, m) five-fold by its best penalty, whole groups left out.
-
-    Returns logits (n, m) and the penalties (m,).
-    """
+    """Logits (n, m) of each column of labels, five-fold without its groups; best penalties (m,)."""
     names, numbers = np.unique(groups, return_inverse=True)
     folds = draw_order(len(names), seed, "folds")[numbers] % 5
     u, scale, _ = np.linalg.svd(features, full_matrices=False)
@@ -2499,10 +2457,7 @@ def block_scale(real, sizes):
 
 
 def fit_labels(names, labels, features, groups, seed):
-    """Tell labels (n,) apart by features (n, D), a column for each of the names.
-
-    Returns logits of images that were left out, (n, names), and the weights (D + 1, names) of all.
-    """
+    """Logits (n, names) of labels (n,) as images left out, and weights (D + 1, names) of all."""
     is_own = np.equal.outer(labels, names).astype(float)
     ones = np.ones(len(labels))
     logits, penalties = cross_validate(features, is_own, ones, groups, seed)
@@ -2518,10 +2473,7 @@ class LabelCheck:
     """
 
     def __init__(self, rows, blocks, seed):
-        """blocks: descriptors of the real images, arrays (n, D). Those of `grain` do not belong.
-
-        How a file was made often tells the labels of real images, and of generated ones nothing.
-        """
+        """blocks: descriptors (n, D) of the real images, not `grain`: it tells who made them."""
         counts = Counter(text_key(row.label) for row in rows)
         self.names = sorted(name for name in counts if name and counts[name] >= 8)
         own = self.numbers(rows)
@@ -2550,8 +2502,8 @@ class LabelCheck:
 
     def numbers(self, rows):
         """The number of each row's label among the names, (N,); -1 for none of them."""
-        labels = [text_key(row.label) for row in rows]
-        return np.array([self.names.index(name) if name in self.names else -1 for name in labels])
+        numbers = {name: number for number, name in enumerate(self.names)}
+        return np.array([numbers.get(text_key(row.label), -1) for row in rows])
 
     def compare(self, pair, logits, groups, seed):
         """Whether the real images of a pair of labels can be told apart."""
@@ -2663,8 +2615,7 @@ def table(header, rows):
 def dot_lines(header, rows):
     """An HTML table with an axis in each row, on it a grey bar and a dot; all texts are HTML.
 
-    header: over the names, the left, middle and right of the axis, and the words. A row: name,
-    note, left and right of the bar and dot in percent of the axis, what they say, words.
+    A row: name, note, left and right of the bar and dot in percent, what they say, words.
     """
     names, *ends, words = header
     ends = f'<div class="ends"><span>{"</span><span>".join(ends)}</span></div>'

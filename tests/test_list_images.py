@@ -240,7 +240,7 @@ def test_a_table_gives_captions_labels_and_groups(tmp_path):
         "a scan with X, Y and Z, one {x}",
         "a scan with X, two {x}",
     ]
-    rows = list_images(tmp_path, caption_column="patient_id", prompt="{caption}")
+    rows = list_images(tmp_path, {"caption": "patient_id"}, "{caption}")
     assert rows[0].caption == "p1"
 
 
@@ -263,7 +263,7 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(capsys, tmp_path / "nowhere")
     assert "no images" in refused(capsys, tmp_path / "empty")
-    assert "no table" in refused(capsys, data, label_column="x")
+    assert "no table" in refused(capsys, data, {"label": "x"})
     assert "1 of 1 rows have no label" in refused(capsys, data, prompt="a {label}")
     for slices in ("middel", "every:0", "coronal:all"):
         assert "--slices " + slices in refused(capsys, data, slices=slices)
@@ -275,7 +275,7 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path, capsys):
         ("file_name,text\na.png,x\n", dict(prompt="a {finding}"), "no field {finding}"),
         ("file_name,text\na.png,x\n", dict(prompt="a {text"), "--prompt 'a {text'"),
         ("file_name,text\na.png,x\n", dict(prompt="{text.__class__}"), "no field"),
-        ("file_name,text\na.png,x\n", dict(caption_column="age"), "has file_name, text"),
+        ("file_name,text\na.png,x\n", dict(columns={"caption": "age"}), "has file_name, text"),
         ("file_name,text\n", {}, "has no rows"),
         ("file_name,text\n,x\n", {}, "1 of 1 files are missing: (no name)"),
         ("name,text\na.png,x\n", {}, "--image-column"),

@@ -128,11 +128,20 @@ def test_damaged_and_foreign_files_say_why_in_one_line(tmp_path):
     )
     whole = (tmp_path / "whole.png").read_bytes()
     Image.open(tmp_path / "whole.png").save(tmp_path / "whole.jpg")
+    place = len(whole) - 3000
     cases = {
         "empty.png": (b"", "is not an image, or empty"),
         "text.png": (b"hello " * 99, "is not an image"),
         "half.png": (whole[: len(whole) // 2], "is damaged"),
         "note.pdf": (b"%PDF-1.4\n%stub\n", "is not an image"),
+        "bad_crc.png": (
+            whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :],
+            "is damaged",
+        ),
+        "bad_sum.png": (
+            whole[:-13] + bytes([whole[-13] ^ 1]) + whole[-12:],
+            "is damaged",
+        ),  # of the last pixels
         "half.jpg": ((tmp_path / "whole.jpg").read_bytes()[:900], "is damaged"),
         "bomb.png": (png_claiming(60000, 60000), "DecompressionBombError"),
         "postscript.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
