@@ -99,9 +99,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Flags(argparse.ArgumentParser):
     """A parser with one-line errors, which also reads flags from @file: one a line, # comments."""
 
-    def __init__(self, description, **settings):
-        settings |= {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@"}
-        super().__init__(description=description, allow_abbrev=False, **settings)
+    def __init__(self, description, **more):
+        how = {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@"}
+        super().__init__(description=description, allow_abbrev=False, **how, **more)
 
     def convert_arg_line_to_args(self, line):
         line = line.strip("\ufeff \t")
@@ -385,10 +385,10 @@ def pick_device(name):
     devices = ["cpu", *gpus]
     if torch.backends.mps.is_available():
         devices.append("mps")
-    if name == "auto" and not gpus:
-        name = "cpu"
     if name in ("auto", "cuda") and gpus:
         name = pick_gpu(gpus)
+    if name == "auto":
+        name = "cpu"
     if name not in devices:
         fail(f"--device {name}: this machine has {', '.join(devices)}")
     return torch.device(name)
@@ -400,12 +400,10 @@ def pick_gpu(gpus):
         return gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
     if len(gpus) == 1:
         return gpus[0]
-    free = {}
+    free = dict.fromkeys(gpus, -1)
     for gpu in gpus:
-        try:
+        with contextlib.suppress(RuntimeError):  # somebody else filled it
             free[gpu] = torch.cuda.mem_get_info(gpu)[0]
-        except RuntimeError:  # somebody else filled it
-            free[gpu] = -1
     return max(free, key=free.get)
 
 
@@ -2056,7 +2054,7 @@ def covariance_root(features):
 
 
 def kid(first, second):
-    """KID (Binkowski et al. 2018) of features (N, D), (M, D), and its standard error.
+    """KID (Binkowski et al. 2018) of features (N, D), (M, D), N, M >= 3, and its standard error.
 
     Unbiased MMD^2 with the kernel (x·y/D + 1)^3 of all images at once, no subsets; the error is the
     delete-one jackknife, from row sums.
@@ -2065,21 +2063,17 @@ def kid(first, second):
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def mean_to_others(x):  # of each row, without the diagonal
+    def mean_within(x, between):  # and the variance over images that are left out
+        n = len(x)
         within = kernel(x, x)
-        return (within.sum(1) - within.diagonal()) / (len(x) - 1)
+        within = (within.sum(1) - within.diagonal()) / (n - 1)
+        return within.mean(), (between - within * (n - 1) / (n - 2)).var() / (n - 1)
 
     cross = kernel(first, second)
-    within_first = mean_to_others(first)
-    within_second = mean_to_others(second)
-    value = within_first.mean() + within_second.mean() - 2 * cross.mean()
-    n, m = cross.shape
-    if min(n, m) < 3:
-        return value, math.nan
-    # what is the same whichever image is left out has no variance
-    left_first = (cross.mean(1) - within_first * (n - 1) / (n - 2)).var() / (n - 1)
-    left_second = (cross.mean(0) - within_second * (m - 1) / (m - 2)).var() / (m - 1)
-    return value, 2 * np.sqrt(left_first + left_second)
+    mean_first, variance_first = mean_within(first, cross.mean(1))
+    mean_second, variance_second = mean_within(second, cross.mean(0))
+    value = mean_first + mean_second - 2 * cross.mean()
+    return value, 2 * np.sqrt(variance_first + variance_second)
 
 
 def squared_distances(first, second):
@@ -2125,9 +2119,14 @@ def precision_recall(distances, order, draw, k):
 # ---------------------------------------------------------------- nearest images, copies
 
 
+def unit_names(groups):
+    """The groups (N,), where an image without one ("") has a name of its own."""
+    return np.array([name or f"\0{n}" for n, name in enumerate(groups)])
+
+
 def same_unit(groups):
-    """bool (N, N): True for an image with itself and with others of its group; "" is no group."""
-    names = np.array([name or f"\0{n}" for n, name in enumerate(groups)])
+    """bool (N, N): True for an image with itself and with others of its group."""
+    names = unit_names(groups)
     return names[:, None] == names
 
 
@@ -2167,11 +2166,11 @@ class CopyFinder:
     def measure_real(self, rows, most):
         """Seek real pictures among the others."""
         same = same_unit([row.group for row in rows])
-        near = np.eye(len(rows), dtype=bool)
         sought = np.arange(0, len(rows), -(-len(rows) // most))
-        index, scores, _ = self.find_each(self.pictures[sought], near[sought])
+        index, scores, _ = self.find_each(self.pictures[sought], sought)
         others = np.where(same[sought[:, None], index], 0, scores)
-        self.limits = copy_limits(np.sort(others)[:, -2:][:, 0], sought, rows)
+        self.limits = copy_limits(np.sort(others)[:, -2], sought, rows)
+        near = np.zeros_like(same)
         near[sought[:, None], index] = scores >= self.limits[index]
         _, self.picture_of = csgraph.connected_components(near)
         _, self.unit_of = csgraph.connected_components(near | same)
@@ -2251,9 +2250,8 @@ def poses():
     for sign, quarter in itertools.product((1, -1), (0, 90, 180, 270)):
         for angle, scale in ((-10, 1), (0, 1), (10, 1), (0, 0.85), (0, 0.7)):
             turns.append(pose(quarter + angle, scale, sign=sign))
-    crops = []
-    for scale, count in ((1, 1), (0.9, 2), (0.8, 3), (0.7, 4)):
-        shifts = np.linspace(scale - 1, 1 - scale, count).tolist()
+    crops = [pose()]
+    for scale, shifts in ((0.9, (-0.1, 0.1)), (0.8, (-0.2, 0, 0.2)), (0.7, (-0.3, -0.1, 0.1, 0.3))):
         for x, y in itertools.product(shifts, shifts):
             crops.append(pose(0, scale, x, y))
     return torch.stack(turns), torch.stack(crops)
@@ -2352,13 +2350,13 @@ def agreement(picture, others, matches, signs):
     """The correlation of details that 70 % of squares of 8 x 8 pixels reach: (k,)."""
     others = warp(others, matches, PICTURE)
     mask = (picture[:, 1:] * others[:, 1:] > 0.99).float()
-    greys = torch.cat([picture[:, :1].expand_as(mask), others[:, :1]])
-    details = local_contrast(torch.cat([greys, mask.repeat(2, 1, 1, 1)], 1), 2.0, 0.7)
-    squares = F.unfold(details, 8, stride=8).unflatten(1, (2, 64)).transpose(2, 3)
-    weights = squares[: len(mask), 1]
-    first, second = squares[:, 0].chunk(2)
-    products = unit_vectors(first, weights) * unit_vectors(second, weights)
-    correlations = products.sum(2) * signs[:, None]
+    squares = []
+    for grey in (picture[:, :1].expand_as(mask), others[:, :1]):
+        details = local_contrast(torch.cat([grey, mask], 1), 2.0, 0.7)
+        squares.append(F.unfold(details, 8, stride=8).unflatten(1, (2, 64)).transpose(2, 3))
+    weights = squares[0][:, 1]
+    first, second = (unit_vectors(square[:, 0], weights) for square in squares)
+    correlations = (first * second).sum(2) * signs[:, None]
     known = weights.mean(2) > 0.4
     reached = correlations.where(known, torch.nan).nanquantile(0.3, dim=1).nan_to_num(0)
     return reached * (known.float().mean(1) > 0.15)
@@ -2396,12 +2394,11 @@ def auroc(scores, good, times=None, strata=0):
     return right / np.where(pairs > 0, pairs, np.nan)
 
 
-def resamples(groups, seed, count=1000):
-    """(1 + count, n): how often each image counts; all once, then bootstraps of whole groups."""
-    names = [f"\0{n}" if name == "" else name for n, name in enumerate(groups)]
-    _, numbers = np.unique(names, return_inverse=True)
+def resamples(groups, seed):
+    """(1001, n): how often each image counts; all once, then 1,000 bootstraps of whole groups."""
+    _, numbers = np.unique(unit_names(groups), return_inverse=True)
     size = numbers.max() + 1
-    drawn = torch.randint(size, (count, size), generator=generator(seed, "bootstrap"))
+    drawn = torch.randint(size, (1000, size), generator=generator(seed, "bootstrap"))
     times = np.apply_along_axis(np.bincount, 1, drawn.numpy(), minlength=size)[:, numbers]
     return np.vstack([np.ones(len(groups)), times])
 
