@@ -1078,6 +1078,7 @@ def check_dicoms(data, rows):
         elif "Rows" in header and "LOCALIZER" not in (header.get("ImageType") or ()):
             kept.append(row)
             if header.get("PatientID") and not row.group:
+                # 16 bits of a hash are too few to tell who it is
                 digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
                 row.group = f"patient-{digest.hexdigest()}"
                 named.append(row)
