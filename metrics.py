@@ -225,7 +225,7 @@ def add_reading_flags(group, with_run=True):
     add("--slices", "of volumes: middle, every:N or all", "middle")
     add(
         "--window",
-        "centre,width, or lung, soft, bone, brain, …: CT's black to white",
+        "centre,width, or lung, soft, bone, brain: CT's black to white",
         type=ct_window,
     )
     add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
