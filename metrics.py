@@ -879,10 +879,10 @@ def report_table(table, rows, group_column):
     named = {name_key(row.path) for row in rows}
     unnamed = []
     for folder in {os.path.dirname(row.path) for row in rows}:
-        for path in glob.glob(os.path.join(glob.escape(folder), "*")):
-            name = os.path.basename(path)
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and name != "grid.png"
-            if is_image and name_key(path) not in named:
+        for name in os.listdir(folder):
+            is_image = name.lower().endswith(IMAGE_SUFFIXES)
+            is_ours = name.startswith((".", "grid.png"))
+            if is_image and not is_ours and name_key(os.path.join(folder, name)) not in named:
                 unnamed.append(name)
     if unnamed:
         count = f"{len(rows)} images, and {len(unnamed)} more lie next to them"
@@ -1205,15 +1205,15 @@ def find_disc(image):
     """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None."""
     small = image.convert("L")
     small.thumbnail((256, 256))
-    parts, count = scipy.ndimage.label(np.asarray(small) > 10)
-    if count == 0:
+    parts, _ = scipy.ndimage.label(np.asarray(small) > 10)
+    areas = np.bincount(parts.ravel())[1:]
+    if areas.max(initial=0) < 0.2 * parts.size:
         return None
-    largest = np.argmax(np.bincount(parts.ravel())[1:])
-    rows, columns = scipy.ndimage.find_objects(parts)[largest]
+    rows, columns = scipy.ndimage.find_objects(parts)[areas.argmax()]
     height = rows.stop - rows.start
     width = columns.stop - columns.start
     side = max(height, width)
-    if side > 1.6 * min(height, width) or (parts == largest + 1).mean() < 0.2:
+    if side > 1.6 * min(height, width):
         return None
     scale = image.width / small.width
     half = side / 2
