@@ -123,10 +123,11 @@ class Flags(argparse.ArgumentParser):
         """The flags, those of READING that are not typed as in the settings of a run."""
         taken = {name: settings[name] for name in READING if settings.get(name)}
         self.set_defaults(**taken)
-        if taken:  # not of another program's adapter
-            words = ", ".join(f"{name} {value}" for name, value in taken.items())
-            note(f"{source}: real images are prepared as its run did: {words}")
-        return super().parse_args(argv)
+        args = super().parse_args(argv)
+        words = [f"{name} {value}" for name, value in taken.items() if vars(args)[name] == value]
+        if words:  # not of another program's adapter
+            note(f"{source}: real images are prepared as its run did: {', '.join(words)}")
+        return args
 
 
 def number(low, high):
