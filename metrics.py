@@ -667,6 +667,18 @@ def own_window(data):
     return None
 
 
+@functools.cache
+def range_of_frames(path):
+    """Percentiles over up to 16 frames of a file without a window."""
+    count = count_frames(open_dicom(path))
+    frames = []
+    for frame in range(0, count, 1 + count // 16):
+        data = open_dicom(path)  # again, for no frame has the tags of another
+        copy_frame_tags(data, frame)
+        frames.append(dicom_frame(path, data, frame))
+    return percentile_range(np.concatenate(frames), 0.5, 99.5)
+
+
 def dicom_grey(path, data, values, window, value_range):
     """Rescaled (H, W) values to mode "L": as asked for, else as the file says, else percentiles."""
     if window in WINDOWS and data.get("Modality", "CT") != "CT":
@@ -687,8 +699,10 @@ def dicom_grey(path, data, values, window, value_range):
     elif window:
         centre, width = window
         # LINEAR counts whole grey levels (PS3.3 C.11.2.1.2.1)
-        is_exact = function == "LINEAR_EXACT" or width < 1
+        is_exact = function == "LINEAR_EXACT" or width < 1 or "PixelData" not in data
         value_range = centre - width / 2, centre + width / 2 - (0 if is_exact else 1)
+    elif value_range is None and count_frames(data) > 1:
+        value_range = range_of_frames(path)
     low, high = value_range or percentile_range(values, 0.5, 99.5)
     image = scale(values, low, high)
     if data.PhotometricInterpretation == "MONOCHROME1":

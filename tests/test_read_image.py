@@ -494,11 +494,16 @@ def test_padding_is_black_and_counts_for_nothing(tmp_path, photometric):
 
 
 @dicom
-def test_each_frame_obeys_the_range_that_is_given(tmp_path):
+def test_frames_without_a_window_share_one_range(tmp_path):
     frames = np.stack([np.full((16, 16), level, np.uint16) for level in (100, 200, 300)])
-    write_dicom(tmp_path / "a", frames)
-    found = [values(tmp_path / "a", slice=n, value_range=(0, 510))[9, 0] for n in range(3)]
-    assert found == [50, 100, 150]
+    frames[:, 0] = 9999
+    write_dicom(tmp_path / "a", frames, PixelPaddingValue=9999)
+    assert [values(tmp_path / "a", slice=n)[9, 0] for n in range(3)] == [0, 128, 255]
+    assert [values(tmp_path / "a", slice=n, value_range=(0, 510))[9, 0] for n in range(3)] == [
+        50,
+        100,
+        150,
+    ]
 
 
 @dicom
