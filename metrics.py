@@ -2137,7 +2137,7 @@ def precision_recall(distances, order, draw, k):
 
 def unit_names(groups):
     """The groups (N,), where an image without one ("") has a name of its own."""
-    return np.array([name or f"\0{n}" for n, name in enumerate(groups)])
+    return np.array([str(name) or f"\0{n}" for n, name in enumerate(groups)])
 
 
 def same_unit(groups):
