@@ -522,7 +522,7 @@ def refuse_duplicates(reasons, rows, pixels, quality):
     """Of pictures that are the same, also mirrored or re-saved, refuse all but the best."""
     kept = np.flatnonzero(np.array(reasons) == "")
     kept = kept[np.argsort(-quality[kept], kind="stable")]
-    for i, j, _ in near_duplicates(pixels[kept]):
+    for i, j in near_duplicates(pixels[kept]):
         better, worse = kept[i], kept[j]
         if not reasons[better] and not reasons[worse]:
             reasons[worse] = f"duplicate of {rows[better].file_name}"
