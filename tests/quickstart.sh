@@ -48,7 +48,7 @@ draw "$OUT/before" 0  # the base alone: the same captions from the same noise
 draw "$OUT/after" 1
 python evaluate.py "$DATA" "$OUT/before" "$OUT/after" --run "$OUT/train" --out "$OUT/report.html" --json "$OUT/report.json"
 for stage in before after; do
-    python filter.py "$OUT/$stage" --reference "$REFERENCE" ${RUN:+--run "$RUN"} --calibrate 0.05 --drop-copies \
+    python filter.py "$OUT/$stage" --reference "$REFERENCE" ${RUN:+--run "$RUN" --drop-copies} --calibrate 0.05 \
         --drop-duplicates --out "$OUT/kept-$stage"
 done
 python tests/before_after.py "$DATA" "$OUT/before" "$OUT/after" "$OUT/before-after.png"

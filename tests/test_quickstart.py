@@ -59,11 +59,11 @@ def test_phantoms_are_taught_drawn_before_and_after_evaluated_and_their_labels_c
 def test_it_takes_a_users_images_base_prompt_and_numbers(base, images, tmp_path):
     out = tmp_path / "out"
     settings = {"DATA": images, "BASE": base, "PROMPT": "a sore foot", "NUM_IMAGES": "8"}
-    settings |= {"STEPS": "3", "VAL_SPLIT": "0.4", "TRAIN": "--rank 2", "SAMPLE": "--steps 2"}
+    settings |= {"STEPS": "3", "VAL_SPLIT": "0.15", "TRAIN": "--rank 2", "SAMPLE": "--steps 2"}
     start(out, **settings)
     args = settings_of(out / "train")
     assert (args["data"], args["base"], args["prompt"]) == (images, base, "a sore foot")
-    assert (args["steps"], args["val_split"], args["rank"], args["lr"]) == (3, 0.4, 2, 1e-4)
+    assert (args["steps"], args["val_split"], args["rank"], args["lr"]) == (3, 0.15, 2, 1e-4)
     assert not (out / "data").exists()
     for name in ("before", "after"):
         assert [row["prompt"] for row in manifest(out / name)] == ["a sore foot"] * 8
