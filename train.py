@@ -1651,7 +1651,8 @@ def find_marks(grey):
     places = []
     for y, x in ndimage.find_objects(parts):
         if y.stop - y.start <= 24 and x.stop - x.start <= 60:  # else an edge, such as a disc's
-            places.append(f"{x.start / 1.28:.0f} % from the left, {y.start / 1.28:.0f} % down")
+            middle = [(edges.start + edges.stop) / 2.56 for edges in (x, y)]
+            places.append("{:.0f} % from the left, {:.0f} % down".format(*middle))
     return places
 
 
