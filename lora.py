@@ -194,6 +194,9 @@ def sort_keys(path, tensors, settings):
     """{layer: {"A": tensor, "B": …[, "alpha": …]}} and the dialect; other keys are an error."""
     layers = defaultdict(dict)
     dialect = "diffusers"
+    method = re.search(rf"init_lora_weights': '({CHANGE_THE_BASE})", str(settings))
+    if method:
+        fail(f"{path}: {method[1]} changes the base too: let PEFT convert it to plain LoRA")
     model = re.search(r"'base_model_class': '(\w+)|$", str(settings))[1] or ""
     for key, tensor in tensors.items():
         dialect, layer, part = read_key(key.replace(PEFT_ROOT, f"{PEFT_ROOT}{model}."))
@@ -233,6 +236,7 @@ def find_alpha(path, name, parts, settings):
 
 CONFIG = "adapter_config.json"  # PEFT's settings, next to an adapter
 PEFT_ROOT = "base_model.model."
+CHANGE_THE_BASE = "(?i:pissa|olora|corda|loftq|lora_ga)"  # PEFT's ways to begin that do so
 # The keys of each dialect: the layer, then which tensor of its pair. The first that fits counts.
 KEYS = (
     ("PEFT", r"(.*base_model\.model\..+)\.lora_(A|B)(?:\.[^.]+)?\.weight"),

@@ -228,8 +228,13 @@ SUPPORTED = {
             "DPMSolverSinglestepScheduler DPMSolverSDEScheduler DEISMultistepScheduler "
             "UniPCMultistepScheduler SASolverScheduler LCMScheduler TCDScheduler"
         ).split(),
+        "num_train_timesteps": (1000,),
         "prediction_type": ("epsilon", "v_prediction"),
+        "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+        "timestep_spacing": ("leading", "linspace", "trailing"),
+        "timestep_type": ("discrete",),
         "use_flow_sigmas": (False, None),
+        "trained_betas": (None,),
     },
     "vae/config.json": {
         "_class_name": ("AutoencoderKL",),
@@ -527,6 +532,19 @@ def tokenize(base, texts):
     if base.zero_empty:
         tokens["empty"] = torch.tensor([not text for text in texts], device=device)
     return tokens
+
+
+def note_long_texts(base, texts):
+    """Say how many texts are longer than what the text encoder reads, 77 tokens with CLIP."""
+    long = []
+    for text in texts:
+        if len(base.tokenizers[0](text).input_ids) > base.text_length:
+            long.append(text)
+    if long:
+        note(
+            f"{len(long)} prompts are longer than the {base.text_length} tokens that this base "
+            f'reads; the end of "{long[0][:60]}…" is lost'
+        )
 
 
 def text_states(base, tokens):
@@ -1247,6 +1265,7 @@ def main(args):
     try:
         if todo:
             base = load_for_drawing(base_name, device, adapters, args)
+            note_long_texts(base, [*(prompt.caption for prompt in prompts), args.negative_prompt])
             share = math.ceil(len(planned) / WORLD)
             batches = math.ceil(share / args.batch_size)
             batch_size = math.ceil(share / batches)  # all of one size

@@ -113,6 +113,12 @@ def test_what_cannot_work_is_refused(base, images, tmp_path, refused):
 
 
 KINDS_OF_OTHERS = [
+    ("scheduler", {"num_train_timesteps": 0}),
+    ("scheduler", {"num_train_timesteps": 500}),
+    ("scheduler", {"timestep_type": "continuous"}),
+    ("scheduler", {"timestep_spacing": "quadratic"}),
+    ("scheduler", {"beta_schedule": "sigmoid"}),
+    ("scheduler", {"trained_betas": [0.01] * 1000}),
     ("scheduler", {"prediction_type": "sample"}),
     ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
     ("scheduler", {"_class_name": "EDMEulerScheduler"}),

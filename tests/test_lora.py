@@ -1087,3 +1087,20 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused_with_the_names(
     assert "does not fit this base" in line
     assert "unet." in line
     assert not list(out.glob("*.png"))
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_16", "OLoRA", "corda", "loftq"])
+@pytest.mark.parametrize("in_header", [True, False])
+def test_an_adapter_whose_start_changed_the_base_is_refused(in_header, method, tmp_path, refused):
+    header = None
+    if in_header:
+        settings = {"unet.lora_alpha": 4, "unet.init_lora_weights": method}
+        header = {"lora_adapter_metadata": json.dumps(settings)}
+    else:
+        settings = {"lora_alpha": 4, "init_lora_weights": method}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({**A, **B}, tmp_path / "adapter_model.safetensors", header)
+
+    line = refused(lora, "info", tmp_path / "adapter_model.safetensors")
+
+    assert f"{method.split('_')[0]} changes the base" in line

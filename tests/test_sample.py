@@ -1006,3 +1006,14 @@ def test_a_limit_of_zero_is_a_limit(draw, refusal, tmp_path):
     draw(tmp_path / "out", *flags, "--min-quality", 0)
     assert len(manifest(tmp_path / "out")) == 2
     assert "other settings" in refusal(tmp_path / "out", *flags)
+
+
+def test_prompts_that_are_too_long_for_the_base_are_said(draw, tmp_path, capsys):
+    words = [f"w{i}" for i in range(500)]  # this base reads a letter a token
+    prompts = ["--prompt", " ".join(words), "--prompt", "short", "--negative-prompt", "n" * 76]
+
+    draw(tmp_path, *prompts, "--num-images", 1)
+
+    assert '2 prompts are longer than the 77 tokens that this base reads; the end of "w0 w1 w2' in (
+        capsys.readouterr().err
+    )
