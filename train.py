@@ -1,6 +1,6 @@
 """Fit an adapter, a new word, or the whole UNet of a Stable Diffusion base to a folder of images.
 
-    python train.py --base tiny --data tests/phantoms --steps 300 --out runs/try
+    python train.py --base tiny --data runs/quickstart/data --steps 300 --out runs/try
     python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
     python train.py --data xray/ --preview runs/look      show the data as the model would see them
     torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}"
@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
 import signal
 import sys
@@ -49,6 +48,7 @@ from metrics import (
     Flags,
     add_common_flags,
     add_reading_flags,
+    auroc,
     command,
     content_hash,
     copy_file,
@@ -78,7 +78,9 @@ from metrics import (
     picture,
     pooled,
     replacing,
+    report_enlarged,
     report_remarks,
+    resamples,
     run_script,
     sha256,
     share_range,
@@ -113,6 +115,7 @@ from sample import (
     load_vae,
     multiple_of_8,
     noised_and_target,
+    note_long_texts,
     own_resolution,
     predicted_latents,
     progress,
@@ -253,10 +256,7 @@ class Batch(NamedTuple):
 
 
 def upcoming_batches(streams, num_timesteps, step, args):
-    """Yield this process's batches from a step on, in host memory.
-
-    Each is made by a thread while the one before it is learnt from.
-    """
+    """Yield this process's batches from a step on, each made while the one before is learnt."""
     passes = product(range(step, args.steps), range(args.accumulate))
     with ThreadPoolExecutor(1) as thread:
         coming = []
@@ -279,28 +279,25 @@ def make_batch(streams, num_timesteps, step, slots, args):
 
 
 def make_item(data, num_timesteps, step, slot, args):
-    """What one image gives to a batch.
-
-    Draws are keyed by its position in the global batch, and so depend on no number of processes.
-    """
+    """What one image gives to a batch, by draws that are keyed by its place in the global batch."""
 
     def draw(purpose, make, *size):
         return make(size, generator=generator(args.seed, data.name, purpose, step, slot))
 
-    row = pick_row(data, step * effective_batch(args) + slot, args)
-    variants = len(data.mean) // len(data.rows)
-    picture = draw("variant", partial(torch.randint, variants)) * len(data.rows) + row
-    size = data.mean[picture].shape
-    noise = draw("noise", torch.randn, *size)
+    epoch, place = divmod(step * effective_batch(args) + slot, len(data.rows))
+    row = epoch_order((args.seed, data.name), epoch, len(data.rows), data.classes)[place]
+    variant = draw("variant", partial(torch.randint, data.mean.shape[1]))
+    mean = data.mean[row, variant]
+    noise = draw("noise", torch.randn, *mean.shape)
     if args.noise_offset:
-        noise += args.noise_offset * draw("noise-offset", torch.randn, size[0], 1, 1)
-    latents = data.mean[picture] + data.std[picture] * draw("posterior", torch.randn, *size)
+        noise += args.noise_offset * draw("noise-offset", torch.randn, len(mean), 1, 1)
+    latents = mean + data.std[row, variant] * draw("posterior", torch.randn, *mean.shape)
     timestep = draw("timestep", partial(torch.randint, num_timesteps))
     caption = data.caption[row]
     if draw("caption-dropout", torch.rand) < args.prompt_dropout:
         caption = -1  # the last is the empty one
     text = {name: values[caption] for name, values in data.text.items()}
-    return Batch(latents, noise, timestep, text, data.sizes[picture], data.weight[row])
+    return Batch(latents, noise, timestep, text, data.sizes[row, variant], data.weight[row])
 
 
 def on_device(batch, device):
@@ -311,10 +308,9 @@ def on_device(batch, device):
             values = values.pin_memory()
         return values.to(device, non_blocking=True)
 
-    moved = {"text": {name: move(values) for name, values in batch.text.items()}}
-    for name in ("latents", "noise", "sizes", "weight"):
-        moved[name] = move(getattr(batch, name))
-    return batch._replace(**moved)
+    moved = {name: move(getattr(batch, name)) for name in ("latents", "noise", "sizes", "weight")}
+    text = {name: move(values) for name, values in batch.text.items()}
+    return batch._replace(text=text, **moved)
 
 
 def text_condition(base, batch, args):
@@ -323,12 +319,6 @@ def text_condition(base, batch, args):
     if text_learns(args):
         text = text_states(base, text)
     return project(base, text) | {"time_ids": batch.sizes}
-
-
-def pick_row(data, place, args):
-    """The number of the row at this place in the order in which the run sees all images."""
-    epoch, place = divmod(place, len(data.rows))
-    return epoch_order((args.seed, data.name), epoch, len(data.rows), data.classes)[place]
 
 
 @lru_cache(4)
@@ -370,10 +360,10 @@ def sum_over_processes(loss, signals, state):
         return numbers
     bucket = [numbers]
     for weight in state.weights.values():
-        bucket.append(weight.grad)
         if sum(tensor.numel() for tensor in bucket) > BUCKET:
             sum_bucket(bucket)
             bucket = []
+        bucket.append(weight.grad)
     sum_bucket(bucket)
     return numbers
 
@@ -383,18 +373,13 @@ BUCKET = 2**25  # numbers, 128 MB
 
 def sum_bucket(tensors):
     """Sum tensors over all processes, in place, by one all-reduce."""
-    if not tensors:
-        return
     flat = over_processes(torch.cat([tensor.flatten() for tensor in tensors]))
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
 def optimizer_step(state, args):
-    """Clip, step, average; a gradient with NaN or infinity changes no weight.
-
-    Returns the gradient norm before clipping, on the device.
-    """
+    """Clip, step, average; NaN or infinity change no weight. Returns the norm before clipping."""
     weights = list(state.weights.values())
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, args)
@@ -490,8 +475,8 @@ class State:
     bad_steps: int = 0  # steps with NaN, in a row
 
 
-def start(base, weights, args, made_of, checkpoint=None, data=None):
-    """The state of a fresh run on training data, or of one that a checkpoint left."""
+def start(base, weights, args, made_of, checkpoint=None):
+    """The state of a fresh run, or of one that a checkpoint left."""
     make = partial(torch.optim.AdamW, fused=True)
     if args.optimizer == "adamw8bit":
         make = need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit
@@ -501,9 +486,6 @@ def start(base, weights, args, made_of, checkpoint=None, data=None):
     if args.ema:  # else the weights are their own average
         ema = {name: weight.clone() for name, weight in ema.items()}
     state = State(weights, ema, optimizer, scaler, made_of)
-    if data:
-        state.images = len(data.rows)
-        state.is_grey = data.is_grey
     if checkpoint:
         for name, weight in weights.items():
             weight.data.copy_(checkpoint["weights"][name])
@@ -544,10 +526,9 @@ def save_checkpoint(state, args, is_best=False):
     if is_best:  # before latest.pt: a run killed between the two then does this step again
         point(folder / "best.pt", path)
     point(folder / "latest.pt", path)
-    if args.keep_last:
-        steps = sorted(folder.glob("step-*.pt"), key=os.path.getmtime)
-        for old in steps[: -args.keep_last]:
-            old.unlink()
+    steps = sorted(folder.glob("step-*.pt"), key=os.path.getmtime)
+    for old in steps[: -args.keep_last]:  # none where it is 0
+        old.unlink()
 
 
 def point(name, path):
@@ -578,7 +559,7 @@ def fixed_settings(train_rows, val_rows, args):
 
 
 # flags on which what is learnt does not depend, or which fixed_settings replaces
-MAY_CHANGE = """steps epochs out resume device precision save_every keep_last log_every val_prompts
+MAY_CHANGE = """epochs out resume device precision save_every keep_last log_every val_prompts
     validate_every val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
     val_data class_data audit patience tensorboard wandb compile gradient_checkpointing""".split()
 hash_of = lru_cache(None)(content_hash)  # each file is read once
@@ -598,7 +579,10 @@ def checkpoint_path(args):
 
 
 def read_checkpoint(made_of, args):
-    """The checkpoint that --resume means, None to start afresh; refused if other flags made it."""
+    """The checkpoint that --resume means, None to start afresh; refused if other flags made it.
+
+    A finished run may be given more steps at a constant rate; any other has fallen to 0 by then.
+    """
     path = checkpoint_path(args)
     if not path.exists():
         if args.resume == "auto" and not args.audit:
@@ -607,34 +591,24 @@ def read_checkpoint(made_of, args):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before = checkpoint["made_of"]
+        is_over = checkpoint["step"] >= before["--steps"]
     except Exception:  # truncated, a pickle, another program's: torch.load raises a dozen kinds
         fail(f"{path}: damaged, or not of train.py; --resume an older one, or give another --out")
+    may_change = ()
+    if args.steps <= checkpoint["step"]:  # nothing more is learnt
+        may_change = ("--steps",)
+    elif is_over and args.lr_schedule == "constant":
+        may_change = ("--steps", "--lr-schedule")
     changed = []
-    has_ended = checkpoint["step"] >= checkpoint["args"]["steps"]
     for name, value in made_of.items():
-        goes_on = has_ended and name == "--lr-schedule" and value == "constant"
-        if before.get(name) != value and not goes_on:
+        if before.get(name) != value and name not in may_change:
             changed.append(f"{name}: {before.get(name)} there, {value} here")
     if changed:
-        fail(f"{path} was made with other settings: {'; '.join(changed)}; give another --out")
-    return checkpoint
-
-
-def report_growth(checkpoint, args):
-    """Say where the steps so far had other learning rates than now; fail where they fell to 0."""
-    before = argparse.Namespace(**checkpoint["args"])
-    steps = range(checkpoint["step"])
-    if all(learning_rate(step, before) == learning_rate(step, args) for step in steps):
-        return
-    if checkpoint["step"] >= before.steps and args.lr_schedule != "constant":
         fail(
-            f"--steps {args.steps}: the learning rate of {args.out} fell to 0 at its last step, "
-            f"{before.steps}: add --lr-schedule constant to go on at --lr, or give another --out"
+            f"{path} was made with other settings: {'; '.join(changed)}; give another --out "
+            "(or, for more steps of a finished run, --lr-schedule constant)"
         )
-    note(
-        f"{len(steps)} steps had the learning rates of a run of {before.steps}: "
-        f"the result is not that of one run of {args.steps} steps"
-    )
+    return checkpoint
 
 
 def write_args(args, finished=None):
@@ -679,17 +653,12 @@ def swap_weights(state):
 
 
 def release_memory(base, args):
-    """Move what a step does not need off the device: the VAE, and encoders that do not learn."""
+    """Move the UNet to the device, and off it the VAE and encoders, but those that a step needs."""
     if not args.perceptual_weight:
         base.vae.to("cpu")
     if not text_learns(args):
         for encoder in base.text_encoders:
             encoder.to("cpu")
-
-
-def make_room(base, args):
-    """Move the UNet to the device, which the VAE had to itself while it encoded."""
-    release_memory(base, args)
     base.unet.to(base.device)
     if base.device.type == "cuda":  # so that the memory in the log is that of training
         torch.cuda.empty_cache()
@@ -704,9 +673,9 @@ class Data:
     """A data set of N rows in latents, in host memory: a GPU sees one batch of it at a time."""
 
     rows: list
-    mean: torch.Tensor  # of the posterior, (variants x N, 4, h, w): variant v of row n at v * N + n
+    mean: torch.Tensor  # of the posterior, (N, variants, 4, h, w)
     std: torch.Tensor  # of the posterior, likewise
-    sizes: torch.Tensor  # of the pictures, likewise (variants x N, 6), of image_sizes
+    sizes: torch.Tensor  # of the pictures, (N, variants, 6), of image_sizes
     text: dict  # of each caption, the last the empty one: tokens if the encoder learns, or states
     caption: torch.Tensor  # (N,) index into text
     weight: torch.Tensor  # (N,) of each row's loss
@@ -718,23 +687,18 @@ class Data:
 def list_data(args):
     """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
     note(f"listing {args.data}")
+    folder = Path(args.preview or args.out)
+    if folder.resolve().is_relative_to(Path(args.data).resolve()):
+        fail(f"{folder} lies in --data {args.data}, and would be trained on: give another folder")
     rows = list_rows(args.data, args, args.prompt, args.strict)
-    refuse_output_in_data(rows, args)
     val_share = 0.0 if args.val_data else args.val_split
     split_rows(rows, val_share, args.test_split)
+    splits = {row.split for row in rows}
     for split, share in (("train", 1.0), ("val", val_share), ("test", args.test_split)):
-        if share and not any(row.split == split for row in rows):
+        if share and split not in splits:
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none is {split}")
     if args.val_data:
-        val_rows = list_rows(args.val_data, args, args.prompt, args.strict)
-        names = {row.file_name for row in rows}
-        patients = {row.group for row in rows} & {row.group for row in val_rows} - {""}
-        warn(sorted(patients), "patients on both sides of the split", "take them out of one")
-        for row in val_rows:
-            row.split = "val"
-            if row.file_name in names:  # split.csv names each row once
-                row.file_name = row.path
-        rows += val_rows
+        rows += list_validation(rows, args)
     share_range(rows, args.range)
     if args.weight_column:
         add_weights(rows, args)
@@ -749,12 +713,17 @@ def list_data(args):
     return rows
 
 
-def refuse_output_in_data(rows, args):
-    """Stop where the next run on this folder would be trained on what this one writes."""
-    folder = Path(args.preview or args.out)
-    is_inside = folder.resolve().is_relative_to(Path(args.data).resolve())
-    if is_inside and (args.preview or not rows[0].fields):  # a table names its images
-        fail(f"{folder} lies in --data {args.data}: give another folder")
+def list_validation(train_rows, args):
+    """The rows of --val-data."""
+    rows = list_rows(args.val_data, args, args.prompt, args.strict)
+    names = {row.file_name for row in train_rows}
+    patients = {row.group for row in train_rows} & {row.group for row in rows} - {""}
+    warn(sorted(patients), "patients on both sides of the split", "take them out of one")
+    for row in rows:
+        row.split = "val"
+        if row.file_name in names:  # split.csv names each row once
+            row.file_name = row.path
+    return rows
 
 
 def add_weights(rows, args):
@@ -796,19 +765,20 @@ def warn(names, what, advice):
         print(f"warning: {what}: {len(names)} ({', '.join(names[:3])}): {advice}")
 
 
-def warn_of_duplicates(rows, pixels, args):
-    """Warn of pictures that are there twice, by kind, or on both sides of the split."""
-    alike = 0.98 if args.crop in ("pad", "fundus") else 0.95  # black borders are alike
-    pairs = {}
-    for i, j, kind in near_duplicates(pixels, alike):
+def warn_of_duplicates(rows, pixels):
+    """Warn of pictures that are there twice, or on both sides of the split."""
+    twice = []
+    leaks = []
+    for i, j in near_duplicates(pixels, 0.98):
         first, second = rows[i], rows[j]
-        what = f"{kind} duplicates"
+        names = f"{first.file_name} = {second.file_name}"
         if first.split != second.split:
-            what = "pictures on both sides of the split: validation looks too good"
-        if first.path != second.path:  # slices of a volume are alike
-            pairs.setdefault(what, []).append(f"{first.file_name} = {second.file_name}")
-    for what, names in pairs.items():
-        warn(names, what, "delete one of each, or give both one patient_id")
+            leaks.append(names)
+        elif first.path != second.path:  # slices of a volume are alike
+            twice.append(names)
+    advice = "delete one of each, or give both one patient_id"
+    warn(twice, "duplicates", advice)
+    warn(leaks, "pictures on both sides of the split: validation looks too good", advice)
 
 
 def list_class_images(count, args):
@@ -839,56 +809,44 @@ def rarest_labels(rows):
 # ---------------------------------------------------------------- pixels and latents
 
 
-def load_rows(rows, args, **how):
-    """The readable rows and their pixels, without augmentation."""
-    how = {"strict": args.strict, "seed": args.seed} | how
-    return load_real(rows, args.resolution, args, **how)
-
-
-def make_variants(rows, pixels, variant, args):
-    """What the model sees of rows, uint8 (N, 3, S, S), and image_sizes of each, (N, 6)."""
-    images = []
-    sizes = []
-    for row, image in zip(rows, pixels, strict=True):
-        images.append(make_variant(row, image, variant, args))
-        sizes.append(image_sizes(row, variant, args))
-    return torch.stack(images), torch.tensor(sizes)
-
-
-def make_variant(row, pixels, variant, args):
-    """What the model sees of a row, uint8 (3, S, S): its plain pixels, or a further variant."""
-    if variant and args.crop == "random":
-        pixels = load_rows([row], args, seed=(args.seed, variant))[1][0]
-    if variant and args.augment:
-        key = (args.seed, "augment", row.file_name, row.slice, variant)
-        pixels = augment(pixels, args.augment.split(","), key)
-    return pixels
-
-
 def image_sizes(row, variant, args):
-    """SDXL's six numbers (Podell et al. 2023, 2.2): size as stored, corner of the crop, size seen.
-
-    A size is height and width in pixels.
-    """
+    """SDXL's six numbers (Podell et al. 2023, 2.2): size stored, corner of the crop, size seen."""
     width, height = row.size
     seen = args.resolution
     side = min(width, height)
     place = 0.5 if args.crop == "center" else 0.0
     if args.crop == "random":  # as fit_square draws it
-        seed = (args.seed, variant) if variant else args.seed
-        place = torch.rand((), generator=generator(seed, "crop", row.file_name, row.slice)).item()
+        key = (variant_seed(variant, args), "crop", row.file_name, row.slice)
+        place = torch.rand((), generator=generator(*key)).item()
     top = round((height - side) * place * seen / side)
     left = round((width - side) * place * seen / side)
     return [height, width, top, left, seen, seen]
 
 
+def load_variant(rows, variant, args, **how):
+    """The readable rows, and uint8 pixels (N, 3, S, S): plain (variant 0), or a further variant."""
+    how |= {"strict": args.strict, "seed": variant_seed(variant, args)}
+    rows, pixels = load_real(rows, args.resolution, args, **how)
+    if variant and args.augment:
+        for i, row in enumerate(rows):
+            key = (args.seed, "augment", row.file_name, row.slice, variant)
+            pixels[i] = augment(pixels[i], args.augment.split(","), key)
+    return rows, pixels
+
+
+def variant_seed(variant, args):
+    """What keys the place of a random crop."""
+    return (args.seed, variant) if variant else args.seed
+
+
 def load_data(base, rows, args):
-    """([training images and, with dreambooth, class images], held-out images or None)."""
-    rows, latents = load_latents(base, rows, args)
+    """([training images and, with dreambooth, class images], validation images or None)."""
+    rows, encoded = load_encoded(base, rows, args)
     data = {}
     for split, members in by_split(rows).items():
-        data[split] = make_data(base, members, latents[split], latents[f"{split} sizes"], args)
-        data[split].is_grey = bool(latents[f"{split} grey"])
+        latents, sizes = encoded[f"{split} latents"], encoded[f"{split} sizes"]
+        data[split] = make_data(base, members, latents, sizes, args)
+    data["train"].is_grey = bool(encoded["grey"])
     streams = [data["train"]]
     if args.balance:
         streams[0].classes = rarest_labels(streams[0].rows)
@@ -896,15 +854,11 @@ def load_data(base, rows, args):
         data["class"].name = "class"
         data["class"].weight *= args.prior_weight
         streams.append(data["class"])
-    return streams, data.get("val", data.get("test"))
+    return streams, data.get("val")
 
 
-def load_latents(base, rows, args):
-    """The readable rows, and of each split its latents and the sizes of its images, by name.
-
-    {"train": posterior mean and std (2, variants x N, 4, h, w), "train sizes": (variants x N, 6),
-    "train grey": whether hardly any image shows a colour}
-    """
+def load_encoded(base, rows, args):
+    """The readable rows, and {"train latents": …, "train sizes": …, …, "grey": of a grey kind}."""
     if args.cache:
         path = cache_path(rows, args)
         is_there = over_processes(torch.tensor(float(path.is_file()), device=base.device))
@@ -912,23 +866,23 @@ def load_latents(base, rows, args):
             return rows, load_file(path)
     readable = []
     thumbnails = []
-    latents = {}
-    for split, members in by_split(rows).items():
-        latents[split], latents[f"{split} sizes"], small, places = encode_rows(base, members, args)
-        if not places:
-            fail(f"{args.data}: none of the images for {split} can be read")
-        latents[f"{split} grey"] = torch.tensor(grey_kind(small)[1] is not None)
-        readable += [members[place] for place in places]
-        thumbnails.append(small)
+    encoded = {}
+    for split, members in by_split(rows).items():  # the training images come first
+        members, tensors = encode_rows(base, members, args)
+        readable += members
+        thumbnails.append(tensors["thumbnails"][:, 0])
+        encoded[f"{split} latents"] = tensors["latents"]
+        encoded[f"{split} sizes"] = tensors["sizes"]
     bad = len(rows) - len(readable)
     if bad > BAD_SHARE * len(rows):
         fail(f"{bad} of {len(rows)} images cannot be read, see above")
     report_remarks(readable)
     if RANK == 0:
-        warn_of_duplicates(readable, torch.cat(thumbnails), args)
+        warn_of_duplicates(readable, torch.cat(thumbnails))
+    encoded["grey"] = torch.tensor(grey_kind(thumbnails[0])[1] is not None)
     if args.cache and RANK == 0 and not bad:
-        lora.save_tensors(path, latents)
-    return readable, latents
+        lora.save_tensors(path, encoded)
+    return readable, encoded
 
 
 def cache_path(rows, args):
@@ -938,52 +892,52 @@ def cache_path(rows, args):
         parts += [args.variants, args.augment, args.seed]
     for row in rows:
         parts += [hash_of(row.path), row.slice, row.value_range, row.split, row.file_name]
-    return Path(args.cache, digest(["sizes, grey", *parts])[:32] + ".safetensors")
+    return Path(args.cache, digest(["variants of a row", *parts])[:32] + ".safetensors")
 
 
 @torch.no_grad()
 def encode_rows(base, rows, args):
     """Encode the images of one split, a few at a time; processes share the work.
 
-    Returns, of the images that can be read, latents (2, variants x N, 4, h, w), sizes
-    (variants x N, 6), thumbnails (N, 3, s, s), and their places in rows.
+    Returns the rows that can be read and, of them, by name: "latents", mean and std of the
+    posterior (N, variants, 2, 4, h, w); "sizes" (N, variants, 6); "thumbnails", uint8
+    (N, variants, 3, s, s).
     """
     variants = args.variants if rows[0].split == "train" else 1
-    side = args.resolution
-    small = min(64, side)
-    shape = (base.unet.config.in_channels, side // 8, side // 8)
-    latents = torch.zeros(2, variants, len(rows), *shape)
-    sizes = torch.zeros(variants, len(rows), 6, dtype=torch.long)
-    thumbnails = torch.zeros(len(rows), 3, small, small, dtype=torch.uint8)
-    is_readable = torch.zeros(len(rows))
-    for places, read, pixels in read_in_parts(rows, args):
-        is_readable[places] = 1
-        thumbnails[places] = F.interpolate(pixels.float(), small, mode="area").to(torch.uint8)
-        for variant in range(variants):
-            seen, numbers = make_variants(read, pixels, variant, args)
-            latents[:, variant, places] = torch.stack(encode(base, seen)).cpu()
-            sizes[variant, places] = numbers
-    for tensor in (latents, sizes, thumbnails, is_readable):
+    side = args.resolution // 8
+    small = min(64, args.resolution)
+    shape = (len(rows), variants)
+    encoded = {
+        "latents": torch.zeros(*shape, 2, base.unet.config.in_channels, side, side),
+        "sizes": torch.zeros(*shape, 6, dtype=torch.long),
+        "thumbnails": torch.zeros(*shape, 3, small, small, dtype=torch.uint8),
+    }
+    for place, row in enumerate(rows):
+        row.place = place
+    for part, variant, pixels in read_in_parts(rows, variants, args):
+        places = [row.place for row in part]
+        sizes = [image_sizes(row, variant, args) for row in part]
+        thumbnails = F.interpolate(pixels.float(), small, mode="area").to(torch.uint8)
+        encoded["latents"][places, variant] = torch.stack(encode(base, pixels), 1).cpu()
+        encoded["sizes"][places, variant] = torch.tensor(sizes)
+        encoded["thumbnails"][places, variant] = thumbnails
+    for tensor in encoded.values():
         sum_on_host(tensor, base.device)
-    places = is_readable.nonzero().flatten()
+    places = encoded["sizes"][:, 0, 0].nonzero().flatten()  # what cannot be read has no height
     if len(places) < len(rows):
-        latents = latents[:, :, places]
-        sizes = sizes[:, places]
-        thumbnails = thumbnails[places]
-    return latents.flatten(1, 2), sizes.flatten(0, 1), thumbnails, places.tolist()
+        encoded = {name: tensor[places] for name, tensor in encoded.items()}
+    return [rows[place] for place in places], encoded
 
 
-def read_in_parts(rows, args):
-    """Yield this process's share of the images that can be read: places, rows, pixels."""
+def read_in_parts(rows, variants, args):
+    """Yield this process's share of the images that can be read: rows, variant, pixels."""
     count = min(64, math.ceil(len(rows) / WORLD))  # at once: 200 MB at 1024 pixels
-    starts = range(count * RANK, len(rows), count * WORLD)
-    for start in progress(starts, "encoding"):
+    for start in progress(range(count * RANK, len(rows), count * WORLD), "encoding"):
         part = rows[start : start + count]
-        for place, row in enumerate(part, start):
-            row.place = place
-        read, pixels = load_rows(part, args, bad_share=1)
-        if read:
-            yield [row.place for row in read], read, pixels
+        for variant in range(variants):
+            part, pixels = load_variant(part, variant, args, bad_share=1)
+            if part:
+                yield part, variant, pixels
 
 
 def sum_on_host(tensor, device):
@@ -1000,12 +954,13 @@ def make_data(base, rows, latents, sizes, args):
     text = encode_captions(base, captions, args)
     caption = torch.tensor([numbers[row.caption] for row in rows])
     weight = torch.tensor([row.weight for row in rows])
-    return Data(rows, *latents, sizes, text, caption, weight)
+    return Data(rows, *latents.unbind(2), sizes, text, caption, weight)
 
 
 @torch.no_grad()
 def encode_captions(base, captions, args):
     """Of all captions, in host memory: tokens where the text encoder learns, else its states."""
+    note_long_texts(base, captions)
     table = {}
     starts = range(0, len(captions), 64)
     for start in progress(starts, "captions"):
@@ -1180,7 +1135,7 @@ def validation_loss(base, data, args):
     draw = generator(0, "validation")
     timesteps = ((torch.arange(count) + 0.5) * base.num_timesteps / count).long()
     timesteps = timesteps[torch.randperm(count, generator=draw)]
-    noise = torch.randn(count, *data.mean.shape[1:], generator=draw)
+    noise = torch.randn(count, *data.mean.shape[2:], generator=draw)
     mine = torch.arange(count)[RANK::WORLD]
     rows = mine % len(data.rows)
     errors = denoising_errors(base, data, rows, noise[mine], timesteps[mine], args)
@@ -1190,17 +1145,14 @@ def validation_loss(base, data, args):
 @torch.no_grad()
 def denoising_errors(base, data, rows, noise, timesteps, args):
     """The mean squared error of each of these rows (N,) at its noise and timestep: (N,)."""
+    args = argparse.Namespace(**{**vars(args), "snr_gamma": 0.0})
     errors = []
     for part in torch.arange(len(rows)).split(args.batch_size):
         places = rows[part]
         text = {name: values[data.caption[places]] for name, values in data.text.items()}
-        more = (text, data.sizes[places], data.weight[places])
-        batch = Batch(data.mean[places], noise[part], timesteps[part], *more)
-        batch = on_device(batch, base.device)
-        times = batch.timesteps.to(base.device)
-        noisy, target, _ = noised_and_target(base, batch.latents, batch.noise, times)
-        error = denoise(base, noisy, times, text_condition(base, batch, args)) - target
-        errors.append(error.square().mean((1, 2, 3)))
+        more = (text, data.sizes[places, 0], torch.ones(len(places)))
+        batch = Batch(data.mean[places, 0], noise[part], timesteps[part], *more)
+        errors.append(training_loss(base, on_device(batch, base.device), None, args))
     return torch.cat(errors)
 
 
@@ -1223,7 +1175,7 @@ def set_distance(base, data, args):
     drawn = draw_pictures(base, [(row.caption, i) for i, row in enumerate(rows)], args)
     distance = torch.zeros((), device=base.device)
     if RANK == 0:  # all must agree on which checkpoint is the best
-        _, pixels = load_rows(rows, args)
+        _, pixels = load_variant(rows, 0, args)
         name = "inception" if args.select_by == "fid" else "texture"
         network = load_features(name, base.device)
         real = extract(pixels, network, base.device)
@@ -1376,27 +1328,27 @@ LOOKS = 600  # at all patients together: from 4 of each to 16 where they are few
 AUROC = "AUROC {auroc:.2f} (95 %: {low:.2f} to {high:.2f}, p {p:.2g})"
 
 
-def audit(base, data, held_out, best, state, args):
+def audit(base, data, validation, best, state, args):
     """audit.json: can someone who has the weights `best` tell what they learnt? In a sentence.
 
     Learning lowers the error of training images more than that of others (Matsumoto et al. 2023);
     the base's error at the same noise takes out how difficult a picture is (Watson et al. 2022).
     What the base's error tells by itself is no memorisation: the control.
     """
-    sides = [(part, draw_patients(part, args)) for part in (data, held_out) if part]
-    if len(sides) < 2 or min(len(patients) for _, patients in sides) < 5:
+    sides = [(side, one_of_each_patient(side, args)) for side in (data, validation) if side]
+    if len(sides) < 2 or min(len(rows) for _, rows in sides) < 5:
         return "No membership audit: it needs five held-out patients (--val-split)."
     note("auditing what the weights tell of the training images")
     alone = {name: torch.zeros_like(weight) for name, weight in best.items()}
     if args.method == "full":
         alone = trainable_weights(prepare_base(args, torch.device("cpu")), args)
-    count = min(16, LOOKS // sum(len(patients) for _, patients in sides))
+    count = min(16, LOOKS // sum(len(rows) for _, rows in sides))
     timesteps = (torch.linspace(0.05, 0.6, count) * base.num_timesteps).long()
     errors = []
     for weights in (alone, best):
         ema = {name: weight.to(base.device) for name, weight in weights.items()}
         with averaged_model(base, replace(state, ema=ema), args):
-            errors.append([patient_errors(base, *side, timesteps, args) for side in sides])
+            errors.append([log_errors(base, *side, timesteps, args) for side in sides])
     before, after = errors
     control = tell_apart(*before, args.seed)
     adapter = tell_apart(after[0] - before[0], after[1] - before[1], args.seed)
@@ -1409,43 +1361,35 @@ def audit(base, data, held_out, best, state, args):
     return sentence
 
 
-def draw_patients(data, args):
-    """The row numbers of each drawn patient's real images, or of one image of nobody known."""
-    gen = generator(args.seed, "audited")
-    patients = {}
-    for i in torch.randperm(len(data.rows), generator=gen).tolist():
-        row = data.rows[i]
+def one_of_each_patient(data, args):
+    """The row numbers (N,) of a real image of each patient, of at most AUDITED, by the seed."""
+    images = {}
+    for i, row in enumerate(data.rows):
         if row.fields.get("synthetic") != "1":
-            patients.setdefault(row.group or row.path, []).append(i)
-    images = list(patients.values())
-    return [images[n] for n in torch.randperm(len(images), generator=gen)[:AUDITED]]
+            images[row.group or row.path] = i
+    order = torch.randperm(len(images), generator=generator(args.seed, "audited"))
+    return torch.tensor(list(images.values()))[order[:AUDITED]]
 
 
-def patient_errors(base, data, patients, timesteps, args):
-    """The mean log denoising error of each patient (N,), of another image at each timestep."""
-    total = 0
-    for k, timestep in enumerate(timesteps):
-        rows = torch.tensor([images[k % len(images)] for images in patients])
-        noise = torch.randn(data.mean.shape[1:], generator=generator(args.seed, "audit", k))
-        noise = noise.expand(len(rows), -1, -1, -1)
-        errors = denoising_errors(base, data, rows, noise, timestep.expand(len(rows)), args)
-        total += errors.cpu().double().log()
-    return total.numpy() / len(timesteps)
+def log_errors(base, data, rows, timesteps, args):
+    """The mean log denoising error of rows (N,) over timesteps, at one noise each: (N,)."""
+    gen = generator(args.seed, "audit")
+    noise = torch.randn(len(timesteps), *data.mean.shape[2:], generator=gen)
+    noise = noise.repeat_interleave(len(rows), 0)
+    times = timesteps.repeat_interleave(len(rows))
+    errors = denoising_errors(base, data, rows.repeat(len(timesteps)), noise, times, args)
+    return errors.cpu().double().log().view(-1, len(rows)).mean(0).numpy()
 
 
 def tell_apart(members, others, seed):
-    """How well a lower score tells members (N,) from others (M,).
-
-    AUROC, 95 % of 1,000 bootstraps of either side, and p of Mann and Whitney's permutations.
-    """
-    wins = np.heaviside(others[:, None] - members, 0.5)
-    gen = generator(seed, "bootstrap")
-    rows, columns = (torch.randint(n, (1000, n), generator=gen).numpy() for n in wins.shape)
-    draws = wins[rows[:, :, None], columns[:, None]].mean((1, 2))
-    low, high = np.percentile(draws, (2.5, 97.5))
+    """AUROC of lower scores of members (N,) than of others (M,), 95 % of bootstraps, and p."""
+    scores = np.concatenate([members, others])
+    is_member = np.arange(len(scores)) < len(members)
+    values = auroc(-scores, is_member, resamples([""] * len(scores), seed))
+    low, high = np.nanpercentile(values[1:], (2.5, 97.5))
     p = stats.mannwhitneyu(members, others, alternative="less").pvalue
     sizes = {"training": len(members), "held_out": len(others)}
-    return {"auroc": wins.mean(), "low": low, "high": high, "p": p} | sizes
+    return {"auroc": values[0], "low": low, "high": high, "p": p} | sizes
 
 
 # ---------------------------------------------------------------- what a run writes and prints
@@ -1455,22 +1399,21 @@ def describe_run(rows, state, data, validation, args):
     """Before anything long starts: write who is where, print what will be trained on what."""
     lines = [[row.file_name, row.group, row.split] for row in rows]
     write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
-    patients = count_patients(data.rows)
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
     print(
-        f"{state.images} training images, {patients} patients; {held_out} for validation\n"
-        f"{weights:,} trainable weights; effective batch {effective_batch(args)} = "
+        f"{state.images} training images, {count_patients(data.rows)} patients; {held_out} for "
+        f"validation\n{weights:,} trainable weights; effective batch {effective_batch(args)} = "
         f"{args.batch_size} × {args.accumulate} × {WORLD}\n"
         f"{args.steps} steps, {state.step} of them done"
     )
 
 
-def finish(base, state, data, held_out, args):
+def finish(base, state, data, validation, args):
     """Write the results, the report and the card; print where they are and what to type next."""
     best = best_weights(state, args)
     result = save_results(best, state, args)
-    sentence = audit(base, data, held_out, best, state, args)
+    sentence = audit(base, data, validation, best, state, args)
     print(sentence)
     flag = "--base" if args.method == "full" else "--lora"
     words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
@@ -1478,9 +1421,8 @@ def finish(base, state, data, held_out, args):
     write_report(state, sentence, draw, args)
     write_card(state, data, sentence, draw, args)
     write_args(args, state.step)
-    if state.step < args.steps:
-        print(f"ended at step {state.step}: --patience {args.patience} validations were no better")
-    print(f"done: {result}; look at {args.out}/report.html\nnext: {draw}")
+    print(f"done after {state.step} of {args.steps} steps: {result}")
+    print(f"look at {args.out}/report.html\nnext: {draw}")
     words = [args.val_data or args.data, "runs/samples", "--run", args.out]
     if args.val_data:
         words += ["--train-data", args.data]
@@ -1614,12 +1556,10 @@ def outcome(state, skipped, args):
     figure = args.select_by.replace("-", "_")
     if figure in state.best:
         name = args.select_by.replace("val-loss", "validation loss")
-        best = f"Best {name} {state.best[figure]:.4g} at step {state.best['step']} of {state.step}"
-        last = state.history[-1]
-        if last is state.best:
-            text = f"{best}, the last: more steps may still help."
-        else:
-            text = f"{best}; the last is {last[figure]:.4g}. The results are those of the best."
+        text = (
+            f"Best {name} {state.best[figure]:.4g} at step {state.best['step']} of {state.step}; "
+            f"the last is {state.history[-1][figure]:.4g}. The results are those of the best."
+        )
     if skipped:
         text += f" {skipped} steps were skipped, for NaN or infinity."
     return text
@@ -1641,142 +1581,113 @@ def preview(args):
     rows = list_data(args)
     base = find_base(args.base, note)
     args = with_defaults(args, rows, base)
-    readable, pixels = load_rows(rows, args, strict=False, bad_share=1)
-    if not readable:
-        fail(f"{args.data}: none of {len(rows)} images can be read")
-    report_remarks(readable)
-    unreadable = [row.file_name for row in rows if not row.size]
-    warn(
-        unreadable,
-        f"images of {len(rows)} that cannot be read",
-        f"training skips up to {BAD_SHARE:.0%} and ends above: delete them or get them again",
-    )
-    describe_data(readable)
-    warn_of_captions(readable)
-    warn_of_duplicates(readable, pixels, args)
-    warn_of_pictures(readable, pixels, args)
+    rows, pixels = load_variant(rows, 0, args)
+    report_enlarged(rows, args.resolution, args.crop)
+    describe_data(rows)
+    warn_of_captions(rows)
+    warn_of_duplicates(rows, pixels)
+    warn_of_pictures(rows, pixels, args)
     if base:
         show_ceiling(base, pixels, folder, args)
-    write_preview(readable, pixels, folder, args)
+    write_preview(rows, folder, args)
     print("next: the same command without --preview, or " + command("train.py", "--data", folder))
 
 
 def warn_of_captions(rows):
     """Warn of captions that end in the middle, and of one caption for several labels."""
-    words = "with of in on at by for from to and or no the a an without showing shows".split()
-    ending = re.compile(rf"(\s({'|'.join(words)})|[,:;(])\s*$")
+    ending = re.compile(r"(\s(with|of|in|on|at|by|for|from|to|and|or|no|the|an?)|[,:;(])\s*$")
     cut = [row.file_name for row in rows if ending.search(row.caption)]
     warn(cut, "captions that end in the middle", "fill the empty cells or leave these rows out")
+    captions = {row.caption for row in rows}
     labels = sorted({row.label for row in rows})
-    if len({row.caption for row in rows}) == 1 and rows[0].caption and len(labels) > 1:
+    if len(captions) == 1 and len(labels) > 1:
         warn(labels, "labels that share one caption", 'name them: --prompt "… {label}"')
 
 
 def warn_of_pictures(rows, pixels, args):
-    """Warn of pictures that are small, have borders or marks, or are unlike all others."""
+    """Warn of pictures that have borders or marks, or are unlike all others."""
+    names = np.array([row.file_name for row in rows])
     small = torch.cat([F.adaptive_avg_pool2d(part.float(), 128) for part in pixels.split(64)])
-    grey = to_grey(small)
-    sizes = torch.tensor([row.size for row in rows])
-    sides = sizes.amax(1) if args.crop == "pad" else sizes.amin(1)
-
-    def warn_of(found, share, what, advice):
-        if found.float().mean() > share:
-            warn([rows[i].file_name for i in found.nonzero()], what, advice)
-
-    what = f"images of fewer pixels than --resolution {args.resolution}, blurred by enlarging"
-    warn_of(sides < args.resolution, 0.1, what, "get larger ones, or train at fewer pixels")
-    if args.crop != "pad":
+    grey = to_grey(small)[:, 0]
+    bordered = names[has_border(grey)].tolist()
+    if len(bordered) > len(rows) / 2 and args.crop != "pad":
         advice = "crop them off, or the model draws them (on all four sides: --crop fundus)"
-        warn_of(border_widths(grey) > 3, 0.5, "images with a black or white border", advice)
+        warn(bordered, "images with a black or white border", advice)
     if len(rows) < 20:  # too few to say what is usual
         return
     layout = F.adaptive_avg_pool2d(grey, 8).flatten(1)
     layout = F.normalize(layout - layout.mean(1, keepdim=True))
-    warn_of(unlike(sizes.log(), 0.1) > 6, 0, "images of a size unlike all others", UNLIKE)
+    sizes = torch.tensor([row.size for row in rows]).log()
     tint = small.mean((2, 3)).diff()
     usual = max(2, float(tint.std(0).max()) / 4)  # photographs vary, films hardly
-    warn_of(unlike(tint, usual) > 7, 0, "images of a tint unlike all others", UNLIKE)
-    warn_of(unlike(layout, 0.02) > 3.7, 0, "images of a layout unlike all others", UNLIKE)
-    what = "images with the same mark at the same place"
-    warn_of(marked(grey[:, 0]), 0.25, what, "black it out or crop it off: the model learns it")
+    measures = [("size", sizes, 0.1, 6), ("tint", tint, usual, 7), ("layout", layout, 0.02, 3.7)]
+    for name, features, floor, limit in measures:
+        odd = names[unlike(features, floor) > limit].tolist()
+        warn(odd, f"images of a {name} unlike all others", "take out what is of another kind")
+    what = "places with the same mark in many images"
+    warn(find_marks(grey), what, "black it out or crop it off: the model learns it")
 
 
-UNLIKE = "look at them, and take out what is of another kind"
-
-
-def border_widths(grey):
-    """The widest even border, black or white, of (N, 1, S, S) in [0, 1]: (N,), in pixels.
+def has_border(grey):
+    """Which of (N, S, S) in [0, 1] have an even border, black or white, on some side: (N,).
 
     A border ends straight: the rounded edge of a disc or a body in a dark picture is none.
     """
-    widest = torch.zeros(len(grey))
+    is_extreme = (grey - 0.5).abs() > 0.42
+    result = torch.zeros(len(grey), dtype=torch.bool)
     for turn in range(4):
-        extreme = ((grey[:, 0] - 0.5).abs() > 0.42).rot90(turn, (1, 2))
-        width = extreme.all(2).cumprod(1).sum(1)
-        after = (width + 2).clamp(max=grey.shape[-1] - 1)  # the first row may be a mixture
-        inside = extreme[torch.arange(len(grey)), after].float().mean(1)
-        widest = widest.maximum(width * (inside < 0.5))
-    return widest
+        share = is_extreme.rot90(turn, (1, 2)).float().mean(2)  # of each row
+        ends = (share[:, 3:-2] == 1) & (share[:, 5:] < 0.5)  # the row between may be a mixture
+        result |= ends.any(1)
+    return result.numpy()
 
 
 def unlike(features, floor):
     """How far each of (N, D) is from its 4th nearest, in usual distances above the median: (N,)."""
     features = features.double()
-    parts = features.split(1024)
-    distances = torch.cat([torch.cdist(part, features).kthvalue(5).values for part in parts])
+    distances = torch.cdist(features, features).kthvalue(5).values
     above = distances - distances.median()
-    return above / max(floor, 1.4826 * above.abs().median())
+    return (above / max(floor, 1.4826 * above.abs().median())).numpy()
 
 
-def marked(grey):
-    """Which of (N, 128, 128) in [0, 1] show a small mark that many share, such as a letter: (N,).
+def find_marks(grey):
+    """Where many of (N, 128, 128) in [0, 1] show the same small mark, such as a letter.
 
     A mark is fine detail that varies less over the pictures than it stands out in their mean.
     """
     detail = grey - F.avg_pool2d(grey[:, None], 9, 1, 4, count_include_pad=False)[:, 0]
-    mean = detail.mean(0)
-    is_steady = mean.abs() > 0.6 * (detail.std(0) + 0.02)
+    is_steady = detail.mean(0).abs() > 0.6 * (detail.std(0) + 0.02)
     parts, _ = ndimage.label(ndimage.binary_dilation(is_steady, iterations=3))
-    result = torch.zeros(len(grey), dtype=torch.bool)
-    for rows, columns in ndimage.find_objects(parts):
-        wanted = mean[None, rows, columns]
-        height, width = wanted.shape[1:]
-        if height <= 24 and width <= 60:  # else it is an edge, such as a disc's
-            patches = detail[:, rows, columns].flatten(1)
-            result |= F.cosine_similarity(patches, wanted.flatten(1)) > 0.7
-    return result
+    places = []
+    for y, x in ndimage.find_objects(parts):
+        if y.stop - y.start <= 24 and x.stop - x.start <= 60:  # else an edge, such as a disc's
+            middle = [(edges.start + edges.stop) / 2.56 for edges in (x, y)]
+            places.append("{:.0f} % from the left, {:.0f} % down".format(*middle))
+    return places
 
 
 def show_ceiling(base, pixels, folder, args):
     """vae.png: pictures before and after the base's VAE, finer than which no training can draw."""
+    note(f"trying the VAE of {args.base}")
     vae = load_vae(base, pick_device(args.device))
-    places = torch.linspace(0, len(pixels) - 1, min(12, len(pixels))).long()
-    before = pixels[places]
-    after = torch.empty_like(before)
-    ssim = []
-    for i, one in enumerate(progress(before, "VAE")):
-        after[i] = decode(vae, encode(vae, one[None])[0])[0]
-        ssim.append(ssim_matrix(tiles(one), tiles(after[i])).diagonal().mean())
-    error = (before.float() - after.float()).square().mean((1, 2, 3))
-    psnr = (10 * (255**2 / (error + 0.01)).log10()).mean()
-    shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
-    pairs = torch.cat([before, after], 3)[shown]
+    before = pixels[:: math.ceil(len(pixels) / 12)]
+    after = decode(vae, encode(vae, before)[0])
+    error = (before.float() - after.float()).square().mean()
+    psnr = 10 * math.log10(255**2 / (error + 0.01))
+    half = args.resolution // 2
+    middle = slice(max(0, half - 32), half + 32)  # ssim_matrix would shrink what is larger
+    ssim = ssim_matrix(before[..., middle, middle], after[..., middle, middle]).diagonal().mean()
+    pairs = torch.cat([before, after], 3)[:3]
     save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png")
     print(
-        f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}: look at "
-        f"{folder}/vae.png, left as stored\n"
+        f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {ssim:.3f} (in the middle): look "
+        f"at {folder}/vae.png, left as stored\n"
         "no training draws finer; if it loses what matters, try a larger --resolution"
     )
 
 
-def tiles(pixels):
-    """(3, S, S) in squares of 64 pixels: (N, 3, 64, 64)."""
-    side = min(64, pixels.shape[-1])
-    return pixels.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1)
-
-
 def describe_data(rows):
-    """Print counts, sizes, patients and labels; warn of labels with few images."""
+    """Print counts, sizes, patients and labels."""
     splits = Counter(row.split for row in rows)
     sides = list(chain.from_iterable(row.size for row in rows))
     print(
@@ -1784,22 +1695,18 @@ def describe_data(rows):
         f"{splits['test']} for a test\n"
         f"sides from {min(sides)} to {max(sides)} pixels; patients: {count_patients(rows)}"
     )
-    groups = {}
+    labels = {}
     for row in rows:
         for label in split_labels(row):
-            groups.setdefault(label or "(no label)", []).append(row.group)
-    few = []
-    for label, names in sorted(groups.items()):
-        print(f"  {label:<32} {len(names):>6} images {len(set(names) - {''}):>6} patients")
-        if len(names) < 10 and len(groups) > 1:
-            few.append(f"{label}: {len(names)}")
-    warn(few, "classes of fewer than 10 images, learnt by heart", "add images or join classes")
+            labels.setdefault(label or "(no label)", []).append(row)
+    for label, members in sorted(labels.items()):
+        print(f"  {label:<32} {len(members):>6} images, patients: {count_patients(members)}")
 
 
 PREVIEW_COLUMNS = ["file_name", "text", "label", "patient_id", "source", "synthetic"]
 
 
-def write_preview(rows, pixels, folder, args):
+def write_preview(rows, folder, args):
     """Write all variants of all images but those kept for a test, metadata.csv and grid.png."""
     path = folder / "metadata.csv"
     header = ",".join(PREVIEW_COLUMNS) + "\n"
@@ -1815,8 +1722,9 @@ def write_preview(rows, pixels, folder, args):
         synthetic = row.fields.get("synthetic", "")
         for variant in range(args.variants):
             name = f"{i:06d}-{variant}-{Path(row.file_name).stem[:80]}.png"
+            _, pixels = load_variant([row], variant, args, bad_share=1)
             with replacing(folder / name) as file:
-                picture(make_variant(row, pixels[i], variant, args)).save(file, "PNG")
+                picture(pixels[0]).save(file, "PNG")
             lines.append([name, row.caption, row.label, group, row.file_name, synthetic])
     write_csv(path, PREVIEW_COLUMNS, lines)
     cells = []
@@ -1850,27 +1758,12 @@ def start_processes(args):
 
 
 def fresh_store():
-    """A part of torchrun's key-value store that only the processes of this attempt use.
-
-    After a restart the store still holds the addresses of dead processes, and a rank that reads
-    one hangs. So each process writes a name, rank 0 joins the names, and the joined text that all
-    of them have signed is the prefix of the part.
-    """
+    """torchrun's key-value store, without what the processes of an earlier attempt left in it."""
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(hours=2)))
-    name = secrets.token_hex(8)
-    store.set(f"medlora-{RANK}", name)
-    signed = set()
-    while True:
-        if RANK == 0:
-            names = [store.get(f"medlora-{rank}").decode() for rank in range(WORLD)]
-            store.set("medlora-all", " ".join(names))
-        joined = store.get("medlora-all").decode()
-        if name in joined and joined not in signed:
-            signed.add(joined)
-            store.add(joined, 1)
-        if joined in signed and store.add(joined, 0) == WORLD:
-            return dist.PrefixStore(joined, store)
-        time.sleep(0.02)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # it outlives restarts, and would lead to the addresses of dead processes
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    return store
 
 
 @contextmanager
@@ -1917,7 +1810,7 @@ def parse_args():
     add("--weight-column", "a row's loss counts by this number over the mean")
     add("--resolution", "pixels (default: the base's own)", type=multiple_of_8)
     add("--augment", f"a comma list of {', '.join(AUGMENT)}", "")
-    add("--variants", "of an image, one plain (default: 4 if they vary)", type=number(1, 1000))
+    add("--variants", "of an image, one plain (default: 4 if they vary)", type=positive)
     add("--balance", "draw classes equally often, A|B as the rarer one", False)
     add("--cache", "folder of latents, for runs on the same images and VAE")
     add("--preview", "describe the data and write what the model sees to this folder")
@@ -1926,26 +1819,22 @@ def parse_args():
 
     add = flag_adder(parser.add_argument_group("model"))
     add("--base", "tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder", "sd21-base")
-    add(
-        "--method",
-        "what is trained, and how",
-        "lora",
-        choices=["lora", "full", "dreambooth", "textual-inversion"],
-    )
-    add("--rank", "of the adapter's matrices", 16, number(1, 4096))
+    methods = ["lora", "full", "dreambooth", "textual-inversion"]
+    add("--method", "what is trained, and how", "lora", choices=methods)
+    add("--rank", "of the adapter's matrices", 16, positive)
     add("--alpha", "the adapter acts with alpha/rank (default: rank)", type=number(1e-6, 1e6))
-    add("--dropout", "on the adapter's input", 0.0, number(0.0, 0.99))
+    add("--dropout", "on the adapter's input", 0.0, share)
     add("--targets", "attention, all, or layer name endings: to_q,to_v", "attention")
     add("--text-lora", "adapt the text encoder's attention too", False)
     add("--text-encoder", "another one, Hub id or folder, behind a projection")
-    add("--text-length", "tokens of --text-encoder", 256, number(8, 512))
+    add("--text-length", "tokens of --text-encoder", 256, positive)
     add("--init-lora", "adapter to start from, of any resolution", type=existing_file)
     add("--class-data", "dreambooth: folder of images of the class")
     add("--class-prompt", 'dreambooth: their caption, such as "a skin lesion"')
     add("--prior-weight", "dreambooth: of their loss", 1.0, factor)
     add("--token", "textual-inversion: the new word in --prompt", "<concept>")
     add("--init-word", "textual-inversion: a known word to start from", "lesion")
-    add("--vectors", "textual-inversion: tokens of the word", 1, number(1, 75))
+    add("--vectors", "textual-inversion: tokens of the word", 1, positive)
 
     add = flag_adder(parser.add_argument_group("training"))
     add("--snr-gamma", "min-SNR weighting, usually 5 (0: off)", 0.0, factor)
@@ -1965,25 +1854,16 @@ def parse_args():
     add("--optimizer", "8bit: less memory", "adamw", choices=["adamw", "adamw8bit"])
     add("--gradient-checkpointing", "less memory, a fifth slower", False)
     add("--compile", "the UNet: minutes at first, then faster", False)
-    add("--ema", "decay, warmed up (0: off)", 0.9999, number(0.0, 0.9999999))
+    add("--ema", "decay, warmed up (0: off)", 0.9999, share)
 
     group = parser.add_argument_group("watching and keeping")
     add = flag_adder(group)
-    add(
-        "--validate-every",
-        "steps (default: a tenth of the run; 0: at the end alone)",
-        type=count,
-    )
+    add("--validate-every", "steps (default: a tenth of the run; 0: at the end alone)", type=count)
     add("--val-prompts", "of the grid; may be repeated (default: captions)", action="append")
-    add("--val-samples", "images a prompt in the grid", 2, number(0, 64))
+    add("--val-samples", "images a prompt in the grid", 2, count)
     add("--val-steps", "denoising steps of the grid", 25, number(1, 999))
     add("--val-guidance-scale", "of the grid", 5.0, factor)
-    add(
-        "--select-by",
-        "what makes a checkpoint the best",
-        "val-loss",
-        choices=["val-loss", "kid", "fid"],
-    )
+    add("--select-by", "what the best has least of", "val-loss", choices=["val-loss", "kid", "fid"])
     add(
         "--patience",
         f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)",
@@ -2064,7 +1944,6 @@ def run(args, device):
     splits = by_split(rows)
     train_rows = splits["train"]
     val_rows = splits.get("val", [])
-    held_rows = val_rows or splits.get("test", [])
     args = with_defaults(args, train_rows, find_base(args.base))
     check_validation(val_rows, args)
     class_rows = list_class_images(len(train_rows), args)
@@ -2077,17 +1956,16 @@ def run(args, device):
                 "To go on, give more --steps and --lr-schedule constant"
             )
         return
-    if checkpoint:
-        report_growth(checkpoint, args)
 
     base = prepare_base(args, device)
     perceptual = load_perceptual(base, args)
     weights = trainable_weights(base, args)  # before captions are encoded: adds new words
-    streams, held_out = load_data(base, train_rows + held_rows + class_rows, args)
-    validation = held_out if val_rows else None
-    make_room(base, args)
+    streams, validation = load_data(base, train_rows + val_rows + class_rows, args)
+    release_memory(base, args)
     data = streams[0]
-    state = start(base, weights, args, made_of, checkpoint, data)
+    state = start(base, weights, args, made_of, checkpoint)
+    state.images = len(data.rows)
+    state.is_grey = data.is_grey
     log = Log(state, args)
     if RANK == 0:
         write_args(args)
@@ -2098,7 +1976,7 @@ def run(args, device):
         draw_grid(base, state, args, log)  # a kill may have come between a checkpoint and its grid
     fit(base, streams, perceptual, validation, state, args, log)
     if RANK == 0:
-        finish(base, state, data, held_out, args)
+        finish(base, state, data, validation, args)
 
 
 def main(args):

@@ -130,8 +130,8 @@ def make_states(base, count):
 
 
 def parse_flags(*words):
-    """train.py's flags for these words, all else by default."""
-    with bench.parsed(train, "--data", ROOT / "tests" / "phantoms", *words) as args:
+    """train.py's flags for these words, all else by default; the data are not read."""
+    with bench.parsed(train, "--data", ROOT / "tests", *words) as args:
         return args
 
 

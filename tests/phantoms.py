@@ -7,16 +7,18 @@ Writes PNG files and metadata.csv (file_name, text, label, modality, patient_id)
 noise lattice is laid out in unit coordinates. Seeds 2k and 2k+1 of a kind are one patient, who
 keeps skin tone, build or fundus hue.
 
-By convention the tests draw from seeds below 1,000,000, the committed tests/phantoms from 1,000,000
-on, and training pools from 2,000,000 on, so that no picture is both learned and measured on.
+By convention the tests draw from seeds below 1,000,000, the quick start from 1,000,000 on, and
+training pools from 2,000,000 on, so that no picture is both learned and measured on.
 
 These are drawings. They show no disease and are of no use for any clinical purpose.
 """
 
 import argparse
+import collections
 import csv
 import functools
 import hashlib
+import itertools
 import multiprocessing
 import pathlib
 import string
@@ -767,11 +769,14 @@ def write_one(job):
 def write(folder, count, seed=0, kinds=None, size=128, processes=1):
     """Draw `count` pictures, the kinds (default: all) in turn, into `folder` with metadata.csv.
 
-    Picture i is of kind i % len(kinds) with seed `seed + i // len(kinds)`: two share a patient.
+    The pictures of a kind have the seeds from `seed` on. A kind named twice comes twice as often.
     """
-    kinds = list(KINDS) if kinds is None else list(kinds)
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    jobs = [(folder, kinds[i % len(kinds)], seed + i // len(kinds), size) for i in range(count)]
+    seeds = collections.Counter()
+    jobs = []
+    for kind in itertools.islice(itertools.cycle(kinds or KINDS), count):
+        jobs.append((folder, kind, seed + seeds[kind], size))
+        seeds[kind] += 1
     if processes > 1:
         with multiprocessing.Pool(processes) as pool:
             rows = pool.map(write_one, jobs, chunksize=64)
@@ -794,7 +799,8 @@ def main():
     )
     parser.add_argument("--size", type=int, default=128, help="pixels a side")
     parser.add_argument(
-        "--kinds", help="comma list out of: " + ", ".join(KINDS) + " (default: all)"
+        "--kinds",
+        help="comma list, twice for twice as many, of: " + ", ".join(KINDS) + " (default: all)",
     )
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()

@@ -14,6 +14,25 @@ TINY = HERE / "tiny-base"
 needs_tiny = pytest.mark.skipif(
     not TINY.exists(), reason="tests/tiny-base is not built: see make_tiny_base.py"
 )
+# caption and mean colour of seed 1,000,000 of each kind
+PINNED = [
+    (
+        "inflammatory ulcer",
+        "wound in the inflammatory phase with some slough",
+        [168.4, 104.3, 84.7],
+    ),
+    (
+        "remodelling ulcer",
+        "photo of a healed medium wound with pale scar, light skin",
+        [171.8, 150.9, 143.7],
+    ),
+    ("normal chest", "normal chest x-ray of a broad patient", [108.8, 108.8, 108.8]),
+    ("pleural effusion", "fluid in the right pleural space, slim patient", [126.1, 126.1, 126.1]),
+    ("lung nodule", "lung nodule, lower zone, left side", [154.5, 154.5, 154.5]),
+    ("normal fundus", "fundus photograph of a left eye, no lesion", [126.9, 57.4, 28.2]),
+    ("retinal haemorrhages", "haemorrhages in the retina of a right eye", [109.9, 41.8, 20.7]),
+    ("mpox lesion", "monkeypox rash, many papular lesions", [194.1, 154.1, 127.2]),
+]
 
 
 def rows_of(folder):
@@ -125,17 +144,26 @@ def test_writing_a_folder_gives_pictures_and_metadata_and_patients_of_one_kind(t
         assert len(labels) == 1
 
 
-def test_the_committed_folder_holds_what_the_code_draws():
-    rows = rows_of(HERE / "phantoms")
-    assert len(rows) == 128 == len(list((HERE / "phantoms").glob("*.png")))
-    assert {row["label"]: row["modality"] for row in rows} == phantoms.KINDS
-    for row in rows[::9]:
-        image, caption, _ = phantoms.draw(row["label"], int(row["file_name"][-11:-4]))
-        stored = np.asarray(Image.open(HERE / "phantoms" / row["file_name"]), int)
-        # Another numpy or libm may round a value the other way.
-        assert caption == row["text"]
-        assert np.abs(stored - image).mean() < 0.5
-    assert sum(path.stat().st_size for path in (HERE / "phantoms").iterdir()) < 4_000_000
+@pytest.mark.parametrize("kind, caption, colour", PINNED)
+def test_a_seed_is_still_the_picture_that_the_tiny_base_was_trained_on(kind, caption, colour):
+    image, now, _ = phantoms.draw(kind, 1_000_000)
+    assert now == caption
+    # Another numpy or libm may round a value the other way.
+    assert np.abs(image.mean((0, 1)) - colour).max() < 0.5
+
+
+def test_a_kind_that_is_named_twice_comes_twice_as_often(tmp_path):
+    kinds = ["mpox lesion", "normal chest", "mpox lesion"]
+    phantoms.write(tmp_path, 6, seed=50, kinds=kinds, size=16)
+    names = [row["file_name"][:-4] for row in rows_of(tmp_path)]
+    assert sorted(names) == [
+        "mpox-lesion-0000050",
+        "mpox-lesion-0000051",
+        "mpox-lesion-0000052",
+        "mpox-lesion-0000053",
+        "normal-chest-0000050",
+        "normal-chest-0000051",
+    ]
 
 
 @needs_tiny

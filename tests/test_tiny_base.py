@@ -13,7 +13,7 @@ from metrics import texture
 
 CPU = torch.device("cpu")
 KINDS = list(phantoms.BASE_KINDS)
-UNSEEN = 600_000  # seeds that neither the base's training nor tests/phantoms/ used
+UNSEEN = 600_000  # seeds that neither the base's training nor the quick start used
 
 
 @pytest.fixture(scope="module")
