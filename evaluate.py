@@ -3,18 +3,24 @@
     python evaluate.py REAL GENERATED
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
     python evaluate.py REAL GENERATED --run runs/dfu --utility --by sex
+    python evaluate.py REAL GENERATED --run runs/dfu --utility --board board.html
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
     python evaluate.py --download
 
 REAL and GENERATED are folders of images, or tables such as metadata.csv. Prints a table, writes a
-report for any browser (--out) and the same figures for programs (--json):
+report for any browser (--out), a page for an ethics board (--board), and the same figures for
+programs (--json):
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
 "subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
-"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
+"people": [{"by", "group", "train images", "train patients", …, "copies", "precision",
+"precision_by_chance", "recall", "recall_by_chance"}], "sentences": on labels and utility,
+"marked": files that say they are synthetic, "searched": real images, for copies,
+"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}],
+"run": {"base", "method", "steps", "audit"}}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
 percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
@@ -51,7 +57,9 @@ from metrics import (
     colour_scale,
     command,
     copy_finder,
+    count_people,
     data_set,
+    decade_of,
     dot_lines,
     extract,
     fail,
@@ -61,6 +69,7 @@ from metrics import (
     generator,
     grey_kind,
     in_grey,
+    is_marked,
     kid,
     label_list,
     list_images,
@@ -79,6 +88,7 @@ from metrics import (
     pick_resolution,
     pooled,
     precision_recall,
+    read_run,
     read_table,
     report_enlarged,
     resamples,
@@ -521,28 +531,31 @@ class Entry:
     subgroups: list  # as in the JSON
     utility: dict = None  # classifier: list of doses, as in the JSON
     utility_note: str = ""  # what they are worth, or why there are none
+    people: list = ()  # who is in the sets, as in the JSON
 
     def first(self):
         """Name and Figure of the first metric, by which sets are ranked."""
         return next(iter(self.metrics.items()))
 
 
-def evaluate_set(real, fake, known, tools):
-    """The Entry of a generated set."""
+def evaluate_set(real, fake, known, tools, members):
+    """The Entry of a generated set; members: (split, row) of all real images."""
     args = tools.args
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    figures, mix = measure_figures(real, fake, tools)
+    figures, mix, by_label = measure_figures(real, fake, tools)
+    drawn = [("generated", row) for row in fake.rows]
+    people, rare = describe_people(members + drawn, copies, by_label)
     p, differences = test_together(figures)
     features = pooled(real.features, fake.features, tools.network.standardise)
     labels = check_labels(real, fake, args.seed)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else (None, "")
-    more = mix, labels, subgroups, *utility
+    more = mix + rare, labels, subgroups, *utility, people
     return Entry(fake, real, known, figures, p, differences, copies, *more)
 
 
 def measure_figures(real, fake, tools):
-    """{metric: Figure}, and sentences on the labels of the images that are compared."""
+    """{metric: Figure}, sentences on the labels that are compared, and figures_by_label."""
     args, network = tools.args, tools.network
     *compared, labels, mix = match_labels(*pick_compared(real, fake), args.seed)
     joint = collect_matrices(*compared, tools)
@@ -561,7 +574,7 @@ def measure_figures(real, fake, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    return figures, mix
+    return figures, mix, figures_by_label(*compared, joint, draws)
 
 
 def match_labels(real, fake, seed):
@@ -759,10 +772,9 @@ def not_reached(check, k, fake, real):
 def subgroups_of(row, column):
     """The subgroups of an image: its findings one by one, an age as its decade."""
     text = row.label if column == "label" else row.fields.get(column, "")
-    if column.lower() != "age":
-        return label_list(text)
-    decades = [int(years) // 10 * 10 for years in re.findall("[0-9]+", text)]
-    return [f"{decade}–{decade + 9}" for decade in decades[:1]]
+    if column.lower() == "age":
+        text = decade_of(text)
+    return label_list(text)
 
 
 def subgroup_masks(rows, column, unknown=None):
@@ -799,6 +811,50 @@ def measure_subgroups(features, real_rows, fake_rows, column):
         counts["compared_with"] = compared_with
         found.append(counts | {"kid": value, "error": error, "real_vs_rest": rest})
     return found
+
+
+# ---------------------------------------------------------------- who is in the sets, by label
+
+
+def figures_by_label(real, fake, joint, draws, least=10):
+    """{label: precision and recall, as in the JSON}, where `least` images of both sets show it."""
+    labels = [label_list(text_key(row.label)) for row in real.rows + fake.rows]
+    found = {}
+    for label in set().union(*labels):
+        own_draws = draws[:100] * np.array([label in names for names in labels])
+        if min((own_draws[0] == 1).sum(), (own_draws[0] == -1).sum()) < least:
+            continue
+        found[label] = {}
+        for name in ("precision", "recall"):
+            figure = measure(name, joint, own_draws, None)
+            found[label] |= {name: figure.value, f"{name}_by_chance": figure.null_low}
+    return found
+
+
+def describe_people(members, copies, by_label, rare=10):
+    """Who is in the sets, as in the JSON, and a sentence on labels that few patients show.
+
+    members: see count_people, the first set was searched for copies. by_label: figures_by_label.
+    """
+    copied = Counter()
+    for copy in copies.copies:
+        copied.update(label_list(text_key(copy["label"])))
+    searched = members[0][0]
+    nothing = dict.fromkeys("copies precision precision_by_chance recall recall_by_chance".split())
+    people = count_people(members)
+    few = []
+    for record in people:
+        record |= nothing
+        label = record["group"]
+        if record["by"] == "label":
+            record |= {"copies": copied[label]} | by_label.get(label, {})
+            count = record[f"{searched} patients"] or record[f"{searched} images"]
+            if 0 < count < rare and label != "unknown":
+                few.append(f"{label} ({count})")
+    if not few:
+        return people, []
+    text = f"Fewer than {rare} patients, or images of unknown patients, show {', '.join(few)}: "
+    return people, [text + "their pictures are the ones most likely to be learnt by heart."]
 
 
 # ---------------------------------------------------------------- do they help a classifier?
@@ -1028,11 +1084,7 @@ PHRASES = [
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
     _, text = findings(entry)
-    text += entry.mix + entry.labels.get("sentences", [])
-    if entry.utility_note:
-        text.append(entry.utility_note)
-    for classifier, doses in (entry.utility or {}).items():
-        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
+    text += entry.mix + entry.labels.get("sentences", []) + help_sentences(entry)
     text.append(entry.copies.sentence)
     return " ".join(text)
 
@@ -1056,6 +1108,16 @@ def findings(entry):
         text.append(f"Too good for fresh images: {better}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
     return mark, text
+
+
+def help_sentences(entry):
+    """Whether the images help a classifier, if that was measured."""
+    text = []
+    if entry.utility_note:
+        text.append(entry.utility_note)
+    for classifier, doses in (entry.utility or {}).items():
+        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
+    return text
 
 
 def name_differences(differences, kind):
@@ -1162,6 +1224,12 @@ another. This is no guarantee of privacy."""
 SUBGROUPS = """kid: how far the real images of a subgroup are from generated ones; error: one
 standard deviation of it; real_vs_rest: how far they are from the other real images."""
 
+PEOPLE = """All real images, and the generated ones that were compared; sex and age by the table or
+DICOM's headers, – where nobody says who the patients are. A patient with several labels counts in
+each. copies: generated images that are copies of one with this label. Where ten images of both sets
+are compared, precision: the share of generated ones that look real, recall: the share of the real
+variety that is reached; by_chance: what nearly all random divisions reach."""
+
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
 network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
@@ -1255,6 +1323,11 @@ def labels_section(entry):
     return text + table(LABELS_HEADER, label_rows(entry.labels))
 
 
+def people_section(people):
+    """HTML: who is in the sets."""
+    return paragraph(PEOPLE) + table(people[0], [map(digits, record.values()) for record in people])
+
+
 def utility_section(entry):
     """HTML: whether generated images help a classifier."""
     body = paragraph(entry.utility_note)
@@ -1287,6 +1360,7 @@ def set_section(entry, args):
     if len(entry.subgroups) > 1:  # not all unknown
         body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}"
         body += records_table(entry.subgroups)
+    body += fold("Who is in the sets, label by label", people_section(entry.people))
     return body
 
 
@@ -1306,8 +1380,8 @@ def write_report(args, settings, entries):
 JSON_KEYS = "value null null_low null_high excess p_high p_low real_vs_real band".split()
 
 
-def write_json(args, settings, entries):
-    """Write --json, in the form that the docstring gives."""
+def collect_results(args, settings, entries):
+    """What --json holds, in the form that the docstring gives."""
     generated = []
     for entry in entries:
         figures = {}
@@ -1319,6 +1393,10 @@ def write_json(args, settings, entries):
         result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
         result["memorisation"]["pairs"] = entry.copies.pairs
         result["subgroups"] = entry.subgroups
+        result["people"] = entry.people
+        result["sentences"] = entry.mix + help_sentences(entry)
+        result["marked"] = sum(is_marked(row.path) for row in entry.fake.rows)
+        result["searched"] = len(entry.known.rows)
         if entry.labels:
             result["labels"] = entry.labels
         if entry.utility:
@@ -1327,8 +1405,60 @@ def write_json(args, settings, entries):
         generated.append(result)
     real = {"path": args.real, "n": len(entries[0].real.rows)}
     content = {"format": 2, "settings": settings, "real": real, "generated": generated}
-    without_nan = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    write_file(args.json, json.dumps(without_nan, indent=1))
+    content["run"] = describe_run(args.run)
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
+def describe_run(folder):
+    """What the JSON says of --run: the model, and whether it tells who was in its training set."""
+    flags = read_run(folder) if folder else {}
+    run = {name: flags.get(name, "unknown") for name in ("base", "method", "steps")}
+    run["audit"] = {"sentence": "No membership audit: --run names no run that has one."}
+    if folder and os.path.exists(f"{folder}/audit.json"):
+        run["audit"] = json.loads(Path(folder, "audit.json").read_text())
+    return run
+
+
+# ---------------------------------------------------------------- the page for a board
+
+BOARD = """<h2>What is this?</h2><p>{made[n]} generated images ({folder}). Their model:
+{base}, trained further (method {run[method]}) for {run[steps]} steps. For research, not for
+diagnosis.</p>
+<h2>From whom was it made?</h2>{people}
+<h2>How is it marked?</h2><p>{made[marked]} of {made[n]} files say in themselves that they are
+synthetic.</p>
+<h2>Are patients copied, or known to the model?</h2><p>{made[memorisation][likely_copies]} of
+{made[n]} are the same picture as one of {made[searched]} real images, also mirrored, turned,
+cropped or re-saved. Too near to real images, as a set: {near}.</p><p>{audit}</p><p>Privacy method:
+none; not differentially private. That no copy is found is no proof that nobody can be recognised:
+whole pictures are compared, and an audit says little of a single patient.</p>
+<h2>How does it differ from real images?</h2><p>{differs} The bar is what chance gives where both
+sets are of one kind, the dot these images: further right is worse.</p>{figures}
+<h2>Does it help?</h2><p>{helps}</p>
+<h2>What are the known limits?</h2><p>The images inherit the biases of those they were made from,
+and do not stand for whom the table does not count. No expert was asked what they show. What is
+selected from them needs this evaluation again. {limits}</p>
+<h2>Whom to ask</h2><p>{contact}</p>"""
+
+
+def write_board(args, results, entry):
+    """Write --board: what a board asks, in its order, no file's name, no figure but of results."""
+    made = results["generated"][0]
+    run = results["run"]
+    texts = {
+        "folder": Path(made["path"]).resolve().name,
+        "base": Path(run["base"]).name,
+        "near": "yes" if may_be_copies(entry) else "no",
+        "audit": run["audit"]["sentence"],
+        "differs": " ".join(findings(entry)[1]),
+        "helps": " ".join(help_sentences(entry)) or "Not measured (--utility).",
+        "limits": " ".join(entry.mix + entry.labels.get("sentences", [])),
+        "contact": args.contact or "_" * 40,
+    }
+    parts = {name: html.escape(text) for name, text in texts.items()}
+    parts |= {"people": people_section(entry.people), "figures": figure_lines(entry)}
+    body = BOARD.format(made=made, run=run, **parts)
+    write_file(args.board, page("Generated images: a page for your board", body))
 
 
 # ---------------------------------------------------------------- flags
@@ -1381,10 +1511,12 @@ def parse_args():
     add = parser.add_argument_group("output").add_argument
     add("--out", default="report.html", help="the report")
     add("--json", help="the figures for programs")
+    add("--board", help="a printable page for an ethics board, of one GENERATED")
+    add("--contact", help="whom to ask, on --board (default: a line to fill in)")
     add("--download", action="store_true", help="get the published networks' weights, and end")
     add_comparison_flags(parser.add_argument_group("comparison"))
     args = parser.parse_args()
-    for path in (args.out, args.json or ""):  # known before an hour of work
+    for path in (args.out, args.json or "", args.board or ""):  # known before an hour of work
         if os.path.isdir(path):
             fail(f"{path}: is a directory; give a file to write to")
     if args.download:  # it ends here, as --help does
@@ -1393,6 +1525,8 @@ def parse_args():
         sys.exit()
     if not args.real or not (args.generated or args.checkpoint):
         fail("nothing to compare: give REAL and GENERATED, one or more folders, or --checkpoint")
+    if args.board and (args.checkpoint or len(args.generated) > 1):
+        fail("--board: is about one set of images: give one GENERATED")
     return args
 
 
@@ -1438,6 +1572,9 @@ def main(args):
     if args.checkpoint:
         sets += draw_checkpoints(args)
     resolution = args.resolution or pick_resolution([row for _, rows in sets for row in rows])
+    members = [(row.split or "real", row) for row in real_rows]
+    if known_rows is not real_rows:
+        members = [(row.split or "train", row) for row in known_rows] + members
     print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
@@ -1451,7 +1588,7 @@ def main(args):
         known = ImageSet(args.real, *load_real(known_rows, size, args))
     entries = []
     for fake in fakes:
-        entry = evaluate_set(real, fake, known, tools)
+        entry = evaluate_set(real, fake, known, tools, members)
         entries.append(entry)
         print_entry(entry)
     entries.sort(key=rank_key)
@@ -1463,8 +1600,12 @@ def main(args):
     print(f"\n{settings['networks']}")
     write_report(args, settings, entries)
     print(f"report: {os.path.abspath(args.out)}")
+    results = collect_results(args, settings, entries)
+    if args.board:
+        write_board(args, results, entries[0])
+        print(f"for your board: {os.path.abspath(args.board)}")
     if args.json:
-        write_json(args, settings, entries)
+        write_file(args.json, json.dumps(results, indent=1))
         print(f"figures: {os.path.abspath(args.json)}")
     words = [entries[0].fake.path, "--reference", args.real, "--calibrate", "0.05"]
     if args.run:
