@@ -16,9 +16,9 @@ programs (--json):
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
 "subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
-"people": [{"by", "group", "train images", "train patients", …, "copies", "precision",
-"precision_by_chance", "recall", "recall_by_chance"}], "sentences": on labels and utility,
-"marked": files that say they are synthetic, "searched": real images, for copies,
+"people": [{"by", "group", "train images", "train patients", …}], "by_label": [{"label", "copies",
+"precision", "precision by chance", "recall", "recall by chance"}], "sentences": on labels and
+utility, "marked": files that say they are synthetic, "searched": real images, for copies,
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}],
 "run": {"base", "method", "steps", "audit"}}
 
@@ -452,7 +452,7 @@ def drop_faint_colours(images):
 
 
 def list_reference(args):
-    """The real rows to compare with, and those that are searched for copies."""
+    """The real rows to compare with, those that are searched for copies, (split, row) of all."""
     rows = known = list_real(args.real, args)
     columns = rows[0].fields
     if args.by not in ("label", *columns):
@@ -468,7 +468,10 @@ def list_reference(args):
             f"--run {args.run}: too few of these images are held out, or trained on: train with "
             "--val-split 0.4, or name its --val-data as REAL and its --data as --train-data"
         )
-    return rows, known
+    members = [(row.split or "real", row) for row in rows]
+    if known is not rows:
+        members = [(row.split or "train", row) for row in known] + members
+    return rows, known, members
 
 
 def draw_checkpoints(args):
@@ -532,6 +535,7 @@ class Entry:
     utility: dict = None  # classifier: list of doses, as in the JSON
     utility_note: str = ""  # what they are worth, or why there are none
     people: list = ()  # who is in the sets, as in the JSON
+    by_label: list = ()  # copies, precision and recall, as in the JSON
 
     def first(self):
         """Name and Figure of the first metric, by which sets are ranked."""
@@ -542,15 +546,15 @@ def evaluate_set(real, fake, known, tools, members):
     """The Entry of a generated set; members: (split, row) of all real images."""
     args = tools.args
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    figures, mix, by_label = measure_figures(real, fake, tools)
+    figures, mix, label_figures = measure_figures(real, fake, tools)
     drawn = [("generated", row) for row in fake.rows]
-    people, rare = describe_people(members + drawn, copies, by_label)
+    people, by_label, rare = describe_people(members + drawn, copies, label_figures)
     p, differences = test_together(figures)
     features = pooled(real.features, fake.features, tools.network.standardise)
     labels = check_labels(real, fake, args.seed)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else (None, "")
-    more = mix + rare, labels, subgroups, *utility, people
+    more = mix + rare, labels, subgroups, *utility, people, by_label
     return Entry(fake, real, known, figures, p, differences, copies, *more)
 
 
@@ -827,34 +831,37 @@ def figures_by_label(real, fake, joint, draws, least=10):
         found[label] = {}
         for name in ("precision", "recall"):
             figure = measure(name, joint, own_draws, None)
-            found[label] |= {name: figure.value, f"{name}_by_chance": figure.null_low}
+            found[label] |= {name: figure.value, f"{name} by chance": figure.null_low}
     return found
 
 
-def describe_people(members, copies, by_label, rare=10):
-    """Who is in the sets, as in the JSON, and a sentence on labels that few patients show.
+def describe_people(members, copies, figures, rare=10):
+    """Who is in the sets, copies and figures of each label, both as in the JSON, and sentences.
 
-    members: see count_people, the first set was searched for copies. by_label: figures_by_label.
+    members: see count_people, the first set was searched for copies. The sentence, if any, names
+    labels that few patients show.
     """
     copied = Counter()
     for copy in copies.copies:
-        copied.update(label_list(text_key(copy["label"])))
+        copied.update(label_list(text_key(copy["label"])) or ["unknown"])
     searched = members[0][0]
-    nothing = dict.fromkeys("copies precision precision_by_chance recall recall_by_chance".split())
+    nothing = dict.fromkeys(["precision", "precision by chance", "recall", "recall by chance"])
     people = count_people(members)
+    by_label = []
     few = []
     for record in people:
-        record |= nothing
         label = record["group"]
         if record["by"] == "label":
-            record |= {"copies": copied[label]} | by_label.get(label, {})
+            copies_of_it = {"label": label, "copies": copied[label]}
+            by_label.append(copies_of_it | figures.get(label, nothing))
             count = record[f"{searched} patients"] or record[f"{searched} images"]
             if 0 < count < rare and label != "unknown":
                 few.append(f"{label} ({count})")
     if not few:
-        return people, []
+        return people, by_label, []
     text = f"Fewer than {rare} patients, or images of unknown patients, show {', '.join(few)}: "
-    return people, [text + "their pictures are the ones most likely to be learnt by heart."]
+    text += "their pictures are the ones most likely to be learnt by heart."
+    return people, by_label, [text]
 
 
 # ---------------------------------------------------------------- do they help a classifier?
@@ -1225,10 +1232,12 @@ SUBGROUPS = """kid: how far the real images of a subgroup are from generated one
 standard deviation of it; real_vs_rest: how far they are from the other real images."""
 
 PEOPLE = """All real images, and the generated ones that were compared; sex and age by the table or
-DICOM's headers, – where nobody says who the patients are. A patient with several labels counts in
-each. copies: generated images that are copies of one with this label. Where ten images of both sets
-are compared, precision: the share of generated ones that look real, recall: the share of the real
-variety that is reached; by_chance: what nearly all random divisions reach."""
+DICOM's headers; – where nobody says who the patients are. A patient with several labels counts in
+each."""
+
+BY_LABEL = """copies: generated images that are copies of a real one with this label. Where ten
+images of both sets are compared, precision: the share of generated ones that look real, recall: the
+share of the real variety that is reached; by chance: what nearly all random divisions reach."""
 
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
@@ -1323,9 +1332,10 @@ def labels_section(entry):
     return text + table(LABELS_HEADER, label_rows(entry.labels))
 
 
-def people_section(people):
-    """HTML: who is in the sets."""
-    return paragraph(PEOPLE) + table(people[0], [map(digits, record.values()) for record in people])
+def people_section(entry):
+    """HTML: who is in the sets, and copies, precision and recall of each label."""
+    people = paragraph(PEOPLE) + records_table(entry.people)
+    return people + paragraph(BY_LABEL) + records_table(entry.by_label)
 
 
 def utility_section(entry):
@@ -1360,7 +1370,7 @@ def set_section(entry, args):
     if len(entry.subgroups) > 1:  # not all unknown
         body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}"
         body += records_table(entry.subgroups)
-    body += fold("Who is in the sets, label by label", people_section(entry.people))
+    body += fold("Who is in the sets, label by label", people_section(entry))
     return body
 
 
@@ -1393,7 +1403,7 @@ def collect_results(args, settings, entries):
         result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
         result["memorisation"]["pairs"] = entry.copies.pairs
         result["subgroups"] = entry.subgroups
-        result["people"] = entry.people
+        result |= {"people": entry.people, "by_label": entry.by_label}
         result["sentences"] = entry.mix + help_sentences(entry)
         result["marked"] = sum(is_marked(row.path) for row in entry.fake.rows)
         result["searched"] = len(entry.known.rows)
@@ -1456,9 +1466,22 @@ def write_board(args, results, entry):
         "contact": args.contact or "_" * 40,
     }
     parts = {name: html.escape(text) for name, text in texts.items()}
-    parts |= {"people": people_section(entry.people), "figures": figure_lines(entry)}
+    parts |= {"people": people_section(entry), "figures": figure_lines(entry)}
     body = BOARD.format(made=made, run=run, **parts)
     write_file(args.board, page("Generated images: a page for your board", body))
+
+
+def write_results(args, settings, entries):
+    """Write --out, --board and --json, and say where they are."""
+    write_report(args, settings, entries)
+    print(f"report: {os.path.abspath(args.out)}")
+    results = collect_results(args, settings, entries)
+    if args.board:
+        write_board(args, results, entries[0])
+        print(f"for your board: {os.path.abspath(args.board)}")
+    if args.json:
+        write_file(args.json, json.dumps(results, indent=1))
+        print(f"figures: {os.path.abspath(args.json)}")
 
 
 # ---------------------------------------------------------------- flags
@@ -1566,15 +1589,12 @@ def describe(tools, resolution, entries):
 
 def main(args):
     print(f"listing {args.real}")
-    real_rows, known_rows = list_reference(args)
+    real_rows, known_rows, members = list_reference(args)
     sets = [(path, list_images(path)) for path in args.generated]
     tools = load_tools(args)
     if args.checkpoint:
         sets += draw_checkpoints(args)
     resolution = args.resolution or pick_resolution([row for _, rows in sets for row in rows])
-    members = [(row.split or "real", row) for row in real_rows]
-    if known_rows is not real_rows:
-        members = [(row.split or "train", row) for row in known_rows] + members
     print(f"reading {len(real_rows)} real images, and the generated ones, at {resolution} px")
     fakes = [load_set(path, rows, resolution, tools) for path, rows in sets]
     real = load_reference(real_rows, resolution, fakes, tools)
@@ -1598,15 +1618,7 @@ def main(args):
 
     settings = describe(tools, resolution, entries)
     print(f"\n{settings['networks']}")
-    write_report(args, settings, entries)
-    print(f"report: {os.path.abspath(args.out)}")
-    results = collect_results(args, settings, entries)
-    if args.board:
-        write_board(args, results, entries[0])
-        print(f"for your board: {os.path.abspath(args.board)}")
-    if args.json:
-        write_file(args.json, json.dumps(results, indent=1))
-        print(f"figures: {os.path.abspath(args.json)}")
+    write_results(args, settings, entries)
     words = [entries[0].fake.path, "--reference", args.real, "--calibrate", "0.05"]
     if args.run:
         words += ["--run", args.run]
