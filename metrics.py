@@ -4,6 +4,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     foundation    fail, Flags, number, replacing, generator, run_script, pick_device
     reading       read_image: rasters, DICOM files, volumes
     listing       list_images, read_table, fill_captions, split_rows
+    people        count_people: images and patients by label, sex and age
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
@@ -205,7 +206,7 @@ def need_flags(args, needs):
 
 
 # the flags of add_reading_flags
-READING = "image_column caption_column label_column group_column".split()
+READING = "image_column caption_column label_column group_column sex_column age_column".split()
 READING += "crop slices window range allow_burned_in".split()
 
 
@@ -778,6 +779,8 @@ COLUMNS = {
     "caption": ("text", "caption", "prompt"),
     "label": ("label", "labels", "class"),
     "group": ("patient_id", "patient", "subject", "group"),
+    "sex": ("sex", "gender", "patient_sex", "patient_gender"),
+    "age": ("age", "patient_age", "age_approx", "anchor_age"),
 }
 TABLES = ("metadata.csv", "metadata.jsonl", "manifest.csv")
 BAD_SHARE = 0.05  # of a data set may be missing or unreadable; more is a mistake to correct first
@@ -797,6 +800,8 @@ class Row:
     caption: str = ""
     label: str = ""
     group: str = ""
+    sex: str = ""  # this and age are counted and never written: see count_people
+    age: str = ""
     fields: dict = field(default_factory=dict)
     slice: int = None
     split: str = ""
@@ -1008,8 +1013,8 @@ def list_table(table, records, columns, strict):
         path = os.path.join(folder, file_name.replace("\\", "/"))  # of Windows
         path = find_file(os.path.normpath(path))
         if os.path.isfile(path):
-            texts = [fields.get(columns[role], "") for role in ("caption", "label", "group")]
-            rows.append(Row(path, file_name, *texts, fields))
+            texts = [fields.get(columns[role], "") for role in COLUMNS]
+            rows.append(Row(path, file_name, *texts[1:], fields))
         else:
             missing.append(file_name or "(no name)")
     if missing:
@@ -1092,6 +1097,8 @@ def check_dicoms(data, rows):
             kept.append(row)
         elif "Rows" in header and "LOCALIZER" not in (header.get("ImageType") or ()):
             kept.append(row)
+            row.sex = row.sex or str(header.get("PatientSex"))
+            row.age = row.age or str(header.get("PatientAge"))
             if header.get("PatientID") and not row.group:
                 # 16 bits of a hash are too few to tell who it is
                 digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
@@ -1199,6 +1206,66 @@ def read_split(rows, path):
     if not any(row.split for row in rows):
         example = rows[0].file_name
         fail(f"{path}: names none of these images, such as {example}: give the data of that run")
+
+
+# ---------------------------------------------------------------- who is in a set
+
+SEXES = {"f": "female", "female": "female", "m": "male", "male": "male", "o": "other"}
+
+
+def decade_of(age):
+    """The decade of an age such as 67, "067Y", "8 months" or "60-65", else ""."""
+    match = re.search(r"(\d+)[.\d]* *([mwd]?)", age.lower())
+    if not match:
+        return ""
+    years = int(match[1]) // {"m": 12, "w": 52, "d": 365}.get(match[2], 1)
+    if years > 120:  # a year of birth
+        return ""
+    if years >= 90:  # so few that a decade could name one
+        return "90 or more"
+    return f"{years // 10 * 10}–{years // 10 * 10 + 9}"
+
+
+def groups_of(row):
+    """What an image counts for, as (by, group); of sex and age no word of a table is shown."""
+    groups = [("", "all"), ("sex", SEXES.get(text_key(row.sex))), ("age", decade_of(row.age))]
+    if row.fields.get("synthetic") == "1":
+        groups.append(("", "synthetic"))
+    if not row.group:
+        groups.append(("patient", ""))
+    for label in label_list(text_key(row.label)) or [""]:
+        groups.append(("label", label))
+    return [(by, group or "unknown") for by, group in groups]
+
+
+def count_people(members):
+    """Images and patients of each set, in all and by age, label and sex, as in the JSON.
+
+    members: (name of a set, row) of each image. Patients are None where none is known.
+    """
+    patients = {}  # of each image
+    for name, row in members:
+        for by, group in groups_of(row):
+            patients.setdefault((by, group), {}).setdefault(name, []).append(row.group)
+    records = []
+    for (by, group), by_set in sorted(patients.items()):
+        record = {"by": by, "group": group}
+        for name in dict(members):  # of each set
+            found = by_set.get(name, [])
+            record[f"{name} images"] = len(found)
+            record[f"{name} patients"] = len(set(found) - {""}) or None
+        records.append(record)
+    return records
+
+
+def is_marked(path):
+    """Whether a file says in itself that it is synthetic."""
+    header = dicom_header(path)
+    if header is not None:
+        return header.get("SyntheticData") == "YES"
+    with contextlib.suppress(UnidentifiedImageError), Image.open(path) as image:
+        return image.info.get("synthetic") == "true"
+    return False
 
 
 # ---------------------------------------------------------------- from files to pixels

@@ -7,7 +7,8 @@
 
 The same command typed again continues a run that was stopped, bit for bit. Written into --out:
 lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
-samples/, log.jsonl, args.json, split.csv, audit.json, report.html and README.md, a model card.
+samples/, log.jsonl, args.json, split.csv and people.csv, audit.json, report.html and README.md, a
+model card.
 """
 
 import argparse
@@ -52,6 +53,7 @@ from metrics import (
     command,
     content_hash,
     copy_file,
+    count_people,
     curve,
     data_set,
     existing_file,
@@ -561,7 +563,8 @@ def fixed_settings(train_rows, val_rows, args):
 # flags on which what is learnt does not depend, or which fixed_settings replaces
 MAY_CHANGE = """epochs out resume device precision save_every keep_last log_every val_prompts
     validate_every val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
-    val_data class_data audit patience tensorboard wandb compile gradient_checkpointing""".split()
+    val_data class_data audit patience tensorboard wandb compile gradient_checkpointing
+    sex_column age_column""".split()
 hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 
@@ -1399,6 +1402,8 @@ def describe_run(rows, state, data, validation, args):
     """Before anything long starts: write who is where, print what will be trained on what."""
     lines = [[row.file_name, row.group, row.split] for row in rows]
     write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
+    people = count_people([(row.split, row) for row in rows])
+    write_csv(Path(args.out, "people.csv"), people[0], [record.values() for record in people])
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
     print(

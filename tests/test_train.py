@@ -162,6 +162,12 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_
     assert Image.open(tmp_path / "samples" / "step-00000012.png").width > 64
     split = (tmp_path / "split.csv").read_text().splitlines()
     assert split[0] == "file_name,group,split" and len(split) == 25
+    people = metrics.read_table(tmp_path / "people.csv")
+    counts = {(record["by"], record["group"]): record for record in people}
+    for by, group, count in (("", "all", 24), ("label", "calm", 12), ("sex", "unknown", 24)):
+        record = counts[by, group]
+        assert int(record["train images"]) + int(record["val images"]) == count
+        assert record["train patients"] == record["val patients"] == ""
     pairs, metadata, _ = lora.load(tmp_path / "lora.safetensors")
     assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == 2
     assert metadata["grey"] is False
