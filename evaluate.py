@@ -11,8 +11,8 @@ report for any browser (--out) and the same figures for programs (--json):
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
-"band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
-"similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
+"band"}}, "findings": sentences, "memorisation": {"likely_copies", "copies": [{"generated", "train",
+"kind", "label", "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
 "subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
@@ -1315,6 +1315,9 @@ def write_json(args, settings, entries):
             figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
         result["metrics"] = figures
+        result["findings"] = findings(entry)[1]
+        helps = [dose_sentence(doses) for doses in (entry.utility or {}).values()]
+        result["findings"] += [f"Added to a classifier's training: {text}." for text in helps]
         copies = entry.copies.copies
         result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
         result["memorisation"]["pairs"] = entry.copies.pairs

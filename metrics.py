@@ -8,6 +8,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     descriptors   texture, colour, grain; get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; copy_finder
     the page      page, table, dot_lines, thumbnail, zoom, pair, curve
+    the card      write_card, counts_table: README.md of a model or of images
 """
 
 import argparse
@@ -268,6 +269,13 @@ def add_common_flags(group):
     add("--device", "auto, cpu, cuda or cuda:N", "auto")
     add("--precision", "of the networks", "auto", choices=["auto", "fp32", "bf16", "fp16"])
     add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
+
+
+def add_card_flags(group):
+    """What a card says of the training images, by train.py and filter.py alike."""
+    add = flag_adder(group)
+    add("--data-licence", "of the training images, for README.md", "not stated")
+    add("--ethics", "approval of their use, for README.md", "not stated")
 
 
 @contextlib.contextmanager
@@ -2866,3 +2874,113 @@ def round_numbers(values):
     while span < 2 * step:
         step /= 2
     return np.arange(math.floor(low / step), math.ceil((low + span) / step) + 1) * step
+
+
+# ---------------------------------------------------------------- the card
+
+# What fewer patients share can tell who they are, and a rare label may be the name of a folder.
+FEW = 5
+CARD_COLUMNS = {
+    "sex": ("sex", "gender", "patient_sex", "patient_gender"),
+    "age": ("age", "patient_age"),
+}
+BASE_LICENCES = {  # what stands in the name of a base -> its licence
+    r"\btiny( |$)": "MIT",
+    "sd15|diffusion-v1": "CreativeML Open RAIL-M",
+    "sd21|sdxl|diffusion-(2|xl)": "CreativeML Open RAIL++-M",
+}
+CARD = """---
+license: other
+license_name: that-of-the-base-and-of-the-data
+{header}
+---
+
+# {title}
+
+## What the images show
+
+| | images |
+|---|---|
+{counts}
+
+What fewer than five patients are known to show is not named, and a count below five is "<5".
+
+## From what it was made
+
+- training images: {images}; patients: {patients}
+- licence of these images: {data_licence}
+- ethics approval: {ethics}
+- base: {model}; its licence: {base_licence}
+- adapter, or model trained whole, first letters of its hash: {adapter}
+
+## How it was made and checked
+
+{checks}
+
+Flags that are numbers: {flags}.
+
+## Privacy
+
+Privacy method: none; not differentially private. {audit}
+
+## Intended use and limits
+
+Research, such as enlarging training sets, after an evaluation against held-out real images; not
+for diagnosis. A synthetic image shows no patient, but may repeat a training image. It inherits the
+biases of the training set and what the licence of the base demands.
+
+## How to cite
+
+Name medlora, the base and the adapter's hash, and say which images are synthetic.
+"""
+
+
+def write_card(args, **parts):
+    """README.md in --out: the parts of CARD, "not stated" where empty; none may name a person."""
+    licences = [text for name, text in BASE_LICENCES.items() if re.search(name, parts["model"])]
+    parts["base_licence"] = ", ".join(licences)
+    numbers = []  # paths, prompts and columns may name somebody
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            numbers.append(f"{name} {value}")
+    parts["flags"] = ", ".join(numbers)
+    parts = {name: value or "not stated" for name, value in parts.items()}
+    write_file(os.path.join(args.out, "README.md"), CARD.format_map(vars(args) | parts))
+
+
+def values_of(row, kind):
+    """The labels, sex or decade of age of an image, [] where it is not known."""
+    if kind == "label":
+        return [text_key(label) for label in label_list(row.label)]
+    text = text_key(row.fields.get(find_column(row.fields, kind, CARD_COLUMNS), ""))
+    if kind == "age":
+        years = re.fullmatch(r"(\d{1,3})(\.\d+)?( ?y(ears?)?)?", text)  # 67 or 067Y, not a date
+        text = f"{int(years[1]) // 10 * 10}s" if years else ""
+    return [text] if text else []
+
+
+def patients_of_values(rows, kind):
+    """The patients that show each label, sex or decade of age: {value: set}."""
+    patients = {}
+    for row in rows:
+        # the images of a folder without a table may all be of one patient, and its name the label
+        patient = row.group or (row.path if row.fields else "")
+        for value in values_of(row, kind):
+            patients.setdefault(value, set()).add(patient)
+    return patients
+
+
+def counts_table(rows, real_rows):
+    """Markdown: how many images show what, by name if FEW or more patients of real_rows show it."""
+    lines = []
+    for kind in ("label", "sex", "age"):
+        patients = patients_of_values(real_rows, kind) or patients_of_values(rows, kind)
+        counts = Counter()
+        for row in rows:
+            for value in values_of(row, kind) or [""]:
+                is_common = len(patients.get(value, "")) >= FEW
+                counts[value if is_common else "other or not known"] += 1
+        for value, count in sorted(counts.items()):
+            shown = count if count >= FEW else f"<{FEW}"
+            lines.append(f"| {kind}: {value} | {shown} |")
+    return "\n".join(lines)

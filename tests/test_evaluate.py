@@ -107,7 +107,8 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     assert figures["format"] == 2
     assert figures["real"] == {"path": real, "n": 24}
     (entry,) = figures["generated"]
-    assert list(entry) == ["path", "n", "p", "metrics", "memorisation", "subgroups"]
+    assert list(entry) == ["path", "n", "p", "metrics", "findings", "memorisation", "subgroups"]
+    assert entry["findings"][0] in done.stdout
     assert 0.05 < entry["p"] <= 1
     assert (entry["path"], entry["n"]) == (fake, 20)
     usual = [name for name, (_, _, need) in METRICS.items() if need not in ("logits", "lpips")]

@@ -525,11 +525,11 @@ def test_what_was_drawn_before_a_full_disk_or_an_interrupt_stays(
     calls = []
     main = sample.main
 
-    def failing_encoder(image, parameters):
+    def failing_encoder(image, parameters, marks):
         calls.append(parameters)
         if len(calls) == 4:
             raise error
-        return sample.encode_png(image, parameters)
+        return sample.encode_png(image, parameters, marks)
 
     monkeypatch.setattr(sample, "main", lambda args: sample.run_script(main, lambda: args))
     capsys.readouterr()
