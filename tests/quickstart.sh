@@ -15,11 +15,10 @@ python sample.py --lora "$OUT/train/lora.safetensors" --labels-from "$DATA" "$@"
     --overwrite --out "$OUT/samples"
 python evaluate.py "$DATA" "$OUT/samples" --run "$OUT/train" --out "$OUT/report.html" --json "$OUT/report.json"
 python filter.py "$OUT/samples" --reference "$DATA" --run "$OUT/train" --calibrate 0.05 --drop-copies --drop-duplicates \
-    --report "$OUT/report.json" --out "$OUT/kept"
+    --out "$OUT/kept"
 
 echo "
 Look at:
   $OUT/samples/grid.png     what was drawn
   $OUT/report.html          how good it is
-  $OUT/kept/filter.html     what was kept and why
-  $OUT/kept/README.md       a card that travels with the kept images"
+  $OUT/kept/filter.html     what was kept and why"
