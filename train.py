@@ -1758,8 +1758,8 @@ def show_ceiling(base, pixels, folder, args):
     psnr = (10 * (255**2 / (error + 0.01)).log10()).mean()
     shown = np.argsort(ssim)[[0, len(ssim) // 2, -1]]
     pairs = torch.cat([before, after], 3)[shown]
-    # not save_png, which marks a file as synthetic
-    picture(torch.cat(list(pairs), 1)).save(folder / "vae.png")
+    with replacing(folder / "vae.png") as file:  # not save_png, which marks what is synthetic
+        picture(torch.cat(list(pairs), 1)).save(file, "PNG")
     print(
         f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {np.mean(ssim):.3f}: look at "
         f"{folder}/vae.png, left as stored\n"
@@ -1820,7 +1820,8 @@ def write_preview(rows, pixels, folder, args):
     cells = []
     for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
         cells.append((Image.open(folder / name), caption or label, source))
-    contact_sheet(cells).save(folder / "grid.png")
+    with replacing(folder / "grid.png") as file:
+        contact_sheet(cells).save(file, "PNG")
     print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 

@@ -200,16 +200,16 @@ def film(seed):
 
 
 def plant_table(folder):
-    """16 films of 8 patients, named in file names, columns and captions, one with a rare label."""
+    """32 films of 16 patients, named in file names, columns and captions, one with a rare label."""
     folder.mkdir(parents=True)
     rows = []
-    for i in range(16):
+    for i in range(32):
         name = f"Mueller_Hans_1950-03-12_{i}.png"
         Image.fromarray(film(i)).save(folder / name)
-        label = "Müller's syndrome" if i % 8 == 7 else "normal"
+        label = "Müller's syndrome" if i % 16 == 15 else "normal"
         caption = f"Film of Hans Müller, born 12.03.1950, read by Anna at the Charité, no. {i}"
         rows.append(
-            [name, caption, label, f"MRN-77{i % 8}", "Hans Müller", "1950-03-12", "M", "067Y"]
+            [name, caption, label, f"MRN-77{i % 16}", "Hans Müller", "1950-03-12", "M", "067Y"]
         )
     columns = "file_name text label patient_id name birth_date sex age".split()
     write_csv(folder / "metadata.csv", columns, rows)
@@ -217,16 +217,16 @@ def plant_table(folder):
 
 
 def plant_dicom(folder):
-    """16 films of 8 patients, each in a folder of that name, and all is in the headers."""
-    for i in range(16):
-        place = folder / f"Mueller_Hans_{i % 8}"
+    """32 films of 16 patients, each in a folder of that name, and all is in the headers."""
+    for i in range(32):
+        place = folder / f"Mueller_Hans_{i % 16}"
         place.mkdir(parents=True, exist_ok=True)
         write_dicom(
             place / f"MRN-77{i}.dcm",
             film(i)[..., 0].copy(),
             SpecificCharacterSet="ISO_IR 192",
             PatientName="Müller^Hans",
-            PatientID=f"MRN-77{i % 8}",
+            PatientID=f"MRN-77{i % 16}",
             PatientBirthDate="19500312",
             ReferringPhysicianName="Müller^Anna",
             InstitutionName="Charité",
@@ -261,7 +261,7 @@ def test_no_card_and_no_mark_names_anybody(plant, base, tmp_path, run, monkeypat
     drawn = tmp_path / "Hans" / "drawn"
     kept = tmp_path / "Hans" / "kept"
     report = tmp_path / "report.json"
-    flags = ["--base", base, "--data", real, *plant(real), "--resolution", 64, "--val-split", 0.4]
+    flags = ["--base", base, "--data", real, *plant(real), "--resolution", 64, "--val-split", 0.5]
     run(train, *flags, "--steps", 1, "--rank", 2, "--val-samples", 0, "--out", out)
     flags = ["--lora", out / "lora.safetensors", "--prompt", "a film", "--steps", 1]
     run(sample, *flags, "--num-images", 7, "--out", drawn)
@@ -395,7 +395,7 @@ def test_an_audit_that_is_missing_or_damaged_is_one_line(content, card_of, make_
     text = card_of("--run", folder)
     assert "No membership audit is known." in text
     assert "- training images: 8; patients: not stated\n" in text
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "audit" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "audit.json" in line]
     assert line == f"{folder}: audit.json is missing or damaged: train.py --audit makes it"
 
 
