@@ -971,7 +971,7 @@ def test_copies_of_real_images_are_refused_where_asked(draw, images, tmp_path, m
 
 def test_both_scores_stand_in_a_files_name_and_the_picture_is_known_again(tmp_path):
     args = SimpleNamespace(out=tmp_path, format="png", selector="s", reference=None)
-    record = {"settings": "x", "prompt": "x"}
+    record = {"settings": "x", "prompt": "x", "model": "x", "adapter": "none", "seed": 0}
     drawing = sample.Drawing(sample.Row("", "", "x"), 0, "x-0000", "x", record)
     scores = {"quality": "0.91", "alignment": "0.23"}
     folder = sample.Manifest(tmp_path)
