@@ -1058,6 +1058,14 @@ def findings(entry):
     return mark, text
 
 
+def card_sentences(entry):
+    """What a card may say of a set: no label, which may be somebody's name, and no file."""
+    text = findings(entry)[1]
+    for doses in (entry.utility or {}).values():
+        text.append(f"Added to a classifier's training: {dose_sentence(doses)}.")
+    return text
+
+
 def name_differences(differences, kind):
     """The metrics of one kind in plain words, those that see the same together; "" if none is."""
     found = {}
@@ -1315,9 +1323,7 @@ def write_json(args, settings, entries):
             figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
         result["metrics"] = figures
-        result["findings"] = findings(entry)[1]
-        helps = [dose_sentence(doses) for doses in (entry.utility or {}).values()]
-        result["findings"] += [f"Added to a classifier's training: {text}." for text in helps]
+        result["findings"] = card_sentences(entry)
         copies = entry.copies.copies
         result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
         result["memorisation"]["pairs"] = entry.copies.pairs

@@ -694,8 +694,8 @@ def other_limits(reference, real_rows, rows, scores):
 
 def read_origin(args):
     """What the card says of the training, by --run, and of the evaluation, by --report."""
-    origin = {"images": 0, "patients": 0, "audit": "No membership audit is known."}
-    origin["evaluation"] = read_report(args)
+    origin = {"images": 0, "patients": 0, "evaluation": read_report(args)}
+    origin["audit"] = "No membership audit is known."
     if args.run:
         split = read_table(os.path.join(args.run, "split.csv"))
         groups = [record["group"] for record in split if record["split"] == "train"]

@@ -2902,7 +2902,6 @@ license_name: that-of-the-base-and-of-the-data
 | | images |
 |---|---|
 {counts}
-
 What fewer than five patients are known to show is not named, and a count below five is "<5".
 
 ## From what it was made
@@ -2917,8 +2916,9 @@ What fewer than five patients are known to show is not named, and a count below 
 
 {checks}
 
-Flags that are numbers: {flags}.
+Flags that are numbers:
 
+{flags}
 ## Privacy
 
 Privacy method: none; not differentially private. {audit}
@@ -2939,11 +2939,10 @@ def write_card(args, **parts):
     """README.md in --out: the parts of CARD, "not stated" where empty; none may name a person."""
     licences = [text for name, text in BASE_LICENCES.items() if re.search(name, parts["model"])]
     parts["base_licence"] = ", ".join(licences)
-    numbers = []  # paths, prompts and columns may name somebody
+    parts["flags"] = ""
     for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            numbers.append(f"{name} {value}")
-    parts["flags"] = ", ".join(numbers)
+        if isinstance(value, int | float):  # paths, prompts and columns may name somebody
+            parts["flags"] += f"- {name}: {value}\n"
     parts = {name: value or "not stated" for name, value in parts.items()}
     write_file(os.path.join(args.out, "README.md"), CARD.format_map(vars(args) | parts))
 
@@ -2972,7 +2971,7 @@ def patients_of_values(rows, kind):
 
 def counts_table(rows, real_rows):
     """Markdown: how many images show what, by name if FEW or more patients of real_rows show it."""
-    lines = []
+    lines = ""
     for kind in ("label", "sex", "age"):
         patients = patients_of_values(real_rows, kind) or patients_of_values(rows, kind)
         counts = Counter()
@@ -2982,5 +2981,5 @@ def counts_table(rows, real_rows):
                 counts[value if is_common else "other or not known"] += 1
         for value, count in sorted(counts.items()):
             shown = count if count >= FEW else f"<{FEW}"
-            lines.append(f"| {kind}: {value} | {shown} |")
-    return "\n".join(lines)
+            lines += f"| {kind}: {value} | {shown} |\n"
+    return lines

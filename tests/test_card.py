@@ -301,7 +301,7 @@ def test_no_card_and_no_mark_names_anybody(plant, base, tmp_path, run, monkeypat
         "Of 8 drawn images:\n\n- kept: 7 (88%)\n- copy: 1 (12%)\n",
         f"evaluate.py on all drawn images: {' '.join(found['findings'])}",
         " Copies of real images: 1.\n",
-        "drop_copies True, ",
+        "- drop_copies: True\n",
         f"not differentially private. {audit}\n",
     ):
         assert text in card.text
@@ -427,4 +427,4 @@ def test_a_card_names_the_licence_of_the_base(base, licence, tmp_path):
     metrics.write_card(args, **parts, model=base)
     text = (tmp_path / "README.md").read_text()
     assert f"- base: {base}; its licence: {licence}\n" in text
-    assert "Flags that are numbers: lr 0.5." in text
+    assert "Flags that are numbers:\n\n- lr: 0.5\n\n## Privacy" in text

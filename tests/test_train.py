@@ -1632,7 +1632,7 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
         f"- training images: {split.count('train')}; patients: unknown\n",
         "- licence of these images: not stated\n- ethics approval: EK 7/2025\n",
         f"first letters of its hash: {digest[:10]}\n",
-        "steps 2, epochs 0.0, batch_size 8,",
+        "- steps: 2\n- epochs: 0.0\n- batch_size: 8\n",
         "not differentially private. No membership audit: it needs five held-out patients",
         "not\nfor diagnosis",
     ):
