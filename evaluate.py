@@ -56,6 +56,7 @@ from metrics import (
     extract,
     fail,
     fit_square,
+    flag_adder,
     fold,
     frechet,
     generator,
@@ -99,7 +100,7 @@ from metrics import (
 HALVES = 20  # random halves of the real set
 SHARES = (0, 10, 25, 50, 100, 200)  # percent of generated images added for --utility
 SEEDS = 5  # of the classifiers of --utility
-BAND_WORDS = ("excellent", "good", "fair")
+BAND_WORDS = ("excellent", "good", "fair", "poor")
 BANDS = {
     "fid": (30, 50, 100),
     "ssim_nearest": (0.8, 0.7, 0.6),
@@ -179,14 +180,6 @@ def measure(name, joint, draws, halves):
 # 0 in neither.
 
 
-def units_of(groups):
-    """The images of each group as lists of numbers; an image without a group ("") is alone."""
-    units = {}
-    for i, name in enumerate(groups):
-        units.setdefault(name or i, []).append(i)
-    return list(units.values())
-
-
 def shuffles(count, size, *key):
     """`count` random orders of `size` things: (count, size)."""
     return torch.rand(count, size, generator=generator(*key)).argsort(1).numpy()
@@ -204,19 +197,18 @@ def permutation_draws(n, m, count, seed, groups=(), labels=None):
     draws[:, n:] = -1
     if labels is None:
         labels = np.zeros(n + m, int)
-    pairs = []
-    for unit in units_of(groups):
-        if len(unit) == 2 and unit[0] < n <= unit[1] and len(set(labels[unit])) == 1:
-            pairs.append(unit)
-    pairs = np.array(pairs, int).reshape(-1, 2)
-    alone = np.setdiff1d(np.arange(n + m), pairs)
+    names, first, second = np.intersect1d(groups[:n], groups[n:], return_indices=True)
+    second += n
+    is_pair = (names != "") & (labels[first] == labels[second])
+    first, second = first[is_pair], second[is_pair]
+    alone = np.setdiff1d(np.arange(n + m), [first, second])
     for label in np.unique(labels):
         members = alone[labels[alone] == label]
         order = shuffles(count, len(members), seed, "permutation", str(label))
         draws[1:, members] = draws[0, members][order]
-    sides = torch.randint(2, (count, len(pairs)), generator=generator(seed, "swap")).numpy()
-    draws[1:, pairs[:, 0]] = 1 - 2 * sides
-    draws[1:, pairs[:, 1]] = 2 * sides - 1
+    sides = torch.randint(2, (count, len(first)), generator=generator(seed, "swap")).numpy()
+    draws[1:, first] = 1 - 2 * sides
+    draws[1:, second] = 2 * sides - 1
     return draws
 
 
@@ -348,8 +340,6 @@ class ImageSet:
     features: np.ndarray = None  # (N, D)
     all_features: np.ndarray = None  # also those of images that were not drawn
     drawn: np.ndarray = None  # bool (N,), one image of each unit
-    targets: np.ndarray = None  # (N, classes) in {0, 1}, for --utility
-    small: torch.Tensor = None  # (N, 3, 64, 64), for --utility
 
     @cached_property
     def finder(self):
@@ -378,22 +368,20 @@ def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_gra
     return images
 
 
-def draw_units(images, seed, least=10):
+def draw_units(images, seed):
     """One image of each unit, bool (N,).
 
     A unit is a patient, or a picture stored several times, which may join patients. Of fewer than
-    `least` units each image counts: then the figures hold for these patients alone.
+    ten units each image counts: then the figures hold for these patients alone.
     """
     count = len(images.rows)
     order = shuffles(1, count, seed, "units", images.path)[0]
     drawn = order[np.unique(images.finder.unit_of[order], return_index=True)[1]]
-    if len(drawn) < least:
+    if len(drawn) < 10:
         drawn = order
-    repeated = (np.bincount(images.finder.picture_of) > 1).sum()
-    if repeated:
-        print(f"{images.path}: {repeated} pictures are stored more than once: each is one unit")
     if len(drawn) < count:
-        print(f"{images.path}: {len(drawn)} of {count} images are compared, one of each unit")
+        text = "one of each patient and of each picture that is stored twice"
+        print(f"{images.path}: {len(drawn)} of {count} images are compared, {text}")
     return np.isin(np.arange(count), drawn)
 
 
@@ -463,12 +451,11 @@ def list_reference(args):
 
 def draw_checkpoints(args):
     """Draw --num-samples images from each checkpoint with sample.py: [(folder, rows), …]."""
-    place = Path(args.checkpoint)
-    checkpoints = [place]
-    if not place.is_file():
-        checkpoints = sorted(place.rglob("step-*.pt"))
+    checkpoints = [Path(args.checkpoint)]
+    if checkpoints[0].is_dir():
+        checkpoints = sorted(checkpoints[0].rglob("step-*.pt"))
     if not checkpoints:
-        fail(f"--checkpoint {place}: no checkpoint there; give a file or a run's folder")
+        fail(f"--checkpoint {args.checkpoint}: no checkpoint there; give a file or a run's folder")
     sets = []
     for path in checkpoints:
         try:
@@ -477,11 +464,12 @@ def draw_checkpoints(args):
         except Exception as why:  # torch has many for a damaged file
             fail(f"--checkpoint {path}: not a checkpoint of train.py ({type(why).__name__})")
         folder = f"{Path(args.out).with_suffix('')}-samples/{path.parent.parent.name}-{path.stem}"
-        words = [sys.executable, Path(__file__).with_name("sample.py"), "--checkpoint", path]
-        words += ["--out", folder, "--num-images", -(-args.num_samples // len(prompts))]
-        words += ["--steps", args.steps, "--guidance-scale", args.guidance_scale]
-        words += ["--batch-size", args.batch_size, "--device", args.device, "--seed", args.seed]
-        status = subprocess.run([str(word) for word in words]).returncode
+        words = ["--checkpoint", path, "--out", folder]
+        words += ["--num-images", -(-args.num_samples // len(prompts))]
+        for name in ("steps", "guidance_scale", "batch_size", "device", "seed"):
+            words += [f"--{name}".replace("_", "-"), getattr(args, name)]
+        script = Path(__file__).with_name("sample.py")
+        status = subprocess.run([sys.executable, script, *map(str, words)]).returncode
         if status:
             sys.exit(status)
         # a run of the same name may have left other prompts' images
@@ -499,10 +487,8 @@ class Copies:
 
     sentence: str
     copies: list = ()  # as in the JSON, the most alike first
-    pairs: list = ()  # the 12 nearest, as in the JSON
-    numbers: list = ()  # (generated, known) image of each copy, then of each pair
-    count: int = 0  # nearer to a known image than few are to another
-    chance: float = 1.0  # of so many or more
+    pairs: list = ()  # 12 as in the JSON: the copies, then the nearest
+    numbers: list = ()  # (generated, known) image of each pair
 
 
 @dataclass
@@ -519,8 +505,8 @@ class Entry:
     mix: list  # sentences on the labels
     labels: dict  # what images with them look like, as in the JSON
     subgroups: list  # as in the JSON
-    utility: dict = None  # classifier: list of doses, as in the JSON
-    utility_note: str = ""  # what they are worth, or why there are none
+    utility: dict  # classifier: list of doses, as in the JSON
+    utility_note: str  # what they are worth, or why there are none
 
     def first(self):
         """Name and Figure of the first metric, by which sets are ranked."""
@@ -536,7 +522,7 @@ def evaluate_set(real, fake, known, tools):
     features = pooled(real.features, fake.features, tools.network.standardise)
     labels = check_labels(real, fake, args.seed)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
-    utility = measure_utility(real, known, fake, tools) if args.utility else (None, "")
+    utility = measure_utility(real, known, fake, tools) if args.utility else ({}, "")
     more = mix, labels, subgroups, *utility
     return Entry(fake, real, known, figures, p, differences, copies, *more)
 
@@ -565,52 +551,50 @@ def measure_figures(real, fake, tools):
 
 
 def match_labels(real, fake, seed):
-    """The images of both sets that are compared, a number for the label of each, and sentences.
+    """Both sets with one mix of labels, a number for the label of each image, and sentences.
 
-    Of labels that both sets have, images are drawn by the seed so that each has the same share in
-    both, at the ratio of the two sets that keeps the most. All other labels are as one, 0.
+    Of each label that both sets have, images are drawn by the seed, `ratio` generated ones for a
+    real one: all real ones of a typical real image's label. All other labels are as one, 0.
     """
-    n = len(real.rows)
-    labels = np.array([text_key(row.label) for row in real.rows + fake.rows])
-    names = np.setdiff1d(np.intersect1d(labels[:n], labels[n:]), [""])
-    has_label = labels[:, None] == names  # (images, labels of both sets)
-    counts = has_label[:n].sum(0), has_label[n:].sum(0)
+    real_labels = np.array([text_key(row.label) for row in real.rows])
+    fake_labels = np.array([text_key(row.label) for row in fake.rows])
+    in_real, in_fake = Counter(real_labels), Counter(fake_labels)
+    shared = sorted((in_real.keys() & in_fake.keys()) - {""})
+    ratios = [in_fake[label] / in_real[label] for label in real_labels if label in shared]
+    ratio = np.quantile(ratios or [1], 0.5, method="higher")
+    fake_counts = {label: min(in_fake[label], ratio * in_real[label]) for label in shared}
+    real_counts = {label: count / ratio for label, count in fake_counts.items()}
+    keep_real = draw_labels(real_labels, real_counts, seed)
+    keep_fake = draw_labels(fake_labels, fake_counts, seed)
+    sentences = lonely_labels(in_real, in_fake)
+    if not (keep_real.all() and keep_fake.all()):
+        real, fake = subset(real, keep_real), subset(fake, keep_fake)
+        text = f"{len(fake.rows)} generated and {len(real.rows)} real images of one mix"
+        sentences.append(f"The mix of labels is not the real one: compared are {text}.")
+    numbers = {label: k for k, label in enumerate(shared, 1)}
+    labels = [*real_labels[keep_real], *fake_labels[keep_fake]]
+    return real, fake, np.array([numbers.get(label, 0) for label in labels]), sentences
 
-    def kept(ratio):
-        return np.minimum(counts[1], ratio * counts[0]).sum() * (1 + 1 / ratio)
 
-    ratio = max(counts[1] / counts[0], key=kept, default=1)
-    wanted = np.minimum(counts[1], ratio * counts[0])
-    keep = draw_mix(has_label[:n], wanted / ratio, seed), draw_mix(has_label[n:], wanted, seed)
-    sentences = mix_sentences(labels[:n], labels[n:], names, keep)
-    keep_all = np.concatenate(keep)
-    if not keep_all.all():
-        real, fake = subset(real, keep[0]), subset(fake, keep[1])
-    return real, fake, (has_label @ np.arange(1, 1 + len(names)))[keep_all], sentences
-
-
-def draw_mix(has_label, counts, seed):
-    """bool (N,): about so many images of each label (N, labels), and all without one."""
-    limits = np.diff(np.rint(np.cumsum(counts)), prepend=0)  # parts of an image add up
-    order = torch.randperm(len(has_label), generator=generator(seed, "labels")).numpy()
-    keep = np.zeros(len(has_label), bool)
-    keep[order] = (~has_label[order] | (has_label[order].cumsum(0) <= limits)).all(1)
+def draw_labels(labels, counts, seed):
+    """bool (N,): about so many images of each label, drawn by the seed, and all of other labels."""
+    keep = np.ones(len(labels), bool)
+    order = shuffles(1, len(labels), seed, "labels")[0]
+    for label, count in counts.items():
+        members = order[labels[order] == label]
+        keep[members[max(1, round(count)) :]] = False
     return keep
 
 
-def mix_sentences(real, fake, names, keep):
-    """How the labels (N,) and (M,) differ and how many images are compared, [str]."""
+def lonely_labels(real, fake):
+    """Sentences on the labels of one set alone, of {label: images}, where both have labels."""
     sentences = []
-    if not (keep[0].all() and keep[1].all()):
-        shares = [(side[:, None] == names).mean(0) for side in (real, fake)]
-        k = np.abs(shares[1] - shares[0]).argmax()
-        text = f'Of the generated images {shares[1][k]:.0%} are "{names[k]}", of the real ones '
-        text += f"{shares[0][k]:.0%}: compared are {keep[1].sum()} generated and {keep[0].sum()} "
-        sentences.append(text + "real images with the same mix of labels.")
-    for kind, side in (("real", real), ("generated", fake)):
-        alone = np.setdiff1d(side, [*names, ""])
-        if len(alone) and any(real) and any(fake):
-            sentences.append(f"Only the {kind} set has the labels {', '.join(alone)[:200]}.")
+    for kind, own, others in (("real", real, fake), ("generated", fake, real)):
+        alone = own.keys() - others.keys() - {""}
+        if alone and any(others):
+            sentences.append(
+                f"Only the {kind} set has the labels {', '.join(sorted(alone))[:200]}."
+            )
     return sentences
 
 
@@ -637,58 +621,51 @@ def band(limits, figure):
     if limits is None:
         return None
     sign = 1 if figure.lower_is_better else -1
-    for word, limit in zip(BAND_WORDS, limits, strict=True):
-        if sign * figure.value <= sign * limit:
-            return word
-    return "poor"
+    return BAND_WORDS[np.searchsorted(sign * np.array(limits), sign * figure.value)]
 
 
 def find_copies(known, fake, args):
     """Generated images that are the same picture as a known one, and those nearer than usual."""
     index, similarity, kinds, is_copy = known.finder.find(fake.pixels)
     usual = known.finder.usual
-
-    def names(i):
-        return {"generated": fake.rows[i].file_name, "train": known.rows[index[i]].file_name}
-
-    order = np.argsort(-similarity, kind="stable")
-    copied = order[is_copy[order]]
+    nearest = np.lexsort((-similarity, ~is_copy))  # copies first
     copies = []
-    for i in copied:
-        label = known.rows[index[i]].label
-        copies.append(names(i) | {"kind": kinds[i], "label": label, "similarity": similarity[i]})
     pairs = []
-    for i in order[:12]:
+    for i in nearest[: max(12, is_copy.sum())]:
+        match = known.rows[index[i]]
+        names = {"generated": fake.rows[i].file_name, "train": match.file_name}
+        if is_copy[i]:
+            kind = {"kind": kinds[i], "label": match.label}
+            copies.append(names | kind | {"similarity": similarity[i]})
         p = (1 + (usual >= similarity[i]).sum()) / (1 + len(usual))
-        pairs.append(names(i) | {"distance": 1 - similarity[i], "p": p})
-    numbers = [(i, index[i]) for i in (*copied, *order[:12])]
+        pairs.append(names | {"distance": 1 - similarity[i], "p": p})
     kind = "training" if args.run or args.train_data else "real"
     text = copies_sentence(copies, len(fake.rows), f"one of {len(known.rows)} {kind} images")
-    count, chance, words = count_near(usual, similarity[fake.finder.first])
+    chance, words = count_near(usual, similarity[fake.finder.first])
     text += f" {words}"
     if chance <= 0.01:
         text += ": more than by chance, look at the pairs"
     elif not copies:
         text += ": no sign of copying"
-    return Copies(text + ".", copies, pairs, numbers, count, chance)
+    numbers = [(i, index[i]) for i in nearest[:12]]
+    return Copies(text + ".", copies, pairs[:12], numbers)
 
 
-def count_near(usual, similarity, share=0.1):
-    """How many generated pictures are as like a real one as few real ones are, p, and words.
+def count_near(usual, similarity):
+    """p of how many generated pictures are as like a real one as few real ones are, and words.
 
     Fresh ones fall among the real ones' `usual` similarities at random, so that the number above
     the k-th largest is beta-binomial.
     """
     n, m = len(usual), len(similarity)
-    k = min(n, max(5, round(share * n)))
+    k = min(n, max(5, round(0.1 * n)))
     count = (similarity > np.sort(usual)[-k]).sum()
-    counts = np.arange(count, m + 1)
-    log_shares = special.betaln(counts + k, m - counts + n + 1 - k) - special.betaln(k, n + 1 - k)
-    log_shares -= special.betaln(counts + 1, m - counts + 1) + np.log(m + 1)
-    chance = np.exp(log_shares).sum()
+    gen = np.random.default_rng(0)
+    by_chance = gen.binomial(m, gen.beta(k, n + 1 - k, 9999))
+    chance = (1 + (by_chance >= count).sum()) / 10_000
     text = f"{count} of {m} are more like one than all but {k / n:.0%} of those are like another"
     text += f" ({digits(m * k / (n + 1), 2)} expected, p {digits(chance, 2)})"
-    return count, chance, text
+    return chance, text
 
 
 def copies_sentence(copies, count, known):
@@ -707,11 +684,9 @@ def copies_sentence(copies, count, known):
 
 
 def may_be_copies(entry):
-    """Whether a set is too close to the real one, as a whole or by images."""
+    """Whether a set is too close to the real one: as a whole, or one in ten images."""
     name, _ = entry.first()
-    many = 0.1 * len(entry.fake.rows)
-    too_many = entry.copies.count > many and entry.copies.chance <= 0.001
-    too_many |= len(entry.copies.copies) > many
+    too_many = len(entry.copies.copies) > 0.1 * len(entry.fake.rows)
     return too_many or entry.differences.get(name) == "too good"
 
 
@@ -719,60 +694,46 @@ def check_labels(real, fake, seed):
     """What images of each label look like, as in the JSON: {} without labels that can be checked.
 
     table: of the generated images of a label, and of the real ones as images left out, how many
-    look most like each label.
+    look most like each label. A label is not reached where fewer generated images look like it than
+    real ones, by Fisher's exact test.
     """
     scale = colour_scale(colour_and_layout(real.pixels))
-    blocks = []
-    for images in (real, fake):
-        blocks.append([images.features, scale(colour_and_layout(images.pixels))])
-    check = LabelCheck(real.rows, blocks[0], seed)
+    real_blocks = [real.features, scale(colour_and_layout(real.pixels))]
+    fake_blocks = [fake.features, scale(colour_and_layout(fake.pixels))]
+    check = LabelCheck(real.rows, real_blocks, seed)
     if not check.names or (check.numbers(fake.rows) < 0).all():
         return {}
-    own, looks, *_ = check.judge(blocks[1], fake.rows)
+    own, looks, *_ = check.judge(fake_blocks, fake.rows)
     records = []
     sentences = list(check.sentences)
     for k in np.intersect1d(own, check.own):
-        counts = []
+        label = check.names[k]
+        reached = []
         for kind, shown in (("generated", looks[own == k]), ("real", check.looks[check.own == k])):
-            counts.append(np.bincount(shown, minlength=len(check.names)))
-            looks_like = dict(Counter(check.names[j] for j in shown).most_common())
-            record = {"label": check.names[k], "set": kind, "images": len(shown)}
-            records.append(record | {"looks_like": looks_like})
-        sentences += not_reached(check, k, *counts)
+            counts = Counter(check.names[j] for j in shown).most_common()
+            record = {"label": label, "set": kind, "images": len(shown)}
+            records.append(record | {"looks_like": dict(counts)})
+            reached.append([(shown == k).sum(), (shown != k).sum()])
+        if check.apart[k].all() and scipy.stats.fisher_exact(reached, "less").pvalue <= 0.01:
+            fake_share, real_share = [f"{hits} of {hits + misses}" for hits, misses in reached]
+            text = f"{fake_share} generated pictures look like it, {real_share} real ones"
+            sentences.append(f"The generator does not reach {label}: {text}.")
     return {"table": records, "sentences": sentences}
 
 
-def not_reached(check, k, fake, real):
-    """A sentence if generated images of label k look like another, and more than real ones do.
+def subgroup_masks(rows, column):
+    """{subgroup: bool (N,), which images belong to it}, sorted.
 
-    fake, real: how many look like each label; Fisher's exact test.
+    Subgroups are findings one by one, ages by decade, and "unknown" for an image without any.
     """
-    sides = [[count[k], count.sum() - count[k]] for count in (fake, real)]
-    other = (fake * (np.arange(len(fake)) != k) * check.apart[k]).argmax()
-    if scipy.stats.fisher_exact(sides, "less").pvalue > 0.01 or fake[other] == 0:
-        return []
-    label, looks = check.names[k], check.names[other]
-    text = f"of {fake.sum()} pictures labelled {label} {fake[other]} look like {looks}"
-    return [f"The generator does not reach {label}: {text}, of {real.sum()} real {real[other]}."]
-
-
-def subgroups_of(row, column):
-    """The subgroups of an image: its findings one by one, an age as its decade."""
-    text = row.label if column == "label" else row.fields.get(column, "")
-    if column.lower() != "age":
-        return label_list(text)
-    decades = [int(years) // 10 * 10 for years in re.findall("[0-9]+", text)]
-    return [f"{decade}–{decade + 9}" for decade in decades[:1]]
-
-
-def subgroup_masks(rows, column, unknown=None):
-    """{subgroup: bool (N,), which images belong to it}, sorted; `unknown` names what is in none."""
     masks = {}
     for i, row in enumerate(rows):
-        names = subgroups_of(row, column)
-        if unknown and not names:
-            names = [unknown]
-        for name in names:
+        text = row.label if column == "label" else row.fields.get(column, "")
+        names = label_list(text)
+        if column.lower() == "age":
+            decades = [int(years) // 10 * 10 for years in re.findall("[0-9]+", text)]
+            names = [f"{decade}–{decade + 9}" for decade in decades[:1]]
+        for name in names or ["unknown"]:
             masks.setdefault(name, np.zeros(len(rows), bool))[i] = True
     return dict(sorted(masks.items()))
 
@@ -784,21 +745,24 @@ def measure_subgroups(features, real_rows, fake_rows, column):
     real_vs_rest: KID of its real images to the other real ones, how special they are.
     """
     real, fake = features[: len(real_rows)], features[len(real_rows) :]
-    fake_masks = subgroup_masks(fake_rows, column, "unknown")
-    has_own = set(fake_masks) != {"unknown"}
-    compared_with = "its own" if has_own else "all generated"
-    found = []
-    for name, inside in subgroup_masks(real_rows, column, "unknown").items():
-        same = fake_masks.get(name if has_own else "unknown", np.zeros(len(fake), bool))
+    real_masks = subgroup_masks(real_rows, column)
+    fake_masks = subgroup_masks(fake_rows, column)
+    compared_with = "its own"
+    if set(fake_masks) == {"unknown"}:
+        fake_masks = dict.fromkeys(real_masks, fake_masks["unknown"])
+        compared_with = "all generated"
+    records = []
+    for name, inside in real_masks.items():
+        own = fake_masks.get(name, np.zeros(len(fake), bool))
+        counts = {"real": int(inside.sum()), "generated": int(own.sum())}
         value = error = rest = None
-        if min(inside.sum(), same.sum()) >= 10:
-            value, error = kid(real[inside], fake[same])
+        if min(counts.values()) >= 10:
+            value, error = kid(real[inside], fake[own])
             if (~inside).sum() > 2:
                 rest = kid(real[inside], real[~inside])[0]
-        counts = {"group": name, "real": int(inside.sum()), "generated": int(same.sum())}
-        counts["compared_with"] = compared_with
-        found.append(counts | {"kid": value, "error": error, "real_vs_rest": rest})
-    return found
+        record = {"group": name, **counts, "compared_with": compared_with}
+        records.append(record | {"kid": value, "error": error, "real_vs_rest": rest})
+    return records
 
 
 # ---------------------------------------------------------------- do they help a classifier?
@@ -807,16 +771,15 @@ def measure_subgroups(features, real_rows, fake_rows, column):
 def measure_utility(real, known, fake, tools):
     """What each dose of generated images does to a classifier: {classifier: doses of the JSON}.
 
-    Also a sentence on what that is worth or, with None, what was missing.
+    Also a sentence on what that is worth or, with {}, what was missing.
     """
-    train, test, sentence = real_parts(real, known, tools.args)
-    classes, missing = shared_classes(train, test, fake)
+    *real_sets, sentence = real_parts(real, known, tools.args)
+    classes = shared_classes(*real_sets, fake)
     if not classes:
-        return None, f"Whether they help a classifier is not measured: {missing}."
-    for images in (train, test, fake):
-        prepare(images, classes, tools)
-    weights = resamples([row.group for row in test.rows], tools.args.seed)
-    found = fit_classifiers(train, test, fake, weights, tools.args.seed)
+        return {}, NO_UTILITY
+    groups = [row.group for row in real_sets[1].rows]
+    examples = [prepare(images, classes, tools) for images in (*real_sets, fake)]
+    found = fit_classifiers(*examples, resamples(groups, tools.args.seed), tools.args.seed)
     results = {}
     for (name, share), values in found.items():
         gain = values - found[name, 0]
@@ -843,36 +806,35 @@ def real_parts(real, known, args):
     return subset(real, ~held_out), subset(real, held_out), sentence
 
 
-def shared_classes(train, test, fake, least=5):
-    """Findings that `least` images of each set show and as many real ones lack, or what is missing.
+NO_UTILITY = (
+    "Whether they help a classifier is not measured: it takes a label that five images to train "
+    "on, to test on and generated show, and as many real ones lack. Hold out more (train.py "
+    "--val-split 0.4), label generated images (sample.py --label), or join labels into fewer."
+)
 
-    The findings are those of the training images.
-    """
+
+def shared_classes(train, test, fake):
+    """Findings that five images of each set show, and as many real ones of each part lack."""
     masks = [subgroup_masks(images.rows, "label") for images in (train, test, fake)]
     classes = []
-    counts = []
-    for name in masks[0]:
-        shown = [int(part[name].sum()) if name in part else 0 for part in masks]
-        lacking = [len(train.rows) - shown[0], len(test.rows) - shown[1]]
-        if min(shown + lacking) >= least:
+    for name in sorted(set.intersection(*map(set, masks)) - {"unknown"}):
+        shown = [part[name].sum() for part in masks]
+        lacking = [(~part[name]).sum() for part in masks[:2]]
+        if min(shown + lacking) >= 5:
             classes.append(name)
-        counts.append(f"{name} {'/'.join(map(str, shown))}")
-    there = ", ".join(counts[:9]) or "none (give a column label, or class folders)"
-    return classes, (
-        f"it takes a label that {least} images to train on, to test on and generated show, and as "
-        f"many real ones lack; there are {there}: hold out more (train.py --val-split 0.4), label "
-        "generated images (sample.py --label), or join labels into fewer"
-    )
+    return classes
 
 
 def prepare(images, classes, tools):
-    """Give a set what classifiers read: `features`, `small` and `targets` of the classes."""
+    """What classifiers read of N images: features (N, D), small pictures, targets (N, classes)."""
     masks = subgroup_masks(images.rows, "label")
-    images.targets = np.stack([masks[name] for name in classes], 1).astype(float)
+    targets = np.stack([masks[name] for name in classes], 1)
+    features = images.features
+    if features is None:
+        features = tools.extract(images.pixels)
     pixels = images.pixels.to(tools.device) / 64 - 2
-    images.small = nn.functional.interpolate(pixels, (64, 64), mode="area")
-    if images.features is None:
-        images.features = tools.extract(images.pixels)
+    small = nn.functional.interpolate(pixels, (64, 64), mode="area")
+    return torch.tensor(features).double(), small, torch.tensor(targets).double()
 
 
 def subset(images, mask):
@@ -882,101 +844,88 @@ def subset(images, mask):
 
 
 def fit_classifiers(train, test, fake, weights, seed):
-    """{(classifier, share): AUROC under each row of weights (B,), mean over SEEDS}."""
-    shares = [share for share in SHARES if share * len(train.rows) <= 100 * len(fake.rows)]
+    """{(classifier, share): AUROC under each row of weights (B,), mean over SEEDS}.
+
+    train, test, fake: what `prepare` gives of the sets.
+    """
+    n, m = len(train[0]), len(fake[0])
+    shares = [share for share in SHARES if share * n <= 100 * m]
     found = {}
     for repeat, share in tqdm(list(product(range(SEEDS), shares)), "utility", disable=None):
-        order = torch.randperm(len(fake.rows), generator=generator(seed, "added", repeat))
-        added = order[: share * len(train.rows) // 100]
-        more = fake.small[added], fake.targets[added]
-        real = train.small, train.targets
-        both = torch.cat([real[0], more[0]]), np.concatenate([real[1], more[1]])
-        features = np.concatenate([train.features, fake.features[added]])
+        order = torch.randperm(m, generator=generator(seed, "added", repeat))
+        more = [part[order[: share * n // 100]] for part in fake]
+        features, *both = [torch.cat(parts) for parts in zip(train, more, strict=True)]
         scores = {
-            "linear probe": linear_probe(features, both[1])(test.features),
-            "small CNN": small_cnn([both], 200, (seed, repeat))(test.small),
+            "linear probe": test[0] @ linear_probe(features, both[1]),
+            "small CNN": small_cnn([both], (seed, repeat))(test[1]),
         }
         if share in (0, shares[-1]):  # not each dose: it takes twice the time
-            first = more if share else real
-            network = small_cnn([first, real], 200, (seed, repeat))
-            scores["small CNN, generated first"] = network(test.small)
+            first = more if share else train
+            network = small_cnn([first[1:], train[1:]], (seed, repeat))
+            scores["small CNN, generated first"] = network(test[1])
         for name, score in scores.items():
-            values = aurocs(score, test.targets, weights) / SEEDS
+            values = aurocs(score.numpy(), test[2].numpy(), weights) / SEEDS
             found[name, share] = found.get((name, share), 0) + values
     return found
 
 
 def linear_probe(features, targets):
-    """Ridge regression on z-scored features (N, D); returns features -> scores (M, classes)."""
-    mean, spread = features.mean(0), features.std(0) + 1e-6
-    x = (features - mean) / spread
-    gram = x.T @ x + x.shape[1] * np.eye(x.shape[1])
-    weights = np.linalg.solve(gram, x.T @ (targets - targets.mean(0)))
-    return lambda other: (other - mean) / spread @ weights
+    """Ridge regression on z-scored features (N, D): weights (D, classes) for them as they are."""
+    spread = features.std(0) + 1e-6
+    x = (features - features.mean(0)) / spread
+    gram = x.T @ x + x.shape[1] * torch.eye(x.shape[1])
+    return torch.linalg.solve(gram, x.T @ targets) / spread[:, None]
 
 
-def small_cnn(stages, steps, seed):
+def small_cnn(stages, seed, steps=200):
     """Train a network, stage by stage, on [(images (N, 3, 64, 64), targets (N, classes)), …].
 
     Targets are in {0, 1}. Returns images -> scores.
     """
-    images, targets = stages[0]
+    classes = stages[0][1].shape[1]
     layers = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "init").initial_seed())
         for channels, maps in ((3, 16), (16, 32), (32, 64)):
             layers += [nn.Conv2d(channels, maps, 3, stride=2, padding=1), nn.ReLU()]
             layers += [nn.GroupNorm(4, maps)]
-        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, targets.shape[1])]
-    net = nn.Sequential(*layers).to(images.device)
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    net = nn.Sequential(*layers).to(stages[0][0].device)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    for stage, (images, targets) in enumerate(stages):
-        targets = torch.from_numpy(targets).to(images)
-        share = targets.mean(0).clamp(0.02, 0.98)
-        loss = nn.BCEWithLogitsLoss(pos_weight=(1 - share) / share)  # rare findings weigh as much
-        for step in range(steps):
-            gen = generator(seed, "order", stage, step)
+    gen = generator(seed, "order")
+    for images, targets in stages:
+        for _ in range(steps):
             picked = torch.randint(len(images), (32,), generator=gen)
-            loss(net(images[picked]), targets[picked]).backward()
+            logits = net(images[picked])
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                logits, targets[picked].to(logits)
+            )
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     net.requires_grad_(False)
-    return lambda x: torch.cat([net(part) for part in x.split(256)]).cpu().double().numpy()
+    return lambda images: net(images).cpu()
 
 
 def aurocs(scores, targets, weights):
     """AUROC of scores (N, classes), mean over classes, under each row of weights (B, N): (B,)."""
-    pairs = zip(scores.T, targets.T > 0, strict=True)
-    values = np.stack([auroc(*pair, weights) for pair in pairs])
-    count = np.isfinite(values).sum(0)  # of classes that have both kinds
-    return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
+    values = []
+    for score, target in zip(scores.T, targets.T, strict=True):
+        values.append(auroc(score, target > 0, weights))
+    return np.ma.masked_invalid(values).mean(0).filled(np.nan)  # of classes that have both kinds
 
 
 # ---------------------------------------------------------------- in words
 
 
-def digits(value, count=3, sign=""):
-    """A figure for a table: `count` significant digits, no exponent for everyday sizes."""
+def digits(value, count=3, sign=False):
+    """A figure for a table: `count` significant digits, no exponent."""
     if isinstance(value, int | str):
         return str(value)
     if value is None or not np.isfinite(value):
         return "–"
-    if 1e-9 <= abs(value) < 1e-4:
-        return f"{value:{sign}.1e}"
-    value = float(f"{round(value, 9):.{count}g}")
-    return f"{value:{sign}.{max(count, len(str(int(abs(value)))))}g}"
-
-
-LABELS_HEADER = ["label", "set", "images", "look like"]
-
-
-def label_rows(labels):
-    """What images of each label look like as text, under LABELS_HEADER."""
-    rows = []
-    for *cells, looks_like in map(dict.values, labels["table"]):
-        counts = [f"{name} {count}" for name, count in looks_like.items()]
-        rows.append([*cells, ", ".join(counts)])
-    return rows
+    value = round(value, 9)
+    return np.format_float_positional(value, count, fractional=False, trim="-", sign=sign)
 
 
 HEADER = "metric,better,value,differs,band,by chance: median [95 %],excess,p_high,p_low".split(",")
@@ -990,39 +939,27 @@ def figure_rows(entry):
         chance = f"{digits(f.null)} [{digits(f.null_low)} – {digits(f.null_high)}]"
         better = "lower" if f.lower_is_better else "higher"
         row = [name, better, digits(f.value), entry.differences.get(name, "–"), f.band or "–"]
-        row += [chance, digits(f.excess, sign="+"), digits(f.p_high, 2), digits(f.p_low, 2)]
+        row += [chance, digits(f.excess, sign=True), digits(f.p_high, 2), digits(f.p_low, 2)]
         rows.append(row + [digits(f.real_vs_real), digits(f.same_size)])
     return rows
 
 
-# metrics that see the same, their plain name, and what is said of them where they are worse than
-# chance, or too good
-PHRASES = [
-    ("fid frechet kid", "likeness as a whole", "the images as a whole", "closer as a whole"),
-    ("precision density", "looks real", "too few look real", "more of them look real"),
-    ("recall coverage", "variety", "too little of the real variety", "more of the real variety"),
-    ("colour", "colour", "colours", "closer in colour"),
-    (
-        "grain",
-        "sharpness and noise",
-        "sharpness, noise or JPEG blocks",
-        "closer in sharpness, noise and JPEG blocks",
-    ),
-    (
-        "ssim_nearest lpips_nearest",
-        "nearness to a real image",
-        "too far from a real image",
-        "nearer to a real image",
-    ),
-    # a mixture of two different sets is less alike than each of them: this says nothing of which is
-    ("ssim_pairs lpips_pairs", *["likeness to one another"] * 3),
-    (
-        "inception_score",
-        "clear contents",
-        "contents less clear or varied",
-        "contents clearer or more varied",
-    ),
-]
+PLAIN_NAMES = {
+    "fid": "likeness as a whole",
+    "frechet": "likeness as a whole",
+    "kid": "likeness as a whole",
+    "precision": "realism",
+    "density": "realism",
+    "recall": "variety",
+    "coverage": "variety",
+    "colour": "colour",
+    "grain": "sharpness, noise or JPEG blocks",
+    "ssim_nearest": "nearness to a real image",
+    "lpips_nearest": "nearness to a real image",
+    "ssim_pairs": "likeness to one another",
+    "lpips_pairs": "likeness to one another",
+    "inception_score": "clear contents",
+}
 
 
 def verdict(entry):
@@ -1031,7 +968,7 @@ def verdict(entry):
     text += entry.mix + entry.labels.get("sentences", [])
     if entry.utility_note:
         text.append(entry.utility_note)
-    for classifier, doses in (entry.utility or {}).items():
+    for classifier, doses in entry.utility.items():
         text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
     text.append(entry.copies.sentence)
     return " ".join(text)
@@ -1039,21 +976,23 @@ def verdict(entry):
 
 def findings(entry):
     """Whether and how the sets differ: a mark of few words, and sentences."""
+    seen = {"worse": [], "too good": []}
+    for name, difference in entry.differences.items():
+        if PLAIN_NAMES[name] not in seen[difference]:
+            seen[difference].append(PLAIN_NAMES[name])
     mark = "✓ not told apart"
     opening = "By these figures they cannot be told from the real ones"
-    worse = name_differences(entry.differences, "worse")
-    better = name_differences(entry.differences, "too good")
-    if worse:
+    if seen["worse"]:
         mark = "✗ told apart"
         opening = "They can be told from the real ones"
-    elif better:
+    elif seen["too good"]:
         mark = "! too good"
         opening = "They are too good: better than fresh real images would be"
     text = [f"{opening} (p = {digits(entry.p, 2)} for all figures together)."]
-    if worse:
-        text.append(f"What differs, the clearest first: {worse}.")
-    if better:
-        text.append(f"Too good for fresh images: {better}.")
+    if seen["worse"]:
+        text.append(f"What differs, the clearest first: {', '.join(seen['worse'])}.")
+    if seen["too good"]:
+        text.append(f"Too good for fresh images: {', '.join(seen['too good'])}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
     return mark, text
 
@@ -1061,19 +1000,9 @@ def findings(entry):
 def card_sentences(entry):
     """What a card may say of a set: no label, which may be somebody's name, and no file."""
     text = findings(entry)[1]
-    for doses in (entry.utility or {}).values():
+    for doses in entry.utility.values():
         text.append(f"Added to a classifier's training: {dose_sentence(doses)}.")
     return text
-
-
-def name_differences(differences, kind):
-    """The metrics of one kind in plain words, those that see the same together; "" if none is."""
-    found = {}
-    for name, difference in differences.items():
-        for names, _, *phrases in PHRASES:
-            if difference == kind and name in names.split():
-                found.setdefault(phrases[kind != "worse"], []).append(name)
-    return "; ".join(f"{phrase} ({', '.join(names)})" for phrase, names in found.items())
 
 
 def dose_sentence(doses):
@@ -1097,7 +1026,7 @@ def rank_key(entry):
 
 
 def ranking(entries):
-    """Header and rows: each set's excess with 95 %, and whether the first one is really better.
+    """Header and rows: each set's excess, and whether the first one is really better.
 
     The spread over random halves of a set is the delete-half jackknife's error of the whole; sets
     of one size meet the same halves of the real one, so that differences are paired.
@@ -1114,10 +1043,8 @@ def ranking(entries):
             note = "the first"
         elif gap > 1.96 * np.std(figure.half_gaps - first.half_gaps):
             note = "worse"
-        error = 1.96 * np.std(figure.half_gaps)
-        excess = f"{digits(figure.excess, sign='+')} ± {digits(error, 2)}"
-        rows.append([entry.fake.path, len(entry.fake.rows), excess, note])
-    return ["set", "images", f"{name}: excess ± 95 %", "next to the first"], rows
+        rows.append([entry.fake.path, len(entry.fake.rows), digits(figure.excess, sign=True), note])
+    return ["set", "images", f"{name}: excess", "next to the first"], rows
 
 
 def print_entry(entry):
@@ -1126,9 +1053,6 @@ def print_entry(entry):
     print(f"{verdict(entry)}\n\n{GUIDE}\n")
     print_table(HEADER, figure_rows(entry))
     print(HALVES_GUIDE)
-    if entry.labels:
-        print(f"\n{LABELS_GUIDE}\n")
-        print_table(LABELS_HEADER, label_rows(entry.labels))
 
 
 def print_table(header, rows):
@@ -1175,19 +1099,15 @@ central square. All were resized to {resolution} pixels (Lanczos); {resize} resi
 network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
 coverage with 5; Inception Score in one split. Copies: pictures are laid over each other by an
 affine map, and the local contrast of 70 % of squares (8 x 8 of 64 x 64 pixels) correlates better
-than any two real images' is likely to; distance of pairs: 1 less this correlation; p: how many real
-images are as near to another. Near: of fresh images, as many as a beta-binomial distribution gives.
-Null: {permutations} permutations, seed {seed}, within each label, of one image of each patient and
-of each picture that is stored several times, where there are ten or more; a patient's real and
-generated image change places with one another. p of all figures: Westfall and Young's minP. Of more
-than {max_images} images so many were drawn; the Frechet value alone is of all, where the mix of
-labels is the same. Real halves: median over {halves} random halves of the real set against each
-other; same size: of as many generated images against a half. Utility: ridge regression on the
-features and a network of three layers (200 steps of 32 images at 64 pixels), on real and generated
-images together or, generated first, 200 steps on these (for 0 %, on real ones) and 200 on real
-ones; {seeds} paired seeds, tested on the held-out images of --run (without: on 30 % of the real
-ones, which the generator may know); 1000 bootstraps of whole patients. {versions}, {device}. Not
-for diagnosis."""
+than any two real images' is likely to; distance: 1 less this correlation. Null: {permutations}
+permutations, seed {seed}, within each label, of one image of each patient and picture; a patient's
+real and generated image change places. p of all figures: Westfall and Young's minP. Of more than
+{max_images} images so many were drawn; the Frechet value alone is of all, where the mix of labels
+is the same. Real halves: median of {halves} random ones. Utility: ridge regression on the features
+and a network of three layers (200 steps of 32 images at 64 pixels), on real and generated images
+together or, generated first, 200 steps on these and 200 on real ones; {seeds} paired seeds; tested
+on the held-out images of --run, else on 30 % of the real ones; 1000 bootstraps of whole patients.
+{versions}, {device}. Not for diagnosis."""
 
 
 def records_table(records):
@@ -1201,8 +1121,8 @@ def verdict_box(entry):
     marks = f'<b class="badge {mark}">{mark}</b>'
     if entry.copies.copies or may_be_copies(entry):
         marks += '<b class="badge copies">! may be copies</b>'
-    plain = re.sub(r" \(.*?\)", "", " ".join(text))  # without figures
-    return f'<div class="verdict">{marks}{paragraph(f"{plain} {entry.copies.sentence}")}</div>'
+    sentences = paragraph(" ".join([*text, entry.copies.sentence]))
+    return f'<div class="verdict">{marks}{sentences}</div>'
 
 
 def gallery(title, images, seed):
@@ -1214,19 +1134,15 @@ def gallery(title, images, seed):
 
 
 def figure_lines(entry):
-    """HTML: each figure next to what chance gives, those that see the same together."""
+    """HTML: each figure next to what chance gives."""
     lines = []
-    for names, plain, *_ in PHRASES:
-        for name in names.split():
-            if name not in entry.metrics:
-                continue
-            figure = entry.metrics[name]
-            better = "lower" if figure.lower_is_better else "higher"
-            note = f"{name}, {better} is better"
-            chance = f"{digits(figure.null_low)} to {digits(figure.null_high)}"
-            title = f"{digits(figure.value)}; chance gives {chance}"
-            words = entry.differences.get(name, "no clear difference")
-            lines.append((plain, note, 40, 60, place(figure), title, words))
+    for name, figure in entry.metrics.items():
+        better = "lower" if figure.lower_is_better else "higher"
+        note = f"{name}, {better} is better"
+        chance = f"{digits(figure.null_low)} to {digits(figure.null_high)}"
+        title = f"{digits(figure.value)}; chance gives {chance}"
+        words = entry.differences.get(name, "no clear difference")
+        lines.append((PLAIN_NAMES[name], note, 40, 60, place(figure), title, words))
     return dot_lines(("", "too good", "chance", "worse", "verdict"), lines)
 
 
@@ -1239,35 +1155,36 @@ def place(figure):
 
 def copies_section(entry, args):
     """HTML: copies, then the nearest pairs."""
-    pairs = ""
-    size = entry.fake.pixels.shape[-1]
-    records = {}
-    every = [*entry.copies.copies, *entry.copies.pairs]
-    for numbers, record in zip(entry.copies.numbers, every, strict=True):
-        records.setdefault(numbers, record)  # a copy is a pair of the nearest too
-    for (i, j), record in list(records.items())[:12]:
+    copies = entry.copies
+    figures = ""
+    for k, (i, j) in enumerate(copies.numbers):
+        text = (
+            f"distance {digits(copies.pairs[k]['distance'])}, p {digits(copies.pairs[k]['p'], 2)}"
+        )
+        if k < len(copies.copies):
+            text = f"a copy: {copies.copies[k]['kind']}"
         row = entry.known.rows[j]
-        _, pixels = load_real([row], size, args, bad_share=1)  # was searched small
-        fake = entry.fake.pixels[i], entry.fake.rows[i]
-        if "kind" in record:
-            text = f"a copy: {record['kind']}"
-        else:
-            text = f"distance {digits(record['distance'])}, p {digits(record['p'], 2)}"
-        pairs += pair(fake, (pixels[0], row), text)
-    return f'{paragraph(COPIES)}<div class="pairs">{pairs}</div>'
+        side = entry.fake.pixels.shape[-1]
+        _, pixels = load_real([row], side, args, bad_share=1)  # was searched small
+        figures += pair((entry.fake.pixels[i], entry.fake.rows[i]), (pixels[0], row), text)
+    return f'{paragraph(COPIES)}<div class="pairs">{figures}</div>'
 
 
-def labels_section(entry):
+def labels_section(labels):
     """HTML: what images of each label look like."""
-    text = paragraph(" ".join([LABELS_GUIDE, *entry.labels["sentences"]]))
-    return text + table(LABELS_HEADER, label_rows(entry.labels))
+    rows = []
+    for *cells, looks_like in map(dict.values, labels["table"]):
+        counts = [f"{name} {count}" for name, count in looks_like.items()]
+        rows.append([*cells, ", ".join(counts)])
+    text = paragraph(" ".join([LABELS_GUIDE, *labels["sentences"]]))
+    return text + table(["label", "set", "images", "look like"], rows)
 
 
 def utility_section(entry):
     """HTML: whether generated images help a classifier."""
     body = paragraph(entry.utility_note)
     header = ("generated images", "0.5 guesses", "", "1 never errs", "AUROC")
-    for name, doses in (entry.utility or {}).items():
+    for name, doses in entry.utility.items():
         lines = []
         for dose in doses:
             places = [200 * dose[key] - 100 for key in ("low", "high", "auroc")]
@@ -1289,7 +1206,7 @@ def set_section(entry, args):
     body += fold("The numbers", numbers + FIGURES)
     body += f"<h3>Are they copies?</h3>{copies_section(entry, args)}"
     if entry.labels:
-        body += f"<h3>Do they show their labels?</h3>{labels_section(entry)}"
+        body += f"<h3>Do they show their labels?</h3>{labels_section(entry.labels)}"
     if entry.utility_note:
         body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
@@ -1321,18 +1238,15 @@ def write_json(args, settings, entries):
         figures = {}
         for name, figure in entry.metrics.items():
             figures[name] = {key: getattr(figure, key) for key in JSON_KEYS}
-        result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
-        result["metrics"] = figures
-        result["findings"] = card_sentences(entry)
         copies = entry.copies.copies
-        result["memorisation"] = {"likely_copies": len(copies), "copies": copies}
-        result["memorisation"]["pairs"] = entry.copies.pairs
-        result["subgroups"] = entry.subgroups
+        memorisation = {"likely_copies": len(copies), "copies": copies, "pairs": entry.copies.pairs}
+        result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
+        result |= {"metrics": figures, "memorisation": memorisation, "subgroups": entry.subgroups}
+        result["findings"] = card_sentences(entry)
         if entry.labels:
             result["labels"] = entry.labels
         if entry.utility:
-            result["utility"] = entry.utility["linear probe"]
-            result["classifiers"] = entry.utility
+            result |= {"utility": entry.utility["linear probe"], "classifiers": entry.utility}
         generated.append(result)
     real = {"path": args.real, "n": len(entries[0].real.rows)}
     content = {"format": 2, "settings": settings, "real": real, "generated": generated}
@@ -1358,39 +1272,36 @@ def bands_table(path):
     bands = {}
     try:
         for row in read_table(path):
-            limits = [float(row[word]) for word in BAND_WORDS]
-            bands[row["metric"].replace("-", "_")] = limits
+            bands[row["metric"].replace("-", "_")] = [float(row[word]) for word in BAND_WORDS[:3]]
     except (KeyError, ValueError):
         fail(f"--bands {path}: needs metric,excellent,good,fair, the last three numbers")
-    for name in bands.keys() - {"fid", *METRICS}:
-        fail(f"--bands {path}: no metric {name!r}; there are fid, {', '.join(METRICS)}")
-    return {"fid": bands.get("frechet")} | bands
+    return bands
 
 
 def parse_args():
     parser = Flags(__doc__)
-    add = parser.add_argument_group("data").add_argument
-    add("real", metavar="REAL", type=data_set, nargs="?", help="real images: a folder or a table")
-    add("generated", metavar="GENERATED", type=data_set, nargs="*", help="folders or tables")
-    add("--checkpoint", help="draw from a checkpoint, or from each of a folder")
-    add("--num-samples", type=number(2, 10**6), default=200, help="images from each checkpoint")
-    add("--steps", type=number(1, 999), default=50, help="denoising steps for --checkpoint")
-    add("--guidance-scale", type=number(0.0, 1000), default=7.5, help="for --checkpoint")
-    add("--train-data", type=data_set, help="searched for copies instead of REAL")
-    add("--max-images", type=number(2, 5000), default=1000, help="of a set, drawn by the seed")
-    add = parser.add_argument_group("numbers").add_argument
+    add = flag_adder(parser.add_argument_group("data"))
+    add("real", "real images: a folder or a table", None, data_set, metavar="REAL", nargs="?")
+    add("generated", "folders or tables", None, data_set, metavar="GENERATED", nargs="*")
+    add("--checkpoint", "draw from a checkpoint, or from each of a folder", type=data_set)
+    add("--num-samples", "images from each checkpoint", 200, number(2, 10**6))
+    add("--steps", "denoising steps for --checkpoint", 50, number(1, 999))
+    add("--guidance-scale", "for --checkpoint", 7.5, number(0.0, 1000))
+    add("--train-data", "searched for copies instead of REAL", type=data_set)
+    add("--max-images", "of a set, drawn by the seed", 1000, number(2, 5000))
+    add = flag_adder(parser.add_argument_group("numbers"))
     usual = [name for name in METRICS if name != "inception_score"]
-    add("--metrics", type=metric_names, default=usual, help="default: all but inception_score")
-    add("--features", default="auto", help="auto (inception, else texture), HUB-ID or PATH")
-    add("--resize", choices=("legacy", "clean"), default="legacy", help="as pytorch-fid, clean-fid")
-    add("--bands", type=bands_table, default=BANDS, help="metric,excellent,good,fair; else default")
-    add("--utility", action="store_true", help="do the images help a classifier? needs labels")
-    add("--by", default="label", help="subgroups: a column such as sex or age")
-    add("--permutations", type=number(99, 10**6), default=999, help="draws of the null")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", default="report.html", help="the report")
-    add("--json", help="the figures for programs")
-    add("--download", action="store_true", help="get the published networks' weights, and end")
+    add("--metrics", "default: all but inception_score", usual, metric_names)
+    add("--features", "auto (inception, else texture), HUB-ID or PATH", "auto")
+    add("--resize", "as pytorch-fid, clean-fid", "legacy", choices=("legacy", "clean"))
+    add("--bands", "metric,excellent,good,fair; else default", BANDS, bands_table)
+    add("--utility", "do the images help a classifier? needs labels", False)
+    add("--by", "subgroups: a column such as sex or age", "label")
+    add("--permutations", "draws of the null", 999, number(99, 10**6))
+    add = flag_adder(parser.add_argument_group("output"))
+    add("--out", "the report", "report.html")
+    add("--json", "the figures for programs")
+    add("--download", "get the published networks' weights, and end", False)
     add_comparison_flags(parser.add_argument_group("comparison"))
     args = parser.parse_args()
     for path in (args.out, args.json or ""):  # known before an hour of work
@@ -1411,32 +1322,43 @@ def load_tools(args):
     without_lpips = [name for name in args.metrics if METRICS[name][2] != "lpips"]
     net = "none" if without_lpips == args.metrics else args.lpips
     features, net = resolve_auto(args.features, net)
-    names = without_lpips if net == "none" else args.metrics
+    names = args.metrics
+    lpips = None
+    if net == "none":
+        names = without_lpips
+    else:
+        lpips = load_lpips(net, device)
     if not names:
         fail("--metrics: only LPIPS is asked for, and it is left out")
     network = load_features(features, device, args.resize)
     if "inception_score" in names and network.head is None:
         fail("--metrics inception_score: needs --features inception or its weight file")
-    lpips = None if net == "none" else load_lpips(net, device)
     return Tools(names, network, lpips, device, args)
 
 
 def describe(tools, resolution, entries):
     """The settings that the report and --json name."""
     args = tools.args
-    rows = [row for entry in entries for row in entry.real.rows + entry.fake.rows]
-    # where none was resized
-    native = all(row.size == (resolution, resolution) for row in rows)
-    published = native and args.precision in ("auto", "fp32") and tools.network.published
+    features = tools.network.name
     lpips = tools.lpips.name if tools.lpips else None
-    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
-    networks = f"features {tools.network.name}, lpips {lpips}"
+    rows = [row for entry in entries for row in entry.real.rows + entry.fake.rows]
+    native = all(row.size == (resolution, resolution) for row in rows)  # none was resized
+    published = native and args.precision in ("auto", "fp32") and tools.network.published
+    networks = f"features {features}, lpips {lpips}"
     if not published:
         networks += "; not comparable with published figures"
-    settings = vars(args) | {"metrics": tools.names, "features": tools.network.name, "lpips": lpips}
-    settings |= {"resolution": resolution, "device": str(tools.device), "versions": versions}
-    settings |= {"comparable": {"features": published, "lpips": lpips is not None}}
-    return settings | {"networks": networks, "real_hash": set_hash(entries[0].real.rows)}
+    versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
+    return vars(args) | {
+        "metrics": tools.names,
+        "features": features,
+        "lpips": lpips,
+        "resolution": resolution,
+        "device": str(tools.device),
+        "versions": versions,
+        "comparable": {"features": published, "lpips": lpips is not None},
+        "networks": networks,
+        "real_hash": set_hash(entries[0].real.rows),
+    }
 
 
 def main(args):

@@ -63,7 +63,6 @@ from metrics import (
     fail,
     find_column,
     find_file,
-    fit_labels,
     fit_logistic,
     fit_square,
     flag_adder,
@@ -79,7 +78,7 @@ from metrics import (
     load_real,
     lpips_matrix,
     modality_of,
-    name_key,
+    near_duplicates,
     nearest,
     need_flags,
     note,
@@ -119,13 +118,12 @@ NEIGHBOURS = 5  # a few odd real images, grey among photographs, must not excuse
 class Reference:
     """The real images as `measure_reference` measured them, and what follows for others."""
 
-    pixels: torch.Tensor  # uint8 (n, 3, S, S)
     same_patient: np.ndarray  # bool (n, n)
     blocks: dict  # name -> Block
     comparisons: dict  # name -> function of pixels (N, 3, S, S) that gives distances (N, n)
     limits: list  # (name, largest score that passes, the flag that says so)
     real_scores: dict = field(default_factory=dict)  # name -> (n,), against other patients
-    thresholds: dict = field(default_factory=lambda: {"": 1.0})  # label, "" for any -> largest rank
+    threshold: float = 1.0  # the largest rank that passes
     copies: CopyFinder = None  # where copies are refused
     in_colour: np.ndarray = None  # (n,), of a grey kind those few that show a colour
     labels: LabelCheck = None  # where labels are checked
@@ -152,16 +150,15 @@ class Reference:
         largest_rank = ranks.max(0)
         scores["quality"] = 1.001 - largest_rank
         reasons = [""] * len(rows)
-        for i, row in enumerate(rows):
+        for i in range(len(rows)):
             broken = [flag for name, limit, flag in self.limits if scores[name][i] > limit]
-            threshold = self.thresholds.get(text_key(row.label), self.thresholds[""])
             if is_copy[i]:
                 reasons[i] = f"copy of a real image (similarity {scores['similarity'][i]:.2f})"
             elif broken:
                 reasons[i] = broken[0]
-            elif in_colour[i] and threshold < 1:  # with --calibrate
+            elif in_colour[i] and self.threshold < 1:  # with --calibrate
                 reasons[i] = "in colour, the real images are grey (sample.py --grey)"
-            elif largest_rank[i] > threshold:
+            elif largest_rank[i] > self.threshold:
                 worst = list(self.real_scores)[ranks[:, i].argmax()]
                 reasons[i] = f"{worst} unlike the real images"
         if self.labels:
@@ -244,7 +241,7 @@ def measure_reference(
     if same_patient.all(1).any():
         fail("--reference: all its images are of one patient; it takes several")
     comparisons, limits = compare_pairs(pixels, device, max_lpips, min_ssim, lpips, batch_size)
-    reference = Reference(pixels, same_patient, blocks, comparisons, limits, in_colour=in_colour)
+    reference = Reference(same_patient, blocks, comparisons, limits, in_colour=in_colour)
     reference.real_scores, _ = reference.score(pixels, vectors, same_patient)
     for name, limit, flag in limits:
         refused = np.mean(reference.real_scores[name] > limit)
@@ -252,7 +249,7 @@ def measure_reference(
     if drop_copies:
         reference.copies = copy_finder(rows, pixels, most=200)
     if calibrate is not None:
-        set_thresholds(reference, rows, calibrate)
+        set_threshold(reference, calibrate)
     return reference
 
 
@@ -273,29 +270,22 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
     return comparisons, limits
 
 
-def set_thresholds(reference, rows, alpha):
-    """The largest rank that passes: of any image, and of each label with enough real images."""
-    reference.thresholds = find_thresholds(reference, rows, alpha)
-    if np.isinf(reference.thresholds[""]):
-        fail(f"--calibrate {alpha:g}: {len(rows)} real images are too few, see --reference")
-    text = f"calibrated on {len(rows)} real images by {', '.join(reference.real_scores)}"
+def set_threshold(reference, alpha):
+    """Let a Reference refuse what has a larger rank than all but this share of real images."""
+    ranks = real_ranks(reference)
+    reference.threshold = conformal_threshold(ranks, alpha)
+    if np.isinf(reference.threshold):
+        fail(f"--calibrate {alpha:g}: {len(ranks)} real images are too few, see --reference")
+    text = f"calibrated on {len(ranks)} real images by {', '.join(reference.real_scores)}"
     reference.summary.append(f"{text}: about {1 - alpha:.0%} of unseen real ones would pass")
-    for label in list(reference.thresholds)[1:]:
-        reference.summary.append(f'label "{label}" has its own threshold')
 
 
-def find_thresholds(reference, rows, alpha):
-    """The largest rank that passes: {"" for any image, label with enough real images: rank}."""
-    worst = reference.rank(reference.real_scores).max(0)
+def real_ranks(reference):
+    """The largest ranks of the real images, (n,)."""
+    ranks = reference.rank(reference.real_scores).max(0)
     if reference.in_colour is not None:  # refused, too
-        worst[reference.in_colour] = worst.max()
-    thresholds = {"": conformal_threshold(worst, alpha)}
-    labels = np.array([text_key(row.label) for row in rows])
-    for label in sorted(set(labels) - {""}):
-        threshold = conformal_threshold(worst[labels == label], alpha)
-        if np.isfinite(threshold):
-            thresholds[label] = threshold
-    return thresholds
+        ranks[reference.in_colour] = ranks.max()
+    return ranks
 
 
 def learn_labels(reference, rows, seed):
@@ -313,9 +303,7 @@ def learn_labels(reference, rows, seed):
 def conformal_threshold(ranks, alpha):
     """The rank that 1 - alpha of unseen images stay within; infinite for too few ranks (n,)."""
     place = int(np.ceil((1 - alpha) * (len(ranks) + 1) - 1e-9))
-    if place > len(ranks):
-        return np.inf
-    return np.sort(ranks)[place - 1]
+    return np.sort(np.append(ranks, np.inf))[place - 1]
 
 
 # ---------------------------------------------------------------- three blocks of descriptors
@@ -336,9 +324,8 @@ class Block:
 
 # ---------------------------------------------------------------- a selector, learnt from ratings
 
-FORMAT = "medlora-selector-2"  # the key of the settings in the file's header
+FORMAT = "medlora-selector-3"  # the key of the settings in the file's header
 BLOCKS = (368, 8, 11)  # numbers of texture, colour and grain
-ARRAYS = ("mean", "spread", "quality_weights", "class_weights")
 
 
 @dataclass
@@ -347,46 +334,35 @@ class Selector:
 
     size: int  # pixels a side at which it judges
     good: int  # the least rating of a good picture
-    min_quality: float
-    modalities: list  # those that were rated
     classes: list  # the labels that it tells apart
-    warnings: list  # what spoke against it
     measured: dict  # how well it predicts the ratings of images left out
-    mean: np.ndarray  # (D,), D = sum(BLOCKS)
-    spread: np.ndarray  # (D,)
-    quality_weights: np.ndarray  # (D + 1, 1), the last is the intercept
-    class_weights: np.ndarray  # (D + 1, classes)
+    weights: np.ndarray  # (D + 1, 1 + classes): quality, classes; D = sum(BLOCKS), the intercept
 
     def judge(self, pixels, rows, min_quality=None, min_alignment=None):
         """Why each image is refused ("" where it is kept), and its scores, (N,) each, in [0, 1].
 
         quality: the probability that an expert calls it good; alignment: that it shows its row's
-        label (else caption), NaN where that is unknown.
+        label (else caption), NaN where that is unknown. min_quality: 0.5 where it is None.
         """
         if min_quality is None:
-            min_quality = self.min_quality
-        features = (describe(pixels) - self.mean) / self.spread
-        quality = special.expit(predict(features, self.quality_weights))[:, 0]
-        chances = special.expit(predict(features, self.class_weights))
+            min_quality = 0.5
+        logits = predict(describe(pixels), self.weights)
+        quality = special.expit(logits[:, 0])
         alignment = np.full(len(rows), np.nan)
         reasons = [""] * len(rows)
         for i, row in enumerate(rows):
             name = name_of(row)
             if name in self.classes:
-                alignment[i] = chances[i, self.classes.index(name)] / chances[i].sum()
+                alignment[i] = special.softmax(logits[i, 1:])[self.classes.index(name)]
             if quality[i] < min_quality:
                 reasons[i] = f"quality {quality[i]:.2f} below {min_quality:.2f}"
             elif min_alignment is not None and not alignment[i] >= min_alignment:
                 reasons[i] = f"alignment {alignment[i]:.2f} below {min_alignment:.2f}"
         return reasons, {"quality": quality, "alignment": alignment}
 
-    def check_rows(self, rows, min_alignment=None):
-        """Fail for a modality that was not rated or, with min_alignment, for an unknown label."""
+    def check_rows(self, rows, min_alignment):
+        """Fail where images are to show a label that it does not know."""
         for row in rows:
-            modality = text_key(modality_of(row))
-            if len(self.modalities) > 1 and modality not in self.modalities:
-                rated = ", ".join(self.modalities)
-                fail(f"the selector was fitted on {rated}, not on {modality or 'no modality'}")
             name = name_of(row)
             if min_alignment is not None and name not in self.classes:
                 fail(f'--min-alignment: the selector knows no label "{name}"; --fit --reference')
@@ -406,7 +382,7 @@ def describe(pixels):
 def save_selector(path, selector):
     """Write safetensors with all settings as JSON under one key of the header; no paths."""
     settings = asdict(selector)
-    arrays = {name: np.float32(settings.pop(name)) for name in ARRAYS}
+    arrays = {"weights": settings.pop("weights")}
     write_file(path, save(arrays, {FORMAT: json.dumps(settings)}))
 
 
@@ -415,8 +391,7 @@ def load_selector(path):
     try:
         with safe_open(path, "np") as file:
             settings = json.loads(file.metadata()[FORMAT])
-            arrays = {name: file.get_tensor(name).astype(float) for name in ARRAYS}
-        return Selector(**settings, **arrays)
+            return Selector(**settings, weights=file.get_tensor("weights"))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
         fail(f"{path}: is not a selector of this version; filter.py --fit writes one")
 
@@ -433,7 +408,6 @@ def filter_images(args):
     check_folders(out, args)
     origin = read_origin(args)
     selector = load_selector(args.selector) if args.selector else None
-    print(f"listing {args.reference} and {args.generated}")
     real_rows = list_training(args.reference, args)
     all_rows = list_images(args.generated)
     size = pick_size(selector, all_rows, args)
@@ -467,8 +441,6 @@ def print_what_is_next(kept, mixed, args):
     elif args.mix:
         share = len(kept) / (len(kept) + len(mixed))
         print(f"mixed with {len(mixed)} real images: {share:.0%} of all are generated")
-        if any(row.label and not row.caption for row in mixed):
-            print('some have a label and no caption: train with --prompt "… {labels}"')
         print("next: " + command("train.py", "--data", args.out))
     else:
         words = [args.reference, args.generated, args.out]
@@ -481,12 +453,11 @@ def check_folders(out, args):
     """--out must neither hold a data set, nor lie in one, nor hold other files."""
     for data in filter(None, (args.generated, args.reference, args.mix)):
         folder = Path(data).resolve()
-        if folder in out.parents:
-            fail(f"--out {args.out} lies in {data}: its images would be read again; give another")
+        lies_inside = folder in out.parents  # of a table's folder it may
         if not folder.is_dir():
             folder = folder.parent
-        if out == folder or out in folder.parents:
-            fail(f"--out {args.out} holds {data}: give another folder")
+        if lies_inside or out in (folder, *folder.parents):
+            fail(f"--out {args.out} and {data} lie in one another: give another folder")
     if out.is_dir() and any(out.glob("[!.]*")) and not (out / "decisions.csv").is_file():
         fail(f"--out {args.out} holds files that are not of a filtering: give another folder")
 
@@ -531,19 +502,17 @@ def decide(reference, selector, rows, pixels, wanted, args):
     if unknown:
         summary.append(f"{unknown} of {len(rows)} images have no label that is checked")
     if selector:
-        for warning in selector.warnings:
-            summary.append(f"the selector was written in spite of: {warning}")
         more, judged = selector.judge(pixels, rows, args.min_quality, args.min_alignment)
         reasons = [first or second for first, second in zip(reasons, more, strict=True)]
         scores.update(judged)
     for row, quality in zip(rows, scores["quality"], strict=True):
         row.quality = f"{quality:.4g}"
-    vectors = reference.blocks["texture"].vectors(pixels)
     if args.drop_duplicates:
-        refuse_duplicates(reference, reasons, rows, vectors, scores["quality"])
+        refuse_duplicates(reasons, rows, pixels, scores["quality"])
     passed = np.flatnonzero(np.array(reasons) == "")
     if len(passed) > wanted:
-        best = best_and_diverse(vectors[passed], scores["quality"][passed], wanted)
+        vectors = reference.blocks["texture"].vectors(pixels[passed])
+        best = best_and_diverse(vectors, scores["quality"][passed], wanted)
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
     kinds = count_reasons(reasons).most_common()
@@ -556,42 +525,33 @@ def count_reasons(reasons):
     return Counter(re.split(r" of | \(| \d", reason)[0] or "kept" for reason in reasons)
 
 
-def refuse_duplicates(reference, reasons, rows, vectors, quality):
-    """Of images nearer than real ones of two patients hardly ever are, refuse all but the best."""
-    texture = reference.blocks["texture"].real
-    _, apart = nearest(squared_distances(texture, texture), reference.same_patient)
-    order = np.flatnonzero(np.array(reasons) == "")
-    order = order[np.argsort(-quality[order], kind="stable")]
-    near = squared_distances(vectors[order], vectors[order]) <= np.quantile(apart, 0.01)
-    for place, i in enumerate(order):
-        better = [j for j in order[:place][near[place, :place]] if not reasons[j]]
-        if better:
-            reasons[i] = f"duplicate of {rows[better[0]].file_name}"
+def refuse_duplicates(reasons, rows, pixels, quality):
+    """Of pictures that are the same, also mirrored or re-saved, refuse all but the best."""
+    kept = np.flatnonzero(np.array(reasons) == "")
+    kept = kept[np.argsort(-quality[kept], kind="stable")]
+    for i, j, _ in near_duplicates(pixels[kept]):
+        better, worse = kept[i], kept[j]
+        if not reasons[better] and not reasons[worse]:
+            reasons[worse] = f"duplicate of {rows[better].file_name}"
 
 
-def best_and_diverse(vectors, quality, count, given=()):
-    """Numbers of `count` images of high quality in [0, 1], unlike one another and those `given`.
+def best_and_diverse(vectors, quality, count):
+    """Numbers of `count` images of high quality in [0, 1] that are unlike one another.
 
-    The greedy mode of a determinantal point process (Chen et al. 2018) with the kernel
-    q_i q_j exp(-|x_i - x_j|^2 / 2s), s the median squared distance. Ties go to the first.
+    Each is the one with the largest quality^2 (1 - exp(-d^2 / 2s)), d its distance to the nearest
+    that is chosen already, s the median squared distance. Ties go to the first.
     """
     squares = squared_distances(vectors[:500], vectors[:500])
     scale = np.median(squares[squares > 0]) if squares.any() else 1.0  # equal images tell none
-    x = np.float32((vectors - vectors.mean(0)) / np.sqrt(2 * scale))
-    gain = 2 * np.log(np.maximum(quality, 1e-6))
-    remaining = np.ones(len(x), np.float32)  # variance that the chosen ones leave unexplained
-    # of Cholesky's factor, a row for each chosen one
-    factor = np.zeros((len(given) + count, len(x)), np.float32)
-    chosen = list(given)
-    for step in range(len(factor)):
-        if step == len(chosen):
-            chosen.append(int(np.argmax(gain + np.log(remaining))))
-        i = chosen[step]
-        kernel = np.exp(-squared_distances(x, x[[i]])[:, 0])
-        factor[step] = (kernel - factor[:step, i] @ factor[:step]) / np.sqrt(remaining[i])
-        remaining = np.maximum(remaining - factor[step] ** 2, 1e-6)
-        gain[i] = -np.inf
-    return chosen[len(given) :]
+    novelty = np.ones(len(vectors))
+    chosen = []
+    for _ in range(count):
+        gain = np.square(quality) * novelty
+        gain[chosen] = -1
+        chosen.append(int(np.argmax(gain)))
+        squares = squared_distances(vectors, vectors[chosen[-1:]])[:, 0]
+        novelty = np.minimum(novelty, 1 - np.exp(-squares / (2 * scale)))
+    return chosen
 
 
 # ---------------------------------------------------------------- what is written
@@ -606,16 +566,14 @@ def name_below(folder, file_name):
 def write_decisions(out, real_rows, all_rows, rows, reasons, scores):
     """decisions.csv: for each generated image whether it is kept, why not, and its scores."""
     names = [name for name in scores if name != "nearest"]
-    judged = {}
+    blank = [""] * len(names)
+    lines = {id(row): [row.file_name, 0, "unreadable", "", *blank] for row in all_rows}
     for i, row in enumerate(rows):
         real_name = real_rows[scores["nearest"][i]].file_name
         values = [f"{scores[name][i]:.6g}" for name in names]
-        judged[id(row)] = [row.file_name, int(not reasons[i]), reasons[i], real_name, *values]
-    lines = []
-    for row in all_rows:
-        unreadable = [row.file_name, 0, "unreadable", "", *[""] * len(names)]
-        lines.append(judged.get(id(row), unreadable))
-    write_csv(out / "decisions.csv", ["file", "kept", "reason", "nearest", *names], lines)
+        lines[id(row)] = [row.file_name, int(not reasons[i]), reasons[i], real_name, *values]
+    header = ["file", "kept", "reason", "nearest", *names]
+    write_csv(out / "decisions.csv", header, lines.values())
 
 
 def copy_images(out, kept, mixed):
@@ -624,28 +582,28 @@ def copy_images(out, kept, mixed):
     entries = [(name_below(folder, row.file_name), row) for row in kept]
     entries += [(name_below("real", row.file_name), row) for row in mixed]
     header = ["file_name", "text", "label", "patient_id", "synthetic", "quality"]
-    extra = {}  # the other columns of all tables, in order
-    for _, row in entries:
-        roles = [find_column(row.fields, role) for role in ("image", "caption", "label", "group")]
-        for column in row.fields:
-            if column not in roles and column.lower() not in header:
-                extra[column] = True
+    columns = dict.fromkeys(header)  # and the others of all tables, in order
     lines = []
     paths = {}
     for name, row in entries:
         if paths.setdefault(name, row.path) != row.path:  # a table may repeat an image
             fail(f"{row.path}: another image would be called {name} too; rename one")
         quality = getattr(row, "quality", "")  # real images have none
-        values = [row.fields.get(column, "") for column in extra]
-        synthetic = int(quality != "")
-        lines.append([name, row.caption, row.label, row.group, synthetic, quality, *values])
+        values = (name, row.caption, row.label, row.group, int(quality != ""), quality)
+        line = dict(zip(header, values, strict=True))
+        roles = [find_column(row.fields, role) for role in COLUMNS]
+        for column, value in row.fields.items():
+            if column not in roles and column.lower() not in header:
+                line[column] = value
+        columns |= line
+        lines.append(line)
     if (out / "metadata.csv").is_file():
         for old in read_table(out / "metadata.csv"):
             if old.get("synthetic") == "1" and old["file_name"] not in paths:
                 (out / name_below("", old["file_name"])).unlink(missing_ok=True)
     for name, path in paths.items():
         copy_file(path, out / name)
-    write_csv(out / "metadata.csv", header + list(extra), lines)
+    write_csv(out / "metadata.csv", columns, [map(line.get, columns) for line in lines])
 
 
 REASONS = """Texture: the pattern of edges and surfaces. Colour: tints, and what is bright where.
@@ -659,7 +617,7 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     body = f'<div class="verdict"><b>Kept {kinds["kept"]} of {len(rows)} generated images.</b>'
     body += table(("what became of them", "images"), kinds.most_common())
     body += f"</div>{paragraph(REASONS, 'soft')}<h2>What would pass at another limit</h2>"
-    body += other_limits(reference, real_rows, rows, scores)
+    body += other_limits(reference, scores)
     order = np.argsort(-scores["quality"], kind="stable")
     kept = np.array(reasons)[order] == ""
     for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
@@ -675,17 +633,15 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     return f"{body}<h2>How they were judged</h2>{how}"
 
 
-def other_limits(reference, real_rows, rows, scores):
+def other_limits(reference, scores):
     """HTML: how many images would pass at other values of --calibrate."""
     ranks = reference.rank(scores).max(0)
     lines = []
     for alpha in (0.01, 0.05, 0.1, 0.2, 0.5):
-        thresholds = find_thresholds(reference, real_rows, alpha)
-        limits = [thresholds.get(text_key(row.label), thresholds[""]) for row in rows]
-        passing = f"{np.sum(ranks <= limits)} of {len(rows)}"
-        if np.isinf(thresholds[""]):
-            passing = "too few real images"
-        lines.append((alpha, f"{1 - alpha:.0%}", passing))
+        threshold = conformal_threshold(real_ranks(reference), alpha)
+        if np.isfinite(threshold):  # else there are too few real images for it
+            passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
+            lines.append((alpha, f"{1 - alpha:.0%}", passing))
     return table(("calibrate", "unseen real images that pass", "generated ones that pass"), lines)
 
 
@@ -789,28 +745,18 @@ class Rating:
         return read_number(self.real) == 1
 
 
-def read_ratings(paths, files=()):
+def read_ratings(paths, rows=(), folders=()):
     """All ratings of ratings files: [Rating]. Of one expert's ratings of an image the last counts.
 
-    files: where to look for images that are not where they were.
+    rows, folders: images, and folders of images, to look for those that are not where they were.
     """
-    by_hash = {content_hash(file): file for file in files}
-    by_end = index_ends(files)
+    by_hash = {content_hash(row.path): row.path for row in rows}
     ratings = {}
-    repeated = []
     for path in paths:
-        rows = read_rating_rows(path)
-        find_images(rows, os.path.dirname(os.path.abspath(path)), by_hash, by_end)
-        for row in rows:
-            key = (row.path or row.image, row.expert)
-            if key in ratings:
-                repeated.append(f"{row.expert}'s of {row.image}")
-            ratings[key] = row
-    if repeated:
-        note(
-            f"{len(repeated)} ratings replace earlier ones of the same expert, such as "
-            f"{repeated[0]}"
-        )
+        rated = read_rating_rows(path)
+        places = [os.path.dirname(os.path.abspath(path)), os.getcwd(), *filter(None, folders)]
+        find_images(rated, places, by_hash)
+        ratings |= {(rating.path or rating.image, rating.expert): rating for rating in rated}
     if paths and not ratings:
         fail(f"{paths[0]}: no ratings in it")
     return list(ratings.values())
@@ -821,38 +767,33 @@ def read_rating_rows(path):
     records = read_table(path)
     names = list(records[0]) if records else []
     columns = {role: find_column(names, role, RATING_COLUMNS) for role in RATING_COLUMNS}
-    needed = "a ratings file has at least the columns image_path and rating"
     if not columns["image"] or not columns["rating"]:
+        needed = "a ratings file has at least the columns image_path and rating"
         fail(f"{path}: {needed}; this one has {', '.join(names) or 'no rows'}")
-    for record in records:
-        for name, text in record.items():
-            if text_key(text) in NO_VALUE:
-                record[name] = ""
     ratings = []
-    unrated = 0
     for line, record in enumerate(records, 2):
-        row = {role: record.get(name, "") for role, name in columns.items()}
-        if not row["rating"]:
-            unrated += 1
+        row = {}
+        for role, name in columns.items():
+            text = record.get(name, "")
+            row[role] = "" if text_key(text) in NO_VALUE else text
+        if not row["rating"] or not row["image"]:
             continue
-        image = row["image"].replace("\\", "/")  # of Windows
         rating = read_number(row["rating"])
         level = read_number(row["expert_level"] or "3")
-        wrong = ""
-        if not image:
-            wrong = f"names no image: {needed}"
-        elif rating not in (1, 2, 3):
-            wrong = f"must be 1 (bad), 2 (usable) or 3 (good), not {row['rating'][:40]!r}"
-            wrong = f"rating {wrong} (of {image[:200]}): write other scales as thirds of theirs"
-        elif not 1 <= level < np.inf:
-            wrong = f"expert_level must be a number from 1, not {row['expert_level'][:40]!r}"
-        if wrong:
-            fail(f"{path}: row {line}: {wrong}")
-        expert = row["expert"] or str(path)
-        row |= {"image": image, "rating": int(rating), "expert_level": level, "expert": expert}
+        if rating not in (1, 2, 3):
+            scale = "must be 1 (bad), 2 (usable) or 3 (good)"
+            advice = f"not {row['rating'][:40]!r}: write other scales as thirds of theirs"
+            fail(f"{path}: row {line}: rating {scale}, {advice}")
+        if not 1 <= level < np.inf:
+            wrong = f"must be a number from 1, not {row['expert_level'][:40]!r}"
+            fail(f"{path}: row {line}: expert_level {wrong}")
+        row |= {"rating": int(rating), "expert_level": level}
+        row["image"] = row["image"].replace("\\", "/")  # of Windows
+        row["expert"] = row["expert"] or str(path)
         ratings.append(Rating(**row))
+    unrated = len(records) - len(ratings)
     if unrated:
-        note(f"{path}: {unrated} of {len(records)} rows have no rating and are skipped")
+        note(f"{path}: {unrated} of {len(records)} rows have no rating or no image and are skipped")
     return ratings
 
 
@@ -864,51 +805,28 @@ def read_number(text):
         return np.nan
 
 
-def ends_of(path):
-    """A path and the ends of it, the longest first: a/b/c.png, b/c.png, c.png."""
-    parts = Path(path).parts
-    return [name_key("/".join(parts[start:])) for start in range(len(parts))]
+def find_images(ratings, folders, by_hash):
+    """Set the paths of the images of a ratings file, "" where they are not found.
 
-
-def index_ends(paths):
-    """End of a path -> the paths that have it."""
-    by_end = defaultdict(set)
-    for path in paths:
-        for end in ends_of(path):
-            by_end[end].add(path)
-    return by_end
-
-
-def find_images(ratings, folder, by_hash, by_end):
-    """Set the paths of the images of a ratings file in a folder, "" where they are not found.
-
-    An image with a SHA-256 is known by that. Another is where the file says, seen from its folder
-    or from where the command runs; else, after a move, it is the file that has an end of its path
-    which no other file and no other image has.
+    An image is where the file says, seen from one of the folders, or, after a move, where the end
+    of its path leads, or has its SHA-256. A path that several of them end in is nobody's.
     """
-    folders = (folder, os.getcwd())
-    images_by_end = index_ends(rating.image for rating in ratings)
+    images = defaultdict(set)
     for rating in ratings:
-        rating.path = find_below(folders, rating.image)
-        if rating.sha256:
-            if rating.path:
-                by_hash.setdefault(content_hash(rating.path), rating.path)
-            rating.path = by_hash.get(rating.sha256.lower(), "")
-        elif not rating.path:
-            for end in ends_of(rating.image):
-                paths = by_end[end] | {find_below(folders, end)} - {""}
-                if len(paths) == len(images_by_end[end]) == 1:
-                    rating.path = paths.pop()
-                    break
-
-
-def find_below(folders, name):
-    """The file of this name in the first of the folders that has it, else ""."""
-    for folder in folders:
-        path = find_file(os.path.normpath(os.path.join(folder, name)))
-        if os.path.isfile(path):
-            return path
-    return ""
+        parts = Path(rating.image).parts
+        places = []
+        for start in range(len(parts)):
+            places += [os.path.join(folder, *parts[start:]) for folder in folders]
+        places.append(by_hash.get(rating.sha256.lower(), ""))
+        for place in places:
+            path = find_file(os.path.normpath(place))
+            if os.path.isfile(path) and rating.sha256.lower() in ("", content_hash(path)):
+                rating.path = path
+                break
+        images[rating.path].add(parts)
+    for rating in ratings:
+        if not rating.sha256 and len(images[rating.path]) > 1:
+            rating.path = ""
 
 
 def drop_missing(ratings):
@@ -938,16 +856,15 @@ RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--
 body{max-width:none;padding:0;touch-action:manipulation}
 h1,form{max-width:40rem;margin:1rem auto;padding:0 1rem}form p,#scale{margin:.8rem 0}
 #scale{white-space:pre-line;padding-left:.9rem;border-left:.3rem solid var(--mark)}
-button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--line);
+button,input,select{font:inherit;color:var(--ink);background:#161b22;border:1px solid var(--soft);
 border-radius:.4rem;padding:.5rem .8rem;margin:.15rem;min-height:2.8rem}
 button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}#rater{color:var(--mark)}
-#rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}
-#note,progress{width:min(94%,30rem)}progress{height:.5rem}#ask span{display:inline-block}
-#marks button{min-width:6.5rem;border-color:var(--soft)}#marks button[aria-pressed=true]{
-border-color:var(--mark)}#view{color:var(--soft);font-size:.85rem}
-#view label{white-space:nowrap}#view input{width:5rem;min-height:1.5rem;padding:0;
-vertical-align:middle}#picture{position:relative;overflow:hidden;touch-action:none;
-user-select:none;height:min(58vh,100vw)}#picture img{position:absolute;left:50%;top:50%}
+#rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}#note,progress{width:min(94%,30rem)}
+#ask span{display:inline-block}#marks button{min-width:6.5rem}
+#view{color:var(--soft);font-size:.85rem}#view label{white-space:nowrap}
+#view input{width:5rem;min-height:1.5rem;padding:0;vertical-align:middle}
+#picture{display:flex;overflow:auto;scrollbar-width:none;
+height:min(58vh,100vw)}#picture img{margin:auto;flex:none;user-select:none}
 @media(min-aspect-ratio:6/5){#rate{display:grid;gap:.8rem;align-items:center;
 grid-template-columns:minmax(0,1fr) minmax(19rem,36vw)}#picture[hidden]+div{grid-column:1/-1}
 #picture{height:calc(100vh - 1rem);height:calc(100svh - 1rem)}}
@@ -956,29 +873,26 @@ grid-template-columns:minmax(0,1fr) 26rem}#rate :is(button,#note){min-height:2.2
 padding:.2rem .6rem}}</style>"""
 RATING_BODY = """<form id="start" hidden>
 <p>You see <span id="count"></span> pictures, one after the other. Mark each by a key, 1, 2 or 3,
-or by a button:</p>
-<div id="scale">SCALE</div>
+or by a button:</p><div id="scale">SCALE</div>
 <p id="how-blind">Some are real. Say of each whether you take it for real, r, or generated, g.</p>
 <p id="how-shows">Does it show its label? Say yes, y, or no, n; neither where you cannot tell.</p>
 <p>Nothing leaves this browser. It keeps every answer at once (not so a private window): close the
 page when you like, open it here again and go on. At the end you save a file, ratings-<i>your
 name</i>.csv. It will be in the folder for downloads: send it to whoever gave you this page.</p>
-<p><label>Your name <input id="name" required list="names" autocomplete="off"></label>
-<datalist id="names"></datalist> <select id="level" aria-label="experience">
-<option value="3">specialist<option value="2">resident<option value="1">student</select>
-<button>Start</button></p></form>
+<p><label>Your name <input id="name" required autocomplete="off"></label>
+<select id="level" aria-label="experience"><option value="3">specialist
+<option value="2">resident<option value="1">student</select> <button>Start</button></p></form>
 <main id="rate" hidden><div id="picture"></div><div>
 <p><b id="rater"></b> <button data-key="c">other rater (c)</button></p>
 <progress id="bar"></progress><p id="where" aria-live="polite"></p>
-<div id="work">
-<div id="ask"><span id="question"></span> <span><button data-key="y">yes (y)</button>
+<div id="work"><div id="ask"><span id="question"></span> <span><button data-key="y">yes (y)</button>
 <button data-key="n">no (n)</button></span></div>
 <div id="guesses"><button data-key="r">real (r)</button>
 <button data-key="g">generated (g)</button></div>
 <div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
 <button data-key="3">3 good</button></div><p id="text"></p>
-<input id="note" placeholder="note (t), Enter ends it">
-</div><div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
+<input id="note" placeholder="note (t), Enter ends it"></div>
+<div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
 the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></div>
 <button data-key="u">undo (u)</button><button data-key="s" id="skip">skip (s)</button>
 <button id="save">save the file</button>
@@ -987,7 +901,7 @@ the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></d
 <label>contrast <input id="contrast" type="range" min=".2" max="4" step="any"></label>
 <button data-key="0">reset (0)</button><div id="shown"></div></div></div></main>"""
 RATING_SCRIPT = r"""<script>
-const $ = id => document.getElementById(id), SLIDERS = ["zoom", "brightness", "contrast"];
+const $ = id => document.getElementById(id), buttons = document.querySelectorAll("[data-key]");
 const bytes = Uint8Array.from(atob(FACTS), c => c.charCodeAt(0));
 const facts = JSON.parse(new TextDecoder().decode(bytes));
 let rater = "", answers = {}, at = 0, safe = true, work = Promise.resolve();
@@ -997,85 +911,73 @@ let moving = false;  // to another picture: until it shows, keys are of no pictu
 // before the next picture shows; localStorage alone would lose seconds when a browser is killed.
 const database = new Promise(done => {
   try {
-    const request = indexedDB.open("medlora", 1);
+    const request = indexedDB.open("medlora ratings", 1);
     request.onupgradeneeded = () => request.result.createObjectStore("answers");
     request.onsuccess = () => done(request.result);
     request.onerror = request.onblocked = () => done(null);
   } catch { done(null); }
 });
-async function keep(hash) {
-  const answer = answers[hash], name = rater;
+async function keep(answer) {
+  const key = "medlora " + JSON.stringify([answer.rater, answer.hash]);
   answer.time = Date.now(); answer.level = $("level").value; safe = false;
-  try {
-    localStorage.setItem(JSON.stringify(["medlora", name, hash]), JSON.stringify(answer));
-    safe = true;
-  } catch {}
+  try { localStorage.setItem(key, JSON.stringify(answer)); safe = true; } catch {}
   const db = await database;
   await new Promise(done => {
     try {
       const write = db.transaction("answers", "readwrite", {durability: "strict"});
-      write.objectStore("answers").put(answer, [name, hash]);
+      write.objectStore("answers").put(answer, key);
       write.oncomplete = () => { safe = true; done(); };
       write.onabort = done;
     } catch { done(); }
   });
 }
-async function recall() {  // [[rater, hash, answer], …], the newest last
-  const found = [];
+async function recall() {  // all answers, the newest last
+  const found = [], db = await database;
   try {
-    for (const [key, value] of Object.entries(localStorage)) {
-      try {
-        const [owner, ...rest] = JSON.parse(key);
-        if (owner === "medlora") found.push([...rest, JSON.parse(value)]);
-      } catch {}  // of another page
-    }
+    for (const key of Object.keys(localStorage))
+      if (key.startsWith("medlora [")) found.push(JSON.parse(localStorage[key]));
   } catch {}
-  const db = await database;
   if (db) await new Promise(done => {
-    const read = db.transaction("answers").objectStore("answers").openCursor();
+    const read = db.transaction("answers").objectStore("answers").getAll();
+    read.onsuccess = () => { found.push(...read.result); done(); };
     read.onerror = done;
-    read.onsuccess = () => {
-      if (!read.result) return done();
-      found.push([...read.result.key, read.result.value]); read.result.continue();
-    };
   });
-  return found.sort((a, b) => a[2].time - b[2].time);
+  return found.sort((a, b) => a.time - b.time);
+}
+function setStart(isOpen) {
+  $("start").hidden = document.querySelector("h1").hidden = !isOpen; $("rate").hidden = isOpen;
 }
 async function begin() {
-  const found = await recall();
-  $("names").replaceChildren(...[...new Set(found.map(f => f[0]))].map(n => new Option(n, n)));
-  if (found.length) [$("name").value, $("level").value] = [found.at(-1)[0], found.at(-1)[2].level];
-  $("rate").hidden = true; $("start").hidden = document.querySelector("h1").hidden = false;
-  $("name").focus(); $("name").select();
+  const last = (await recall()).at(-1);
+  if (last) { $("name").value = last.rater; $("level").value = last.level; }
+  setStart(true); $("name").focus(); $("name").select();
 }
 async function start() {
   rater = $("name").value.trim(); answers = {};
-  for (const [name, hash, answer] of await recall()) if (name === rater) answers[hash] = answer;
+  for (const answer of await recall()) if (answer.rater == rater) answers[answer.hash] = answer;
   at = facts.findIndex(f => !answers[f[5]]?.rating && !answers[f[5]]?.skipped);
   if (at < 0) at = facts.length;
-  $("start").hidden = document.querySelector("h1").hidden = true; $("rate").hidden = false;
-  show();
+  setStart(false); show();
 }
-function file() { return `ratings-${rater.replace(/[^\p{L}\p{N}]+/gu, "-")}.csv`; }
+function answerHere() { const hash = facts[at][5]; return answers[hash] ||= {rater, hash}; }
 function show() {
-  const done = at >= facts.length, fact = facts[at] || [], answer = answers[fact[5]] || {};
-  const marked = facts.filter(f => answers[f[5]]?.rating).length;
+  const done = at >= facts.length, marked = facts.filter(f => answers[f[5]]?.rating).length;
   $("bar").max = facts.length; $("bar").value = at; $("rater").textContent = rater;
   $("where").textContent = (done ? "The end" : `${at + 1} of ${facts.length}`)
     + `, ${marked} marked` + (safe ? "" : "; this browser keeps nothing: save before closing");
   for (const id of ["picture", "work", "view", "skip"]) $(id).hidden = done;
-  $("end").hidden = !done; $("file").textContent = file();
+  $("end").hidden = !done;
+  $("file").textContent = `ratings-${rater.replace(/[^\p{L}\p{N}]+/gu, "-")}.csv`;
   if (done) return;
+  const fact = facts[at], answer = answerHere();
   $("picture").innerHTML = IMAGES[at];
   const image = $("picture").firstChild;
   image.alt = `picture ${at + 1}`; image.draggable = false; image.onload = draw;
   $("text").textContent = BLIND || fact[1] == fact[6] ? "" : fact[1];
   $("question").textContent = `Shows: ${fact[6].replaceAll("|", ", ")}?`;
-  $("ask").hidden = !fact[6];
-  $("guesses").hidden = !BLIND; $("note").value = answer.comment || "";
+  $("ask").hidden = !fact[6]; $("guesses").hidden = !BLIND; $("note").value = answer.comment || "";
   const chosen = [answer.rating, {1: "y", 0: "n"}[answer.shows], answer.guess?.[0]];
-  for (const b of document.querySelectorAll("[data-key]"))
-    b.setAttribute("aria-pressed", chosen.includes(b.dataset.key));
+  for (const b of buttons) b.setAttribute("aria-pressed", chosen.includes(b.dataset.key));
   reset();
 }
 async function press(key) {
@@ -1083,13 +985,11 @@ async function press(key) {
   if (key == "0") return reset();
   if (key == "u" ? !at : at >= facts.length) return;
   if (key == "u") at--;
-  const hash = facts[at][5], answer = answers[hash] ||= {};
-  if (key == "u") { delete answer.rating; delete answer.skipped; }
-  else if (key == "s") { delete answer.rating; answer.skipped = true; }
-  else if (key == "y" || key == "n") answer.shows = key == "y" ? 1 : 0;
+  const answer = answerHere();
+  if (key == "y" || key == "n") answer.shows = key == "y" ? 1 : 0;
   else if (key == "r" || key == "g") answer.guess = key == "r" ? "real" : "generated";
-  else answer.rating = key;
-  await keep(hash);
+  else { answer.rating = /[123]/.test(key) ? key : ""; answer.skipped = key == "s"; }
+  await keep(answer);
   if (/[123s]/.test(key)) at++;
   show();
 }
@@ -1117,76 +1017,59 @@ document.addEventListener("keydown", e => {
   else return;
   e.preventDefault();
 });
-for (const b of document.querySelectorAll("[data-key]"))
-  b.onclick = () => { take(b.dataset.key); b.blur(); };
+for (const b of buttons) b.onclick = () => { take(b.dataset.key); b.blur(); };
 $("note").oninput = () => {
-  const hash = facts[at][5]; (answers[hash] ||= {}).comment = $("note").value;
-  queue(() => keep(hash));
+  const answer = answerHere(); answer.comment = $("note").value; queue(() => keep(answer));
 };
 $("start").onsubmit = e => { e.preventDefault(); queue(start); };
-function table() {
-  const cell = t => /[",\n\r]/.test(t) ? '"' + String(t).replaceAll('"', '""') + '"' : t;
-  const lines = facts.map(f => { const a = answers[f[5]] || {};
-    return a.rating && [f[0], a.rating, f[2], a.level, f[1], rater, f[3],
-      a.comment ?? "", a.guess ?? "", f[4], f[5], f[6], a.shows ?? ""]; }).filter(line => line);
-  const header = "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real,"
-    + "sha256,label,shows";
-  return [header.split(","), ...lines].map(line => line.map(cell).join(",") + "\n").join("");
-}
 $("save").onclick = () => {
-  const a = document.createElement("a");
-  const text = "\ufeff" + table();  // spreadsheets take a file without this mark for another code
-  a.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
-  a.download = file(); a.click(); $("save").blur();
+  const cell = t => /[",\n\r]/.test(t) ? '"' + String(t).replaceAll('"', '""') + '"' : t;
+  let text = "\ufeff"  // spreadsheets take a file without this mark for another code
+    + "image_path,rating,modality,expert_level,prompt,expert,group,comment,guess,real,sha256,label,"
+    + "shows\n";
+  for (const f of facts) {
+    const a = answers[f[5]];
+    if (a?.rating) text += [f[0], a.rating, f[2], a.level, f[1], rater, f[3], a.comment ?? "",
+      a.guess ?? "", f[4], f[5], f[6], a.shows ?? ""].map(cell).join(",") + "\n";
+  }
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
+  link.download = $("file").textContent; link.click(); $("save").blur();
 };
 
-// The view: wheel, pinch or slider zooms, dragging moves, dragging with the right button windows.
-let x = 0, y = 0;
-const pointers = new Map(), level = id => Number($(id).value);
-function reset() { for (const id of SLIDERS) $(id).value = 1; draw(); }
+// The view. Fingers drag and pinch by themselves; the mouse's wheel zooms, its left button moves
+// the picture, its right one changes brightness and contrast, as sliders do.
+const box = $("picture"), level = id => Number($(id).value);
+function reset() { for (const id of ["zoom", "brightness", "contrast"]) $(id).value = 1; draw(); }
 function draw() {  // as stored; larger than the room: shrunk; of few pixels: an integer times
-  const image = $("picture").firstChild, w = image.naturalWidth, h = image.naturalHeight;
+  const image = box.firstChild, w = image?.naturalWidth, h = image?.naturalHeight;
   if (!w) return;
-  const room = Math.min($("picture").clientWidth / w, $("picture").clientHeight / h);
+  const room = Math.min(box.clientWidth / w, box.clientHeight / h);
   const fit = Math.min(room, Math.max(1, Math.floor(Math.min(room, 512 / Math.max(w, h)))));
   const times = fit * level("zoom");
-  if (level("zoom") == 1) x = y = 0;
-  image.style.width = w * fit + "px";
-  image.style.transform = `translate(-50%, -50%) translate(${x}px, ${y}px) scale(${level("zoom")})`;
+  const x = (box.scrollLeft + box.clientWidth / 2) / box.scrollWidth;  // the middle stays
+  const y = (box.scrollTop + box.clientHeight / 2) / box.scrollHeight;
+  image.style.width = w * times + "px";
   image.style.filter = `brightness(${level("brightness")}) contrast(${level("contrast")})`;
+  box.scrollLeft = x * box.scrollWidth - box.clientWidth / 2;
+  box.scrollTop = y * box.scrollHeight - box.clientHeight / 2;
   let shown = "";
   if (times > 1) shown = `, enlarged ${+times.toFixed(1)} times`;
   if (times < 1) shown = `, shown at ${Math.round(100 * times)} %`;
   $("shown").textContent = `${w} × ${h} pixels${shown}`;
 }
-function zoomAt(e, factor) {  // what is under the pointer stays there
-  const box = $("picture").getBoundingClientRect(), before = level("zoom");
-  $("zoom").value = before * factor;
-  const moved = 1 - level("zoom") / before;
-  x += (e.clientX - box.x - box.width / 2 - x) * moved;
-  y += (e.clientY - box.y - box.height / 2 - y) * moved;
-}
-$("picture").onwheel = e => { e.preventDefault(); zoomAt(e, 1.002 ** -e.deltaY); draw(); };
-$("picture").oncontextmenu = e => e.preventDefault();
-$("picture").onpointerdown = e => {
-  pointers.set(e.pointerId, e); $("picture").setPointerCapture(e.pointerId);
+box.onwheel = e => {
+  e.preventDefault(); $("zoom").value = level("zoom") * 1.002 ** -e.deltaY; draw();
 };
-$("picture").onpointermove = e => {
-  const last = pointers.get(e.pointerId);
-  if (!last) return;
-  const dx = e.clientX - last.clientX, dy = e.clientY - last.clientY;
-  const other = [...pointers.values()].find(p => p.pointerId != e.pointerId);
-  const apart = p => Math.hypot(p.clientX - other.clientX, p.clientY - other.clientY);
-  if (other) zoomAt(e, apart(e) / Math.max(1, apart(last)));
-  else if (e.buttons == 2) {
-    $("brightness").value = level("brightness") - dy / 200;
-    $("contrast").value = level("contrast") + dx / 200;
-  } else if (level("zoom") > 1) { x += dx; y += dy; }
-  pointers.set(e.pointerId, e); draw();
+box.oncontextmenu = e => e.preventDefault();
+box.onpointermove = e => {
+  if (e.pointerType != "mouse" || !e.buttons) return;
+  if (e.buttons == 1) return box.scrollBy(-e.movementX, -e.movementY);
+  $("brightness").value = level("brightness") - e.movementY / 200;
+  $("contrast").value = level("contrast") + e.movementX / 200;
+  draw();
 };
-$("picture").onpointerup = $("picture").onpointercancel = e => pointers.delete(e.pointerId);
-for (const id of SLIDERS) $(id).oninput = draw;
-addEventListener("resize", () => { if ($("picture").firstChild) draw(); });
+$("view").oninput = window.onresize = draw;
 $("count").textContent = facts.length;
 $("how-blind").hidden = !BLIND; $("how-shows").hidden = !facts.some(f => f[6]);
 queue(begin);
@@ -1198,12 +1081,13 @@ def write_rating_page(args):
     scale = read_text(args.scale_text) if args.scale_text else SCALE_TEXT
     rows = list_images(args.generated)
     real_rows = list_training(args.blind, args) if args.blind else []
-    ratings = drop_missing(read_ratings(args.rated, [row.path for row in rows + real_rows]))
+    folders = (args.generated, args.blind)
+    ratings = drop_missing(read_ratings(args.rated, rows + real_rows, folders))
     rated = {content_hash(rating.path) for rating in ratings}
-    rows = choose_images(rows, rated, args)
+    rows = choose_images(not_rated(rows, rated), args)
     size = args.resolution or PAGE_SIDE
     if args.blind:
-        real_rows, size = draw_blind(rows, real_rows, rated, size, args)
+        real_rows, size = draw_blind(rows, not_rated(real_rows, rated), size, args)
 
     def embed(image, crop="center"):
         if args.blind:
@@ -1229,20 +1113,22 @@ def write_rating_page(args):
     print("next: " + command("filter.py", args.generated, "--fit", "ratings-NAME.csv"))
 
 
-def draw_blind(rows, real_rows, rated, size, args):
+def not_rated(rows, rated):
+    """The rows whose files have none of these hashes."""
+    return [row for row in rows if content_hash(row.path) not in rated]
+
+
+def draw_blind(rows, real_rows, size, args):
     """Real rows to mix in, one in five, and the pixels a side at which no image is enlarged.
 
-    Sharpness must tell nobody which are real: smaller real ones, out of four times as many or half
-    of all, are left out. rated: hashes of the files of rated images, which are not asked for again.
+    Sharpness must tell nobody which are real: the smaller half of them is left out.
     """
     wanted = max(1, round(len(rows) / 4))
-    real_rows = [row for row in real_rows if content_hash(row.path) not in rated]
     drawn = draw_order(len(real_rows), args.seed, "blind")[: 4 * wanted]
     rows, _ = load_pixels(rows, 64)
     real_rows, _ = load_real([real_rows[i] for i in drawn], 64, args)
-    sides = sorted(square_side(row, args.crop) for row in real_rows)
-    enough = min(wanted, (len(sides) + 1) // 2)
-    size = min([size, *sides[-enough:], *[min(row.size) for row in rows]])
+    sides = [square_side(row, args.crop) for row in real_rows]
+    size = min(size, int(np.median(sides or size)), *[min(row.size) for row in rows])
     return [row for row in real_rows if square_side(row, args.crop) >= size][:wanted], size
 
 
@@ -1282,46 +1168,43 @@ const IMAGES = {json.dumps(images)};
 </script>{RATING_SCRIPT}"""
 
 
-def choose_images(rows, rated, args):
-    """The rows to rate, all or --suggest; rated: hashes of the files of rated images."""
-    selector = load_selector(args.selector) if args.selector else None
-    if args.suggest:
-        rows, pixels = load_pixels(rows, selector.size if selector else pick_resolution(rows))
-    done = [i for i, row in enumerate(rows) if content_hash(row.path) in rated]
-    count = len(rows) - len(done)
-    if args.suggest:
-        blind = args.suggest // 5 if args.blind else 0
-        count = min(count, args.suggest - blind)
+def choose_images(rows, args):
+    """The rows to rate, all or --suggest: unlike one another, where the selector is least sure."""
+    count = min(len(rows), args.suggest or len(rows))
+    if args.suggest and args.blind:
+        count = min(count, args.suggest - args.suggest // 5)
     if not 0 < count <= 500:
         fail(f"{args.generated}: {count} images to rate (--suggest picks some)")
     if not args.suggest:
-        return [row for i, row in enumerate(rows) if i not in done]
+        return rows
+    selector = load_selector(args.selector) if args.selector else None
+    rows, pixels = load_pixels(rows, selector.size if selector else pick_resolution(rows))
     worth = np.ones(len(rows))
     if selector:
         _, scores = selector.judge(pixels, rows)
         worth = 1 - np.abs(scores["quality"] - 0.5)  # most where it is least sure
     vectors = describe(pixels)
-    chosen = best_and_diverse(vectors / (vectors.std(0) + 1e-9), worth, count, done)
-    return [rows[i] for i in chosen]
+    vectors /= vectors.std(0) + 1e-9
+    return [rows[i] for i in best_and_diverse(vectors, worth, min(count, len(rows)))]
 
 
 def kappa(first, second):
     """Quadratically weighted kappa of two raters' ratings of the same images, (n,) each."""
-    by_chance = np.square(np.subtract.outer(first, second)).sum() / max(1, len(first))
+    by_chance = np.square(np.subtract.outer(first, second)).sum()
     if by_chance == 0:
         return np.nan
-    return 1 - np.square(first - second).sum() / by_chance
+    return 1 - len(first) * np.square(first - second).sum() / by_chance
 
 
 def print_agreement(args):
     """Print how far raters agree, and whether they can tell real from generated."""
-    ratings = {}
-    guesses = {}
+    ratings = defaultdict(dict)
+    guesses = defaultdict(partial(np.zeros, (2, 2), int))
     for rating in read_ratings(args.agreement):
-        ratings.setdefault(rating.expert, {})[rating.path or rating.image] = rating.rating
+        ratings[rating.expert][rating.path or rating.image] = rating.rating
         if rating.real and rating.guess:
-            counts = guesses.setdefault(rating.expert, np.zeros((2, 2), int))
-            counts[int(not rating.is_real), int(text_key(rating.guess) != "real")] += 1
+            taken_for_generated = int(text_key(rating.guess) != "real")
+            guesses[rating.expert][int(not rating.is_real), taken_for_generated] += 1
     if len(ratings) < 2 and not guesses:
         fail("--agreement: one rater and no guesses: nothing to compare")
     for (a, first), (b, second) in itertools.combinations(ratings.items(), 2):
@@ -1369,35 +1252,34 @@ class Rated:
 
 def fit(args):
     """Learn a selector from ratings; write it only where it predicts them better than chance."""
-    real_rows = list_training(args.reference, args) if args.reference else []
-    ratings = read_generated(args, real_rows)
+    ratings = read_generated(args)
     good = args.good or 3
     rated = gather(ratings, good)
-    if len(set(rated.groups)) < 2:
-        fail(f"{args.fit[0]}: rates one image or group alone; others are needed to test it on")
-    warnings = objections(ratings, rated)
-    refuse_fit(warnings, args)
+    check_ratings(ratings, rated)
     size = args.resolution or pick_resolution(rated.rows)
     _, pixels = load_pixels(rated.rows, size, strict=True)
     descriptors = describe(pixels)
     mean, spread = block_scale(descriptors, BLOCKS)
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
     if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
-        warnings.append(
-            f"the ratings do not predict quality better than chance: {in_words(measured)}"
-        )
-    refuse_fit(warnings, args)
+        chance = "the ratings do not predict quality better than chance"
+        fail(f"no selector written: {chance}: {in_words(measured)}")
     print(f"{in_words(measured)}, by {len(ratings)} ratings of {len(rated.rows)} images")
     shown = [read_number(rating.shows) for rating in ratings if rating.shows]
     if shown:
         print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
-    classes, class_weights = fit_classes(real_rows, size, mean, spread, args)
-    modalities = sorted(set(rated.modalities))
-    settings = (size, good, 0.5, modalities, classes, warnings, measured)
-    save_selector(args.out, Selector(*settings, mean, spread, weights, class_weights))
+    classes, class_weights = fit_classes(size, args)
+    weights = np.hstack([unscaled(weights, mean, spread), class_weights])
+    save_selector(args.out, Selector(size, good, classes, measured, weights))
     generated = args.generated or os.path.dirname(rated.rows[0].path)
     words = (generated, "--reference", args.reference or "REAL", "--selector", args.out)
     print("next:", command("filter.py", *words))
+
+
+def unscaled(weights, mean, spread):
+    """Weights (D + 1, m) that give of x what `weights` give of (x - mean) / spread."""
+    slopes = weights[:-1] / spread[:, None]
+    return np.vstack([slopes, weights[-1] - mean @ slopes])
 
 
 def in_words(measured):
@@ -1409,16 +1291,10 @@ def in_words(measured):
     )
 
 
-def refuse_fit(warnings, args):
-    """Stop for what speaks against a selector, unless --force."""
-    if warnings and not args.force:
-        fail(f"no selector written: {'; '.join(warnings)} (--force writes it and marks it)")
-
-
-def read_generated(args, real_rows):
+def read_generated(args):
     """The ratings of generated images; of real ones a selector could learn that real is good."""
     rows = list_images(args.generated) if args.generated else []
-    ratings = read_ratings(args.fit, [row.path for row in rows + real_rows])
+    ratings = read_ratings(args.fit, rows, (args.generated, args.reference))
     generated = [rating for rating in ratings if not rating.is_real]
     if len(generated) < len(ratings):
         note(f"{len(ratings) - len(generated)} ratings are of real images: not used")
@@ -1448,12 +1324,17 @@ def gather(ratings, good):
     return Rated(rows, *map(np.array, (labels, weights, groups, modalities)))
 
 
-def objections(ratings, rated):
-    """What speaks against fitting these ratings, before an image is looked at: [str]."""
+def check_ratings(ratings, rated):
+    """Fail where there is too little to learn from, or where ratings repeat who rated or what."""
     found = []
     values = [rating.rating for rating in ratings]
     for name in ("modality", "expert", "expert_level", "prompt"):
-        v = cramers_v(values, [getattr(rating, name) for rating in ratings])
+        names = [getattr(rating, name) for rating in ratings]
+        if len(set(names)) > len(names) / 5:  # of names that hardly repeat chance makes V large
+            continue
+        counts = scipy.stats.contingency.crosstab(values, names).count
+        with np.errstate(invalid="ignore"):  # NaN where all are the same
+            v = scipy.stats.contingency.association(counts, method="cramer")
         if v > 0.6:
             found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
     count = len(rated.rows)
@@ -1462,18 +1343,8 @@ def objections(ratings, rated):
         found.append(f"{count} rated images are fewer than 30")
     if min(good, count - good) < 8:
         found.append(f"{good} images are good and {count - good} are not: 8 of each are needed")
-    return found
-
-
-def cramers_v(first, second):
-    """How far one name tells the other, 0 to 1, corrected for chance (Bergsma 2013)."""
-    n = len(first)
-    counts = scipy.stats.contingency.crosstab(first, second).count
-    chi2 = scipy.stats.chi2_contingency(counts, correction=False).statistic
-    sides = np.array(counts.shape)
-    phi = max(0, chi2 / n - np.prod(sides - 1) / (n - 1))
-    least = min(sides - (sides - 1) ** 2 / (n - 1)) - 1
-    return np.sqrt(phi / least) if least > 1e-9 else 0.0
+    if found:
+        fail(f"no selector written: {'; '.join(found)}")
 
 
 def fit_quality(features, rated, seed):
@@ -1505,20 +1376,24 @@ def fit_quality(features, rated, seed):
     }
 
 
-def fit_classes(rows, size, mean, spread, args):
-    """One logistic regression for each label of 8 real images or more: (labels, (D + 1, m))."""
-    counts = Counter(name_of(row) for row in rows)
-    classes = sorted(name for name in counts if name and counts[name] >= 8)
-    rows, pixels = load_real([row for row in rows if name_of(row) in classes], size, args)
-    groups = np.array([row.group or row.path for row in rows])
-    if len(classes) < 2 or len(set(groups)) < 2:
-        return [], np.zeros((len(mean) + 1, 0))
-    features = (describe(pixels) - mean) / spread
-    labels = np.array([name_of(row) for row in rows])
-    logits, weights = fit_labels(classes, labels, features, groups, args.seed)
-    right = np.mean(np.array(classes)[logits.argmax(1)] == labels)
-    print(f"{len(classes)} labels; {right:.0%} of real images left out look most like their own")
-    return classes, weights
+def fit_classes(size, args):
+    """What tells labels of 8 real images or more apart: the labels, weights (D + 1, labels)."""
+    nothing = [], np.zeros((sum(BLOCKS) + 1, 0))
+    if not args.reference:
+        return nothing
+    rows = list_training(args.reference, args)
+    for row in rows:
+        row.label = name_of(row)
+    rows, pixels = load_real(rows, size, args)
+    descriptors = describe(pixels)
+    descriptors[:, -BLOCKS[-1] :] = 0  # how a file was made tells nothing of generated ones
+    blocks = np.split(descriptors, np.cumsum(BLOCKS)[:-1], axis=1)
+    check = LabelCheck(rows, blocks, args.seed)
+    if not check.names:
+        return nothing
+    right = np.mean(check.looks == check.own)
+    print(f"{len(check.names)} labels; {right:.0%} of real images left out look most like theirs")
+    return check.names, unscaled(check.weights, check.mean, check.spread)
 
 
 # ---------------------------------------------------------------- flags
@@ -1536,9 +1411,9 @@ def parse_args(argv=None):
     add("--max-lpips", "largest distance to the nearest real image", type=number(0.0, 1e6))
     add("--min-ssim", "least similarity to the nearest real image", type=number(-1.0, 1.0))
     add("--drop-copies", "refuse copies of real images", False)
-    add("--drop-duplicates", "of near-equal images keep the best", False)
+    add("--drop-duplicates", "of pictures that are the same keep the best", False)
     add("--selector", "judge by what --fit wrote", type=existing_file)
-    add("--min-quality", "probability of a good rating (default: the selector's)", type=share)
+    add("--min-quality", "least probability of a good rating (default: 0.5)", type=share)
     add("--min-alignment", "probability that the image shows its label", type=share)
     add("--no-label-check", "keep what looks like another label", False)
     add("--keep", "only the best and most diverse N", type=number(1, 10**9))
@@ -1556,7 +1431,6 @@ def parse_args(argv=None):
     add("--scale-text", "text file: what 1, 2 and 3 mean on the page", type=existing_file)
     add("--rated", "leave these out", [], existing_file, nargs="+", metavar="CSV")
     add("--good", "least rating of a good image (default: 3)", type=int, choices=[2, 3])
-    add("--force", "write a selector in spite of objections, marked", False)
     add = flag_adder(rate.add_mutually_exclusive_group())
     add("--rating-page", "write a page on which an expert rates GENERATED")
     add("--agreement", "how far raters agree", nargs="+", type=existing_file, metavar="CSV")
@@ -1582,7 +1456,7 @@ def check_args(args):
     needs = {
         "selector": ("min_quality", "min_alignment"),
         "mix": ("share",),
-        "fit": ("good", "force"),
+        "fit": ("good",),
         "rating_page": ("suggest", "blind", "rated", "scale_text"),
     }
     need_flags(args, needs)

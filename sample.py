@@ -1294,7 +1294,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("quality control: what is refused is drawn again")
     add = flag_adder(group)
     add("--selector", "written by filter.py --fit", type=existing_file)
-    add("--min-quality", "(default: the selector's)", type=share)
+    add("--min-quality", "with --selector (default: 0.5)", type=share)
     add("--min-alignment", "probability that the label is shown", type=share)
     add("--reference", "real images to compare with", type=data_set, metavar="REAL")
     add(

@@ -106,19 +106,7 @@ def write_selector(path, **settings):
     count = sum(filter_script.BLOCKS)
     weights = np.zeros((count + 1, 1))
     weights[:16] = 3 / 16  # texture begins with the grey values of a 4 x 4 thumbnail
-    selector = filter_script.Selector(
-        size=64,
-        good=3,
-        min_quality=0.5,
-        modalities=[""],
-        classes=[],
-        warnings=[],
-        measured={},
-        mean=np.zeros(count),
-        spread=np.ones(count),
-        quality_weights=weights,
-        class_weights=np.zeros((count + 1, 0)),
-    )
+    selector = filter_script.Selector(size=64, good=3, classes=[], measured={}, weights=weights)
     for name, value in settings.items():
         setattr(selector, name, value)
     filter_script.save_selector(path, selector)

@@ -996,15 +996,13 @@ def test_a_folder_called_refused_is_a_folder_like_others(draw, tmp_path, capsys)
         (["--selector", "BAD"], "selector"),
         (["--min-quality", "2", "--selector", "S"], "--min-quality"),
         (["--selector", "S", "--min-alignment", "0.5"], "label"),
-        (["--selector", "SEVERAL"], "modality"),
         (["--reference", "NOWHERE"], "NOWHERE"),
     ],
 )
 def test_quality_control_that_cannot_be_is_one_line(change, message, refusal, tmp_path):
     write_selector(tmp_path / "S")
-    write_selector(tmp_path / "SEVERAL", modalities=["ct", "mri"])
     (tmp_path / "BAD").write_bytes(b"no selector")
-    change = [tmp_path / word if word in ("S", "SEVERAL", "BAD") else word for word in change]
+    change = [tmp_path / word if word in ("S", "BAD") else word for word in change]
     assert message in refusal(tmp_path / "out", "--prompt", "a foot", *change)
 
 

@@ -71,7 +71,7 @@ JOBS = {
     "evaluate": "evaluate images new --permutations 99 --json report.json",
     "filter": "filter new --reference images --calibrate 0.1 --out out",
     "filter, mix": "filter new --reference images --keep 8 --mix images --share 20 --out out",
-    "filter, fit": "filter --fit ratings.csv --force --out fitted.safetensors",
+    "filter, fit": "filter --fit ratings.csv --out fitted.safetensors",
     "rating page": "filter new --rating-page rate.html --blind images",
     "lora merge": (
         "lora merge run/lora.safetensors run/lora-last.safetensors:0.5 --out merged.safetensors"
@@ -119,7 +119,7 @@ DAMAGED = [
     ("ratings.csv", JOBS["filter, fit"]),
     ("ratings.csv", "filter --agreement ratings.csv"),
     ("ratings.csv", f"{RATING_PAGE} --rated ratings.csv"),
-    ("spreadsheets/*.csv", "filter new --fit FILE --force --out fitted.safetensors"),
+    ("spreadsheets/*.csv", "filter new --fit FILE --out fitted.safetensors"),
     ("spreadsheets/*.csv", "filter --agreement FILE ratings.csv"),
     ("spreadsheets/*.csv", f"{RATING_PAGE} --rated FILE"),
     ("odd/*", "train --data odd --preview look --resolution 64"),
@@ -331,6 +331,13 @@ def make_inputs(place):
     for i, name in enumerate(names[:12]):  # the others are still to be rated
         for expert in ("anna", "bert"):
             ratings.append([f"new/{name}", i % 3 + 1, "photo", 3, name[:6], expert])
+    draw = np.random.RandomState(1)
+    (place / "rated").mkdir()
+    for i in range(40):  # the brighter, the better: a selector can learn it
+        pixels = draw.randint(0, 70, (64, 64, 3)) + 60 * (i % 3)
+        Image.fromarray(pixels.astype(np.uint8)).save(place / "rated" / f"{i}.png")
+        for expert in ("anna", "bert"):
+            ratings.append([f"rated/{i}.png", i % 3 + 1, "photo", 3, f"foot {i}", expert])
     metrics.write_csv(place / "ratings.csv", header, ratings)
     prepare(place, JOBS["filter, fit"].replace("fitted", "selector"))
     make_spreadsheets(place, names)
