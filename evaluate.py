@@ -11,9 +11,10 @@ report for any browser (--out) and the same figures for programs (--json):
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
-"band"}}, "findings": sentences, "memorisation": {"likely_copies", "copies": [{"generated", "train",
-"kind", "label", "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
+"band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
+"similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
+"subgroups": [...], "findings": sentences on p and differences,
+"labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in

@@ -685,8 +685,8 @@ def read_report(args):
 
 def write_image_card(kept, mixed, real_rows, reasons, origin, args):
     """README.md of the kept images. It names no file, folder, patient or caption."""
-    # a label may be somebody's name
-    kinds = count_reasons(re.sub("looks like .*", "looks like another", text) for text in reasons)
+    label = "looks like another label"  # which may be somebody's name
+    kinds = count_reasons(re.sub("looks like .*", label, reason) for reason in reasons)
     checks = f"Of {len(reasons)} drawn images:\n\n"
     for kind, count in kinds.most_common():
         checks += f"- {kind}: {count} ({count / len(reasons):.0%})\n"

@@ -399,6 +399,16 @@ def test_an_audit_that_is_missing_or_damaged_is_one_line(content, card_of, make_
     assert line == f"{folder}: audit.json is missing or damaged: train.py --audit makes it"
 
 
+def test_a_reason_names_no_label(tmp_path):
+    args = SimpleNamespace(out=tmp_path, data_licence="", ethics="")
+    reasons = ["looks like hans, not anna (p 0.01)", "", "looks like anna, not hans (p 0.02)"]
+    origin = dict.fromkeys(["images", "patients", "audit", "evaluation"])
+    filter_script.write_image_card([], [], [], reasons, origin, args)
+    text = (tmp_path / "README.md").read_text()
+    assert "- looks like another label: 2 (67%)\n- kept: 1 (33%)\n" in text
+    assert_names_nobody(text, tmp_path)
+
+
 def test_a_card_says_that_real_images_are_mixed_in(card_of, sets):
     text = card_of("--mix", sets[0], "--share", 50)
     assert "# 8 synthetic medical images and 8 real images of patients\n" in text
