@@ -13,7 +13,7 @@ report for any browser (--out) and the same figures for programs (--json):
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "findings": sentences on p and differences,
+"subgroups": [...], "findings": sentences for a card,
 "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
 "utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
 
@@ -1001,8 +1001,8 @@ def findings(entry):
 def card_sentences(entry):
     """What a card may say of a set: no label, which may be somebody's name, and no file."""
     text = findings(entry)[1]
-    for doses in entry.utility.values():
-        text.append(f"Added to a classifier's training: {dose_sentence(doses)}.")
+    for classifier, doses in entry.utility.items():
+        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
     return text
 
 

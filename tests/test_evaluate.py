@@ -1142,7 +1142,7 @@ def test_the_utility_of_generated_images_is_measured_on_held_out_ones(tmp_path, 
     for dose in found["utility"]:
         assert dose["low"] <= dose["auroc"] <= dose["high"]
         assert dose["auroc"] > 0.6
-    assert found["findings"][-1].startswith("Added to a classifier's training: ")
+    assert found["findings"][-1].startswith("Do they help a classifier? small CNN, ")
     classifiers = ["linear probe", "small CNN", "small CNN, generated first"]
     assert list(found["classifiers"]) == classifiers
     assert [subgroup["group"] for subgroup in found["subgroups"]] == ["20–29", "50–59", "80–89"]
