@@ -2947,39 +2947,36 @@ def write_card(args, **parts):
     write_file(os.path.join(args.out, "README.md"), CARD.format_map(vars(args) | parts))
 
 
-def values_of(row, kind):
-    """The labels, sex or decade of age of an image, [] where it is not known."""
-    if kind == "label":
-        return [text_key(label) for label in label_list(row.label)]
-    text = text_key(row.fields.get(find_column(row.fields, kind, CARD_COLUMNS), ""))
-    if kind == "age":
-        years = re.fullmatch(r"(\d{1,3})(\.\d+)?( ?y(ears?)?)?", text)  # 67 or 067Y, not a date
-        text = f"{int(years[1]) // 10 * 10}s" if years else ""
-    return [text] if text else []
-
-
-def patients_of_values(rows, kind):
-    """The patients that show each label, sex or decade of age: {value: set}."""
-    patients = {}
-    for row in rows:
-        # the images of a folder without a table may all be of one patient, and its name the label
-        patient = row.group or (row.path if row.fields else "")
-        for value in values_of(row, kind):
-            patients.setdefault(value, set()).add(patient)
-    return patients
+def groups_of(row):
+    """What an image counts for on a card: its labels, sex and decade of age."""
+    texts = {}
+    for by in CARD_COLUMNS:
+        texts[by] = text_key(row.fields.get(find_column(row.fields, by, CARD_COLUMNS), ""))
+    years = re.fullmatch(r"(\d{1,3})(\.\d+)?( ?y(ears?)?)?", texts["age"])  # 67, 067Y, not a date
+    texts["age"] = f"{int(years[1]) // 10 * 10}s" if years else ""
+    groups = list(texts.items())
+    for label in label_list(text_key(row.label)) or [""]:
+        groups.append(("label", label))
+    return [(by, group or "unknown") for by, group in groups]
 
 
 def counts_table(rows, real_rows):
-    """Markdown: how many images show what, by name if FEW or more patients of real_rows show it."""
+    """Markdown: how many images show what, by name where FEW patients of real_rows show it."""
+    if not any(row.label for row in real_rows):
+        real_rows = rows  # labels that were typed, or are of other data
+    patients = {}
+    for row in real_rows:
+        # the folders of a set without a table, read as labels, may each be of one patient
+        patient = row.group or (row.path if row.fields else "")
+        for group in groups_of(row):
+            patients.setdefault(group, set()).add(patient)
+    counts = Counter()
+    for row in rows:
+        for by, group in groups_of(row):
+            is_common = len(patients.get((by, group), "")) >= FEW
+            counts[by, group if is_common else "other"] += 1
     lines = ""
-    for kind in ("label", "sex", "age"):
-        patients = patients_of_values(real_rows, kind) or patients_of_values(rows, kind)
-        counts = Counter()
-        for row in rows:
-            for value in values_of(row, kind) or [""]:
-                is_common = len(patients.get(value, "")) >= FEW
-                counts[value if is_common else "other or not known"] += 1
-        for value, count in sorted(counts.items()):
-            shown = count if count >= FEW else f"<{FEW}"
-            lines += f"| {kind}: {value} | {shown} |\n"
+    for (by, group), count in sorted(counts.items()):
+        shown = count if count >= FEW else f"<{FEW}"
+        lines += f"| {by}: {group} | {shown} |\n"
     return lines
