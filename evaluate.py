@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from metrics import (
     WEIGHTS,
+    CopyFinder,
     Flags,
     LabelCheck,
     Network,
@@ -51,7 +52,6 @@ from metrics import (
     colour_and_layout,
     colour_scale,
     command,
-    copy_finder,
     data_set,
     dot_lines,
     extract,
@@ -345,7 +345,7 @@ class ImageSet:
     @cached_property
     def finder(self):
         """What finds its pictures again, in it and elsewhere."""
-        return copy_finder(self.rows, self.pixels)
+        return CopyFinder(self.rows, self.pixels)
 
 
 def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_grain):

@@ -53,7 +53,6 @@ from metrics import (
     command,
     content_hash,
     copy_file,
-    copy_finder,
     counts_table,
     cross_validate,
     data_set,
@@ -247,7 +246,7 @@ def measure_reference(
         refused = np.mean(reference.real_scores[name] > limit)
         reference.summary.append(f"{flag} would refuse {refused:.0%} of the real images")
     if drop_copies:
-        reference.copies = copy_finder(rows, pixels, most=200)
+        reference.copies = CopyFinder(rows, pixels, most=200)
     if calibrate is not None:
         set_threshold(reference, calibrate)
     return reference
@@ -529,7 +528,7 @@ def refuse_duplicates(reasons, rows, pixels, quality):
     """Of pictures that are the same, also mirrored or re-saved, refuse all but the best."""
     kept = np.flatnonzero(np.array(reasons) == "")
     kept = kept[np.argsort(-quality[kept], kind="stable")]
-    for i, j, _ in near_duplicates(pixels[kept]):
+    for i, j in near_duplicates(pixels[kept]):
         better, worse = kept[i], kept[j]
         if not reasons[better] and not reasons[worse]:
             reasons[worse] = f"duplicate of {rows[better].file_name}"

@@ -10,7 +10,6 @@ because no key holds alpha; the settings are one JSON string in the header. Meth
 "LoRA: Low-Rank Adaptation of Large Language Models".
 """
 
-import ast
 import contextlib
 import itertools
 import json
@@ -128,8 +127,7 @@ def load(path):
 
     path: a file, or the folder of one that PEFT saved. pairs: {"unet.<layer>": (A, B)}, alpha/rank
     multiplied into B. metadata: the settings, always with rank, alpha, base and dialect. extra:
-    vectors of new words, or the projection of another text encoder. A file that holds anything
-    else, or NaN, is refused in one line.
+    vectors of new words, or the projection of another text encoder.
     """
     tensors, metadata, settings = read_file(path)
     words = (metadata.get("tokens") or "").split()
@@ -147,7 +145,7 @@ def load(path):
         if not {"A", "B"} <= parts.keys():
             fail(f"{path}: not an adapter: {name} has no pair A, B")
         a, b = parts["A"], parts["B"]
-        if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b.shape[1] == b[:1].numel():
+        if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b[:1].numel():
             fail(f"{path}: {name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
         alpha = find_alpha(path, name, parts, settings)
         ranks.add(str(len(a)))
@@ -178,13 +176,13 @@ def read_file(path):
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             metadata = file.metadata() or {}
-        if "medlora" in metadata:  # others, and older files of ours, have one key a setting
+        if "medlora" in metadata:
             metadata = json.loads(metadata["medlora"])
-        elif not {"rank", "alpha", "base"} <= metadata.keys():
+        else:
             config = Path(path).with_name(CONFIG)
             settings = json.loads(config.read_text("utf-8")) if config.exists() else {}
             header = json.loads(metadata.pop("lora_adapter_metadata", "{}"))
-            settings = {**settings, **metadata, **header}
+            settings |= metadata | header
         base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
         return tensors, {"base": base, **metadata}, settings
     except Exception as error:  # a file may hold anything
@@ -196,9 +194,6 @@ def sort_keys(path, tensors, settings):
     """{layer: {"A": tensor, "B": …[, "alpha": …]}} and the dialect; other keys are an error."""
     layers = defaultdict(dict)
     dialect = "diffusers"
-    method = re.search(rf"init_lora_weights': '({CHANGE_THE_BASE})", str(settings))
-    if method:
-        fail(f"{path}: {method[1]} changes the base too: let PEFT convert it to plain LoRA")
     model = re.search(r"'base_model_class': '(\w+)|$", str(settings))[1] or ""
     for key, tensor in tensors.items():
         dialect, layer, part = read_key(key.replace(PEFT_ROOT, f"{PEFT_ROOT}{model}."))
@@ -209,8 +204,6 @@ def sort_keys(path, tensors, settings):
                 f"{path}: {key} ({kind}): no Stable Diffusion UNet or text encoder has this "
                 "layer, or this is not plain LoRA; give a LoRA of SD 1.5, 2.1 or SDXL"
             )
-        if part in layers[layer]:
-            fail(f"{path}: not an adapter: it holds {layer} twice")
         layers[layer][part] = tensor
     if settings is not None and not re.search(r"lora_alpha|\.alpha'", f"{settings}{[*tensors]}"):
         note(f"{path}: no alpha in it or in an {CONFIG} next to it; alpha = rank is taken")
@@ -225,8 +218,7 @@ def find_alpha(path, name, parts, settings):
         if "alpha" in parts:
             return parts["alpha"].item()
         alpha = float(own.get("lora_alpha", len(parts["A"])))
-        patterns = ast.literal_eval(str(own.get("alpha_pattern") or {}))
-        for pattern, value in patterns.items():
+        for pattern, value in (own.get("alpha_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?({pattern.lstrip('^')})", layer):
                 alpha = float(value)
                 break  # the first that fits counts
@@ -241,7 +233,6 @@ def find_alpha(path, name, parts, settings):
 
 CONFIG = "adapter_config.json"  # PEFT's settings, next to an adapter
 PEFT_ROOT = "base_model.model."
-CHANGE_THE_BASE = "(?i:pissa|olora|corda|loftq|lora_ga)"  # PEFT's ways to begin that do so
 # The keys of each dialect: the layer, then which tensor of its pair. The first that fits counts.
 KEYS = (
     ("PEFT", r"(.*base_model\.model\..+)\.lora_(A|B)(?:\.[^.]+)?\.weight"),
@@ -287,8 +278,6 @@ FOREIGN = {
     r"\.b?oft_": "OFT",
     r"\.on_input|\.ia3_": "IA3",
     r"\.[wb]_norm$": "LyCORIS norms",
-    r"\.lora_mid": "LoCon with a Tucker core",
-    r"\.diff(_b)?$": "whole differences",
     r"^bundle_emb\.": "an embedding; tell OneTrainer not to bundle them",
     r" (emb_params|clip_[lg]|string_to_\w+|<.+>)$": "an embedding, of textual inversion",
     r"(?i)control": "a ControlNet",
@@ -427,7 +416,7 @@ def info(path):
     count = sum(tensor.numel() for tensor in tensors)
     metadata |= {"pairs": len(pairs), "parameters": count, "family": guess_base(pairs)}
     for key, value in metadata.items():
-        print(f"{key}: {' '.join(str(value).split())}"[:200])
+        print(f"{key}: {value}"[:200])
 
 
 def convert(path, dialect, out):
@@ -436,7 +425,6 @@ def convert(path, dialect, out):
     if dialect == "kohya" and extra:
         fail(f"{path} holds {', '.join(extra)}, which kohya's dialect has no place for")
     write(out, pairs, metadata, extra, dialect)
-    print(f"pairs: {len(pairs)}\nfrom: {metadata['dialect']}\nto: {dialect}")
 
 
 def merge(files, out):
@@ -459,7 +447,6 @@ def merge(files, out):
     rank = max(len(a) for a, _ in stacked.values())
     names = " ".join(map(os.path.basename, files))
     write(out, stacked, {**common, "rank": rank, "alpha": rank, "merged": names}, {})
-    print(f"pairs: {len(stacked)}\nrank: {rank}")
 
 
 def split_weight(text):

@@ -6,7 +6,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     listing       list_images, read_table, fill_captions, split_rows
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
-    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; copy_finder
+    distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
     the page      page, table, dot_lines, thumbnail, zoom, pair, curve
     the card      write_card, counts_table: README.md of a model or of images
 """
@@ -20,7 +20,7 @@ import functools
 import glob
 import hashlib
 import html
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -76,21 +76,23 @@ def note(message):
         print(message, file=sys.stderr)
 
 
+def progress(items, title, count=None):
+    """The items, and on a terminal a bar for what takes over a second."""
+    return tqdm(items, title, count, leave=False, disable=None, delay=1)
+
+
 class BadImage(Exception):
-    """An image that cannot be read: .path says which, .why says why."""
+    """An image that cannot be read."""
 
     def __init__(self, path, why):
         super().__init__(f"{path}: {why}")
-        self.path = str(path)
-        self.why = why
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the description as written, and every default that is informative."""
 
     def _get_help_string(self, action):
-        is_unset = action.default is None or action.default is False
-        if is_unset or action.default in ("", []) or "default" in action.help:
+        if action.default in (None, "", []) or action.default is False or "default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -98,9 +100,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Flags(argparse.ArgumentParser):
     """A parser with one-line errors, which also reads flags from @file: one a line, # comments."""
 
-    def __init__(self, description, **settings):
-        settings |= {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@"}
-        super().__init__(description=description, allow_abbrev=False, **settings)
+    def __init__(self, description, **more):
+        how = {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@"}
+        super().__init__(description=description, allow_abbrev=False, **how, **more)
 
     def convert_arg_line_to_args(self, line):
         line = line.strip("\ufeff \t")
@@ -160,22 +162,13 @@ def existing_file(text):
     return text
 
 
-def run_folder(text):
-    """An argument type: the folder of a run of train.py."""
-    for name in ("args.json", "split.csv"):
-        if not os.path.isfile(os.path.join(text, name)):
-            why = f"there is no {name} in it: give the --out of a train.py that has started"
-            raise argparse.ArgumentTypeError(f"{text}: {why}")
-    return text
-
-
 def read_run(folder):
     """The flags of a run of train.py: a dict."""
     path = os.path.join(folder, "args.json")
     try:
         return dict(json.loads(read_text(path))["args"])
-    except (ValueError, KeyError, TypeError):
-        fail(f"{path}: damaged, or not of train.py: give the folder of another run")
+    except (OSError, ValueError, KeyError, TypeError):
+        fail(f"{path}: missing or damaged: give the --out of a train.py that has started")
 
 
 def interval(text):
@@ -193,10 +186,7 @@ def ct_window(text):
 
 
 def flag_adder(group):
-    """A function that adds a flag to a group: name, help, default, type, what else argparse takes.
-
-    A flag whose default is False is a switch.
-    """
+    """A function that adds a flag to a group; one whose default is False is a switch."""
 
     def add(name, help, *default_and_type, **options):
         options |= zip(("default", "type"), default_and_type, strict=False)
@@ -225,7 +215,7 @@ def add_reading_flags(group, with_run=True):
     add = flag_adder(group)
     if with_run:
         run = "a run of train.py: its split, and how it prepared images where no flag says so"
-        add("--run", run, type=run_folder, metavar="DIR")
+        add("--run", run, metavar="DIR")
     for role in COLUMNS:
         add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
     add(
@@ -237,7 +227,7 @@ def add_reading_flags(group, with_run=True):
     add("--slices", "of volumes: middle, every:N or all", "middle")
     add(
         "--window",
-        "centre,width, or lung, soft, bone, brain, …: CT's black to white",
+        "centre,width, or lung, soft, bone, brain: CT's black to white",
         type=ct_window,
     )
     add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
@@ -383,40 +373,31 @@ MEMORY_IS_FULL = (
 def less_memory(args):
     """The flags that would let this command, whose flags are args, do with less memory."""
     flags = vars(args) if args else {}
-    advice = []
-    if flags.get("batch_size", 1) > 1:
-        advice.append("--batch-size")
-    for name in ("resolution", "height", "width", "max_images"):
-        if name in flags:
-            advice.append("--" + name.replace("_", "-"))
-    if advice:
-        advice = ["a smaller " + ", ".join(advice)]
-    for name in ("low_memory", "gradient_checkpointing"):
-        if flags.get(name) is False:
-            advice.append("--" + name.replace("_", "-"))
-    if flags.get("precision") == "fp32":
-        advice.append("--precision bf16")
-    if flags.get("method") == "full" and flags["optimizer"] == "adamw":
-        advice.append("--optimizer adamw8bit")
-    if flags.get("method") == "full" and flags["ema"]:
-        advice.append("--ema 0")
-    return advice
+    is_full = flags.get("method") == "full"
+    advice = {
+        "a smaller --batch-size": flags.get("batch_size", 1) > 1,
+        "a smaller --resolution": "resolution" in flags,
+        "a smaller --height and --width": "height" in flags,
+        "a smaller --max-images": "max_images" in flags,
+        "--low-memory": flags.get("low_memory") is False,
+        "--gradient-checkpointing": flags.get("gradient_checkpointing") is False,
+        "--precision bf16": flags.get("precision") == "fp32",
+        "--optimizer adamw8bit": is_full and flags["optimizer"] == "adamw",
+        "--ema 0": is_full and flags["ema"] > 0,
+    }
+    return [flag for flag, helps in advice.items() if helps]
 
 
 def pick_device(name):
-    """The torch.device of auto|cpu|cuda|cuda:N|mps, a GPU always with its number.
-
-    Under torchrun each process takes a GPU of its own; else auto and cuda take the one with most
-    free memory. auto is the CPU where there is no GPU.
-    """
+    """The torch.device of auto|cpu|cuda|cuda:N|mps, a GPU always with its number."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cpu", *gpus]
     if torch.backends.mps.is_available():
         devices.append("mps")
-    if name == "auto" and not gpus:
-        name = "cpu"
     if name in ("auto", "cuda") and gpus:
         name = pick_gpu(gpus)
+    if name == "auto":
+        name = "cpu"
     if name not in devices:
         fail(f"--device {name}: this machine has {', '.join(devices)}")
     return torch.device(name)
@@ -424,16 +405,14 @@ def pick_device(name):
 
 def pick_gpu(gpus):
     """The GPU of this process under torchrun, else the one with most free memory."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # Slurm may show each process a single one
-        return gpus[int(os.environ.get("LOCAL_RANK", 0)) % len(gpus)]
+    if "LOCAL_RANK" in os.environ:  # Slurm may show each process a single one
+        return gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
     if len(gpus) == 1:
         return gpus[0]
-    free = {}
+    free = dict.fromkeys(gpus, -1)
     for gpu in gpus:
-        try:
+        with contextlib.suppress(RuntimeError):  # somebody else filled it
             free[gpu] = torch.cuda.mem_get_info(gpu)[0]
-        except RuntimeError:  # somebody else filled it
-            free[gpu] = -1
     return max(free, key=free.get)
 
 
@@ -442,20 +421,15 @@ def pick_gpu(gpus):
 # never EPS: Pillow starts ghostscript to read it
 FORMATS = tuple("PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split())
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
-HEIC_SUFFIXES = ()
-if importlib.util.find_spec("pillow_heif"):
-    HEIC_SUFFIXES = (".heic", ".heif")
+with contextlib.suppress(ImportError):
+    importlib.import_module("pillow_heif").register_heif_opener()
+    FORMATS += ("HEIF",)
 ADVICE = "save images as PNG, or for HEIC pip install pillow-heif"
 WINDOWS = {  # (centre, width) in Hounsfield units
     "lung": (-600, 1500),
     "soft": (40, 400),
-    "mediastinum": (50, 350),
     "brain": (40, 80),
-    "stroke": (35, 30),
-    "subdural": (75, 215),
     "bone": (400, 1800),
-    "liver": (60, 160),
-    "angio": (300, 600),
 }
 for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
     warnings.filterwarnings("ignore", module=package)
@@ -495,18 +469,14 @@ def read_image(
 def read_raster(path, value_range):
     """PNG, JPEG, TIFF and the like: the first frame, upright, transparency on black."""
     # opened as a file: given a name, Pillow maps some TIFFs wrongly
-    formats = FORMATS
-    if str(path).lower().endswith(HEIC_SUFFIXES):
-        importlib.import_module("pillow_heif").register_heif_opener()
-        formats += ("HEIF",)
-    with open(path, "rb") as file, Image.open(file, formats=formats) as image:
+    with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
         if image.format == "PNG":
             Image.open(path).verify()  # decoding alone ignores wrong checksums
         values = deep_values(path, image)
         if values is not None:  # convert() would clip these at 255
             scaled = scale(values, *(value_range or percentile_range(values, 0, 100)))
             if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
-                return ImageOps.invert(scaled)  # Pillow does this for 8 bits itself
+                scaled = ImageOps.invert(scaled)  # Pillow does this for 8 bits itself
             scaled.info = image.info
             return ImageOps.exif_transpose(scaled)
         ImageOps.exif_transpose(image, in_place=True)
@@ -561,13 +531,9 @@ def scale(values, low, high):
 
 
 def percentile_range(values, low, high):
-    """(low, high) percentiles of the finite values, or their whole range if the two coincide."""
+    """(low, high) percentiles of the finite values."""
     finite = values[np.isfinite(values)]
-    if finite.size:
-        bottom, top = np.percentile(finite, (low, high))
-        if bottom < top:
-            return bottom, top
-    return finite.min(initial=0), finite.max(initial=1)
+    return tuple(np.percentile(finite, (low, high))) if finite.size else (0, 1)
 
 
 def pick_window(window):
@@ -668,10 +634,7 @@ def dicom_frame(path, data, frame):
 
 
 def jpeg_colours(data, frame):
-    """A frame of a JPEG's colours, as the stream has them; None where it does not say which.
-
-    pydicom reads them as the header has them.
-    """
+    """A frame of a JPEG's colours, as the stream has them; None where the header decides."""
     from pydicom.encaps import get_frame
     from pydicom.uid import JPEGBaseline8Bit
 
@@ -692,9 +655,9 @@ def jpeg_colours(data, frame):
 
 def copy_frame_tags(data, frame):
     """Copy an enhanced file's tags of one frame to where a simple file has them."""
-    groups = (data.get("SharedFunctionalGroupsSequence") or [])[:1]
-    groups += (data.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
-    for group in groups:
+    shared = data.get("SharedFunctionalGroupsSequence") or []
+    of_frames = data.get("PerFrameFunctionalGroupsSequence") or []
+    for group in [*shared, *of_frames[frame : frame + 1]]:
         for kind in ("PixelValueTransformation", "FrameVOILUT", "PixelMeasures"):
             for tags in group.get(f"{kind}Sequence") or []:
                 data.update(tags)
@@ -812,7 +775,7 @@ def load_volume(path):
 
 # ---------------------------------------------------------------- listing a data set
 
-IMAGE_SUFFIXES = (".dcm", ".dicom", *VOLUME_SUFFIXES, *HEIC_SUFFIXES)
+IMAGE_SUFFIXES = (".dcm", ".dicom", *VOLUME_SUFFIXES)
 for suffix, name in Image.registered_extensions().items():
     if name in FORMATS:
         IMAGE_SUFFIXES += (suffix,)
@@ -851,28 +814,20 @@ class Row:
     weight: float = 1.0
 
 
-def list_images(
-    data,
-    image_column=None,
-    caption_column=None,
-    label_column=None,
-    group_column=None,
-    prompt=None,
-    slices="middle",
-    strict=False,
-):
+def list_images(data, columns=None, prompt=None, slices="middle", strict=False):
     """The rows of a data set: a folder, class folders, a folder with a table, or a table.
 
-    prompt: a format string over the columns, instead of the caption column. slices: middle, every:N
-    or all of a file, a row each. More than 5 % of files missing, or any with strict, is an error.
+    columns: {role: a column of the table, None to find it}. prompt: a format string over the
+    columns, instead of the caption column.
     """
+    wanted = columns or {}
     tables = [data, *(os.path.join(data, name) for name in TABLES)]
     table = next(filter(os.path.isfile, tables), None)
-    records = read_table(table, caption_column) if table else []
+    records = read_table(table, wanted.get("caption")) if table else []
     names = records[0] if records else {}
-    wanted = (image_column, caption_column, label_column, group_column)
     columns = {}
-    for role, name in zip(COLUMNS, wanted, strict=True):
+    for role in COLUMNS:
+        name = wanted.get(role)
         if name is not None and name not in names:
             fail(f"--{role}-column {name}: {data} has {', '.join(names) or 'no table of columns'}")
         columns[role] = name or find_column(names, role)
@@ -887,10 +842,7 @@ def list_images(
 
 
 def list_folder(folder, strict):
-    """Rows of the images below a folder; the label is the name of the first subfolder.
-
-    The caption is the text in a file of the same name, .txt or .caption.
-    """
+    """Rows of the images below a folder: label by subfolder, caption by a .txt of the same name."""
     rows = []
     texts = {}
     skipped = Counter()
@@ -909,8 +861,8 @@ def list_folder(folder, strict):
     for row in rows:
         if stem_of(row.path) in texts:
             row.caption = " ".join(read_text(texts[stem_of(row.path)]).split())
-    for _ in texts.keys() - {stem_of(row.path) for row in rows}:
-        skipped["captions without an image"] += 1
+    skipped["captions without an image"] = len(texts.keys() - {stem_of(row.path) for row in rows})
+    skipped = +skipped  # without zeros
     if skipped:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
         message = f"{folder}: {skipped.total()} files are not read: {kinds}: {ADVICE}"
@@ -949,14 +901,15 @@ def report_table(table, rows, group_column):
     """Say where images lie next to those that a table names, and where a group is no patient."""
     named = {name_key(row.path) for row in rows}
     unnamed = []
-    for folder in sorted({os.path.dirname(row.path) for row in rows}):
-        for name in sorted(glob.glob("*", root_dir=folder)):
-            is_named = name_key(os.path.join(folder, name)) in named or name == "grid.png"
-            if name.lower().endswith(IMAGE_SUFFIXES) and not is_named:
+    for folder in {os.path.dirname(row.path) for row in rows}:
+        for name in os.listdir(folder):
+            is_image = name.lower().endswith(IMAGE_SUFFIXES)
+            is_ours = name.startswith((".", "grid.png"))
+            if is_image and not is_ours and name_key(os.path.join(folder, name)) not in named:
                 unnamed.append(name)
     if unnamed:
         count = f"{len(rows)} images, and {len(unnamed)} more lie next to them"
-        note(f"{table}: names {count}, such as {unnamed[0]}: not used")
+        note(f"{table}: names {count}, such as {min(unnamed)}: not used")
     groups = sorted({row.group for row in rows} - {""})
     if str(group_column).lower() == "group" and 0 < len(groups) < min(10, len(rows) / 4):
         count = f"{len(groups)} values in {len(rows)} rows ({', '.join(groups[:3])})"
@@ -1009,23 +962,15 @@ def read_jsonl(path, text):
 
 
 def read_csv(path, text, caption_column):
-    """The rows of a CSV text with any of the delimiters comma, semicolon and tab.
-
-    Surplus cells belong to the caption, where it is the last column, or a space follows each comma.
-    """
+    """The rows of a CSV text; the delimiter is a comma, semicolon or tab."""
     text = re.sub(r"\A(sep=.|\s)*\n", "", text)  # blank lines, and the one that Excel writes first
     mark = max(",;\t", key=text.partition("\n")[0].count)
-    lines = io.StringIO(text, newline="")
-    spaced = f'{mark} "' in text  # a quoted cell after a space
-    reader = csv.reader(lines, delimiter=mark, skipinitialspace=spaced)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark)
     try:
         header, *rows = [cells for cells in reader if any(cells)] or [[]]
     except csv.Error as error:
         fail(f"{path}: {error}")
     header = [name.strip() for name in header]
-    names = [name for name in header if name]
-    if len(set(names)) < len(names):
-        fail(f"{path}: two columns have the same name: {', '.join(names)}")
     caption = caption_column or find_column(header, "caption")
     start = header.index(caption) if caption in header else len(header)
     records = []
@@ -1033,6 +978,7 @@ def read_csv(path, text, caption_column):
     for cells in rows:
         if any(cells[len(header) :]):  # others are a spreadsheet's empty columns
             end = start + 1 + len(cells) - len(header)
+            # they belong to the caption, if a space follows each comma or it is the last column
             is_prose = all(cell.startswith(" ") for cell in cells[start + 1 : end])
             if caption not in header or not (is_prose or caption == header[-1]):
                 fail(f"{path}: row {cells[0]} has more cells than the header: quote its texts")
@@ -1145,22 +1091,20 @@ def fill_captions(data, rows, columns, prompt):
 
 
 def check_dicoms(data, rows):
-    """The rows without DICOM files that show no patient; the files of each patient get one group.
-
-    The group is 16 bits of a hash of the id, too few to tell who it is.
-    """
+    """The rows without DICOM files that show no patient; those of each patient get one group."""
     kept = []
     named = []
-    for row in tqdm(rows, "looking for DICOM", leave=False, disable=None, delay=1):
+    for row in progress(rows, "looking for DICOM"):
         header = dicom_header(row.path)
-        if header is not None:
-            if "Rows" not in header or "LOCALIZER" in (header.get("ImageType") or ()):
-                continue
-        kept.append(row)
-        if header and header.get("PatientID") and not row.group:
-            digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
-            row.group = f"patient-{digest.hexdigest()}"
-            named.append(row)
+        if header is None:
+            kept.append(row)
+        elif "Rows" in header and "LOCALIZER" not in (header.get("ImageType") or ()):
+            kept.append(row)
+            if header.get("PatientID") and not row.group:
+                # 16 bits of a hash are too few to tell who it is
+                digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
+                row.group = f"patient-{digest.hexdigest()}"
+                named.append(row)
     if len(kept) < len(rows):
         note(
             f"{data}: {len(rows) - len(kept)} of {len(rows)} files skipped: DICOM reports, plans "
@@ -1225,8 +1169,8 @@ def set_hash(rows):
 
 def list_rows(data, args, prompt=None, strict=False):
     """list_images by the flags of add_reading_flags."""
-    columns = [getattr(args, f"{role}_column") for role in COLUMNS]
-    return list_images(data, *columns, prompt, args.slices, strict)
+    columns = {role: getattr(args, f"{role}_column") for role in COLUMNS}
+    return list_images(data, columns, prompt, args.slices, strict)
 
 
 def list_real(data, args):
@@ -1240,8 +1184,7 @@ def list_real(data, args):
 def split_rows(rows, val_share, test_share=0.0):
     """Set row.split to train, val or test by a hash of the group, else of the file's content.
 
-    It is the same on every machine and in any order, and new files move no others. Of a mix, the
-    generated images (column synthetic) are all for training.
+    Of a mix, the generated images (column synthetic) are all for training.
     """
     synthetic = [row.fields.get("synthetic") == "1" for row in rows]
     for row, is_synthetic in zip(rows, synthetic, strict=True):
@@ -1270,11 +1213,7 @@ def read_split(rows, path):
 
 
 def fit_square(image, resolution, crop="center", gen=None):
-    """An image resized to resolution x resolution.
-
-    center: its largest central square; random: such a square anywhere, drawn by gen; pad: all of it
-    on black; fundus: the square around its lit disc, or "pad" without one.
-    """
+    """An image resized to resolution x resolution; random: cut where gen says."""
     size = (resolution, resolution)
     disc = find_disc(image) if crop == "fundus" else None
     if disc:
@@ -1286,21 +1225,18 @@ def fit_square(image, resolution, crop="center", gen=None):
 
 
 def find_disc(image):
-    """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None.
-
-    Its top and bottom may be cut off, so the width counts as well as the height.
-    """
+    """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None."""
     small = image.convert("L")
     small.thumbnail((256, 256))
-    parts, count = scipy.ndimage.label(np.asarray(small) > 10)
-    if count == 0:
+    parts, _ = scipy.ndimage.label(np.asarray(small) > 10)
+    areas = np.bincount(parts.ravel())[1:]
+    if areas.max(initial=0) < 0.2 * parts.size:
         return None
-    largest = np.argmax(np.bincount(parts.ravel())[1:])
-    rows, columns = scipy.ndimage.find_objects(parts)[largest]
+    rows, columns = scipy.ndimage.find_objects(parts)[areas.argmax()]
     height = rows.stop - rows.start
     width = columns.stop - columns.start
     side = max(height, width)
-    if side > 1.6 * min(height, width) or (parts == largest + 1).mean() < 0.2:
+    if side > 1.6 * min(height, width):
         return None
     scale = image.width / small.width
     half = side / 2
@@ -1344,7 +1280,7 @@ def share_range(rows, given=None):
     deep = []
     ends = []
     kind = ""
-    for row in tqdm(rows, "looking at grey values", leave=False, disable=None, delay=1):
+    for row in progress(rows, "looking at grey values"):
         row.value_range = given
         with contextlib.suppress(Exception), Image.open(row.path, formats=FORMATS) as image:
             values = deep_values(row.path, image)
@@ -1405,7 +1341,7 @@ def load_pixels(
 
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:
         results = pool.imap(load, range(len(rows)))
-        errors = list(tqdm(results, "reading", len(rows), leave=False, disable=None))
+        errors = list(progress(results, "reading", len(rows)))
     bad = [error for error in errors if error]
     report_bad(rows, bad, 0 if strict else bad_share)
     if bad_share < 1:  # else these are a part of a set
@@ -1444,27 +1380,20 @@ def picture(pixels):
 
 
 def near_duplicates(pixels, alike=0.95):
-    """Pairs of pictures that are the same: [(i, j, kind)], i < j, of uint8 pixels (N, 3, S, S).
+    """Pairs (i, j), i < j, of uint8 pixels (N, 3, S, S) that show one picture, perhaps mirrored.
 
-    exact: equal pixels; near: correlated above `alike`, as after re-saving, resizing or gamma;
-    flipped: near the mirror image. Of 230 chest films, re-saved copies correlated above .98, films
-    of other patients below .91. Blank pictures have no duplicates.
+    They correlate above `alike`, as after re-saving, resizing or gamma. Of 230 chest films,
+    re-saved copies correlated above .98, films of other patients below .91.
     """
-    parts = [F.adaptive_avg_pool2d(part.float().mean(1), 16) for part in pixels.split(256)]
-    thumbnails = torch.cat(parts)
+    thumbnails = shrink(pixels, 16).mean(1)
     hashes = difference_hash(thumbnails)
     mirrored = difference_hash(thumbnails.flip(2))
     pairs = []
     for start in range(0, len(pixels), 1024):
         block = hashes[start : start + 1024]
-        near = block @ hashes.T > alike
-        flipped = block @ mirrored.T > alike
-        for row, j in (near | flipped).triu(start + 1).nonzero().tolist():
-            i = start + row
-            kind = "near" if near[row, j] else "flipped"
-            if torch.equal(pixels[i], pixels[j]):
-                kind = "exact"
-            pairs.append((i, j, kind))
+        likeness = torch.maximum(block @ hashes.T, block @ mirrored.T)
+        for row, j in (likeness > alike).triu(start + 1).nonzero().tolist():
+            pairs.append((start + row, j))
     return pairs
 
 
@@ -1545,10 +1474,7 @@ def colour(pixels):
 
 
 def robust_scale(real, floor=1e-6):
-    """A function: descriptors less the real ones' median, over their median absolute deviation.
-
-    floor: the least deviation, so that what hardly differs among real images decides nothing.
-    """
+    """A function: descriptors less the real median, over the real median deviation (>= floor)."""
     middle = np.median(real, axis=0)
     spread = 1.4826 * np.median(np.abs(real - middle), axis=0)
     spread = np.maximum(spread, np.maximum(floor, 0.2 * np.median(spread)))
@@ -1556,13 +1482,15 @@ def robust_scale(real, floor=1e-6):
 
 
 def shows_colour(pixels):
-    """bool (N,): whether the eye sees a colour somewhere in uint8 pixels (N, 3, S, S).
+    """bool (N,): whether the eye sees a colour somewhere in uint8 pixels (N, 3, S, S)."""
+    small = shrink(pixels, 16)
+    differences = (small.amax(1) - small.amin(1)).amax((1, 2))
+    return (differences > 8).numpy()  # a VAE leaves 2 of a grey picture, yellowed films have 5
 
-    The channels of a 16th of a side differ by over 8 grey levels; a VAE leaves one or two of a grey
-    picture, yellowed films have five.
-    """
-    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 16) for part in pixels.split(64)])
-    return ((small.amax(1) - small.amin(1)).amax((1, 2)) > 8).numpy()
+
+def shrink(pixels, side):
+    """uint8 (N, 3, H, W) -> (N, 3, side, side): the means of its cells, few images at a time."""
+    return torch.cat([F.adaptive_avg_pool2d(part.float(), side) for part in pixels.split(64)])
 
 
 def in_grey(pixels):
@@ -1572,33 +1500,23 @@ def in_grey(pixels):
 
 
 def grey_kind(pixels):
-    """Of a grey kind of images the pixels in grey and which show a colour; else (pixels, None).
-
-    A few with a tint or a mark in colour decide nothing.
-    """
+    """Of a grey kind of images the pixels in grey and which show a colour; else (pixels, None)."""
     in_colour = shows_colour(pixels)
-    if in_colour.mean() > 0.05:
+    if in_colour.mean() > 0.05:  # a few with a tint or a mark decide nothing
         return pixels, None
     return in_grey(pixels), in_colour
 
 
 def colour_and_layout(pixels):
-    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, made symmetric and of length 1.
-
-    Texture sees neither a colour nor that a film is a negative.
-    """
-    parts = [F.adaptive_avg_pool2d(part.float(), 8) for part in pixels.split(64)]
-    small = torch.cat(parts).double()
+    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, symmetric and of length 1."""
+    small = shrink(pixels, 8).double()
     small = (small + small.flip(3))[..., :4].flatten(1)
     layouts = F.normalize(small - small.mean(1, keepdim=True))
     return np.hstack([colour(pixels), layouts.numpy()])
 
 
 def colour_scale(real):
-    """The scale of colour_and_layout: a colour counts as at most three deviations.
-
-    Otherwise one tinted film among grey ones would hide all differences of layout.
-    """
+    """The scale of colour_and_layout, where a colour counts as at most three deviations."""
     level = 2 / 255  # of a colour the eye hardly sees more
     detail = np.log1p((level / np.exp(np.median(real[:, 6:8], axis=0))) ** 2) / 2  # as noise adds
     tint_scale = robust_scale(real[:, :8], [*[level] * 6, *detail])
@@ -1727,10 +1645,7 @@ PROBLEMS = []  # why downloads failed in this command
 
 
 def get_weights(name):
-    """The path of a file of WEIGHTS, downloaded once, or None and PROBLEMS says why.
-
-    Copies in our cache or torch's own count if they are whole.
-    """
+    """The path of a file of WEIGHTS, downloaded once, or None and PROBLEMS says why."""
     folder, sha256, size, licence = WEIGHTS[name]
     for place in (Path(torch.hub.get_dir()) / "checkpoints", CACHE):
         path = place / name
@@ -1824,10 +1739,7 @@ def load_weights(path):
 
 
 def load_features(name, device, resize="legacy"):
-    """The Network of texture, inception, a file of its weights, or a vision model's id or folder.
-
-    resize: how Inception's input is made, "legacy" as by pytorch-fid, "clean" as by clean-fid.
-    """
+    """The Network of texture, inception, a file of its weights, or a vision model of the Hub."""
     if name == "texture":
         return Network("texture-1", texture_in_parts, standardise=True)
     if name == "inception":
@@ -1963,20 +1875,20 @@ def load_vision_model(name, device):
 def extract(pixels, network, device, batch_size=32, precision="auto"):
     """Features of uint8 pixels (N, 3, H, W): float64 (N, D), each image's kept in the cache.
 
-    The cache's key is the network and the pixels, so an edited file never meets an old vector.
     precision: auto is fp32, as published figures are.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    name = network.name
-    if dtype != torch.float32:
-        name += f"-{precision}"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    name = f"{network.name}-{precision}" if dtype else network.name
     paths = [cache_path(name, image) for image in pixels]
-    vectors = [read_vector(path) for path in paths]
+    vectors = [None] * len(pixels)
+    for n, path in enumerate(paths):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # absent or torn
+            vectors[n] = np.load(path)
     missing = [n for n, vector in enumerate(vectors) if vector is None]
     starts = range(0, len(missing), batch_size)
-    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None)
     with torch.inference_mode(), autocast, without_tf32():
-        for start in tqdm(starts, desc=name, leave=False, disable=None, delay=2):
+        for start in progress(starts, name):
             numbers = missing[start : start + batch_size]
             batch = network.function(pixels[numbers].to(device)).float().cpu().numpy()
             for n, vector in zip(numbers, batch, strict=True):
@@ -1999,14 +1911,6 @@ def cache_path(name, image):
     content = f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
     key = sha256(content)
     return CACHE / "features" / name / key[:2] / f"{key}.npy"
-
-
-def read_vector(path):
-    """The vector in a cache file, or None where there is no readable one."""
-    try:
-        return np.load(path)
-    except (OSError, ValueError, EOFError):
-        return None
 
 
 # ---------------------------------------------------------------- image against image: LPIPS, SSIM
@@ -2086,19 +1990,15 @@ def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=No
     def vectors(part):
         return torch.cat([network.function(batch.to(device)) for batch in part.split(batch_size)])
 
-    def squares(part):
-        return torch.linalg.vector_norm(part, dim=1).square()
-
     with torch.inference_mode(), without_tf32():
         width = max(1, memory // (4 * vectors(pixels[:1]).shape[1]))
-        step = width if symmetric else batch_size
-        starts = range(0, len(pixels), width)
-        for i in tqdm(starts, desc=f"LPIPS {network.name}", leave=False, disable=None):
+        for i in progress(range(0, len(pixels), width), f"LPIPS {network.name}"):
             first = vectors(pixels[i : i + width])
-            for j in range(i if symmetric else 0, len(others), step):
-                second = first if symmetric and i == j else vectors(others[j : j + step])
-                distances = squares(first)[:, None] + squares(second) - 2 * (first @ second.T)
-                result[i : i + width, j : j + step] = distances.cpu()
+            for j in range(i if symmetric else 0, len(others), width):
+                second = first if symmetric and i == j else vectors(others[j : j + width])
+                squares = first.norm(dim=1).square()[:, None] + second.norm(dim=1).square()
+                distances = squares - 2 * (first @ second.T)
+                result[i : i + width, j : j + width] = distances.cpu()
     if symmetric:  # by construction: a product a @ a.T is not so to the last bit on every machine
         result = np.triu(result, 1)
         result += result.T
@@ -2119,13 +2019,10 @@ def ssim_matrix(first, second, device="cpu", height=128):
     weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
     symmetric = first is second
     with torch.inference_mode():
-        first = grey_pictures(first, device)
-        second = grey_pictures(second, device)
+        greys = [to_grey(shrink(pixels.to(device), 64))[:, 0] for pixels in (first, second)]
         total = torch.zeros(len(first), len(second), device=device)
-        for place in tqdm(range(54 * 54), desc="SSIM", leave=False, disable=None, delay=2):
-            left = right = ssim_terms(first, weights, *divmod(place, 54))
-            if not symmetric:
-                right = ssim_terms(second, weights, *divmod(place, 54))
+        for place in progress(range(54 * 54), "SSIM"):
+            left, right = [ssim_terms(grey, weights, *divmod(place, 54)) for grey in greys]
             for i in range(0, len(first), height):
                 start = i if symmetric else 0
                 patches_a, mean_a, light_a, spread_a = [term[i : i + height] for term in left]
@@ -2137,14 +2034,6 @@ def ssim_matrix(first, second, device="cpu", height=128):
     if symmetric:
         total = total.triu() + total.triu(1).T
     return (total / 54**2).cpu().double().numpy()
-
-
-def grey_pictures(pixels, device):
-    """uint8 (N, 3, H, W) -> (N, 64, 64) in [0, 1]."""
-    parts = []
-    for part in pixels.split(64):
-        parts.append(F.adaptive_avg_pool2d(to_grey(part.to(device)), 64)[:, 0])
-    return torch.cat(parts)
 
 
 def ssim_terms(grey, weights, y, x):
@@ -2185,16 +2074,11 @@ def frechet(first, second):
 def covariance_root(features):
     """R (at most D, D) with R' R the covariance of features (N, D)."""
     root = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    if len(root) <= root.shape[1]:
-        return root
-    try:
-        return np.linalg.cholesky(root.T @ root).T
-    except np.linalg.LinAlgError:  # singular
-        return np.linalg.qr(root, mode="r")
+    return np.linalg.qr(root, mode="r") if len(root) > root.shape[1] else root
 
 
 def kid(first, second):
-    """KID (Binkowski et al. 2018) of features (N, D), (M, D), and its standard error.
+    """KID (Binkowski et al. 2018) of features (N, D), (M, D), N, M >= 3, and its standard error.
 
     Unbiased MMD^2 with the kernel (x·y/D + 1)^3 of all images at once, no subsets; the error is the
     delete-one jackknife, from row sums.
@@ -2203,21 +2087,17 @@ def kid(first, second):
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def mean_to_others(x):  # of each row, without the diagonal
+    def mean_within(x, between):  # and the variance over images that are left out
+        n = len(x)
         within = kernel(x, x)
-        return (within.sum(1) - within.diagonal()) / (len(x) - 1)
+        within = (within.sum(1) - within.diagonal()) / (n - 1)
+        return within.mean(), (between - within * (n - 1) / (n - 2)).var() / (n - 1)
 
     cross = kernel(first, second)
-    within_first = mean_to_others(first)
-    within_second = mean_to_others(second)
-    value = within_first.mean() + within_second.mean() - 2 * cross.mean()
-    n, m = cross.shape
-    if min(n, m) < 3:
-        return value, math.nan
-    # what is the same whichever image is left out has no variance
-    left_first = (cross.mean(1) - within_first * (n - 1) / (n - 2)).var() / (n - 1)
-    left_second = (cross.mean(0) - within_second * (m - 1) / (m - 2)).var() / (m - 1)
-    return value, 2 * np.sqrt(left_first + left_second)
+    mean_first, variance_first = mean_within(first, cross.mean(1))
+    mean_second, variance_second = mean_within(second, cross.mean(0))
+    value = mean_first + mean_second - 2 * cross.mean()
+    return value, 2 * np.sqrt(variance_first + variance_second)
 
 
 def squared_distances(first, second):
@@ -2263,9 +2143,14 @@ def precision_recall(distances, order, draw, k):
 # ---------------------------------------------------------------- nearest images, copies
 
 
+def unit_names(groups):
+    """The groups (N,), where an image without one ("") has a name of its own."""
+    return np.array([str(name) or f"\0{n}" for n, name in enumerate(groups)])
+
+
 def same_unit(groups):
-    """bool (N, N): True for an image with itself and with others of its group; "" is no group."""
-    names = np.array([name or f"\0{n}" for n, name in enumerate(groups)])
+    """bool (N, N): True for an image with itself and with others of its group."""
+    names = unit_names(groups)
     return names[:, None] == names
 
 
@@ -2293,21 +2178,23 @@ class CopyFinder:
     usual: (units,), its best agreement with a picture of another unit.
     """
 
-    def __init__(self, real_pixels, groups, labels, most):
-        self.pictures = grey_and_mask(real_pixels)
+    def __init__(self, rows, pixels, most=2000):
+        """rows, pixels: of the real images, as load_pixels gives them."""
+        self.pictures = grey_and_mask(pixels)
         self.maps = F.avg_pool2d(local_contrast(self.pictures, 4.0, 1.0), 2)
         self.turns, self.crops = poses()
         coarse = local_contrast(self.pictures, 6.0, 2.0)
         self.thumbnails = torch.cat([thumbnails(coarse, crop[None]) for crop in self.crops])
-        self.measure_real(same_unit(groups), np.array(labels), most)
+        self.measure_real(rows, most)
 
-    def measure_real(self, same, labels, most):
-        """Seek real pictures among the others; same: bool (n, n), whether they share a group."""
-        near = np.eye(len(same), dtype=bool)
-        sought = np.arange(0, len(same), -(-len(same) // most))
-        index, scores, _ = self.find_each(self.pictures[sought], near[sought])
+    def measure_real(self, rows, most):
+        """Seek real pictures among the others."""
+        same = same_unit([row.group for row in rows])
+        sought = np.arange(0, len(rows), -(-len(rows) // most))
+        index, scores, _ = self.find_each(self.pictures[sought], sought)
         others = np.where(same[sought[:, None], index], 0, scores)
-        self.limits = copy_limits(np.sort(others)[:, -2:][:, 0], sought, labels)
+        self.limits = copy_limits(np.sort(others)[:, -2], sought, rows)
+        near = np.zeros_like(same)
         near[sought[:, None], index] = scores >= self.limits[index]
         _, self.picture_of = csgraph.connected_components(near)
         _, self.unit_of = csgraph.connected_components(near | same)
@@ -2333,17 +2220,14 @@ class CopyFinder:
         try:
             with ThreadPoolExecutor(threads) as pool:
                 found = pool.map(self.find_one, pictures.split(1), forbidden)
-                found = list(tqdm(found, "copies", len(pictures), leave=False, disable=None))
+                found = list(progress(found, "copies", len(pictures)))
         finally:
             torch.set_num_threads(threads)
         index, scores, kinds = zip(*found, strict=True)
         return np.array(index), np.array(scores), kinds
 
     def find_one(self, picture, forbidden):
-        """Numbers of the 3 real pictures most like one, scores, kind of the first.
-
-        One that is forbidden has a score of 0.
-        """
+        """Numbers of the 3 real pictures most like one, scores (0: forbidden), first kind."""
         coarse = local_contrast(picture, 6.0, 2.0)
         likeness = thumbnails(coarse, self.turns) @ self.thumbnails.T
         likeness = likeness.reshape(-1, len(self.pictures))  # (turns x crops, n)
@@ -2365,23 +2249,16 @@ class CopyFinder:
         return index[best].tolist(), scores[best].tolist(), kind
 
 
-def copy_limits(second, sought, labels):
-    """The agreement from which a picture is a copy of each real one: (n,).
+def copy_limits(second, sought, rows):
+    """The agreement from which a picture is a copy of each real one, (n,): more if all are alike.
 
     second: of those `sought`, the second best with another patient's; the best may be stored twice.
-    Of a label whose pictures are all alike, copies must agree better.
     """
-    usual = np.full(len(labels), np.median(second))
+    labels = np.array([text_key(row.label) for row in rows])
+    usual = np.full(len(rows), np.median(second))
     for label in np.unique(labels[sought]):
         usual[labels == label] = np.median(second[labels[sought] == label])
     return np.clip(usual + 0.35, SAME_PICTURE, 0.9)
-
-
-def copy_finder(rows, pixels, most=2000):
-    """The CopyFinder of images as load_pixels gives them."""
-    groups = [row.group for row in rows]
-    labels = [text_key(row.label) for row in rows]
-    return CopyFinder(pixels, groups, labels, most)
 
 
 def pose(angle=0, scale=1.0, x=0.0, y=0.0, sign=1):
@@ -2494,10 +2371,7 @@ def align(picture, others, matches, signs, side):
 
 
 def agreement(picture, others, matches, signs):
-    """The correlation of details that 70 % of squares of 8 x 8 pixels reach: (k,).
-
-    Different patients' pictures may share outlines, but not the details everywhere.
-    """
+    """The correlation of details that 70 % of squares of 8 x 8 pixels reach: (k,)."""
     others = warp(others, matches, PICTURE)
     mask = (picture[:, 1:] * others[:, 1:] > 0.99).float()
     squares = []
@@ -2544,24 +2418,17 @@ def auroc(scores, good, times=None, strata=0):
     return right / np.where(pairs > 0, pairs, np.nan)
 
 
-def resamples(groups, seed, count=1000):
-    """(1 + count, n): how often each image counts; all once, then bootstraps of whole groups.
-
-    An image without a group ("") is alone.
-    """
-    names = [f"\0{n}" if name == "" else name for n, name in enumerate(groups)]
-    _, numbers = np.unique(names, return_inverse=True)
+def resamples(groups, seed):
+    """(1001, n): how often each image counts; all once, then 1,000 bootstraps of whole groups."""
+    _, numbers = np.unique(unit_names(groups), return_inverse=True)
     size = numbers.max() + 1
-    drawn = torch.randint(size, (count, size), generator=generator(seed, "bootstrap"))
+    drawn = torch.randint(size, (1000, size), generator=generator(seed, "bootstrap"))
     times = np.apply_along_axis(np.bincount, 1, drawn.numpy(), minlength=size)[:, numbers]
     return np.vstack([np.ones(len(groups)), times])
 
 
 def cross_validate(features, labels, weights, groups, seed):
-    """Predict each column of labels (n, m) five-fold by its best penalty, whole groups left out.
-
-    Returns logits (n, m) and the penalties (m,).
-    """
+    """Logits (n, m) of each column of labels, five-fold without its groups; best penalties (m,)."""
     names, numbers = np.unique(groups, return_inverse=True)
     folds = draw_order(len(names), seed, "folds")[numbers] % 5
     u, scale, _ = np.linalg.svd(features, full_matrices=False)
@@ -2611,10 +2478,7 @@ def block_scale(real, sizes):
 
 
 def fit_labels(names, labels, features, groups, seed):
-    """Tell labels (n,) apart by features (n, D), a column for each of the names.
-
-    Returns logits of images that were left out, (n, names), and the weights (D + 1, names) of all.
-    """
+    """Logits (n, names) of labels (n,) as images left out, and weights (D + 1, names) of all."""
     is_own = np.equal.outer(labels, names).astype(float)
     ones = np.ones(len(labels))
     logits, penalties = cross_validate(features, is_own, ones, groups, seed)
@@ -2630,10 +2494,7 @@ class LabelCheck:
     """
 
     def __init__(self, rows, blocks, seed):
-        """blocks: descriptors of the real images, arrays (n, D). Those of `grain` do not belong.
-
-        How a file was made often tells the labels of real images, and of generated ones nothing.
-        """
+        """blocks: descriptors (n, D) of the real images, not `grain`: it tells who made them."""
         counts = Counter(text_key(row.label) for row in rows)
         self.names = sorted(name for name in counts if name and counts[name] >= 8)
         own = self.numbers(rows)
@@ -2652,9 +2513,9 @@ class LabelCheck:
         self.sentences = []  # on pairs of labels that cannot be told apart
         for pair in itertools.combinations(numbers, 2):
             self.compare(pair, logits, groups, seed)
-        if len(self.sentences) > 5:
-            rest = f"{len(self.sentences) - 4} more pairs of labels cannot be told apart either."
-            self.sentences[4:] = [rest]
+        more = len(self.sentences) - 4
+        if more > 1:
+            self.sentences[4:] = [f"{more} more pairs of labels cannot be told apart either."]
 
     def scale(self, blocks):
         """Descriptors of all kinds side by side, (N, D), in units of the real images."""
@@ -2662,8 +2523,8 @@ class LabelCheck:
 
     def numbers(self, rows):
         """The number of each row's label among the names, (N,); -1 for none of them."""
-        labels = [text_key(row.label) for row in rows]
-        return np.array([self.names.index(name) if name in self.names else -1 for name in labels])
+        numbers = {name: number for number, name in enumerate(self.names)}
+        return np.array([numbers.get(text_key(row.label), -1) for row in rows])
 
     def compare(self, pair, logits, groups, seed):
         """Whether the real images of a pair of labels can be told apart."""
@@ -2775,8 +2636,7 @@ def table(header, rows):
 def dot_lines(header, rows):
     """An HTML table with an axis in each row, on it a grey bar and a dot; all texts are HTML.
 
-    header: over the names, the left, middle and right of the axis, and the words. A row: name,
-    note, left and right of the bar and dot in percent of the axis, what they say, words.
+    A row: name, note, left and right of the bar and dot in percent, what they say, words.
     """
     names, *ends, words = header
     ends = f'<div class="ends"><span>{"</span><span>".join(ends)}</span></div>'
@@ -2832,7 +2692,7 @@ def pair(generated, real, text, size=384):
     return f"<figure>{pictures}<figcaption>{html.escape(text)}</figcaption></figure>\n"
 
 
-def curve(series, x_label="", y_label=""):
+def curve(series, x_label):
     """An inline SVG line chart; series: name -> list of (x, y). Only finite points are drawn."""
     finite = {}
     for name, points in series.items():
@@ -2841,39 +2701,26 @@ def curve(series, x_label="", y_label=""):
     every = np.concatenate(list(finite.values()))
     if not len(every):
         return '<p class="soft">nothing to draw yet</p>\n'
-    x_ticks, y_ticks = map(round_numbers, every.T)
-    low, high = np.stack([x_ticks[[0, -1]], y_ticks[[0, -1]]], axis=1)
+    low = every.min(0)
+    span = np.maximum(every.max(0) - low, 1e-9)
 
-    def positions(points):  # the axes cross at (50, 215)
-        return (points - low) / (high - low) * (350, -180) + (50, 215)
+    def text(x, y, content, colour="soft"):
+        return f'<text x="{x}" y="{y}" fill="var(--{colour})">{html.escape(content)}</text>'
 
-    def text(x, y, content, colour="var(--soft)"):
-        return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}">{html.escape(content)}</text>'
-
-    parts = ['<path d="M50 30V215H405" stroke="var(--line)"/>']
-    parts += [text(225, 246, x_label), text(24, 12, y_label)]
-    for value in x_ticks:
-        parts.append(text(positions((value, 0))[0], 230, f"{value:.4g}"))
-    for value in y_ticks:
-        parts.append(text(24, positions((0, value))[1], f"{value:.4g}"))
+    parts = ['<path d="M50 30V215H405" stroke="var(--line)"/>', text(225, 246, x_label)]
+    for share in (0, 0.5, 1):
+        x, y = low + share * span
+        parts.append(text(50 + 350 * share, 230, f"{x:.4g}"))
+        parts.append(text(24, 215 - 180 * share, f"{y:.4g}"))
     for n, (name, points) in enumerate(finite.items()):
-        colour = f"var(--{('mark', 'two', 'three', 'four')[n % 4]})"
-        words = [f"{x:.1f},{y:.1f}" for x, y in positions(points)]
+        colour = ("mark", "two", "three", "four")[n]
+        places = (points - low) / span * (350, -180) + (50, 215)  # the axes cross at (50, 215)
+        words = [f"{x:.1f},{y:.1f}" for x, y in places]
         line = " ".join(words[:1] + words)  # the first twice: one alone is a dot
-        parts.append(f'<polyline points="{line}" stroke="{colour}"/>')
+        parts.append(f'<polyline points="{line}" stroke="var(--{colour})"/>')
         parts.append(text(110 + 90 * n, 12, name, colour))
     label = html.escape(f"{', '.join(finite)} against {x_label}")
     return f'<svg viewBox="0 0 420 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
-
-
-def round_numbers(values):
-    """Round numbers at even steps, from below the least of the values to above the greatest."""
-    low = min(values)
-    span = max(values) - low or abs(low) or 1
-    step = 10.0 ** math.ceil(math.log10(span)) / 5
-    while span < 2 * step:
-        step /= 2
-    return np.arange(math.floor(low / step), math.ceil((low + span) / step) + 1) * step
 
 
 # ---------------------------------------------------------------- the card

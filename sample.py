@@ -7,9 +7,9 @@
 
 The noise of image i of a prompt is keyed by (seed, prompt, i): the same picture, up to rounding,
 for any batch size and number of processes. What is there with the same settings is not drawn
-again, so the command of a killed run continues it. Writes pictures with their settings
-inside, manifest.csv and, with --grid, grid.png; what quality control refused is in refused/. Each
-picture is noted in drawn.jsonl, with the reason where it was refused.
+again, so the command of a killed run continues it. Writes pictures with their settings inside,
+manifest.csv, drawn.jsonl (each as it is drawn) and, with --grid, grid.png; what quality control
+refused is in refused/.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -52,7 +51,6 @@ from metrics import (
     existing_file,
     fail,
     fill_captions,
-    find_column,
     fit_square,
     flag_adder,
     from_hub,
@@ -68,7 +66,6 @@ from metrics import (
     picture,
     read_image,
     read_run,
-    read_table,
     report_enlarged,
     run_script,
     set_hash,
@@ -133,13 +130,19 @@ def guided_prediction(base, noisy, timestep, conds, settings):
     return prediction
 
 
-def generate_batch(base, noise, conds, generators, settings):
-    """Latents (B, 4, h, w) of one batch, from noise (B, 4, h, w); conds as in guided_prediction."""
+def generate_batch(base, noise, conds, settings):
+    """Latents (B, 4, h, w) of one batch; conds as in guided_prediction.
+
+    noise: (1, B, 4, h, w), for euler_a that of each step, too: (1 + steps, B, 4, h, w).
+    """
+    from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_a
+
     scheduler = make_scheduler(base, settings)
-    latents = noise.to(base.device) * scheduler.init_noise_sigma
+    first, *more = noise.to(base.device)
+    latents = first * scheduler.init_noise_sigma
     # the scheduler looks its timesteps up on the CPU, so that no step waits for the GPU
     timesteps = scheduler.timesteps.to(base.device)
-    with noise_drawn_ahead(noise, generators, settings, base.device):
+    with mock.patch.object(euler_a, "randn_tensor", lambda *_, **options: more.pop(0)):
         for timestep, unet_timestep in zip(scheduler.timesteps, timesteps, strict=True):
             noisy = scheduler.scale_model_input(latents, timestep)
             prediction = guided_prediction(base, noisy, unet_timestep, conds, settings)
@@ -147,31 +150,15 @@ def generate_batch(base, noise, conds, generators, settings):
     return latents
 
 
-@contextmanager
-def noise_drawn_ahead(noise, generators, settings, device):
-    """Let euler_a find the noise that it adds: drawn by each step, it would make the GPU wait."""
-    from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_a
-
-    draws = []
-    if settings.scheduler == "euler_a":
-        for _ in range(settings.steps):
-            each = [torch.randn(noise.shape[1:], generator=own) for own in generators]
-            draws.append(torch.stack(each))
-        draws = torch.stack(draws).to(device)
-    coming = iter(draws)
-    with mock.patch.object(euler_a, "randn_tensor", lambda *_, **options: next(coming)):
-        yield
-
-
 @torch.no_grad()
 def generate(base, jobs, settings, batch_size=8, seed=0):
-    """Yield a PIL image for each job (prompt, number) or (prompt, number, attempt), in order.
-
-    All random numbers of an image are keyed by the seed and its job.
-    """
+    """Yield a PIL image for each job (prompt, number[, attempt]), whose noise seed and job key."""
     height = settings.height or base.resolution
     width = settings.width or base.resolution
     shape = (base.unet.config.in_channels, height // 8, width // 8)
+    draws = 1
+    if settings.scheduler == "euler_a":
+        draws += settings.steps  # ahead: drawn by each step, noise would make the GPU wait
 
     @lru_cache(256)  # each text is encoded alone: its bits do not depend on its batch
     def encode_one(text):
@@ -183,10 +170,13 @@ def generate(base, jobs, settings, batch_size=8, seed=0):
 
     for batch in in_parts(jobs, batch_size):
         generators = [generator(seed, "sample", *job) for job in batch]
-        noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
+        noise = []
+        for _ in range(draws):
+            noise += [torch.randn(shape, generator=own) for own in generators]
+        noise = torch.stack(noise).unflatten(0, (draws, -1))
         positive = encode_all([prompt for prompt, *_ in batch])
         negative = encode_all([settings.negative_prompt for _ in batch])
-        latents = generate_batch(base, noise, (negative, positive), generators, settings)
+        latents = generate_batch(base, noise, (negative, positive), settings)
         if not latents.isfinite().all():
             fail("the UNet returned NaN: give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):
@@ -227,22 +217,32 @@ USUAL_SCHEDULE = {
     "steps_offset": 1,
     "skip_prk_steps": True,
 }
-# other classes, such as EDM's or those of flow matching, are of another process
-SUPPORTED_SCHEDULES = {
-    "_class_name": (
-        "DDIMScheduler DDIMParallelScheduler DDPMScheduler DDPMParallelScheduler PNDMScheduler "
-        "LMSDiscreteScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler "
-        "HeunDiscreteScheduler KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler "
-        "DPMSolverMultistepScheduler DPMSolverSinglestepScheduler DPMSolverSDEScheduler "
-        "DEISMultistepScheduler UniPCMultistepScheduler SASolverScheduler LCMScheduler TCDScheduler"
-    ).split(),
-    "num_train_timesteps": (1000,),
-    "prediction_type": ("epsilon", "v_prediction"),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "timestep_spacing": ("leading", "linspace", "trailing"),
-    "timestep_type": ("discrete",),
-    "use_flow_sigmas": (False, None),
-    "trained_betas": (None,),
+SCHEDULE = "scheduler/scheduler_config.json"
+# what the files of a base may say; schedulers of EDM or flow matching are of another process
+SUPPORTED = {
+    SCHEDULE: {
+        "_class_name": (
+            "DDIMScheduler DDIMParallelScheduler DDPMScheduler DDPMParallelScheduler "
+            "PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler "
+            "EulerAncestralDiscreteScheduler HeunDiscreteScheduler KDPM2DiscreteScheduler "
+            "KDPM2AncestralDiscreteScheduler DPMSolverMultistepScheduler "
+            "DPMSolverSinglestepScheduler DPMSolverSDEScheduler DEISMultistepScheduler "
+            "UniPCMultistepScheduler SASolverScheduler LCMScheduler TCDScheduler"
+        ).split(),
+        "prediction_type": ("epsilon", "v_prediction"),
+        "use_flow_sigmas": (False, None),
+    },
+    "vae/config.json": {
+        "_class_name": ("AutoencoderKL",),
+        "latents_mean": (None,),
+        "latents_std": (None,),
+        "shift_factor": (None,),
+    },
+    "unet/config.json": {
+        "_class_name": ("UNet2DConditionModel",),
+        "in_channels": (4,),  # more: for inpainting or depth
+        "out_channels": (4,),  # more: with a variance
+    },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -286,24 +286,19 @@ class Base:
 
 
 def find_base(name, missing=fail):
-    """The folder of a base: a short name, a diffusers folder or a Hub id, downloaded once.
-
-    Where it cannot be had, `missing` is called with one line.
-    """
+    """The folder of a base: a short name, a folder or a Hub id; else missing(one line)."""
     place = BASES.get(name, name)
     if os.path.isdir(place):
         if not Path(place, "model_index.json").exists():
             fail(f"{place}: not a diffusers folder: it has no model_index.json")
         return place
-    if place.count("/") != 1:
-        return missing(f"--base {name}: no such folder; give tiny, sd15, …, a Hub id or a folder")
     try:
         return from_hub(place, PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds
         return missing(
             f"--base {name}: no such folder, and cannot get {place} from the Hub "
-            f"({type(why).__name__}); on a machine with internet type `hf download {place}`, copy "
-            "the folder here and give its path"
+            f"({type(why).__name__}): give tiny, sd15, …, a Hub id or a folder; on a machine with "
+            f"internet type `hf download {place}`, copy the folder here and give its path"
         )
 
 
@@ -342,10 +337,7 @@ def base_hash(folder, *parts):
 
 
 def pick_dtype(precision, device, folder):
-    """The UNet's dtype; auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32.
-
-    SD 2.1-768's q·k exceeds fp16's 65504, but torch's fused attention keeps it in fp32.
-    """
+    """The UNet's dtype; auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32."""
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
@@ -363,8 +355,7 @@ def load_base(name, device, precision="auto", method=None):
     """Load a base for drawing or, where a training `method` is given, for training.
 
     VAE and text encoders are then in fp32, since their outputs are cached, and so is a UNet that is
-    trained itself (method "full"). The UNet is left on the CPU, for the latents come first. A
-    schedule that cannot be trained is refused.
+    trained itself (method "full"). The UNet is left on the CPU, for the latents come first.
     """
     note(f"loading {name}")
     folder = find_base(name)
@@ -408,17 +399,16 @@ def read_base(name, folder, device, dtype, method):
     quick = {"low_cpu_mem_usage": False}
     unet = read_model(diffusers.UNet2DConditionModel, "unet", torch_dtype=unet_dtype, **quick)
     vae = read_model(diffusers.AutoencoderKL, "vae", torch_dtype=vae_dtype, **quick)
-    encoder = read_model(transformers.CLIPTextModel, "text_encoder", dtype=text_dtype)
-    text_encoders = [encoder]
+    text_encoders = [read_model(transformers.CLIPTextModel, "text_encoder", dtype=text_dtype)]
     tokenizers = [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")]
     if is_sdxl:
         second_kind = transformers.CLIPTextModelWithProjection
         text_encoders.append(read_model(second_kind, "text_encoder_2", dtype=text_dtype))
         tokenizers += [transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer_2")]
-    schedule = USUAL_SCHEDULE | read_config(folder, "scheduler/scheduler_config.json")
+    schedule = USUAL_SCHEDULE | read_config(folder, SCHEDULE)
     alphas_cumprod = diffusers.DDPMScheduler.from_config(schedule).alphas_cumprod.to(device)
     zero_empty = read_config(folder, "model_index.json").get("force_zeros_for_empty_prompt", False)
-    text_length = encoder.config.max_position_embeddings  # whatever the tokenizers' files say
+    text_length = text_encoders[0].config.max_position_embeddings  # whatever the tokenizers' say
     models = (unet, vae, text_encoders, tokenizers, schedule, alphas_cumprod)
     return Base(name, *models, device, dtype, own_resolution(folder), zero_empty, text_length)
 
@@ -433,26 +423,16 @@ def load_vae(folder, device):
 
 def check_base(name, folder):
     """Refuse bases of other kinds, by what their files say, before they are loaded."""
-    schedule = USUAL_SCHEDULE | read_config(folder, "scheduler/scheduler_config.json")
-    for setting, supported in SUPPORTED_SCHEDULES.items():
-        value = schedule.get(setting, supported[0])
-        if value not in supported:
-            shown = str(value)[:60]
-            fail(f"--base {name}: its scheduler's {setting} is {shown}, of an unsupported kind")
+    for file, settings in SUPPORTED.items():
+        config = read_config(folder, file)
+        for setting, supported in settings.items():
+            value = config.get(setting, supported[0])
+            if value not in supported:
+                fail(f"--base {name}: its {file} has {setting} {str(value)[:60]}: not supported")
+    schedule = USUAL_SCHEDULE | read_config(folder, SCHEDULE)
     if schedule.get("rescale_betas_zero_snr") and schedule["prediction_type"] == "epsilon":
         # Lin et al. 2024
         fail(f"--base {name}: rescale_betas_zero_snr (pure noise at the end) needs v_prediction")
-    vae = read_config(folder, "vae/config.json")
-    unet = read_config(folder, "unet/config.json")
-    for config, kind in ((vae, "AutoencoderKL"), (unet, "UNet2DConditionModel")):
-        if config.get("_class_name", kind) != kind:
-            fail(f"--base {name}: needs {kind}, has {config['_class_name']}")
-    for setting in ("latents_mean", "latents_std", "shift_factor"):
-        if vae.get(setting) is not None:
-            fail(f"--base {name}: its VAE has {setting}, which is not supported")
-    for setting in ("in_channels", "out_channels"):  # more: for inpainting, depth or a variance
-        if unet.get(setting, 4) != vae.get("latent_channels", 4):
-            fail(f"--base {name}: its UNet's {setting} are not those of its VAE: not supported")
 
 
 def make_scheduler(base, settings):
@@ -482,19 +462,17 @@ def use_text_encoder(base, name, length, projection=None):
         fail(f"--text-encoder: {base.name} needs both of its own text encoders")
     try:
         encoder = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         base.text_encoders = [encoder.float().to(base.device).eval().requires_grad_(False)]
-        base.tokenizers = [tokenizer]
-        longest = getattr(encoder.config, "max_position_embeddings", 512)
-        base.text_length = min(length, longest, tokenizer.model_max_length)
+        base.tokenizers = [transformers.AutoTokenizer.from_pretrained(name)]
+        base.text_length = length
         width = base.unet.config.cross_attention_dim
         base.text_projection = nn.Linear(encoder.config.hidden_size, width)
         with torch.no_grad():  # not every kind of encoder can read a caption
             text_states(base, tokenize(base, ["a long caption " * 512]))
     except Exception as why:  # whatever a folder of something else raises
         fail(
-            f"--text-encoder {name}: cannot be used ({type(why).__name__}); give a Hub id of "
-            "BERT's family, or a folder with config.json, model.safetensors and the tokenizer"
+            f"--text-encoder {name}: cannot be used for {length} tokens ({type(why).__name__}): "
+            "give a Hub id of BERT's family or such a folder, in safetensors and with tokenizer"
         )
     if projection:
         load_state(base.text_projection, projection, base)
@@ -520,8 +498,7 @@ class TokenEmbedding(nn.Embedding):
 def add_tokens(base, vectors):
     """Add words to the base (textual inversion, Gal et al. 2022): {"<word>": (n, D)}.
 
-    A word of n vectors stands for n tokens, "<word> <word>_1 …". Returns the fp32 parameter that
-    holds the vectors of all added words.
+    A word of n vectors stands for n tokens, "<word> <word>_1 …". Returns all vectors, fp32.
     """
     tokenizer = base.tokenizers[0]
     embedding = base.text_encoders[0].get_input_embeddings()
@@ -542,16 +519,10 @@ def add_tokens(base, vectors):
     return embedding.learned
 
 
-def expand_words(base, text):
-    """A caption with each added word written as its tokens."""
-    for word, tokens in base.words.items():
-        text = text.replace(word, tokens)
-    return text
-
-
 def tokenize(base, texts):
     """Captions → what the text encoders read: {"ids": (B, L), "ids_2": …, "mask": …}."""
-    texts = [expand_words(base, text) for text in texts]
+    for word, word_tokens in base.words.items():
+        texts = [text.replace(word, word_tokens) for text in texts]
     device = base.text_encoders[0].device  # the CPU while the UNet needs the memory
     options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     tokens = {}
@@ -777,33 +748,27 @@ def use_extra(base, metadata, extra):
 
 # ---------------------------------------------------------------- prompts
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson")
-
 
 def read_prompts(args, adapters):
     """The captions to draw, each once, as Rows: those of the flags, else of the adapters' runs."""
-    is_table = (args.prompts or "").lower().endswith(TABLES)
-    caption_format = args.prompt[0] if args.prompt else None
-    if not args.labels_from and not is_table:
-        rows = [Row("", "", text) for text in read_texts(args, adapters)]
-    elif len(args.prompt) > 1:
-        fail("--prompt: give one, the format of the captions of --labels-from or --prompts")
-    elif is_table:
-        rows = rows_of_table(args.prompts, caption_format)
+    if args.labels_from:
+        rows = rows_of_data_set(args.labels_from, args.prompt, adapters)
     else:
-        rows = rows_of_data_set(args.labels_from, caption_format, adapters)
+        rows = [Row("", "", text) for text in read_texts(args, adapters)]
     if not rows:
         fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
     return merge_rows(rows, args.label)
 
 
 def read_texts(args, adapters):
-    """The texts of --prompt and of a text file, else the validation prompts of the runs."""
-    for text in args.prompt:
-        if re.search(r"(?i)\{(labels?|caption|text)\}", text):
-            fail(f'--prompt "{text}": its fields need --labels-from DATA or a table of --prompts')
+    """The texts of --prompt and --prompts, else the validation prompts of the runs."""
     texts = list(args.prompt)
+    for text in texts:
+        if "{" in text:
+            fail(f'--prompt "{text}": its {{fields}} need --labels-from DATA')
     if args.prompts:
+        if not args.prompts.lower().endswith(".txt"):
+            fail(f"--prompts {args.prompts}: give a .txt; tables are for --labels-from")
         lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
         texts += filter(str.strip, lines)
     elif not texts:
@@ -813,39 +778,22 @@ def read_texts(args, adapters):
     return texts
 
 
-def rows_of_data_set(data, caption_format, adapters):
+def rows_of_data_set(data, prompts, adapters):
     """The rows of a data set; captions it lacks are made by the --prompt of an adapter's run."""
-    rows = list_images(data, prompt=caption_format)
-    if caption_format is None and not any(row.caption for row in rows):
-        caption_format = first_known(adapters, "prompt")
-        if caption_format:
-            fill_captions(data, rows, {}, caption_format)
+    if len(prompts) > 1:
+        fail("--prompt: give one, the format of the captions of --labels-from")
+    rows = list_images(data, prompt=prompts[0] if prompts else None)
+    if not prompts and not any(row.caption for row in rows):
+        own_format = first_known(adapters, "prompt")
+        if own_format:
+            fill_captions(data, rows, {}, own_format)
         elif any(row.label for row in rows):
             fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
     return rows
 
 
-def rows_of_table(path, caption_format):
-    """The rows of a table of prompts, which names no images."""
-    table = read_table(path)
-    names = table[0] if table else []
-    caption = find_column(names, "caption")
-    label = find_column(names, "label")
-    if not caption and not caption_format:
-        fail(f"--prompts {path}: has no column of captions: call one text, caption or prompt")
-    rows = []
-    for cells in table:
-        texts = (cells.get(caption, ""), cells.get(label, ""))
-        rows.append(Row("", f"row {len(rows) + 1}", *texts, fields=cells))
-    fill_captions(path, rows, {"caption": caption}, caption_format)
-    return rows
-
-
 def merge_rows(rows, label):
-    """A Row for each caption, with its label and modality where all rows agree on them.
-
-    label: that of --label, instead of the rows' own.
-    """
+    """A Row for each caption; its label (`label` if given) and modality where all rows agree."""
     prompts = {}
     for row in rows:
         caption = " ".join(row.caption.split())
@@ -858,23 +806,6 @@ def merge_rows(rows, label):
     return list(prompts.values())
 
 
-def say_what_is_cut(base, texts):
-    """Print what the text encoder does not read of long prompts: all after 75 tokens (CLIP)."""
-    tokenizer = base.tokenizers[0]
-    room = base.text_length - tokenizer.num_special_tokens_to_add()
-    lost = []
-    for text in texts:
-        tokens = tokenizer(expand_words(base, text), add_special_tokens=False).input_ids
-        if len(tokens) > room:
-            lost.append((text, tokenizer.decode(tokens[room:])))
-    if lost:
-        text, rest = lost[0]
-        note(
-            f"{len(lost)} prompts are longer than the {room} tokens that this base reads; of "
-            f'"{text[:40]}…" this is lost: "{rest[:200]}"'
-        )
-
-
 # ---------------------------------------------------------------- files
 
 MANIFEST = (
@@ -885,33 +816,27 @@ MANIFEST = (
 
 @dataclass
 class Drawing:
-    """A picture to draw.
-
-    stem: its file name without scores and suffix. parameters: its settings in A1111's form. record:
-    its row of manifest.csv, as far as it is known before it is drawn.
-    """
+    """A picture to draw. record: its row of manifest.csv, as far as it is known."""
 
     prompt: Row
     number: int
-    stem: str
-    parameters: str
+    stem: str  # its file name without scores and suffix
+    parameters: str  # its settings in A1111's form
     record: dict
 
 
 class Manifest:
     """The pictures in a folder: {stem: row}.
 
-    Each one drawn is a line of drawn.jsonl at once; the last line of a picture counts. manifest.csv
-    is written at the end, of those that are not refused.
+    Each is a line of drawn.jsonl at once, the last counts; manifest.csv is written at the end.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.table = self.folder / "manifest.csv"
         self.log = self.folder / "drawn.jsonl"
-        if self.table.exists() and not self.log.exists():
-            fail(f"{self.table}: not of this sample.py; give another --out")
+        if (self.folder / "manifest.csv").exists() and not self.log.exists():
+            fail(f"{folder}: its manifest.csv is not of this sample.py; give another --out")
         self.log.touch()
         self.records = {}
         self.read()
@@ -951,7 +876,7 @@ class Manifest:
         for _, record in sorted(self.records.items()):
             if not record["reason"]:
                 rows.append([record.get(column, "") for column in MANIFEST])
-        write_csv(self.table, MANIFEST, rows)
+        write_csv(self.folder / "manifest.csv", MANIFEST, rows)
 
 
 def make_stems(captions):
@@ -1101,12 +1026,9 @@ ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
 def contact_sheet(cells):
-    """One image of many (image, caption, name): each whole in 160 pixels, its words below it.
-
-    Where captions mostly come several times in a row, each begins a new row.
-    """
+    """One image of many (image, caption, name): each whole in 160 pixels, its words below it."""
     groups = [list(group) for _, group in groupby(cells, lambda cell: cell[1])]
-    if 2 * len(groups) > len(cells):
+    if 2 * len(groups) > len(cells):  # else each caption begins a row
         groups = [cells]
     rows = []
     for group in groups:
@@ -1138,17 +1060,13 @@ def in_lines(text, count, pen):
 
 
 class Control:
-    """What judges pictures while they are drawn: a selector of filter.py, a reference, or both.
-
-    size: pixels at which they see pictures. description: for the settings inside the pictures.
-    """
-
-    selector = None
-    reference = None
-    size = 0
-    description = ""
+    """What judges pictures while they are drawn: a selector of filter.py, a reference, or both."""
 
     def __init__(self, args, settings, prompts, device):
+        self.selector = None
+        self.reference = None
+        self.size = max(64, min(256, settings.height, settings.width))  # as filter.py's
+        self.description = ""  # for the settings inside the pictures
         if args.selector:
             self.selector = load_selector(args.selector)
             self.selector.check_rows(prompts, args.min_alignment)
@@ -1156,10 +1074,7 @@ class Control:
             self.description += f", Selector: {content_hash(args.selector)[:10]}"
         if args.reference:
             note(f"reading {args.reference}")
-            rows = list_training(args.reference, args)
-            if not self.selector:  # as pick_resolution for what is drawn
-                self.size = max(64, min(256, settings.height, settings.width))
-            rows, pixels = load_real(rows, self.size, args)
+            rows, pixels = load_real(list_training(args.reference, args), self.size, args)
             report_enlarged(rows, self.size, args.crop)
             limits = {name: getattr(args, name) for name in LIMITS}
             if set(limits.values()) == {None}:
@@ -1174,12 +1089,13 @@ class Control:
                 self.description += f", {name.replace('_', ' ').capitalize()}: {value}"
 
     def judge(self, images, prompts, args):
-        """Why each image is refused ("" if it passes), and its scores as texts, {name: "0.85"}."""
+        """Why each image is refused ("" if it passes), and its scores, {name: "0.85"}."""
         reasons = [""] * len(images)
         scores = [{} for _ in images]
-        if self.size:
-            squares = [np.array(fit_square(image.convert("RGB"), self.size)) for image in images]
-            pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+        if not self.description:
+            return reasons, scores
+        squares = [np.array(fit_square(image.convert("RGB"), self.size)) for image in images]
+        pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         if self.reference:
             reasons, _ = self.reference.judge(pixels, prompts)
         if self.selector:
@@ -1224,10 +1140,7 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
 
 
 def write_pictures(finished, attempt, manifest, args):
-    """Write pictures with their scores in the name, those that have a reason in refused/.
-
-    finished: [(Drawing, PIL image, reason, scores)].
-    """
+    """Write pictures [(Drawing, PIL image, reason, scores)], those with a reason in refused/."""
     suffix = f", Attempt: {attempt}" if args.selector or args.reference else ""
 
     def encode_picture(one):
@@ -1272,7 +1185,7 @@ def parse_args(argv=None):
     add = flag_adder(group)
     add("--prompt", "may be repeated; with {fields}, a format", action="append", default=[])
     add_one_of = flag_adder(group.add_mutually_exclusive_group())
-    add_one_of("--prompts", ".txt, .csv or .jsonl", type=existing_file, metavar="FILE")
+    add_one_of("--prompts", ".txt, a prompt a line", type=existing_file, metavar="FILE")
     add_one_of("--labels-from", "every caption of a data set", type=data_set, metavar="DATA")
     add("--negative-prompt", "what to steer away from", "")
     add("--num-images", "images per prompt", 4, count)
@@ -1297,11 +1210,8 @@ def parse_args(argv=None):
     add("--min-quality", "with --selector (default: 0.5)", type=share)
     add("--min-alignment", "probability that the label is shown", type=share)
     add("--reference", "real images to compare with", type=data_set, metavar="REAL")
-    add(
-        "--calibrate",
-        "share of real images to refuse (default: 0.05 without another limit)",
-        type=number(1e-6, 0.999),
-    )
+    calibrate = "share of real images to refuse (default: 0.05 without another limit)"
+    add("--calibrate", calibrate, type=number(1e-6, 0.999))
     add("--max-lpips", "LPIPS to the nearest real image", type=number(0.0, 1e6))
     add("--min-ssim", "SSIM to the most similar real image", type=number(-1.0, 1.0))
     add("--drop-copies", "refuse copies of real ones", action="store_true", default=None)
@@ -1313,11 +1223,9 @@ def parse_args(argv=None):
     add = flag_adder(parser.add_argument_group("output"))
     add("--out", "folder", "runs/samples")
     add("--format", "dcm: DICOM Secondary Capture", "png", choices=ENCODERS)
-    add_colours = parser.add_mutually_exclusive_group().add_argument
-    help_text = "write grey pictures (default: if the adapter's run saw grey ones)"
-    add_colours("--grey", action="store_true", default=None, help=help_text)
-    help_text = "write pictures in colour"
-    add_colours("--color", action="store_false", dest="grey", help=help_text)
+    grey = "write grey pictures (default: if the adapter's run saw grey ones)"
+    add("--grey", grey, action="store_true", default=None)
+    add("--color", "write pictures in colour", action="store_false", dest="grey")
     add("--grid", "also write a contact sheet, grid.png", False)
     add("--overwrite", "replace pictures of other settings", False)
     args = parser.parse_args(argv)
@@ -1375,7 +1283,6 @@ def main(args):
     try:
         if todo:
             base = load_for_drawing(base_name, device, adapters, args)
-            say_what_is_cut(base, [*(each.caption for each in prompts), args.negative_prompt])
             share = math.ceil(len(planned) / WORLD)
             batches = math.ceil(share / args.batch_size)
             batch_size = math.ceil(share / batches)  # all of one size
@@ -1405,9 +1312,7 @@ def finish(records, missing, files, args):
     print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)
-        print(f"{len(kept)} of {len(records)} passed, in {attempts} drawings")
-        if len(kept) < len(records):
-            print(f"the others are in {args.out}/refused")
+        print(f"{len(kept)} of {len(records)} passed, in {attempts} drawings; others: refused/")
     if kept:
         words = [args.reference or "REAL", args.out]
         run = args.run or find_run(files)

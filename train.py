@@ -802,12 +802,12 @@ def warn(names, what, advice):
 
 
 def warn_of_duplicates(rows, pixels, args):
-    """Warn of pictures that are there twice, by kind, or on both sides of the split."""
+    """Warn of pictures that are there twice, or on both sides of the split."""
     alike = 0.98 if args.crop in ("pad", "fundus") else 0.95  # black borders are alike
     pairs = {}
-    for i, j, kind in near_duplicates(pixels, alike):
+    for i, j in near_duplicates(pixels, alike):
         first, second = rows[i], rows[j]
-        what = f"{kind} duplicates"
+        what = "duplicates"
         if first.split != second.split:
             what = "pictures on both sides of the split: validation looks too good"
         if first.path != second.path:  # slices of a volume are alike

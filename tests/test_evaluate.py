@@ -257,7 +257,7 @@ FLAGS_AND_ERRORS = [
     (["fake", "--max-images", "5001"], "to 5000"),
     (["fake", "--group-column", "case"], "--group-column"),
     (["fake", "--device", "tpu"], "--device tpu"),
-    (["fake", "--run", "one"], "--run: one: there is no args.json in it"),
+    (["fake", "--run", "one"], "one/args.json: missing or damaged: give the --out of a train.py"),
     (["fake", "--window", "sharp"], "--window sharp"),
     ([], "GENERATED"),
     (["fake", "--out", "real"], "directory"),

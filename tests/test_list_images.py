@@ -240,7 +240,7 @@ def test_a_table_gives_captions_labels_and_groups(tmp_path):
         "a scan with X, Y and Z, one {x}",
         "a scan with X, two {x}",
     ]
-    rows = list_images(tmp_path, caption_column="patient_id", prompt="{caption}")
+    rows = list_images(tmp_path, {"caption": "patient_id"}, "{caption}")
     assert rows[0].caption == "p1"
 
 
@@ -263,7 +263,7 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(capsys, tmp_path / "nowhere")
     assert "no images" in refused(capsys, tmp_path / "empty")
-    assert "no table" in refused(capsys, data, label_column="x")
+    assert "no table" in refused(capsys, data, {"label": "x"})
     assert "1 of 1 rows have no label" in refused(capsys, data, prompt="a {label}")
     for slices in ("middel", "every:0", "coronal:all"):
         assert "--slices " + slices in refused(capsys, data, slices=slices)
@@ -275,13 +275,12 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path, capsys):
         ("file_name,text\na.png,x\n", dict(prompt="a {finding}"), "no field {finding}"),
         ("file_name,text\na.png,x\n", dict(prompt="a {text"), "--prompt 'a {text'"),
         ("file_name,text\na.png,x\n", dict(prompt="{text.__class__}"), "no field"),
-        ("file_name,text\na.png,x\n", dict(caption_column="age"), "has file_name, text"),
+        ("file_name,text\na.png,x\n", dict(columns={"caption": "age"}), "has file_name, text"),
         ("file_name,text\n", {}, "has no rows"),
         ("file_name,text\n,x\n", {}, "1 of 1 files are missing: (no name)"),
         ("name,text\na.png,x\n", {}, "--image-column"),
         ("file_name,finding\na.png,one, two\n", {}, "row a.png has more cells"),
         ("file_name,text,patient\na.png,one,two,p1\n", {}, "row a.png has more cells"),
-        ("file_name,label,label\na.png,A,\n", {}, "two columns have the same name"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_line(tmp_path, capsys, text, how, message):
@@ -322,14 +321,6 @@ def test_quotes_keep_delimiters_and_lines_together(tmp_path):
     pictures(tmp_path, "a.png", "b.png")
     (tmp_path / "metadata.csv").write_text('file,text\na.png,"two\nlines, ""quoted"""\n')
     assert captions(tmp_path) == ['two\nlines, "quoted"']
-
-
-def test_cells_quoted_after_a_space_are_read(tmp_path):
-    pictures(tmp_path, "a.png", "b.png")
-    text = 'file_name, text\na.png, "one, two"\nb.png, three\n'
-    (tmp_path / "metadata.csv").write_text(text)
-
-    assert captions(tmp_path) == ["one, two", "three"]
 
 
 def test_lines_before_a_header_and_empty_rows_are_skipped(tmp_path, capsys):
@@ -688,7 +679,9 @@ def test_pixels_are_what_read_image_and_fit_square_give(tmp_path):
 
 def test_images_of_more_than_8_bits_share_one_range(tmp_path, capsys):
     for name, level in (("dim.png", 1000), ("bright.png", 4000)):
-        Image.fromarray(np.full((8, 8), level, np.uint16)).save(tmp_path / name)
+        picture = np.full((8, 8), level, np.uint16)
+        picture[4:] = 0
+        Image.fromarray(picture).save(tmp_path / name)
     rows, pixels = load_pixels(list_images(tmp_path), 8)
     assert [row.file_name for row in rows] == ["bright.png", "dim.png"]
     assert pixels[:, 0, 0, 0].tolist() == [255, 64]
@@ -749,12 +742,7 @@ def test_duplicates_are_found_when_exact_saved_again_or_flipped(tmp_path):
     images.append(darker)
     arrays = [torch.from_numpy(np.array(image.convert("RGB"))) for image in images]
     pixels = torch.stack(arrays).permute(0, 3, 1, 2)
-    assert near_duplicates(pixels) == [
-        (0, 30, "exact"),
-        (3, 31, "near"),
-        (5, 32, "flipped"),
-        (7, 33, "near"),
-    ]
+    assert near_duplicates(pixels) == [(0, 30), (3, 31), (5, 32), (7, 33)]
 
 
 def test_blank_pictures_have_no_duplicates():

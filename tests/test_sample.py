@@ -605,17 +605,19 @@ def test_a_label_is_told_only_where_all_rows_of_a_caption_agree(tmp_path):
     assert prompts == [("one", "", "x"), ("two words", "calm", "x")]
 
 
-def test_the_label_that_is_given_comes_before_that_of_the_row(tmp_path):
-    (tmp_path / "p.csv").write_text("prompt,label\none,calm\n two ,\n")  # of no pictures
-    table = ["--prompts", tmp_path / "p.csv"]
-    assert read_prompts(*table) == [("one", "calm", ""), ("two", "", "")]
-    assert read_prompts(*table, "--label", "sore") == [("one", "sore", ""), ("two", "sore", "")]
+def test_the_label_that_is_given_comes_before_that_of_the_row(images):
+    data = ["--labels-from", images, "--prompt", "a {label} foot"]
+    assert read_prompts(*data) == [("a calm foot", "calm", ""), ("a sore foot", "sore", "")]
+    assert read_prompts(*data, "--label", "x") == [
+        ("a calm foot", "x", ""),
+        ("a sore foot", "x", ""),
+    ]
 
 
-def test_a_table_without_captions_is_refused(refusal, tmp_path):
-    (tmp_path / "p.csv").write_text("x,y\n1,2\n")
+def test_a_table_is_no_file_of_prompts(refusal, tmp_path):
+    (tmp_path / "p.csv").write_text("prompt\na wound\n")
     line = refusal(tmp_path / "out", "--prompts", tmp_path / "p.csv")
-    assert "no column of captions" in line
+    assert "tables are for --labels-from" in line
 
 
 def test_prompts_come_from_a_text_file_or_a_data_set_and_labels_travel(draw, images, tmp_path):
@@ -631,9 +633,11 @@ def test_prompts_come_from_a_text_file_or_a_data_set_and_labels_travel(draw, ima
 
 
 def test_a_prompt_with_fields_is_a_format_of_the_captions_of_a_table(tmp_path):
+    for n in range(2):
+        Image.new("RGB", (64, 64), (n, 9, 9)).save(tmp_path / f"{n}.png")
     table = tmp_path / "P.CSV"
-    table.write_text("Text,Modality,label\na disc,Fundus,x\nan organ,CT,y\n")
-    flags = ["--prompts", table, "--prompt", "{Modality}: {Text}"]
+    table.write_text("path,Text,Modality,label\n0.png,a disc,Fundus,x\n1.png,an organ,CT,y\n")
+    flags = ["--labels-from", table, "--prompt", "{Modality}: {Text}"]
     assert read_prompts(*flags) == [
         ("Fundus: a disc", "x", "Fundus"),
         ("CT: an organ", "y", "CT"),
@@ -641,19 +645,15 @@ def test_a_prompt_with_fields_is_a_format_of_the_captions_of_a_table(tmp_path):
 
 
 def test_formats_that_say_nothing_are_refused(refusal, images, tmp_path):
-    table = tmp_path / "p.csv"
-    table.write_text("text,label\na disc,x\n")
+    text = tmp_path / "p.txt"
+    text.write_text("a disc\n")
     out = tmp_path / "out"
     assert "--labels-from DATA" in refusal(out, "--prompt", "a {label} foot")
-    two = ["--prompts", table, "--prompt", "{text}", "--prompt", "{label}"]
+    two = ["--labels-from", images, "--prompt", "{label}", "--prompt", "{label} foot"]
     assert "give one" in refusal(out, *two)
-    both = ["--prompts", table, "--labels-from", images]
+    both = ["--prompts", text, "--labels-from", images]
     assert "not allowed with" in refusal(out, *both)
     assert "has labels and no captions" in refusal(out, "--labels-from", images)
-
-
-def test_other_braces_belong_to_the_caption():
-    assert read_prompts("--prompt", "film {ap} view") == [("film {ap} view", "", "")]
 
 
 def test_captions_by_the_format_of_the_adapters_run(images):
@@ -671,16 +671,10 @@ def test_without_prompts_those_of_the_adapters_run_are_drawn():
     assert [caption for caption, *_ in prompts] == ["a foot", "x", "y"]
 
 
-def test_the_words_that_are_cut_are_said(draw, tmp_path, capsys):
-    words = [f"w{i}" for i in range(500)]  # this base reads a letter a token, so 75 of 1890
-    prompts = ["--prompt", " ".join(words), "--prompt", "short", "--negative-prompt", "n" * 76]
-    draw(tmp_path, *prompts, "--num-images", 1)
-    out = capsys.readouterr().err
-    assert '"w0 w1 w2' in out
-    assert "2 prompts are longer than the 75 tokens" in out
-    assert 'lost: "2 8 w 2 9' in out  # this tokenizer puts spaces between all letters
-    assert "short" not in out
-    row = manifest(tmp_path)[1]
+def test_a_long_prompt_has_a_short_file_name(draw, tmp_path):
+    words = [f"w{i}" for i in range(500)]
+    draw(tmp_path, "--prompt", " ".join(words), "--num-images", 1)
+    row = manifest(tmp_path)[0]
     assert row["prompt"].split() == words
     assert len(row["file"]) < 80
 

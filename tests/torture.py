@@ -65,9 +65,7 @@ JOBS = {
     "train, full": f"{TRAIN} --steps 15 --method full --save-every 4 --validate-every 10",
     "train, text": f"{TRAIN} --steps 15 --text-lora --save-every 6 --ema 0.9 --cache cache",
     "train, preview": "train --data images --preview look --augment rotate --resolution 64",
-    "sample": (
-        "sample --lora run/lora.safetensors --prompts table/metadata.csv --steps 2 --grid --out out"
-    ),
+    "sample": "sample --lora run/lora.safetensors --labels-from table --steps 2 --grid --out out",
     "evaluate": "evaluate images new --permutations 99 --json report.json",
     "filter": "filter new --reference images --calibrate 0.1 --out out",
     "filter, mix": "filter new --reference images --keep 8 --mix images --share 20 --out out",
@@ -98,7 +96,7 @@ DAMAGED = [
     ("lines/metadata.jsonl", "filter new --reference lines --keep 3 --drop-copies"),
     ("new/manifest.csv", JOBS["evaluate"]),
     ("new/manifest.csv", JOBS["filter, mix"]),
-    ("new/manifest.csv", "sample --base base --prompts new/manifest.csv --steps 1"),
+    ("new/manifest.csv", "sample --base base --labels-from new --steps 1"),
     ("run/lora.safetensors", JOBS["lora merge"]),
     ("run/lora.safetensors", JOBS["lora convert"]),
     ("run/lora.safetensors", "lora info run/lora.safetensors"),
