@@ -15,7 +15,8 @@ programs (--json):
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
+"subgroups": [...], "findings": sentences that name no label,
+"labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
 "people": [{"by", "group", "train images", "train patients", …}], "by_label": [{"label", "copies",
 "precision", "precision by chance", "recall", "recall by chance"}], "sentences": on labels and
 utility, "marked": files that say they are synthetic, "searched": real images, for copies,
@@ -1321,6 +1322,7 @@ def collect_results(args, settings, entries):
         result["sentences"] = entry.mix + help_sentences(entry)
         result["marked"] = sum(is_marked(row.path) for row in entry.fake.rows)
         result["searched"] = len(entry.known.rows)
+        result["findings"] = findings(entry)[1] + help_sentences(entry)
         if entry.labels:
             result["labels"] = entry.labels
         if entry.utility:

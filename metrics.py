@@ -9,6 +9,7 @@ All other scripts import from this file; it imports none of them. Its sections:
     descriptors   texture, colour, grain; get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
     the page      page, table, dot_lines, thumbnail, zoom, pair, curve
+    the card      write_card, counts_table: README.md of a model or of images
 """
 
 import argparse
@@ -259,6 +260,13 @@ def add_common_flags(group):
     add("--device", "auto, cpu, cuda or cuda:N", "auto")
     add("--precision", "of the networks", "auto", choices=["auto", "fp32", "bf16", "fp16"])
     add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
+
+
+def add_card_flags(group):
+    """What a card says of the training images, by train.py and filter.py alike."""
+    add = flag_adder(group)
+    add("--data-licence", "of the training images, for README.md", "not stated")
+    add("--ethics", "approval of their use, for README.md", "not stated")
 
 
 @contextlib.contextmanager
@@ -2780,3 +2788,93 @@ def curve(series, x_label):
         parts.append(text(110 + 90 * n, 12, name, colour))
     label = html.escape(f"{', '.join(finite)} against {x_label}")
     return f'<svg viewBox="0 0 420 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
+
+
+# ---------------------------------------------------------------- the card
+
+# What fewer patients share can tell who they are, and a rare label may be the name of a folder.
+FEW = 5
+BASE_LICENCES = {  # what stands in the name of a base -> its licence
+    r"\btiny( |$)": "MIT",
+    "sd15|diffusion-v1": "CreativeML Open RAIL-M",
+    "sd21|sdxl|diffusion-(2|xl)": "CreativeML Open RAIL++-M",
+}
+CARD = """---
+license: other
+license_name: that-of-the-base-and-of-the-data
+{header}
+---
+
+# {title}
+
+## What the images show
+
+| | images |
+|---|---|
+{counts}
+What fewer than five patients are known to show is not named, and a count below five is "<5".
+
+## From what it was made
+
+- training images: {images}; patients: {patients}
+- licence of these images: {data_licence}
+- ethics approval: {ethics}
+- base: {model}; its licence: {base_licence}
+- adapter, or model trained whole, first letters of its hash: {adapter}
+
+## How it was made and checked
+
+{checks}
+
+Flags that are numbers:
+
+{flags}
+## Privacy
+
+Privacy method: none; not differentially private. {audit}
+
+## Intended use and limits
+
+Research, such as enlarging training sets, after an evaluation against held-out real images; not
+for diagnosis. A synthetic image shows no patient, but may repeat a training image. It inherits the
+biases of the training set and what the licence of the base demands.
+
+## How to cite
+
+Name medlora, the base and the adapter's hash, and say which images are synthetic.
+"""
+
+
+def write_card(args, **parts):
+    """README.md in --out: the parts of CARD, "not stated" where empty; none may name a person."""
+    licences = [text for name, text in BASE_LICENCES.items() if re.search(name, parts["model"])]
+    parts["base_licence"] = ", ".join(licences)
+    parts["flags"] = ""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):  # paths, prompts and columns may name somebody
+            parts["flags"] += f"- {name}: {value}\n"
+    parts = {name: value or "not stated" for name, value in parts.items()}
+    write_file(os.path.join(args.out, "README.md"), CARD.format_map(vars(args) | parts))
+
+
+def counts_table(rows, real_rows):
+    """Markdown: how many images show what, by name where FEW patients of real_rows show it."""
+    if not any(row.label for row in real_rows):
+        real_rows = rows  # labels that were typed, or are of other data
+    patients = {}
+    for row in real_rows:
+        # the folders of a set without a table, read as labels, may each be of one patient
+        patient = row.group or (row.path if row.fields else "")
+        for group in groups_of(row):
+            patients.setdefault(group, set()).add(patient)
+    counts = Counter()
+    for row in rows:
+        for by, group in groups_of(row):
+            is_common = len(patients.get((by, group), "")) >= FEW
+            if by in ("label", "sex", "age"):
+                counts[by, group if is_common else "other"] += 1
+    lines = ""
+    for (by, group), count in sorted(counts.items()):
+        shown = count if count >= FEW else f"<{FEW}"
+        lines += f"| {by}: {group} | {shown} |\n"
+    return lines

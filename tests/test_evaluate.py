@@ -108,8 +108,11 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     assert figures["format"] == 2
     assert figures["real"] == {"path": real, "n": 24}
     (entry,) = figures["generated"]
-    keys = "path n p metrics memorisation subgroups people by_label sentences marked searched"
+    keys = (
+        "path n p metrics memorisation subgroups people by_label sentences marked searched findings"
+    )
     assert list(entry) == keys.split()
+    assert entry["findings"][0] in done.stdout
     assert 0.05 < entry["p"] <= 1
     assert (entry["path"], entry["n"]) == (fake, 20)
     usual = [name for name, (_, _, need) in METRICS.items() if need not in ("logits", "lpips")]
@@ -367,7 +370,7 @@ def test_one_range_of_grey_values_serves_both_sides_of_a_split(tmp_path, monkeyp
         deep = Image.fromarray(np.full((64, 64), 5000 * (n + 1), np.uint16))
         deep.save(tmp_path / "deep" / f"{n}.png")
     splits = {f"{n}.png": "val" if n < 4 else "train" for n in range(8)}
-    for flags, ends in (({}, (0, 40000)), ({"range": [0.0, 50000.0]}, (0, 50000))):
+    for flags, ends in (({}, (5000, 40000)), ({"range": [0.0, 50000.0]}, (0, 50000))):
         folder = make_run(splits, **flags)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "deep", "deep", "--run", folder])
         rows, known, _ = evaluate.list_reference(evaluate.parse_args())
@@ -1362,6 +1365,7 @@ def test_the_utility_of_generated_images_is_measured_on_held_out_ones(tmp_path, 
     for dose in found["utility"]:
         assert dose["low"] <= dose["auroc"] <= dose["high"]
         assert dose["auroc"] > 0.6
+    assert found["findings"][-1].startswith("Do they help a classifier? small CNN, ")
     classifiers = ["linear probe", "small CNN", "small CNN, generated first"]
     assert list(found["classifiers"]) == classifiers
     assert [subgroup["group"] for subgroup in found["subgroups"]] == ["20–29", "50–59", "80–89"]

@@ -481,7 +481,7 @@ def test_sex_and_age_come_from_the_columns_that_usually_hold_them(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,Gender,Patient Age,stage\na.png,F,67,IV\n")
     (row,) = list_images(tmp_path)
     assert (row.sex, row.age) == ("F", "67")
-    (row,) = list_images(tmp_path, sex_column="stage")
+    (row,) = list_images(tmp_path, {"sex": "stage"})
     assert (row.sex, row.age) == ("IV", "67")
 
 
@@ -507,7 +507,9 @@ def counted(rows):
 def test_files_that_say_they_are_synthetic_are_known(tmp_path):
     image = Image.new("L", (64, 64))
     sample.save_png(image, tmp_path / "drawn.png", "a prompt")
-    (tmp_path / "drawn.dcm").write_bytes(sample.encode_dicom(image, "a prompt"))
+    (tmp_path / "drawn.dcm").write_bytes(
+        sample.encode_dicom(image, "a prompt", dict.fromkeys(sample.MARKS, "1"))
+    )
     assert is_marked(tmp_path / "drawn.png")
     assert is_marked(str(tmp_path / "drawn.dcm"))
     image.save(tmp_path / "plain.png")
