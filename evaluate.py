@@ -3,18 +3,25 @@
     python evaluate.py REAL GENERATED
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
     python evaluate.py REAL GENERATED --run runs/dfu --utility --by sex
+    python evaluate.py REAL GENERATED --run runs/dfu --utility --board board.html
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
     python evaluate.py --download
 
 REAL and GENERATED are folders of images, or tables such as metadata.csv. Prints a table, writes a
-report for any browser (--out) and the same figures for programs (--json):
+report for any browser (--out), a page for an ethics board (--board), and the same figures for
+programs (--json):
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
 "similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
-"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}]}
+"subgroups": [...], "findings": sentences that name no label,
+"labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
+"people": [{"by", "group", "train images", "train patients", …}], "by_label": [{"label", "copies",
+"precision", "precision by chance", "recall", "recall by chance"}], "sentences": on labels and
+utility, "marked": files that say they are synthetic, "searched": real images, for copies,
+"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}],
+"run": {"base", "method", "steps", "audit"}}
 
 "p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
 percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
@@ -23,7 +30,6 @@ percent, low and high hold 95 %, those of the gain 99 %; what does not apply is 
 import html
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -51,7 +57,9 @@ from metrics import (
     colour_and_layout,
     colour_scale,
     command,
+    count_people,
     data_set,
+    decade_of,
     dot_lines,
     extract,
     fail,
@@ -62,6 +70,7 @@ from metrics import (
     generator,
     grey_kind,
     in_grey,
+    is_marked,
     kid,
     label_list,
     list_images,
@@ -80,6 +89,7 @@ from metrics import (
     pick_resolution,
     pooled,
     precision_recall,
+    read_run,
     read_table,
     report_enlarged,
     resamples,
@@ -430,7 +440,7 @@ def drop_faint_colours(images):
 
 
 def list_reference(args):
-    """The real rows to compare with, and those that are searched for copies."""
+    """The real rows to compare with, those that are searched for copies, (split, row) of all."""
     rows = known = list_real(args.real, args)
     columns = rows[0].fields
     if args.by not in ("label", *columns):
@@ -446,7 +456,10 @@ def list_reference(args):
             f"--run {args.run}: too few of these images are held out, or trained on: train with "
             "--val-split 0.4, or name its --val-data as REAL and its --data as --train-data"
         )
-    return rows, known
+    members = [(row.split or "real", row) for row in rows]
+    if known is not rows:
+        members = [(row.split or "train", row) for row in known] + members
+    return rows, known, members
 
 
 def draw_checkpoints(args):
@@ -507,28 +520,32 @@ class Entry:
     subgroups: list  # as in the JSON
     utility: dict  # classifier: list of doses, as in the JSON
     utility_note: str  # what they are worth, or why there are none
+    people: list  # who is in the sets, as in the JSON
+    by_label: list  # copies, precision and recall, as in the JSON
 
     def first(self):
         """Name and Figure of the first metric, by which sets are ranked."""
         return next(iter(self.metrics.items()))
 
 
-def evaluate_set(real, fake, known, tools):
-    """The Entry of a generated set."""
+def evaluate_set(real, fake, known, tools, members):
+    """The Entry of a generated set; members: (split, row) of all real images."""
     args = tools.args
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    figures, mix = measure_figures(real, fake, tools)
+    figures, mix, label_figures = measure_figures(real, fake, tools)
+    drawn = [("generated", row) for row in fake.rows]
+    people, by_label, rare = describe_people(members + drawn, copies, label_figures)
     p, differences = test_together(figures)
     features = pooled(real.features, fake.features, tools.network.standardise)
     labels = check_labels(real, fake, args.seed)
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else ({}, "")
-    more = mix, labels, subgroups, *utility
+    more = mix + rare, labels, subgroups, *utility, people, by_label
     return Entry(fake, real, known, figures, p, differences, copies, *more)
 
 
 def measure_figures(real, fake, tools):
-    """{metric: Figure}, and sentences on the labels of the images that are compared."""
+    """{metric: Figure}, sentences on the labels that are compared, and figures_by_label."""
     args, network = tools.args, tools.network
     *compared, labels, mix = match_labels(*pick_compared(real, fake), args.seed)
     joint = collect_matrices(*compared, tools)
@@ -547,7 +564,7 @@ def measure_figures(real, fake, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    return figures, mix
+    return figures, mix, figures_by_label(*compared, joint, draws)
 
 
 def match_labels(real, fake, seed):
@@ -731,8 +748,7 @@ def subgroup_masks(rows, column):
         text = row.label if column == "label" else row.fields.get(column, "")
         names = label_list(text)
         if column.lower() == "age":
-            decades = [int(years) // 10 * 10 for years in re.findall("[0-9]+", text)]
-            names = [f"{decade}–{decade + 9}" for decade in decades[:1]]
+            names = label_list(decade_of(text))
         for name in names or ["unknown"]:
             masks.setdefault(name, np.zeros(len(rows), bool))[i] = True
     return dict(sorted(masks.items()))
@@ -763,6 +779,53 @@ def measure_subgroups(features, real_rows, fake_rows, column):
         record = {"group": name, **counts, "compared_with": compared_with}
         records.append(record | {"kid": value, "error": error, "real_vs_rest": rest})
     return records
+
+
+# ---------------------------------------------------------------- who is in the sets, by label
+
+
+def figures_by_label(real, fake, joint, draws, least=10):
+    """{label: precision and recall, as in the JSON}, where `least` images of both sets show it."""
+    labels = [label_list(text_key(row.label)) for row in real.rows + fake.rows]
+    found = {}
+    for label in set().union(*labels):
+        own_draws = draws[:100] * np.array([label in names for names in labels])
+        if min((own_draws[0] == 1).sum(), (own_draws[0] == -1).sum()) < least:
+            continue
+        found[label] = {}
+        for name in ("precision", "recall"):
+            figure = measure(name, joint, own_draws, None)
+            found[label] |= {name: figure.value, f"{name} by chance": figure.null_low}
+    return found
+
+
+def describe_people(members, copies, figures, rare=10):
+    """Who is in the sets, copies and figures of each label, both as in the JSON, and sentences.
+
+    members: see count_people, the first set was searched for copies. The sentence, if any, names
+    labels that few patients show.
+    """
+    copied = Counter()
+    for copy in copies.copies:
+        copied.update(label_list(text_key(copy["label"])) or ["unknown"])
+    searched = members[0][0]
+    nothing = dict.fromkeys(["precision", "precision by chance", "recall", "recall by chance"])
+    people = count_people(members)
+    by_label = []
+    few = []
+    for record in people:
+        label = record["group"]
+        if record["by"] == "label":
+            copies_of_it = {"label": label, "copies": copied[label]}
+            by_label.append(copies_of_it | figures.get(label, nothing))
+            count = record[f"{searched} patients"] or record[f"{searched} images"]
+            if 0 < count < rare and label != "unknown":
+                few.append(f"{label} ({count})")
+    if not few:
+        return people, by_label, []
+    text = f"Fewer than {rare} patients, or images of unknown patients, show {', '.join(few)}: "
+    text += "their pictures are the ones most likely to be learnt by heart."
+    return people, by_label, [text]
 
 
 # ---------------------------------------------------------------- do they help a classifier?
@@ -965,11 +1028,7 @@ PLAIN_NAMES = {
 def verdict(entry):
     """What the figures say, in sentences for someone who reads no statistics."""
     _, text = findings(entry)
-    text += entry.mix + entry.labels.get("sentences", [])
-    if entry.utility_note:
-        text.append(entry.utility_note)
-    for classifier, doses in entry.utility.items():
-        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
+    text += entry.mix + entry.labels.get("sentences", []) + help_sentences(entry)
     text.append(entry.copies.sentence)
     return " ".join(text)
 
@@ -995,6 +1054,16 @@ def findings(entry):
         text.append(f"Too good for fresh images: {', '.join(seen['too good'])}.")
         text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
     return mark, text
+
+
+def help_sentences(entry):
+    """Whether the images help a classifier, if that was measured."""
+    text = []
+    if entry.utility_note:
+        text.append(entry.utility_note)
+    for classifier, doses in entry.utility.items():
+        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
+    return text
 
 
 def dose_sentence(doses):
@@ -1086,6 +1155,14 @@ another. This is no guarantee of privacy."""
 SUBGROUPS = """kid: how far the real images of a subgroup are from generated ones; error: one
 standard deviation of it; real_vs_rest: how far they are from the other real images."""
 
+PEOPLE = """All real images, and the generated ones that were compared; sex and age by the table or
+DICOM's headers; – where nobody says who the patients are. A patient with several labels counts in
+each."""
+
+BY_LABEL = """copies: generated images that are copies of a real one with this label. Where ten
+images of both sets are compared, precision: the share of generated ones that look real, recall: the
+share of the real variety that is reached; by chance: what nearly all random divisions reach."""
+
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
 network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
@@ -1172,6 +1249,12 @@ def labels_section(labels):
     return text + table(["label", "set", "images", "look like"], rows)
 
 
+def people_section(entry):
+    """HTML: who is in the sets, and copies, precision and recall of each label."""
+    people = paragraph(PEOPLE) + records_table(entry.people)
+    return people + paragraph(BY_LABEL) + records_table(entry.by_label)
+
+
 def utility_section(entry):
     """HTML: whether generated images help a classifier."""
     body = paragraph(entry.utility_note)
@@ -1204,6 +1287,7 @@ def set_section(entry, args):
     if len(entry.subgroups) > 1:  # not all unknown
         body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}"
         body += records_table(entry.subgroups)
+    body += fold("Who is in the sets, label by label", people_section(entry))
     return body
 
 
@@ -1223,8 +1307,8 @@ def write_report(args, settings, entries):
 JSON_KEYS = "value null null_low null_high excess p_high p_low real_vs_real band".split()
 
 
-def write_json(args, settings, entries):
-    """Write --json, in the form that the docstring gives."""
+def collect_results(args, settings, entries):
+    """What --json holds, in the form that the docstring gives."""
     generated = []
     for entry in entries:
         figures = {}
@@ -1234,6 +1318,11 @@ def write_json(args, settings, entries):
         memorisation = {"likely_copies": len(copies), "copies": copies, "pairs": entry.copies.pairs}
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
         result |= {"metrics": figures, "memorisation": memorisation, "subgroups": entry.subgroups}
+        result |= {"people": entry.people, "by_label": entry.by_label}
+        result["sentences"] = entry.mix + help_sentences(entry)
+        result["marked"] = sum(is_marked(row.path) for row in entry.fake.rows)
+        result["searched"] = len(entry.known.rows)
+        result["findings"] = findings(entry)[1] + help_sentences(entry)
         if entry.labels:
             result["labels"] = entry.labels
         if entry.utility:
@@ -1241,8 +1330,73 @@ def write_json(args, settings, entries):
         generated.append(result)
     real = {"path": args.real, "n": len(entries[0].real.rows)}
     content = {"format": 2, "settings": settings, "real": real, "generated": generated}
-    without_nan = json.loads(json.dumps(content), parse_constant=lambda name: None)
-    write_file(args.json, json.dumps(without_nan, indent=1))
+    content["run"] = describe_run(args.run)
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
+def describe_run(folder):
+    """What the JSON says of --run: the model, and whether it tells who was in its training set."""
+    flags = read_run(folder) if folder else {}
+    run = {name: flags.get(name, "unknown") for name in ("base", "method", "steps")}
+    run["audit"] = {"sentence": "No membership audit: --run names no run that has one."}
+    if folder and os.path.exists(f"{folder}/audit.json"):
+        run["audit"] = json.loads(Path(folder, "audit.json").read_text())
+    return run
+
+
+# ---------------------------------------------------------------- the page for a board
+
+BOARD = """<h2>What is this?</h2><p>{made[n]} generated images ({folder}). Their model:
+{base}, trained further (method {run[method]}) for {run[steps]} steps. For research, not for
+diagnosis.</p>
+<h2>From whom was it made?</h2>{people}
+<h2>How is it marked?</h2><p>{made[marked]} of {made[n]} files say in themselves that they are
+synthetic.</p>
+<h2>Are patients copied, or known to the model?</h2><p>{made[memorisation][likely_copies]} of
+{made[n]} are the same picture as one of {made[searched]} real images, also mirrored, turned,
+cropped or re-saved. Too near to real images, as a set: {near}.</p><p>{audit}</p><p>Privacy method:
+none; not differentially private. That no copy is found is no proof that nobody can be recognised:
+whole pictures are compared, and an audit says little of a single patient.</p>
+<h2>How does it differ from real images?</h2><p>{differs} The bar is what chance gives where both
+sets are of one kind, the dot these images: further right is worse.</p>{figures}
+<h2>Does it help?</h2><p>{helps}</p>
+<h2>What are the known limits?</h2><p>The images inherit the biases of those they were made from,
+and do not stand for whom the table does not count. No expert was asked what they show. What is
+selected from them needs this evaluation again. {limits}</p>
+<h2>Whom to ask</h2><p>{contact}</p>"""
+
+
+def write_board(args, results, entry):
+    """Write --board: what a board asks, in its order, no file's name, no figure but of results."""
+    made = results["generated"][0]
+    run = results["run"]
+    texts = {
+        "folder": Path(made["path"]).resolve().name,
+        "base": Path(run["base"]).name,
+        "near": "yes" if may_be_copies(entry) else "no",
+        "audit": run["audit"]["sentence"],
+        "differs": " ".join(findings(entry)[1]),
+        "helps": " ".join(help_sentences(entry)) or "Not measured (--utility).",
+        "limits": " ".join(entry.mix + entry.labels.get("sentences", [])),
+        "contact": args.contact or "_" * 40,
+    }
+    parts = {name: html.escape(text) for name, text in texts.items()}
+    parts |= {"people": people_section(entry), "figures": figure_lines(entry)}
+    body = BOARD.format(made=made, run=run, **parts)
+    write_file(args.board, page("Generated images: a page for your board", body))
+
+
+def write_results(args, settings, entries):
+    """Write --out, --board and --json, and say where they are."""
+    write_report(args, settings, entries)
+    print(f"report: {os.path.abspath(args.out)}")
+    results = collect_results(args, settings, entries)
+    if args.board:
+        write_board(args, results, entries[0])
+        print(f"for your board: {os.path.abspath(args.board)}")
+    if args.json:
+        write_file(args.json, json.dumps(results, indent=1))
+        print(f"figures: {os.path.abspath(args.json)}")
 
 
 # ---------------------------------------------------------------- flags
@@ -1292,10 +1446,12 @@ def parse_args():
     add = flag_adder(parser.add_argument_group("output"))
     add("--out", "the report", "report.html")
     add("--json", "the figures for programs")
+    add("--board", "a printable page for an ethics board, of one GENERATED")
+    add("--contact", "whom to ask, on --board (default: a line to fill in)")
     add("--download", "get the published networks' weights, and end", False)
     add_comparison_flags(parser.add_argument_group("comparison"))
     args = parser.parse_args()
-    for path in (args.out, args.json or ""):  # known before an hour of work
+    for path in (args.out, args.json or "", args.board or ""):  # known before an hour of work
         if os.path.isdir(path):
             fail(f"{path}: is a directory; give a file to write to")
     if args.download:  # it ends here, as --help does
@@ -1304,6 +1460,8 @@ def parse_args():
         sys.exit()
     if not args.real or not (args.generated or args.checkpoint):
         fail("nothing to compare: give REAL and GENERATED, one or more folders, or --checkpoint")
+    if args.board and (args.checkpoint or len(args.generated) > 1):
+        fail("--board: is about one set of images: give one GENERATED")
     return args
 
 
@@ -1354,7 +1512,7 @@ def describe(tools, resolution, entries):
 
 def main(args):
     print(f"listing {args.real}")
-    real_rows, known_rows = list_reference(args)
+    real_rows, known_rows, members = list_reference(args)
     sets = [(path, list_images(path)) for path in args.generated]
     tools = load_tools(args)
     if args.checkpoint:
@@ -1373,7 +1531,7 @@ def main(args):
         known = ImageSet(args.real, *load_real(known_rows, size, args))
     entries = []
     for fake in fakes:
-        entry = evaluate_set(real, fake, known, tools)
+        entry = evaluate_set(real, fake, known, tools, members)
         entries.append(entry)
         print_entry(entry)
     entries.sort(key=rank_key)
@@ -1383,11 +1541,7 @@ def main(args):
 
     settings = describe(tools, resolution, entries)
     print(f"\n{settings['networks']}")
-    write_report(args, settings, entries)
-    print(f"report: {os.path.abspath(args.out)}")
-    if args.json:
-        write_json(args, settings, entries)
-        print(f"figures: {os.path.abspath(args.json)}")
+    write_results(args, settings, entries)
     words = [entries[0].fake.path, "--reference", args.real, "--calibrate", "0.05"]
     if args.run:
         words += ["--run", args.run]

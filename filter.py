@@ -10,7 +10,8 @@
 
 --calibrate 0.05 takes its threshold from the real images: 95 % of unseen real ones would pass all
 scores together. A fixed limit prints the share of real images that it would refuse. --out holds
-copies of the kept images, metadata.csv (ready for train.py), decisions.csv and filter.html.
+copies of the kept images, metadata.csv (ready for train.py), README.md (a card that names nobody),
+decisions.csv and filter.html.
 --rating-page writes a page for any browser: an expert presses 1 (bad), 2 (usable) or 3 (good) and
 saves ratings-NAME.csv. --fit learns a selector from the ratings of generated images, unless they
 predict nothing or repeat who rated or what.
@@ -42,6 +43,7 @@ from metrics import (
     Flags,
     LabelCheck,
     Row,
+    add_card_flags,
     add_comparison_flags,
     auroc,
     block_scale,
@@ -51,6 +53,7 @@ from metrics import (
     command,
     content_hash,
     copy_file,
+    counts_table,
     cross_validate,
     data_set,
     draw_order,
@@ -100,6 +103,7 @@ from metrics import (
     table,
     text_key,
     thumbnail,
+    write_card,
     write_csv,
     write_file,
 )
@@ -401,6 +405,7 @@ def filter_images(args):
     """The main job: judge the generated images, copy those that stay, say why the others do not."""
     out = Path(args.out).resolve()
     check_folders(out, args)
+    origin = read_origin(args)
     selector = load_selector(args.selector) if args.selector else None
     real_rows = list_training(args.reference, args)
     all_rows = list_images(args.generated)
@@ -422,6 +427,7 @@ def filter_images(args):
     write_file(out / "filter.html", page("What the filter kept", body))
     if not args.dry_run:
         copy_images(out, kept, mixed)
+        write_image_card(kept, mixed, real_rows, reasons, origin, args)
     print(*summary, f"kept {len(kept)} of {len(rows)} images: {args.out}", sep="\n")
     print_what_is_next(kept, mixed, args)
 
@@ -636,6 +642,66 @@ def other_limits(reference, scores):
             passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
             lines.append((alpha, f"{1 - alpha:.0%}", passing))
     return table(("calibrate", "unseen real images that pass", "generated ones that pass"), lines)
+
+
+# ---------------------------------------------------------------- the card of the kept images
+
+
+def read_origin(args):
+    """What the card says of the training, by --run, and of the evaluation, by --report."""
+    origin = {"images": 0, "patients": 0, "evaluation": read_report(args)}
+    origin["audit"] = "No membership audit is known."
+    if args.run:
+        split = read_table(os.path.join(args.run, "split.csv"))
+        groups = [record["group"] for record in split if record["split"] == "train"]
+        origin |= {"images": len(groups), "patients": len(set(groups) - {""})}
+        try:
+            audit = read_text(os.path.join(args.run, "audit.json"))
+            origin["audit"] = json.loads(audit)["sentence"]
+        except (OSError, ValueError, KeyError, TypeError):
+            note(f"{args.run}: audit.json is missing or damaged: train.py --audit makes it")
+    return origin
+
+
+def read_report(args):
+    """What evaluate.py found of the kept images, else of all drawn ones; no name of a file."""
+    if not args.report:
+        return "Not evaluated."
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        report = json.loads(read_text(args.report))
+        sets = {os.path.abspath(found["path"]): found for found in report["generated"]}
+        for folder, name in ((args.out, "the kept images"), (args.generated, "all drawn images")):
+            found = sets.get(os.path.abspath(folder))
+            if found and report["format"] == 2:
+                copies = found["memorisation"]["likely_copies"]
+                text = f"evaluate.py on {name}: {' '.join(found['findings'])}"
+                return f"{text} Copies of real images: {copies}."
+    fail(
+        f"--report {args.report}: not of evaluate.py --json (format 2), or of other images than "
+        f"{args.generated}: evaluate again"
+    )
+
+
+def write_image_card(kept, mixed, real_rows, reasons, origin, args):
+    """README.md of the kept images. It names no file, folder, patient or caption."""
+    label = "looks like another label"  # which may be somebody's name
+    kinds = count_reasons(re.sub("looks like .*", label, reason) for reason in reasons)
+    checks = f"Of {len(reasons)} drawn images:\n\n"
+    for kind, count in kinds.most_common():
+        checks += f"- {kind}: {count} ({count / len(reasons):.0%})\n"
+    for name in ("model", "adapter"):
+        origin[name] = ", ".join(sorted({row.fields.get(name, "") for row in kept} - {""}))
+    title = f"{len(kept)} synthetic medical images"
+    if mixed:
+        title += f" and {len(mixed)} real images of patients"
+    write_card(
+        args,
+        header="tags: [stable-diffusion, medical, synthetic]",
+        title=title,
+        counts=counts_table(kept, real_rows),
+        checks=f"{checks}\n{origin['evaluation']}",
+        **origin,
+    )
 
 
 # ---------------------------------------------------------------- experts rate
@@ -1350,7 +1416,10 @@ def parse_args(argv=None):
     add("--min-alignment", "probability that the image shows its label", type=share)
     add("--no-label-check", "keep what looks like another label", False)
     add("--keep", "only the best and most diverse N", type=number(1, 10**9))
-    add = flag_adder(parser.add_argument_group("how it is left"))
+    group = parser.add_argument_group("how it is left")
+    add_card_flags(group)
+    add = flag_adder(group)
+    add("--report", "of evaluate.py --json, for README.md", type=existing_file)
     add("--dry-run", "write decisions.csv and filter.html, copy nothing", False)
     add("--mix", "put these real images with the kept ones", type=data_set)
     add("--share", "per cent generated in a --mix (default: 25)", type=number(0.1, 99.9))

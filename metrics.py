@@ -4,10 +4,12 @@ All other scripts import from this file; it imports none of them. Its sections:
     foundation    fail, Flags, number, replacing, generator, run_script, pick_device
     reading       read_image: rasters, DICOM files, volumes
     listing       list_images, read_table, fill_captions, split_rows
+    people        count_people: images and patients by label, sex and age
     pixels        fit_square, share_range, load_pixels, near_duplicates
     descriptors   texture, colour, grain; get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
     the page      page, table, dot_lines, thumbnail, zoom, pair, curve
+    the card      write_card, counts_table: README.md of a model or of images
 """
 
 import argparse
@@ -205,7 +207,7 @@ def need_flags(args, needs):
 
 
 # the flags of add_reading_flags
-READING = "image_column caption_column label_column group_column".split()
+READING = "image_column caption_column label_column group_column sex_column age_column".split()
 READING += "crop slices window range allow_burned_in".split()
 
 
@@ -258,6 +260,13 @@ def add_common_flags(group):
     add("--device", "auto, cpu, cuda or cuda:N", "auto")
     add("--precision", "of the networks", "auto", choices=["auto", "fp32", "bf16", "fp16"])
     add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
+
+
+def add_card_flags(group):
+    """What a card says of the training images, by train.py and filter.py alike."""
+    add = flag_adder(group)
+    add("--data-licence", "of the training images, for README.md", "not stated")
+    add("--ethics", "approval of their use, for README.md", "not stated")
 
 
 @contextlib.contextmanager
@@ -778,6 +787,8 @@ COLUMNS = {
     "caption": ("text", "caption", "prompt"),
     "label": ("label", "labels", "class"),
     "group": ("patient_id", "patient", "subject", "group"),
+    "sex": ("sex", "gender", "patient_sex", "patient_gender"),
+    "age": ("age", "patient_age", "age_approx", "anchor_age"),
 }
 TABLES = ("metadata.csv", "metadata.jsonl", "manifest.csv")
 BAD_SHARE = 0.05  # of a data set may be missing or unreadable; more is a mistake to correct first
@@ -797,6 +808,8 @@ class Row:
     caption: str = ""
     label: str = ""
     group: str = ""
+    sex: str = ""  # this and age are counted and never written: see count_people
+    age: str = ""
     fields: dict = field(default_factory=dict)
     slice: int = None
     split: str = ""
@@ -1008,8 +1021,8 @@ def list_table(table, records, columns, strict):
         path = os.path.join(folder, file_name.replace("\\", "/"))  # of Windows
         path = find_file(os.path.normpath(path))
         if os.path.isfile(path):
-            texts = [fields.get(columns[role], "") for role in ("caption", "label", "group")]
-            rows.append(Row(path, file_name, *texts, fields))
+            texts = [fields.get(columns[role], "") for role in COLUMNS]
+            rows.append(Row(path, file_name, *texts[1:], fields))
         else:
             missing.append(file_name or "(no name)")
     if missing:
@@ -1092,6 +1105,8 @@ def check_dicoms(data, rows):
             kept.append(row)
         elif "Rows" in header and "LOCALIZER" not in (header.get("ImageType") or ()):
             kept.append(row)
+            row.sex = row.sex or str(header.get("PatientSex"))
+            row.age = row.age or str(header.get("PatientAge"))
             if header.get("PatientID") and not row.group:
                 # 16 bits of a hash are too few to tell who it is
                 digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
@@ -1199,6 +1214,66 @@ def read_split(rows, path):
     if not any(row.split for row in rows):
         example = rows[0].file_name
         fail(f"{path}: names none of these images, such as {example}: give the data of that run")
+
+
+# ---------------------------------------------------------------- who is in a set
+
+SEXES = {"f": "female", "female": "female", "m": "male", "male": "male", "o": "other"}
+
+
+def decade_of(age):
+    """The decade of an age such as 67, "067Y", "8 months" or "60-65", else ""."""
+    match = re.search(r"(\d+)[.\d]* *([mwd]?)", age.lower())
+    if not match:
+        return ""
+    years = int(match[1]) // {"m": 12, "w": 52, "d": 365}.get(match[2], 1)
+    if years > 120:  # a year of birth
+        return ""
+    if years >= 90:  # so few that a decade could name one
+        return "90 or more"
+    return f"{years // 10 * 10}–{years // 10 * 10 + 9}"
+
+
+def groups_of(row):
+    """What an image counts for, as (by, group); of sex and age no word of a table is shown."""
+    groups = [("", "all"), ("sex", SEXES.get(text_key(row.sex))), ("age", decade_of(row.age))]
+    if row.fields.get("synthetic") == "1":
+        groups.append(("", "synthetic"))
+    if not row.group:
+        groups.append(("patient", ""))
+    for label in label_list(text_key(row.label)) or [""]:
+        groups.append(("label", label))
+    return [(by, group or "unknown") for by, group in groups]
+
+
+def count_people(members):
+    """Images and patients of each set, in all and by age, label and sex, as in the JSON.
+
+    members: (name of a set, row) of each image. Patients are None where none is known.
+    """
+    patients = {}  # of each image
+    for name, row in members:
+        for by, group in groups_of(row):
+            patients.setdefault((by, group), {}).setdefault(name, []).append(row.group)
+    records = []
+    for (by, group), by_set in sorted(patients.items()):
+        record = {"by": by, "group": group}
+        for name in dict(members):  # of each set
+            found = by_set.get(name, [])
+            record[f"{name} images"] = len(found)
+            record[f"{name} patients"] = len(set(found) - {""}) or None
+        records.append(record)
+    return records
+
+
+def is_marked(path):
+    """Whether a file says in itself that it is synthetic."""
+    header = dicom_header(path)
+    if header is not None:
+        return header.get("SyntheticData") == "YES"
+    with contextlib.suppress(UnidentifiedImageError), Image.open(path) as image:
+        return image.info.get("synthetic") == "true"
+    return False
 
 
 # ---------------------------------------------------------------- from files to pixels
@@ -2713,3 +2788,93 @@ def curve(series, x_label):
         parts.append(text(110 + 90 * n, 12, name, colour))
     label = html.escape(f"{', '.join(finite)} against {x_label}")
     return f'<svg viewBox="0 0 420 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
+
+
+# ---------------------------------------------------------------- the card
+
+# What fewer patients share can tell who they are, and a rare label may be the name of a folder.
+FEW = 5
+BASE_LICENCES = {  # what stands in the name of a base -> its licence
+    r"\btiny( |$)": "MIT",
+    "sd15|diffusion-v1": "CreativeML Open RAIL-M",
+    "sd21|sdxl|diffusion-(2|xl)": "CreativeML Open RAIL++-M",
+}
+CARD = """---
+license: other
+license_name: that-of-the-base-and-of-the-data
+{header}
+---
+
+# {title}
+
+## What the images show
+
+| | images |
+|---|---|
+{counts}
+What fewer than five patients are known to show is not named, and a count below five is "<5".
+
+## From what it was made
+
+- training images: {images}; patients: {patients}
+- licence of these images: {data_licence}
+- ethics approval: {ethics}
+- base: {model}; its licence: {base_licence}
+- adapter, or model trained whole, first letters of its hash: {adapter}
+
+## How it was made and checked
+
+{checks}
+
+Flags that are numbers:
+
+{flags}
+## Privacy
+
+Privacy method: none; not differentially private. {audit}
+
+## Intended use and limits
+
+Research, such as enlarging training sets, after an evaluation against held-out real images; not
+for diagnosis. A synthetic image shows no patient, but may repeat a training image. It inherits the
+biases of the training set and what the licence of the base demands.
+
+## How to cite
+
+Name medlora, the base and the adapter's hash, and say which images are synthetic.
+"""
+
+
+def write_card(args, **parts):
+    """README.md in --out: the parts of CARD, "not stated" where empty; none may name a person."""
+    licences = [text for name, text in BASE_LICENCES.items() if re.search(name, parts["model"])]
+    parts["base_licence"] = ", ".join(licences)
+    parts["flags"] = ""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):  # paths, prompts and columns may name somebody
+            parts["flags"] += f"- {name}: {value}\n"
+    parts = {name: value or "not stated" for name, value in parts.items()}
+    write_file(os.path.join(args.out, "README.md"), CARD.format_map(vars(args) | parts))
+
+
+def counts_table(rows, real_rows):
+    """Markdown: how many images show what, by name where FEW patients of real_rows show it."""
+    if not any(row.label for row in real_rows):
+        real_rows = rows  # labels that were typed, or are of other data
+    patients = {}
+    for row in real_rows:
+        # the folders of a set without a table, read as labels, may each be of one patient
+        patient = row.group or (row.path if row.fields else "")
+        for group in groups_of(row):
+            patients.setdefault(group, set()).add(patient)
+    counts = Counter()
+    for row in rows:
+        for by, group in groups_of(row):
+            is_common = len(patients.get((by, group), "")) >= FEW
+            if by in ("label", "sex", "age"):
+                counts[by, group if is_common else "other"] += 1
+    lines = ""
+    for (by, group), count in sorted(counts.items()):
+        shown = count if count >= FEW else f"<{FEW}"
+        lines += f"| {by}: {group} | {shown} |\n"
+    return lines

@@ -14,6 +14,7 @@ refused is in refused/.
 
 import argparse
 import hashlib
+import html
 import io
 import json
 import math
@@ -313,6 +314,11 @@ def read_config(folder, name):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as why:
         fail(f"{path}: cannot be read ({why})")
+
+
+def public_name(base):
+    """What pictures and cards call a base: of a folder its name alone, a path may name somebody."""
+    return Path(base).name if os.path.isdir(base) else base
 
 
 def own_resolution(folder):
@@ -822,7 +828,7 @@ def merge_rows(rows, label):
 
 MANIFEST = (
     "file prompt label modality negative_prompt seed steps guidance_scale scheduler base lora "
-    "quality alignment attempts settings sha256"
+    "quality alignment attempts settings sha256 model adapter"
 ).split()
 
 
@@ -910,12 +916,14 @@ def make_stems(captions):
 def plan(args, settings, base_name, prompts, adapters, control):
     """The pictures to make, [Drawing], in order."""
     hashes = [f"{content_hash(each.path)[:10]}:{each.weight:g}" for each in adapters]
+    model = public_name(base_name)
+    model_hash = base_hash(find_base(base_name))
     how = (
         f"Negative prompt: {settings.negative_prompt}\n"
         f"Steps: {settings.steps}, Sampler: {settings.scheduler}, "
         f"CFG scale: {settings.guidance_scale:g}, Seed: {args.seed}, "
         f"Size: {settings.width}x{settings.height}, "
-        f"Model hash: {base_hash(find_base(base_name))}, Model: {base_name}, "
+        f"Model hash: {model_hash}, Model: {model}, "
         f'Lora hashes: "{" ".join(hashes)}"'
     )
     options = control.description
@@ -925,6 +933,7 @@ def plan(args, settings, base_name, prompts, adapters, control):
         options += f", Guidance rescale: {settings.guidance_rescale:g}"
     loras = " ".join(f"{each.path}:{each.weight:g}" for each in adapters)
     common = vars(settings) | {"seed": args.seed, "base": base_name, "lora": loras}
+    common |= {"model": f"{model} {model_hash}", "adapter": " ".join(hashes) or "none"}
     stems = make_stems([prompt.caption for prompt in prompts])
     planned = []
     for prompt in prompts:
@@ -948,11 +957,33 @@ def refuse_to_replace(todo, manifest, args):
             fail(f"{path}: is of other settings; give another --out, or sample.py's --overwrite")
 
 
-def encode_png(image, parameters):
-    """A PNG with its settings inside, in the form A1111 reads, marked as synthetic."""
+# what made a picture, as its PNG text and manifest.csv call it -> IPTC's property (2025.1)
+MARKS = {
+    "model": "AISystemUsed",
+    "adapter": "AISystemVersionUsed",
+    "seed": "AIPromptInformation",
+}
+XMP = """<x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about=""
+xmlns:xmp="http://ns.adobe.com/xap/1.0/" xmp:CreatorTool="medlora"
+xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:DigitalSourceType=
+"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"{marks}/></rdf:RDF>
+</x:xmpmeta>"""
+
+
+def encode_png(image, parameters, marks=None):
+    """A PNG with its settings inside, in the form A1111 reads, marked as synthetic.
+
+    marks: of a single picture, a text for each of MARKS.
+    """
     text = PngImagePlugin.PngInfo()
     text.add_itxt("parameters", parameters)
     text.add_text("synthetic", "true")
+    attributes = ""
+    for name, value in (marks or {}).items():
+        text.add_itxt(name, value)
+        attributes += f'\nIptc4xmpExt:{MARKS[name]}="{name} {html.escape(value)}"'
+    text.add_itxt("XML:com.adobe.xmp", XMP.format(marks=attributes))
     content = io.BytesIO()
     image.save(content, "PNG", pnginfo=text)
     return content.getvalue()
@@ -963,7 +994,7 @@ def save_png(image, path, parameters=""):
     write_file(path, encode_png(image, parameters))
 
 
-def encode_dicom(image, parameters):
+def encode_dicom(image, parameters, marks):
     """An 8-bit DICOM Secondary Capture (PS3.3 A.8.1), marked as synthetic.
 
     Each is its own patient, study and series; identifiers come from settings and pixels alone.
@@ -987,6 +1018,10 @@ def encode_dicom(image, parameters):
     data.SeriesDescription = data.ImageComments = "SYNTHETIC - NOT FOR DIAGNOSIS"
     data.SyntheticData = "YES"
     data.Manufacturer = "medlora"
+    data.ManufacturerModelName = marks["model"][:64]
+    data.SoftwareVersions = marks["adapter"].split()
+    words = "Drawn by the model {model}, adapter {adapter}, seed {seed}"
+    data.DerivationDescription = words.format_map(marks)
     data.BurnedInAnnotation = "NO"
     data.LossyImageCompression = "00"
     required = "PatientBirthDate PatientSex StudyDate StudyTime StudyID AccessionNumber "
@@ -1128,7 +1163,8 @@ def write_pictures(finished, attempt, manifest, args):
 
     def encode_picture(one):
         drawing, image, _, _ = one
-        return ENCODERS[args.format](image, drawing.parameters + suffix)
+        marks = {name: str(drawing.record[name]) for name in MARKS}
+        return ENCODERS[args.format](image, drawing.parameters + suffix, marks)
 
     with ThreadPoolExecutor(4) as pool:
         contents = list(pool.map(encode_picture, finished))

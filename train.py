@@ -7,7 +7,8 @@
 
 The same command typed again continues a run that was stopped, bit for bit. Written into --out:
 lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
-samples/, log.jsonl, args.json, split.csv, audit.json, report.html and README.md, a model card.
+samples/, log.jsonl, args.json, split.csv and people.csv, audit.json, report.html and README.md, a
+model card.
 """
 
 import argparse
@@ -46,12 +47,15 @@ from metrics import (
     FID_WEIGHTS,
     LPIPS,
     Flags,
+    add_card_flags,
     add_common_flags,
     add_reading_flags,
     auroc,
     command,
     content_hash,
     copy_file,
+    count_people,
+    counts_table,
     curve,
     data_set,
     existing_file,
@@ -92,6 +96,7 @@ from metrics import (
     thumbnail,
     to_grey,
     trunk_of,
+    write_card,
     write_csv,
     write_file,
 )
@@ -120,6 +125,7 @@ from sample import (
     predicted_latents,
     progress,
     project,
+    public_name,
     save_png,
     text_states,
     tokenize,
@@ -561,7 +567,8 @@ def fixed_settings(train_rows, val_rows, args):
 # flags on which what is learnt does not depend, or which fixed_settings replaces
 MAY_CHANGE = """epochs out resume device precision save_every keep_last log_every val_prompts
     validate_every val_samples val_steps val_guidance_scale strict cache batch_size accumulate data
-    val_data class_data audit patience tensorboard wandb compile gradient_checkpointing""".split()
+    val_data class_data audit patience tensorboard wandb compile gradient_checkpointing
+    sex_column age_column data_licence ethics""".split()
 hash_of = lru_cache(None)(content_hash)  # each file is read once
 
 
@@ -1399,6 +1406,8 @@ def describe_run(rows, state, data, validation, args):
     """Before anything long starts: write who is where, print what will be trained on what."""
     lines = [[row.file_name, row.group, row.split] for row in rows]
     write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
+    people = count_people([(row.split, row) for row in rows])
+    write_csv(Path(args.out, "people.csv"), people[0], [record.values() for record in people])
     held_out = len(validation.rows) if validation else 0
     weights = sum(weight.numel() for weight in state.weights.values())
     print(
@@ -1419,7 +1428,7 @@ def finish(base, state, data, validation, args):
     words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
     draw = command("sample.py", flag, result, *words, "--out", "runs/samples")
     write_report(state, sentence, draw, args)
-    write_card(state, data, sentence, draw, args)
+    write_model_card(state, data, sentence, result, args)
     write_args(args, state.step)
     print(f"done after {state.step} of {args.steps} steps: {result}")
     print(f"look at {args.out}/report.html\nnext: {draw}")
@@ -1484,38 +1493,30 @@ def save_model(weights, args):
     return folder
 
 
-def write_card(state, data, sentence, draw, args):
-    """README.md: a model card with the metadata that the Hub reads, the data, and the limits."""
-    prompt = json.dumps(args.val_prompts[0], ensure_ascii=False)
-    base = BASES.get(args.base, args.base)
-    base_model = ""
-    if not os.path.exists(base):
-        base_model = f"base_model: {base}\n"
-    text = f"""---
-{base_model}license: other
-license_name: that-of-the-base
-library_name: diffusers
-instance_prompt: {prompt}
-tags: [stable-diffusion, diffusers, text-to-image, medical, synthetic, {args.method}]
----
-
-# {Path(args.out).name}
-
-Trained from {args.base} with medlora (--method {args.method}) for {state.step} steps on
-{state.images} images of {count_patients(data.rows)} patients at {args.resolution} px.
-SHA-256 of the set: `{state.made_of["the training data"]}`
-
-Use: `{draw}`
-
-**Intended use**: research, such as enlarging training sets, after an evaluation against held-out
-real images.
-**Limits**: not for diagnosis. Its images show no patient; they may repeat training images (see the
-nearest pairs of evaluate.py) and inherit the biases of the training set and the base's licence.
-{sentence}
-
-Flags: `{json.dumps(vars(args), ensure_ascii=False)}`
-"""
-    write_file(Path(args.out, "README.md"), text)
+def write_model_card(state, data, sentence, result, args):
+    """README.md: a model card. It names no path, no caption of the data and nobody."""
+    tags = f"[stable-diffusion, diffusers, text-to-image, medical, synthetic, {args.method}]"
+    header = f"library_name: diffusers\ntags: {tags}"
+    hub_id = BASES.get(args.base, args.base)
+    if not os.path.exists(hub_id):
+        header += f"\nbase_model: {hub_id}"
+    if args.prompt:
+        header += f"\ninstance_prompt: {json.dumps(args.prompt, ensure_ascii=False)}"
+    adapter = base_hash(result)
+    if result.is_file():
+        adapter = content_hash(result)[:10]
+    write_card(
+        args,
+        header=header,
+        title=f"{result.name}, trained with medlora for {state.step} steps",
+        counts=counts_table(data.rows, data.rows),
+        images=state.images,
+        patients=count_patients(data.rows),
+        model=public_name(args.base),
+        adapter=adapter,
+        checks="To be evaluated with evaluate.py before what it draws is used.",
+        audit=sentence,
+    )
 
 
 def write_report(state, sentence, draw, args):
@@ -1678,7 +1679,8 @@ def show_ceiling(base, pixels, folder, args):
     middle = slice(max(0, half - 32), half + 32)  # ssim_matrix would shrink what is larger
     ssim = ssim_matrix(before[..., middle, middle], after[..., middle, middle]).diagonal().mean()
     pairs = torch.cat([before, after], 3)[:3]
-    save_png(picture(torch.cat(list(pairs), 1)), folder / "vae.png")
+    with replacing(folder / "vae.png") as file:  # not save_png, which marks what is synthetic
+        picture(torch.cat(list(pairs), 1)).save(file, "PNG")
     print(
         f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {ssim:.3f} (in the middle): look "
         f"at {folder}/vae.png, left as stored\n"
@@ -1730,7 +1732,8 @@ def write_preview(rows, folder, args):
     cells = []
     for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
         cells.append((Image.open(folder / name), caption or label, source))
-    save_png(contact_sheet(cells), folder / "grid.png")
+    with replacing(folder / "grid.png") as file:
+        contact_sheet(cells).save(file, "PNG")
     print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 
@@ -1874,6 +1877,7 @@ def parse_args():
     add("--wandb", "mirror TensorBoard's log to Weights & Biases", False)
     add("--log-every", "steps between two writings of the log", 10, positive)
     add("--out", "the run's folder", "runs/train")
+    add_card_flags(group)
     add("--save-every", "steps between two checkpoints", 500, positive)
     add("--keep-last", "checkpoints (0: all)", 3, count)
     add("--resume", "auto, latest, best or a path", "auto")

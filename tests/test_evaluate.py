@@ -21,6 +21,7 @@ from scipy import stats
 import evaluate
 import metrics
 import phantoms
+import sample
 from evaluate import METRICS, permutation_draws, yardstick
 from metrics import text_key
 
@@ -103,11 +104,15 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     assert f"next: python {ROOT}/filter.py" in done.stdout
 
     figures = json.loads((tmp_path / "new/figures.json").read_text())
-    assert list(figures) == ["format", "settings", "real", "generated"]
+    assert list(figures) == ["format", "settings", "real", "generated", "run"]
     assert figures["format"] == 2
     assert figures["real"] == {"path": real, "n": 24}
     (entry,) = figures["generated"]
-    assert list(entry) == ["path", "n", "p", "metrics", "memorisation", "subgroups"]
+    keys = (
+        "path n p metrics memorisation subgroups people by_label sentences marked searched findings"
+    )
+    assert list(entry) == keys.split()
+    assert entry["findings"][0] in done.stdout
     assert 0.05 < entry["p"] <= 1
     assert (entry["path"], entry["n"]) == (fake, 20)
     usual = [name for name, (_, _, need) in METRICS.items() if need not in ("logits", "lpips")]
@@ -266,6 +271,9 @@ FLAGS_AND_ERRORS = [
     (["fake", "--by", "sex"], "--by sex"),
     (["--checkpoint", "nowhere"], "nowhere: no such file or folder"),
     (["--checkpoint", "empty"], "no checkpoint there"),
+    (["fake", "real", "--board", "board.html"], "--board: is about one set"),
+    (["--checkpoint", "bands.csv", "--board", "board.html"], "--board: is about one set"),
+    (["fake", "--board", "empty"], "empty: is a directory"),
     (["--checkpoint", "bands.csv"], "not a checkpoint"),
     (["fake", "--features", "one"], "one"),
 ]
@@ -362,10 +370,10 @@ def test_one_range_of_grey_values_serves_both_sides_of_a_split(tmp_path, monkeyp
         deep = Image.fromarray(np.full((64, 64), 5000 * (n + 1), np.uint16))
         deep.save(tmp_path / "deep" / f"{n}.png")
     splits = {f"{n}.png": "val" if n < 4 else "train" for n in range(8)}
-    for flags, ends in (({}, (0, 40000)), ({"range": [0.0, 50000.0]}, (0, 50000))):
+    for flags, ends in (({}, (5000, 40000)), ({"range": [0.0, 50000.0]}, (0, 50000))):
         folder = make_run(splits, **flags)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "deep", "deep", "--run", folder])
-        rows, known = evaluate.list_reference(evaluate.parse_args())
+        rows, known, _ = evaluate.list_reference(evaluate.parse_args())
         assert len(rows) == len(known) == 4
         assert {row.value_range for row in rows + known} == {ends}
 
@@ -982,7 +990,7 @@ def entry(figures, n=60, copies=None):
     rows = [row() for _ in range(n)]
     images = evaluate.ImageSet("x", rows, None)
     p, differences = evaluate.test_together(figures)
-    words = [], {}, [], {}, ""  # nothing on labels, subgroups and utility
+    words = [], {}, [], {}, "", [], []  # nothing on labels, subgroups, utility, people
     return evaluate.Entry(images, images, images, figures, p, differences, copies, *words)
 
 
@@ -1112,6 +1120,222 @@ def test_images_of_unknown_subgroup_are_one_and_few_have_no_kid():
     assert found[1]["kid"] is None
 
 
+def people_of(entry, by):
+    """The records of a JSON's people of one kind, by group."""
+    return {record["group"]: record for record in entry["people"] if record["by"] == by}
+
+
+def test_who_is_in_each_split_is_counted_with_what_is_missing(tmp_path, monkeypatch, make_run):
+    fake = draw(tmp_path / "fake", 9, 2)
+    draw(tmp_path / "real", 24, 1)
+    lines = ["file_name,label,patient_id,gender,Patient Age"]
+    for n in range(24):
+        label = ("ulcer", "Ulcer|burn", "")[n % 3]
+        group = f"p{n // 2}" if n < 22 else ""
+        lines.append(f"{n:03}.png,{label},{group},{'FM'[n % 2]},{n if n else ''}")
+    (tmp_path / "real" / "metadata.csv").write_text("\n".join(lines))
+    splits = {f"{n:03}.png": ("train", "train", "val", "test")[n % 4] for n in range(24)}
+    names = ("--metrics", "kid", "--run", make_run(splits))
+    entry = run_set(monkeypatch, str(tmp_path / "real"), fake, *names)
+
+    everyone = people_of(entry, "")["all"]
+    assert [everyone[f"{name} images"] for name in ("train", "val", "test")] == [12, 6, 6]
+    # the last two images have no patient
+    assert [everyone[f"{name} patients"] for name in ("train", "val", "test")] == [6, 5, 5]
+    assert (everyone["generated images"], everyone["generated patients"]) == (9, None)
+    assert people_of(entry, "patient")["unknown"]["val images"] == 1
+    labels = people_of(entry, "label")
+    assert list(labels) == ["burn", "ulcer", "unknown"]
+    assert [labels[name]["train images"] for name in labels] == [4, 8, 4]
+    assert labels["unknown"]["generated images"] == 9
+    sexes = people_of(entry, "sex")
+    assert (sexes["female"]["train images"], sexes["male"]["train images"]) == (6, 6)
+    ages = people_of(entry, "age")
+    assert list(ages) == ["0–9", "10–19", "20–29", "unknown"]
+    assert ages["unknown"]["train images"] == 1
+    (sentence,) = entry["sentences"]
+    assert sentence.startswith(
+        "Fewer than 10 patients, or images of unknown patients, show burn (4)"
+    )
+    assert "Who is in the sets" in (tmp_path / "report.html").read_text()
+
+
+def test_without_a_run_the_real_set_is_counted_as_one(tmp_path, monkeypatch):
+    real = labelled(tmp_path / "real", 24, 1)
+    fake = labelled(tmp_path / "fake", 24, 2)
+    entry = run_set(monkeypatch, real, fake, "--metrics", "kid", "--utility")
+    assert people_of(entry, "")["all"]["real images"] == 24
+    other = run_set(monkeypatch, real, fake, "--metrics", "kid", "--train-data", fake)
+    everyone = people_of(other, "")["all"]
+    assert (everyone["train images"], everyone["real images"]) == (24, 24)
+
+
+def test_labels_of_ten_images_on_both_sides_have_precision_and_recall():
+    names = ["Good"] * 12 + ["bad"] * 12 + ["few"] * 9
+    rows = [row(label=name) for name in names]
+    images = evaluate.ImageSet("x", rows, None)
+    real = np.random.RandomState(0).randn(33, 4)
+    fake = np.random.RandomState(1).randn(33, 4)
+    fake[12:24] += 20
+    joint = {"features": evaluate.joint_matrices(real, fake, False)}
+    labels = np.unique(names * 2, return_inverse=True)[1]
+    draws = permutation_draws(33, 33, 199, 0, labels=labels)
+
+    found = evaluate.figures_by_label(images, images, joint, draws)
+
+    assert set(found) == {"good", "bad"}
+    alone = observed(real[:12], fake[:12])
+    for which, name in enumerate(("precision", "recall")):
+        assert found["good"][name] == evaluate.neighbour_draws(which, *alone)[0]
+        assert found["good"][name] >= found["good"][f"{name} by chance"] > 0
+        assert found["bad"][name] == 0 < found["bad"][f"{name} by chance"]
+
+
+def test_copies_are_counted_by_label_and_rare_labels_are_named():
+    members = []
+    for n in range(30):
+        label = "A|B" if n < 6 else "B"
+        members.append(("train", row(label=label, group=f"p{n // 2}")))
+    members += [("generated", row(label="b"))] * 5
+    copies = evaluate.Copies("", [{"label": "A | b"}, {"label": "B"}])
+
+    figures = {"b": {"recall": 0.5}}
+    _, (a, b), (sentence,) = evaluate.describe_people(members, copies, figures)
+
+    assert (a["label"], a["copies"], a["recall"]) == ("a", 1, None)
+    assert (b["label"], b["copies"], b["recall"]) == ("b", 2, 0.5)
+    assert "show a (3): their pictures are the ones most likely to be learnt by heart" in sentence
+    assert evaluate.describe_people(members[6:], copies, {})[2] == []
+
+
+# ---------------------------------------------------------------- the page for a board
+
+
+def page_text(page):
+    """What a page shows, also what it says of a dot."""
+    text = re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
+    return html.unescape(re.sub("<[^>]*>", " ", text))
+
+
+NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
+
+
+def numbers_in(value):
+    """Every number of a JSON, in each form in which a page may print it."""
+    if isinstance(value, str):
+        return set(re.findall(NUMBER, value))
+    if isinstance(value, dict):
+        value = list(value.values()) + list(value)
+    if isinstance(value, list):
+        return set().union(*map(numbers_in, value))
+    if value is None:
+        return set()
+    size = abs(value)
+    return {str(size), evaluate.digits(size), evaluate.digits(size, 2)}
+
+
+def unknown_numbers(page, results):
+    return set(re.findall(NUMBER, page_text(page))) - numbers_in(results)
+
+
+AUDIT = (
+    "Someone who has this adapter can tell training images from others with AUROC 0.58 "
+    "(95 %: 0.51 to 0.65, p 0.012); the base alone gives AUROC 0.49 (95 %: 0.42 to 0.57, p 0.6)."
+)
+
+
+@pytest.fixture
+def board(tmp_path, monkeypatch, make_run):
+    """board(flag, …): the page, the report and the JSON of a set; names are planted everywhere."""
+    place = tmp_path / "real"
+    draw(place, 48, 1, name="jane_doe_{:03}.png")
+    lines = ["file_name,label,patient_id,sex,age,name,born"]
+    for n in range(48):
+        person = f"DOE-{n // 2},{'MF'[n % 2]},{30 + n},Jane Doe,1957-03-12"
+        lines.append(f"jane_doe_{n:03}.png,{('<i>dark', 'bright')[n % 2]},{person}")
+    (place / "metadata.csv").write_text("\n".join(lines))
+    drawn = tmp_path / "drawn"
+    draw(drawn, 24, 2, name="jane_doe_{:03}.png")
+    shutil.copy(place / "jane_doe_000.png", drawn / "jane_doe_000.png")
+    for n in range(4, 24):
+        path = drawn / f"jane_doe_{n:03}.png"
+        sample.save_png(Image.open(path), path, f"John Roe, {n}")
+    lines = ["file_name,label"]
+    lines += [f"jane_doe_{n:03}.png,{('<i>dark', 'bright')[n % 2]}" for n in range(24)]
+    (drawn / "metadata.csv").write_text("\n".join(lines))
+    splits = {f"jane_doe_{n:03}.png": "train" if n < 24 else "val" for n in range(48)}
+    folder = Path(make_run(splits, base="/home/roe/sd15", method="lora", steps=1234))
+    (folder / "audit.json").write_text(json.dumps({"adapter": {"auroc": 0.58}, "sentence": AUDIT}))
+    monkeypatch.setattr(evaluate, "SEEDS", 1)
+    monkeypatch.setattr(evaluate, "small_cnn", lambda *_: lambda x: torch.zeros(len(x), 2))
+
+    def make(*flags):
+        flags = [*flags, "--metrics", "frechet,kid,recall", "--board", "board.html"]
+        results = run(monkeypatch, str(place), str(drawn), *flags)
+        texts = [(tmp_path / name).read_text() for name in ("board.html", "report.html")]
+        return *texts, results
+
+    make.run = str(folder)
+    return make
+
+
+def test_a_page_for_a_board_answers_in_order_and_has_no_figure_of_its_own(board):
+    page, _, results = board("--run", board.run, "--utility", "--contact", "<Ethics office>")
+
+    text = " ".join(page_text(page).split())
+    in_order(
+        text,
+        [
+            "What is this? 24 generated images (drawn). Their model: sd15, trained further "
+            "(method lora) for 1234 steps.",
+            "From whom was it made?",
+            "20 of 24 files say in themselves that they are synthetic.",
+            "1 of 24 are the same picture as one of 24 real images",
+            AUDIT,
+            "not differentially private",
+            "How does it differ from real images?",
+            "for all figures together",
+            "frechet, lower is better",
+            "Does it help?",
+            "linear probe: ",
+            "What are the known limits?",
+            "Whom to ask <Ethics office>",
+        ],
+    )
+    assert unknown_numbers(page, results) == set()
+    planted = page.replace("</body>", "<p>31337 images, p = 0.0313</p></body>")
+    assert unknown_numbers(planted, results) == {"31337", "0.0313"}
+
+
+def test_a_page_for_a_board_says_what_was_not_measured(board):
+    page, _, results = board()
+
+    text = page_text(page)
+    assert "Their model: unknown" in " ".join(text.split())
+    assert "No membership audit: --run names no run that has one." in text
+    assert "Not measured (--utility)." in text
+    assert "_" * 40 in text
+    assert unknown_numbers(page, results) == set()
+
+
+def test_nothing_personal_is_on_the_page_for_a_board_or_in_its_tables(board):
+    page, report, results = board("--run", board.run, "--utility")
+
+    (entry,) = results["generated"]
+    who = re.search("<summary>Who is in the sets.*?</details>", report, re.DOTALL)[0]
+    for text in (page, who, json.dumps([entry["people"], entry["by_label"], results["run"]])):
+        assert re.findall("doe[^s]|jane|roe|1957|/home", text.replace("/home/roe/sd15", "")) == []
+        assert "bright" in text or "steps" in text
+    assert "/home" not in page
+    assert "<i>" not in page and "&lt;i&gt;dark" in page
+
+
+@needs_chromium
+def test_the_page_for_a_board_has_no_fault_in_a_real_browser(board, tmp_path):
+    board("--run", board.run)
+    assert page_faults(tmp_path / "board.html", tmp_path / "phone") == []
+
+
 def labelled(folder, count, seed):
     """Pictures of two labels, half each, two of a case: the bright ones have a spot."""
     draw(folder, count, seed)
@@ -1141,6 +1365,7 @@ def test_the_utility_of_generated_images_is_measured_on_held_out_ones(tmp_path, 
     for dose in found["utility"]:
         assert dose["low"] <= dose["auroc"] <= dose["high"]
         assert dose["auroc"] > 0.6
+    assert found["findings"][-1].startswith("Do they help a classifier? small CNN, ")
     classifiers = ["linear probe", "small CNN", "small CNN, generated first"]
     assert list(found["classifiers"]) == classifiers
     assert [subgroup["group"] for subgroup in found["subgroups"]] == ["20–29", "50–59", "80–89"]

@@ -374,6 +374,7 @@ def test_filtering_again_by_other_rules_leaves_no_copy_of_what_is_refused_now(se
         "metadata.csv",
         "decisions.csv",
         "filter.html",
+        "README.md",
     }
     assert len(kept) < 57
 

@@ -11,12 +11,16 @@ from PIL import Image
 from test_read_image import RAMP, deep_ramp, dicom, nifti, write_deep_png, write_dicom
 
 import metrics
+import sample
 from metrics import (
     Row,
     content_hash,
+    count_people,
+    decade_of,
     find_disc,
     fit_square,
     generator,
+    is_marked,
     list_images,
     load_pixels,
     near_duplicates,
@@ -420,6 +424,99 @@ def test_labels_are_split_and_compared_by_one_key():
     assert split_labels(row) == {"A", "B"}
     assert split_labels(Row("a.png", "a.png")) == {""}
     assert text_key("  No  Finding\n") == "no finding"
+
+
+# ---------------------------------------------------------------- who is in a set
+
+
+@pytest.mark.parametrize(
+    "age, decade",
+    [
+        ("67", "60–69"),
+        ("067Y", "60–69"),
+        ("early 40s", "40–49"),
+        ("60-65", "60–69"),
+        ("9.5", "0–9"),
+        ("0", "0–9"),
+        ("018M", "0–9"),
+        ("130 months", "10–19"),
+        ("090D", "0–9"),
+        ("90", "90 or more"),
+        ("104", "90 or more"),
+        ("1957-03-12", ""),
+        ("adult", ""),
+        ("", ""),
+    ],
+)
+def test_an_age_becomes_its_decade_and_a_birthday_nothing(age, decade):
+    assert decade_of(age) == decade
+
+
+def test_images_and_patients_are_counted_in_groups():
+    people = [("F", "31", "a"), ("Female", "35Y", "a"), ("m", "", "b"), ("Jane", "x", "")]
+    members = []
+    for sex, age, group in people:
+        members.append(("train", Row("", "", sex=sex, age=age, group=group, label="A | B")))
+    members.append(("drawn", Row("", "", fields={"synthetic": "1"})))
+    counts = {}
+    for by, group, *numbers in map(dict.values, count_people(members)):
+        counts[by, group] = numbers  # train: images, patients; drawn: likewise
+    assert counts == {
+        ("", "all"): [4, 2, 1, None],
+        ("", "synthetic"): [0, None, 1, None],
+        ("age", "30–39"): [2, 1, 0, None],
+        ("age", "unknown"): [2, 1, 1, None],
+        ("label", "a"): [4, 2, 0, None],
+        ("label", "b"): [4, 2, 0, None],
+        ("label", "unknown"): [0, None, 1, None],
+        ("patient", "unknown"): [1, None, 1, None],
+        ("sex", "female"): [2, 1, 0, None],
+        ("sex", "male"): [1, 1, 0, None],
+        ("sex", "unknown"): [1, None, 1, None],
+    }
+
+
+def test_sex_and_age_come_from_the_columns_that_usually_hold_them(tmp_path):
+    pictures(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,Gender,Patient Age,stage\na.png,F,67,IV\n")
+    (row,) = list_images(tmp_path)
+    assert (row.sex, row.age) == ("F", "67")
+    (row,) = list_images(tmp_path, {"sex": "stage"})
+    assert (row.sex, row.age) == ("IV", "67")
+
+
+@dicom
+def test_sex_and_age_come_from_a_dicom_header_where_no_table_has_them(tmp_path):
+    for n in range(2):
+        write_dicom(tmp_path / f"{n}.dcm", RAMP, PatientSex="F", PatientAge="067Y", PatientID="1")
+    write_dicom(tmp_path / "2.dcm", RAMP)
+    rows = list_images(tmp_path)
+    counts = {(by, group): images for by, group, images, _ in counted(rows)}
+    assert counts["sex", "female"] == counts["age", "60–69"] == 2
+    assert counts["sex", "unknown"] == counts["age", "unknown"] == 1
+    (tmp_path / "metadata.csv").write_text("file_name,sex,age\n0.dcm,M,12\n")
+    (row,) = list_images(tmp_path)
+    assert (row.sex, row.age) == ("M", "12")
+
+
+def counted(rows):
+    return [record.values() for record in count_people([("x", row) for row in rows])]
+
+
+@dicom
+def test_files_that_say_they_are_synthetic_are_known(tmp_path):
+    image = Image.new("L", (64, 64))
+    sample.save_png(image, tmp_path / "drawn.png", "a prompt")
+    (tmp_path / "drawn.dcm").write_bytes(
+        sample.encode_dicom(image, "a prompt", dict.fromkeys(sample.MARKS, "1"))
+    )
+    assert is_marked(tmp_path / "drawn.png")
+    assert is_marked(str(tmp_path / "drawn.dcm"))
+    image.save(tmp_path / "plain.png")
+    write_dicom(tmp_path / "plain.dcm", RAMP)
+    (tmp_path / "scan.nii").write_bytes(b"no picture")
+    for name in ("plain.png", "plain.dcm", "scan.nii"):
+        assert not is_marked(str(tmp_path / name))
 
 
 # ---------------------------------------------------------------- DICOM files and slices

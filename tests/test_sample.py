@@ -525,11 +525,11 @@ def test_what_was_drawn_before_a_full_disk_or_an_interrupt_stays(
     calls = []
     main = sample.main
 
-    def failing_encoder(image, parameters):
+    def failing_encoder(image, parameters, marks):
         calls.append(parameters)
         if len(calls) == 4:
             raise error
-        return sample.encode_png(image, parameters)
+        return sample.encode_png(image, parameters, marks)
 
     monkeypatch.setattr(sample, "main", lambda args: sample.run_script(main, lambda: args))
     capsys.readouterr()
@@ -965,7 +965,7 @@ def test_copies_of_real_images_are_refused_where_asked(draw, images, tmp_path, m
 
 def test_both_scores_stand_in_a_files_name_and_the_picture_is_known_again(tmp_path):
     args = SimpleNamespace(out=tmp_path, format="png", selector="s", reference=None)
-    record = {"settings": "x", "prompt": "x"}
+    record = {"settings": "x", "prompt": "x", "model": "x", "adapter": "none", "seed": 0}
     drawing = sample.Drawing(sample.Row("", "", "x"), 0, "x-0000", "x", record)
     scores = {"quality": "0.91", "alignment": "0.23"}
     folder = sample.Manifest(tmp_path)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -162,6 +163,12 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_
     assert Image.open(tmp_path / "samples" / "step-00000012.png").width > 64
     split = (tmp_path / "split.csv").read_text().splitlines()
     assert split[0] == "file_name,group,split" and len(split) == 25
+    people = metrics.read_table(tmp_path / "people.csv")
+    counts = {(record["by"], record["group"]): record for record in people}
+    for by, group, count in (("", "all", 24), ("label", "calm", 12), ("sex", "unknown", 24)):
+        record = counts[by, group]
+        assert int(record["train images"]) + int(record["val images"]) == count
+        assert record["train patients"] == record["val patients"] == ""
     pairs, metadata, _ = lora.load(tmp_path / "lora.safetensors")
     assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == 2
     assert metadata["grey"] is False
@@ -1616,15 +1623,37 @@ def test_steps_that_changed_nothing_are_null_in_the_log_and_counted(
 def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
     from huggingface_hub import ModelCard
 
-    run(train, *flags, "--steps", 2, "--out", tmp_path)
+    flags += ["--prompt", 'a sore "foot"', "--ethics", "EK 7/2025", "--steps", 2]
+    run(train, *flags, "--out", tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
-    assert (
-        card.data.instance_prompt == "a sore foot"
-        and "--prompt 'a sore foot' --num-images 50" in card.text
-        and "lora" in card.data.tags
-        and card.data.license == "other"
-    )
-    assert "not for diagnosis" in card.text
+    assert card.data.instance_prompt == 'a sore "foot"'
+    assert card.data.library_name == "diffusers"
+    assert card.data.license == "other"
+    assert "lora" in card.data.tags
+    assert card.data.base_model is None  # a folder is none of the Hub's
+    digest = hashlib.sha256((tmp_path / "lora.safetensors").read_bytes()).hexdigest()
+    split = [row["split"] for row in metrics.read_table(tmp_path / "split.csv")]
+    for text in (
+        "# lora.safetensors, trained with medlora for 2 steps\n",
+        f"- training images: {split.count('train')}; patients: unknown\n",
+        "- licence of these images: not stated\n- ethics approval: EK 7/2025\n",
+        f"first letters of its hash: {digest[:10]}\n",
+        "- steps: 2\n- epochs: 0.0\n- batch_size: 8\n",
+        "not differentially private. No membership audit: it needs five held-out patients",
+        "not\nfor diagnosis",
+    ):
+        assert text in card.text
+
+
+def test_the_model_card_names_the_base_on_the_hub_and_its_licence(flags, base, tmp_path, run):
+    from huggingface_hub import ModelCard
+
+    flags += ["--base", "tiny", "--steps", 1, "--out", tmp_path, "--resolution", 64]
+    run(train, *flags, "--method", "full", "--val-split", 0)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "- base: tiny; its licence: MIT\n" in card.text
+    assert f"first letters of its hash: {sample.base_hash(tmp_path / 'model')}\n" in card.text
+    assert "No membership audit: it needs five held-out patients" in card.text
 
 
 def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
