@@ -1,9 +1,21 @@
-"""Fit an adapter, a new word, or the whole UNet of a Stable Diffusion base to a folder of images.
+r"""Fit an adapter, a new word, or the whole UNet of a Stable Diffusion base to a folder of images.
 
     python train.py --base tiny --data runs/quickstart/data --steps 300 --out runs/try
     python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
     python train.py --data xray/ --preview runs/look      show the data as the model would see them
     torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}"
+    python train.py --method dreambooth --data mpox/ --prompt "a photo of a monkeypox lesion" \
+        --class-data runs/skin --class-prompt "a photo of a skin lesion"
+    python train.py --method textual-inversion --data mpox/ --prompt "a photo of <mpox>" \
+        --token "<mpox>" --init-word lesion --lr 5e-3
+
+Several machines with a common file system, preempted and back again, under Slurm:
+
+    #SBATCH --nodes=2 --gpus-per-node=4 --ntasks-per-node=1 --requeue --signal=TERM@120
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # so that all meet afresh when one comes back
+    srun torchrun --nnodes=2 --nproc_per_node=4 --max-restarts=3 --rdzv_id=$SLURM_JOB_ID \
+        --rdzv_backend=c10d --rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500 \
+        train.py @tests/recipes/chest-xray.txt --data xray/ --out runs/xray
 
 The same command typed again continues a run that was stopped, bit for bit. Written into --out:
 lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
