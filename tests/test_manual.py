@@ -5,15 +5,16 @@ import re
 import shlex
 import subprocess
 
+import pytest
+from conftest import ROOT
+from PIL import Image
+
 import evaluate
 import filter as filter_script
 import metrics
 import phantoms
-import pytest
 import sample
 import train
-from conftest import ROOT
-from PIL import Image
 
 SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate, "filter": filter_script}
 INSTALLS = ("python3 -m venv", "pip install", "ruff ", "python -m pytest")  # .ci/run types these
