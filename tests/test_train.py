@@ -423,10 +423,6 @@ def test_epochs_say_how_many_steps_even_where_a_recipe_says_steps(setup):
     assert setup("--steps", 5, "--epochs", 2)[0].steps == 6  # two passes over 24 images by 8
 
 
-def test_a_resolution_is_rounded_down_to_eights(setup):
-    assert setup("--resolution", 71)[0].resolution == 64
-
-
 def test_validation_loss_is_the_same_each_time_and_uses_the_average(setup):
     args, loaded, data, state = setup()
     first = train.validation_loss(loaded, data, args)
@@ -1698,6 +1694,7 @@ def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
             "--init-word",
         ),
         (["--lr", "0"], "--lr: 0"),
+        (["--resolution", "71"], "--resolution: 71: give a multiple of 8"),
     ],
 )
 def test_contradictions_and_missing_parts_are_one_line(change, said, flags, tmp_path, refused):
