@@ -354,9 +354,11 @@ class Selector:
             if name in self.classes:
                 alignment[i] = special.softmax(logits[i, 1:])[self.classes.index(name)]
             if quality[i] < min_quality:
-                reasons[i] = f"quality {quality[i]:.2f} below {min_quality:.2f}"
+                reasons[i] = f"quality too low ({quality[i]:.2f} < {min_quality:g})"
             elif min_alignment is not None and not alignment[i] >= min_alignment:
-                reasons[i] = f"alignment {alignment[i]:.2f} below {min_alignment:.2f}"
+                reasons[i] = (
+                    f"alignment too low ({alignment[i]:.2f} < {min_alignment:g})"
+                )
         return reasons, {"quality": quality, "alignment": alignment}
 
     def check_rows(self, rows, min_alignment):
@@ -434,7 +436,10 @@ def filter_images(args):
 
 def print_what_is_next(kept, mixed, args):
     if not kept:
-        print("nothing is kept: is --reference of the same kind? filter.html shows why")
+        print(
+            "nothing is kept: is --reference of the same kind? If so, the pictures are still unlike "
+            "it: train longer; filter.html shows why"
+        )
     elif args.dry_run:
         print("nothing is copied: --dry-run")
     elif args.mix:
@@ -514,6 +519,8 @@ def decide(reference, selector, rows, pixels, wanted, args):
         best = best_and_diverse(vectors, scores["quality"][passed], wanted)
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
+    elif args.keep and len(passed) < args.keep:
+        summary.append(f"--keep {args.keep}: only {len(passed)} passed the other limits")
     kinds = count_reasons(reasons).most_common()
     summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds))
     return reasons, scores, summary
@@ -1341,7 +1348,8 @@ def check_ratings(ratings, rated):
     if count < 30:
         found.append(f"{count} rated images are fewer than 30")
     if min(good, count - good) < 8:
-        found.append(f"{good} images are good and {count - good} are not: 8 of each are needed")
+        text = f"{good} images are good and {count - good} are not: 8 of each are needed"
+        found.append(f"{text}; --good 2 counts usable ones as good")
     if found:
         fail(f"no selector written: {'; '.join(found)}")
 

@@ -1328,6 +1328,8 @@ def finish(records, missing, files, args):
             path = Path(args.out, record["file"])
             cells.append((read_image(path), record["prompt"], path.stem))
         save_png(contact_sheet(cells), Path(args.out, "grid.png"))
+        if len(kept) > 64:
+            print(f"grid.png shows the first 64 of {len(kept)}")
     print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)
