@@ -645,7 +645,7 @@ def other_limits(reference, scores):
             passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
             lines.append((alpha, f"{1 - alpha:.0%}", passing))
     return table(
-        ("--calibrate", "unseen real images that pass", "generated ones; labels and copies aside"),
+        ("calibrate", "unseen real images that pass", "generated ones; labels and copies aside"),
         lines,
     )
 

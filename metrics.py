@@ -2648,7 +2648,8 @@ table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-num
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:normal}th{color:var(--soft);font-weight:600;
 white-space:normal;overflow-wrap:break-word}
-td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}.soft{color:var(--soft)}
+td:last-child{white-space:normal;overflow-wrap:normal}
+td:nth-child(2):last-child{overflow-wrap:anywhere}.soft{color:var(--soft)}
 .verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}
 .badge{display:inline-block;border:.15rem solid;border-radius:2rem;padding:0 .8rem;font-weight:700;
 margin:.2rem .5rem .2rem 0;color:var(--two)}
@@ -2675,7 +2676,8 @@ text-align:left}.lines :is(th,td):first-child{width:29%}.lines :is(th,td):last-c
 center}.ends :last-child{text-align:right}
 .axis{display:block;width:100%;height:1.6rem;overflow:visible}.axis line{stroke:var(--line)}
 .axis rect{fill:var(--soft);opacity:.4}.axis circle{fill:currentColor}
-@media(max-width:40rem){svg{font-size:14px}.sides{gap:.5rem}
+@media(max-width:40rem){svg{font-size:14px}th,td{padding:.3rem .25rem}.ends{font-size:.75rem}
+.sides{gap:.5rem}
 .sides .zoom[open]{width:calc(200% + .5rem);z-index:1}
 .sides>:last-child .zoom[open]{margin-left:calc(-100% - .5rem)}}
 @media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}th,td{
