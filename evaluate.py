@@ -680,8 +680,8 @@ def count_near(usual, similarity):
     gen = np.random.default_rng(0)
     by_chance = gen.binomial(m, gen.beta(k, n + 1 - k, 9999))
     chance = (1 + (by_chance >= count).sum()) / 10_000
-    text = f"{count} of {m} are more like one than all but {k / n:.0%} of those are like another"
-    text += f" ({digits(m * k / (n + 1), 2)} expected, p {digits(chance, 2)})"
+    text = f"{count} of {m} are as like one of these as the nearest {k / n:.0%} are to another"
+    text += f" ({digits(m * k / (n + 1), 2)} by chance, p {digits(chance, 2)})"
     return chance, text
 
 
@@ -1016,7 +1016,7 @@ PLAIN_NAMES = {
     "recall": "variety",
     "coverage": "variety",
     "colour": "colour",
-    "grain": "sharpness, noise or JPEG blocks",
+    "grain": "sharpness or noise",
     "ssim_nearest": "nearness to a real image",
     "lpips_nearest": "nearness to a real image",
     "ssim_pairs": "likeness to one another",
@@ -1062,7 +1062,7 @@ def help_sentences(entry):
     if entry.utility_note:
         text.append(entry.utility_note)
     for classifier, doses in entry.utility.items():
-        text.append(f"Do they help a classifier? {classifier}: {dose_sentence(doses)}.")
+        text.append(f"A {classifier}: {dose_sentence(doses)}.")
     return text
 
 
@@ -1105,7 +1105,7 @@ def ranking(entries):
         elif gap > 1.96 * np.std(figure.half_gaps - first.half_gaps):
             note = "worse"
         rows.append([entry.fake.path, len(entry.fake.rows), digits(figure.excess, sign=True), note])
-    return ["set", "images", f"{name}: excess", "next to the first"], rows
+    return ["set", "images", f"{name}: excess (0: like real)", "next to the first"], rows
 
 
 def print_entry(entry):
@@ -1149,15 +1149,16 @@ real halves.</p>"""
 LABELS_GUIDE = """Labels: what images look like to a classifier that learnt from the real ones.
 Real images are judged by one that never saw their patients."""
 
-COPIES = """Generated left, its nearest image right. p: how many real images are as near to
-another. This is no guarantee of privacy."""
+COPIES = """Here are the nearest: a generated image left, the real one right. p: the share of real
+images that are as near to another. This is no guarantee of privacy."""
 
-SUBGROUPS = """kid: how far the real images of a subgroup are from generated ones; error: one
-standard deviation of it; real_vs_rest: how far they are from the other real images."""
+SUBGROUPS = """kid: how far the real images of a subgroup are from the generated ones that
+compared_with names; error: one standard deviation of it; real_vs_rest: how far they are from the
+other real images; – where there are too few."""
 
-PEOPLE = """All real images, and the generated ones that were compared; sex and age by the table or
-DICOM's headers; – where nobody says who the patients are. A patient with several labels counts in
-each."""
+PEOPLE = """All real images, and the generated ones that were compared. train: the model learnt from
+these; val and test: held out from it. Sex and age by the table or DICOM's headers; – where nobody
+says who the patients are. A patient with several labels counts in each."""
 
 BY_LABEL = """copies: generated images that are copies of a real one with this label. Where ten
 images of both sets are compared, precision: the share of generated ones that look real, recall: the
@@ -1179,9 +1180,11 @@ on the held-out images of --run, else on 30 % of the real ones; 1000 bootstraps 
 {versions}, {device}. Not for diagnosis."""
 
 
-def records_table(records):
-    """HTML: a table of dicts with the same keys, as in the JSON."""
-    return table(records[0], [map(digits, record.values()) for record in records])
+def records_table(guide, records):
+    """HTML: a guide, and a table of dicts with the same keys, as in the JSON."""
+    return paragraph(guide) + table(
+        records[0], [map(digits, record.values()) for record in records]
+    )
 
 
 def verdict_box(entry):
@@ -1236,23 +1239,17 @@ def copies_section(entry, args):
         side = entry.fake.pixels.shape[-1]
         _, pixels = load_real([row], side, args, bad_share=1)  # was searched small
         figures += pair((entry.fake.pixels[i], entry.fake.rows[i]), (pixels[0], row), text)
-    return f'{paragraph(COPIES)}<div class="pairs">{figures}</div>'
+    return f'{paragraph(f"{copies.sentence} {COPIES}")}<div class="pairs">{figures}</div>'
 
 
 def labels_section(labels):
     """HTML: what images of each label look like."""
     rows = []
     for *cells, looks_like in map(dict.values, labels["table"]):
-        counts = [f"{name} {count}" for name, count in looks_like.items()]
+        counts = [f"{name}: {count}" for name, count in looks_like.items()]
         rows.append([*cells, ", ".join(counts)])
     text = paragraph(" ".join([LABELS_GUIDE, *labels["sentences"]]))
     return text + table(["label", "set", "images", "look like"], rows)
-
-
-def people_section(entry):
-    """HTML: who is in the sets, and copies, precision and recall of each label."""
-    people = paragraph(PEOPLE) + records_table(entry.people)
-    return people + paragraph(BY_LABEL) + records_table(entry.by_label)
 
 
 def utility_section(entry):
@@ -1276,8 +1273,8 @@ def set_section(entry, args):
     body = f"<h2>{html.escape(fake.path)}: {len(fake.rows)} images</h2>{verdict_box(entry)}"
     body += '<h3>What do they look like?</h3><div class="sides">'
     body += gallery("Real", entry.real, args.seed) + gallery("Generated", fake, args.seed)
-    body += f"</div>{paragraph(' '.join(entry.mix))}"
-    body += f"<h3>Do they differ, and how?</h3>{paragraph(PAGE_GUIDE)}{figure_lines(entry)}"
+    guide = " ".join([PAGE_GUIDE, *entry.mix])
+    body += f"</div><h3>Do they differ, and how?</h3>{paragraph(guide)}{figure_lines(entry)}"
     body += fold("The numbers", numbers + FIGURES)
     body += f"<h3>Are they copies?</h3>{copies_section(entry, args)}"
     if entry.labels:
@@ -1285,9 +1282,9 @@ def set_section(entry, args):
     if entry.utility_note:
         body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
-        body += f"<h3>By {html.escape(args.by)}</h3>{paragraph(SUBGROUPS)}"
-        body += records_table(entry.subgroups)
-    body += fold("Who is in the sets, label by label", people_section(entry))
+        body += f"<h3>By {html.escape(args.by)}</h3>{records_table(SUBGROUPS, entry.subgroups)}"
+    tables = records_table(PEOPLE, entry.people) + records_table(BY_LABEL, entry.by_label)
+    body += fold("Who is in the sets, label by label", tables)
     return body
 
 
@@ -1359,6 +1356,7 @@ none; not differentially private. That no copy is found is no proof that nobody 
 whole pictures are compared, and an audit says little of a single patient.</p>
 <h2>How does it differ from real images?</h2><p>{differs} The bar is what chance gives where both
 sets are of one kind, the dot these images: further right is worse.</p>{figures}
+{by_label}
 <h2>Does it help?</h2><p>{helps}</p>
 <h2>What are the known limits?</h2><p>The images inherit the biases of those they were made from,
 and do not stand for whom the table does not count. No expert was asked what they show. What is
@@ -1381,7 +1379,8 @@ def write_board(args, results, entry):
         "contact": args.contact or "_" * 40,
     }
     parts = {name: html.escape(text) for name, text in texts.items()}
-    parts |= {"people": people_section(entry), "figures": figure_lines(entry)}
+    parts |= {"people": records_table(PEOPLE, entry.people), "figures": figure_lines(entry)}
+    parts["by_label"] = records_table(BY_LABEL, entry.by_label)
     body = BOARD.format(made=made, run=run, **parts)
     write_file(args.board, page("Generated images: a page for your board", body))
 

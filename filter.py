@@ -612,9 +612,10 @@ def copy_images(out, kept, mixed):
     write_csv(out / "metadata.csv", columns, [map(line.get, columns) for line in lines])
 
 
-REASONS = """Texture: the pattern of edges and surfaces. Colour: tints, and what is bright where.
-Grain: sharpness, noise, JPEG's blocks. Quality: 1 looks most like the real images, 0 least, by the
-worst of these; with a selector, how likely an expert is to call it good."""
+REASONS = """Below, each generated picture stands left of the real one that is nearest to it.
+Texture: the pattern of edges and surfaces. Colour: tints, and what is bright where. Grain:
+sharpness, noise, JPEG's blocks. Quality: 1 looks most like the real images, 0 least, by the worst
+of these; with a selector, how likely an expert is to call it good."""
 
 
 def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
@@ -627,6 +628,8 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
     order = np.argsort(-scores["quality"], kind="stable")
     kept = np.array(reasons)[order] == ""
     for title, shown in (("Kept", order[kept]), ("Refused", order[~kept])):
+        if not len(shown):
+            continue
         some = shown[:: 1 + len(shown) // 37]
         body += f"<h2>{title}: {len(some)} of {len(shown)} are shown, the best first</h2>"
         body += '<div class="pairs">'
@@ -648,7 +651,10 @@ def other_limits(reference, scores):
         if np.isfinite(threshold):  # else there are too few real images for it
             passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
             lines.append((alpha, f"{1 - alpha:.0%}", passing))
-    return table(("calibrate", "unseen real images that pass", "generated ones that pass"), lines)
+    return table(
+        ("calibrate", "unseen real images that pass", "generated ones; labels and copies aside"),
+        lines,
+    )
 
 
 # ---------------------------------------------------------------- the card of the kept images
@@ -868,6 +874,7 @@ button[aria-pressed=true]{border-color:var(--mark);color:var(--mark)}#rater{colo
 #rate{text-align:center;padding:.5rem}#rate p{margin:.2rem}#note,progress{width:min(94%,30rem)}
 #ask span{display:inline-block}#marks button{min-width:6.5rem}
 #view{color:var(--soft);font-size:.85rem}#view label{white-space:nowrap}
+::placeholder{color:var(--soft)}
 #view input{width:5rem;min-height:1.5rem;padding:0;vertical-align:middle}
 #picture{display:flex;overflow:auto;scrollbar-width:none;
 height:min(58vh,100vw)}#picture img{margin:auto;flex:none;user-select:none}
@@ -875,7 +882,7 @@ height:min(58vh,100vw)}#picture img{margin:auto;flex:none;user-select:none}
 grid-template-columns:minmax(0,1fr) minmax(19rem,36vw)}#picture[hidden]+div{grid-column:1/-1}
 #picture{height:calc(100vh - 1rem);height:calc(100svh - 1rem)}}
 @media(max-height:34rem)and (min-aspect-ratio:6/5){#rate{font-size:.85rem;align-items:start;
-grid-template-columns:minmax(0,1fr) 26rem}#rate :is(button,#note){min-height:2.2rem;
+grid-template-columns:minmax(0,1fr) 26rem}#rate :is(button,#note){min-height:1.9rem;
 padding:.2rem .6rem}}</style>"""
 RATING_BODY = """<form id="start" hidden>
 <p>You see <span id="count"></span> pictures, one after the other. Mark each by a key, 1, 2 or 3,
@@ -895,12 +902,14 @@ name</i>.csv. It will be in the folder for downloads: send it to whoever gave yo
 <button data-key="n">no (n)</button></span></div>
 <div id="guesses"><button data-key="r">real (r)</button>
 <button data-key="g">generated (g)</button></div>
-<div id="marks"><button data-key="1">1 bad</button><button data-key="2">2 usable</button>
+<div id="marks"><button data-key="1">1 bad</button>
+<button data-key="2">2 usable</button>
 <button data-key="3">3 good</button></div><p id="text"></p>
 <input id="note" placeholder="note (t), Enter ends it"></div>
 <div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
 the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></div>
-<button data-key="u">undo (u)</button><button data-key="s" id="skip">skip (s)</button>
+<button data-key="u">undo (u)</button>
+<button data-key="s" id="skip">skip (s)</button>
 <button id="save">save the file</button>
 <div id="view"><label>zoom <input id="zoom" type="range" min="1" max="8" step="any"></label>
 <label>brightness <input id="brightness" type="range" min=".2" max="3" step="any"></label>

@@ -2641,12 +2641,15 @@ STYLE = """:root{color-scheme:light dark;--ink:#1b1f24;--soft:#59636e;--line:#d1
 --mark:#6cb0ff;--two:#fb923c;--three:#4ade80;--four:#c084fc}}
 *{box-sizing:border-box}body{margin:0 auto;max-width:66rem;padding:1.2rem;font:16px/1.5 system-ui,
 sans-serif;overflow-wrap:anywhere;color:var(--ink);background:var(--paper)}
-h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}.wide{overflow-x:auto}
+h1{font-size:1.5rem;line-height:1.2}h2{font-size:1.25rem;margin-top:2rem}h3{font-size:1.1rem}
+.wide{overflow-x:auto;background:linear-gradient(90deg,transparent,var(--paper) 75%) 100%/3rem 100%
+no-repeat local,linear-gradient(270deg,var(--line),transparent) 100%/1rem 100% no-repeat}
 table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .45rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{color:var(--soft);font-weight:600;
+th:first-child,td:first-child{text-align:left;white-space:normal;overflow-wrap:normal}th{color:var(--soft);font-weight:600;
 white-space:normal;overflow-wrap:break-word}
-td:nth-child(2):last-child{white-space:normal;overflow-wrap:anywhere}.soft{color:var(--soft)}
+td:last-child{white-space:normal;overflow-wrap:normal}
+td:nth-child(2):last-child{overflow-wrap:anywhere}.soft{color:var(--soft)}
 .verdict{border-left:.3rem solid var(--mark);padding:.1rem 0 .1rem .9rem;font-size:1.05rem}
 .badge{display:inline-block;border:.15rem solid;border-radius:2rem;padding:0 .8rem;font-weight:700;
 margin:.2rem .5rem .2rem 0;color:var(--two)}
@@ -2660,7 +2663,7 @@ summary{cursor:pointer;padding:.4rem 0;font-weight:600}
 font-size:.9rem}
 .tiles,.pairs{display:grid;gap:.4rem;grid-auto-flow:dense;
 grid-template-columns:repeat(auto-fill,minmax(min(10rem,100%),1fr))}
-.pairs{gap:1rem;grid-template-columns:repeat(auto-fill,minmax(min(20.4rem,100%),1fr))}
+.pairs{gap:1rem;margin-bottom:1rem;grid-template-columns:repeat(auto-fill,minmax(min(20.4rem,100%),1fr))}
 figure{display:grid;grid-template-columns:1fr 1fr;gap:.3rem;margin:0;align-content:start}
 figcaption{grid-column:1/-1;font-size:.8rem;color:var(--soft);white-space:pre-line}
 .zoom summary{padding:0;list-style:none;cursor:zoom-in}.zoom summary::-webkit-details-marker{
@@ -2669,10 +2672,13 @@ display:none}.zoom img{display:block;width:100%;border-radius:.2rem}.zoom[open]{
 .lines{width:100%;max-width:50rem;table-layout:fixed}.lines :is(th,td){white-space:normal;
 text-align:left}.lines :is(th,td):first-child{width:29%}.lines :is(th,td):last-child{width:25%}
 .lines tbody th{color:var(--ink)}small{color:var(--soft);font-weight:400;display:block}
-.ends{display:flex;justify-content:space-between;gap:.5rem;line-height:1.2}
+.ends{display:grid;grid-template-columns:1fr 1fr 1fr;line-height:1.2}.ends :nth-child(2){text-align:
+center}.ends :last-child{text-align:right}
 .axis{display:block;width:100%;height:1.6rem;overflow:visible}.axis line{stroke:var(--line)}
 .axis rect{fill:var(--soft);opacity:.4}.axis circle{fill:currentColor}
-@media(max-width:40rem){.sides{gap:.5rem}.sides .zoom[open]{width:calc(200% + .5rem);z-index:1}
+@media(max-width:40rem){svg{font-size:14px}th,td{padding:.3rem .25rem}.ends{font-size:.75rem}
+.sides{gap:.5rem}
+.sides .zoom[open]{width:calc(200% + .5rem);z-index:1}
 .sides>:last-child .zoom[open]{margin-left:calc(-100% - .5rem)}}
 @media print{body{max-width:none}.wide{overflow:visible}table{font-size:.6rem}th,td{
 white-space:normal}::details-content{content-visibility:visible}h2,h3{break-after:avoid}
@@ -2696,8 +2702,9 @@ def table(header, rows):
         texts = [f"<{tag}>{html.escape(str(cell))}" for cell in cells]
         return f"<tr>{''.join(texts)}</tr>\n"
 
-    lines = [line('th scope="col"', header)] + [line("td", row) for row in rows]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>\n'
+    head = line('th scope="col"', header)  # in a thead it is printed on each page
+    body = "".join(line("td", row) for row in rows)
+    return f'<div class="wide"><table><thead>{head}</thead>{body}</table></div>\n'
 
 
 def dot_lines(header, rows):
@@ -2774,20 +2781,20 @@ def curve(series, x_label):
     def text(x, y, content, colour="soft"):
         return f'<text x="{x}" y="{y}" fill="var(--{colour})">{html.escape(content)}</text>'
 
-    parts = ['<path d="M50 30V215H405" stroke="var(--line)"/>', text(225, 246, x_label)]
+    parts = ['<path d="M60 30V215H415" stroke="var(--line)"/>', text(235, 246, x_label)]
     for share in (0, 0.5, 1):
         x, y = low + share * span
-        parts.append(text(50 + 350 * share, 230, f"{x:.4g}"))
-        parts.append(text(24, 215 - 180 * share, f"{y:.4g}"))
+        parts.append(text(60 + 350 * share, 230, f"{x:.0f}"))
+        parts.append(text(28, 219 - 180 * share, f"{y:.3g}"))
     for n, (name, points) in enumerate(finite.items()):
         colour = ("mark", "two", "three", "four")[n]
-        places = (points - low) / span * (350, -180) + (50, 215)  # the axes cross at (50, 215)
+        places = (points - low) / span * (350, -180) + (60, 215)  # the axes cross at (60, 215)
         words = [f"{x:.1f},{y:.1f}" for x, y in places]
         line = " ".join(words[:1] + words)  # the first twice: one alone is a dot
         parts.append(f'<polyline points="{line}" stroke="var(--{colour})"/>')
         parts.append(text(110 + 90 * n, 12, name, colour))
     label = html.escape(f"{', '.join(finite)} against {x_label}")
-    return f'<svg viewBox="0 0 420 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
+    return f'<svg viewBox="0 0 440 250" role="img" aria-label="{label}">{"".join(parts)}</svg>\n'
 
 
 # ---------------------------------------------------------------- the card
@@ -2812,7 +2819,8 @@ license_name: that-of-the-base-and-of-the-data
 | | images |
 |---|---|
 {counts}
-What fewer than five patients are known to show is not named, and a count below five is "<5".
+An image with several labels counts in each. What fewer than five patients are known to show is not
+named, and a count below five is "<5".
 
 ## From what it was made
 
@@ -2826,7 +2834,7 @@ What fewer than five patients are known to show is not named, and a count below 
 
 {checks}
 
-Flags that are numbers:
+Flags that are numbers or switches:
 
 {flags}
 ## Privacy

@@ -1063,15 +1063,19 @@ def contact_sheet(cells):
 
 
 def in_lines(text, count, pen):
-    """A text in at most `count` lines of 160 pixels, cut in the middle: captions differ at ends."""
-    text = " ".join(text.split())
-    columns = max(8, int(160 * len(text) / max(1, pen.textlength(text))))
+    """A text in at most `count` lines of 156 pixels, cut in the middle: captions differ at ends."""
+    shown = text = " ".join(text.split())
+    columns = 40
     keep = len(text) // 2
-    lines = textwrap.wrap(text, columns)
-    while len(lines) > count:
-        keep -= 1
-        lines = textwrap.wrap(f"{text[:keep]}…{text[-keep:]}", columns)
-    return "\n".join(lines)
+    while True:
+        lines = textwrap.wrap(shown, columns)
+        if max([0, *map(pen.textlength, lines)]) > 156:
+            columns -= 1
+        elif len(lines) > count:
+            keep -= 1
+            shown = f"{text[:keep]}…{text[-keep:]}"
+        else:
+            return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- quality control

@@ -1373,7 +1373,8 @@ def audit(base, data, validation, best, state, args):
     adapter = tell_apart(after[0] - before[0], after[1] - before[1], args.seed)
     sentence = (
         "Someone who has this adapter can tell training images from others with "
-        f"{AUROC.format(**adapter)}; the base alone gives {AUROC.format(**control)}."
+        f"{AUROC.format(**adapter)}; the base alone gives {AUROC.format(**control)}. "
+        "0.5 is guessing, 1 is certainty."
     )
     result = {"adapter": adapter, "base": control, "sentence": sentence}
     write_file(Path(args.out, "audit.json"), json.dumps(result, indent=1))
@@ -1549,13 +1550,16 @@ def write_report(state, sentence, draw, args):
     curves = ""
     for key in ("grad_norm", "lr", "images_per_second", "memory"):
         curves += f"<h3>{key}</h3>" + curve({key: mean_points(steps, key)}, "step")
-    older = "".join(grids[1:])
+    pictures = ""
+    if grids:
+        pictures = f"<h2>The newest pictures</h2>{grids[0]}"
+    if grids[1:]:
+        pictures += fold("Older pictures, the same noise each time", "".join(grids[1:]))
     flags = table(("flag", "value"), vars(args).items())
     body = f"""<p class="verdict">{outcome(state, skipped, args)}</p>
 <p>{html.escape(sentence)}</p>
 <h2>Draw with it</h2><pre>{html.escape(draw)}</pre>
-<h2>The newest pictures</h2>{"".join(grids[:1])}
-{fold("Older pictures, the same noise each time", older)}
+{pictures}
 <h2>Loss</h2>{curve(losses, "step")}
 <h2>The command</h2><pre>{html.escape(shlex.join(sys.argv))}</pre>
 {fold("All flags", flags)}

@@ -140,7 +140,7 @@ FAULTS = """(() => {
     if (all("script, link, iframe, [onerror]").length) faults.push("something active");
     for (const image of all("img")) {
         if (!image.alt || !image.naturalWidth) faults.push("picture " + image.alt);
-        if (image.closest(".zoom").clientWidth < 160) faults.push("a small picture");
+        if ((image.closest(".zoom") || image).clientWidth < 160) faults.push("a small picture");
     }
     for (const head of all("th")) if (!head.scope) faults.push("no scope: " + head.textContent);
     let last = 0;

@@ -444,4 +444,4 @@ def test_a_card_names_the_licence_of_the_base(base, licence, tmp_path):
     metrics.write_card(args, **parts, model=base)
     text = (tmp_path / "README.md").read_text()
     assert f"- base: {base}; its licence: {licence}\n" in text
-    assert "Flags that are numbers:\n\n- lr: 0.5\n\n## Privacy" in text
+    assert "Flags that are numbers or switches:\n\n- lr: 0.5\n\n## Privacy" in text

@@ -1072,9 +1072,9 @@ def test_axes_name_the_ends_and_the_middle_of_what_is_drawn():
     text = metrics.curve({"loss": [(10, 0.5), (600, 0.1)]}, "step")
     for label in ("10", "305", "600", "0.1", "0.3", "0.5"):
         assert f">{label}</text>" in text
-    assert 'points="50.0,35.0 50.0,35.0 400.0,215.0"' in text
+    assert 'points="60.0,35.0 60.0,35.0 410.0,215.0"' in text
 
 
 def test_a_curve_without_a_finite_point_says_so_and_one_point_is_a_dot():
     assert "nothing to draw" in metrics.curve({"loss": [(0, float("nan"))]}, "step")
-    assert 'points="50.0,215.0 50.0,215.0"' in metrics.curve({"loss": [(0, 1.0)]}, "step")
+    assert 'points="60.0,215.0 60.0,215.0"' in metrics.curve({"loss": [(0, 1.0)]}, "step")

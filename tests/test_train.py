@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from browser import needs_chromium, page_faults
 from conftest import write_selector
 from PIL import Image
 from safetensors.torch import load_file
@@ -1574,8 +1575,15 @@ def test_the_report_answers_first_and_folds_the_rest(flags, tmp_path, run, monke
     assert places == sorted(places)
     assert "<b>" not in report and 'alt=""' not in report
     assert report.count("<th>") == 0 and 'scope="col"' in report
+    assert "The newest pictures" in report and "Older pictures" in report
     shown = re.findall(r'src="data:image/jpeg;base64,(.*?)"', report)
     assert Image.open(io.BytesIO(base64.b64decode(shown[0]))).width >= 160
+
+
+@needs_chromium
+def test_the_report_of_a_run_has_no_fault_in_a_real_browser(flags, tmp_path, run):
+    run(train, *flags, "--val-samples", 1, "--val-steps", 1, "--out", tmp_path / "run")
+    assert page_faults(tmp_path / "run" / "report.html", tmp_path / "phone") == []
 
 
 def test_a_run_taken_back_to_an_older_checkpoint_and_killed_goes_on_from_there(
@@ -1613,7 +1621,9 @@ def test_steps_that_changed_nothing_are_null_in_the_log_and_counted(
         for line in (tmp_path / "log.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines if "loss" in line and line["loss"] is None] == [4]
-    assert "1 steps were skipped, for NaN" in (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
+    assert "1 steps were skipped, for NaN" in report
+    assert "newest pictures" not in report and "Older" not in report  # --val-samples 0
 
 
 def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
