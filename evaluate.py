@@ -32,6 +32,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -81,6 +82,7 @@ from metrics import (
     load_real,
     lpips_matrix,
     need_weights,
+    note,
     number,
     page,
     pair,
@@ -456,6 +458,8 @@ def list_reference(args):
             f"--run {args.run}: too few of these images are held out, or trained on: train with "
             "--val-split 0.4, or name its --val-data as REAL and its --data as --train-data"
         )
+    if all(is_marked(row.path) for row in rows[:20]):
+        note(f"{args.real}: its files say that they are synthetic: are REAL and GENERATED swapped?")
     members = [(row.split or "real", row) for row in rows]
     if known is not rows:
         members = [(row.split or "train", row) for row in known] + members
@@ -609,9 +613,8 @@ def lonely_labels(real, fake):
     for kind, own, others in (("real", real, fake), ("generated", fake, real)):
         alone = own.keys() - others.keys() - {""}
         if alone and any(others):
-            sentences.append(
-                f"Only the {kind} set has the labels {', '.join(sorted(alone))[:200]}."
-            )
+            names = textwrap.shorten(", ".join(sorted(alone)), 200, placeholder=" …")
+            sentences.append(f"Only the {kind} set has the labels {names}.")
     return sentences
 
 

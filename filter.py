@@ -24,6 +24,7 @@ import itertools
 import json
 import os
 import re
+import textwrap
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -88,6 +89,7 @@ from metrics import (
     pick_device,
     pick_resolution,
     predict,
+    read_run,
     read_table,
     read_text,
     report_enlarged,
@@ -293,7 +295,8 @@ def learn_labels(reference, rows, seed):
     check = LabelCheck(rows, blocks, seed)
     if check.names:
         reference.labels = check
-        reference.summary.append(f"labels are checked: {', '.join(check.names)}"[:300])
+        names = textwrap.shorten(", ".join(check.names), 300, placeholder=" …")
+        reference.summary.append(f"labels are checked: {names}")
         if check.sentences:
             text = "none of these is refused for looking like the other"
             reference.summary.append(f"{' '.join(check.sentences)} So {text}.")
@@ -356,9 +359,7 @@ class Selector:
             if quality[i] < min_quality:
                 reasons[i] = f"quality too low ({quality[i]:.2f} < {min_quality:g})"
             elif min_alignment is not None and not alignment[i] >= min_alignment:
-                reasons[i] = (
-                    f"alignment too low ({alignment[i]:.2f} < {min_alignment:g})"
-                )
+                reasons[i] = f"alignment too low ({alignment[i]:.2f} < {min_alignment:g})"
         return reasons, {"quality": quality, "alignment": alignment}
 
     def check_rows(self, rows, min_alignment):
@@ -429,7 +430,8 @@ def filter_images(args):
     write_file(out / "filter.html", page("What the filter kept", body))
     if not args.dry_run:
         copy_images(out, kept, mixed)
-        write_image_card(kept, mixed, real_rows, reasons, origin, args)
+        if kept:
+            write_image_card(kept, mixed, real_rows, reasons, origin, args)
     print(*summary, f"kept {len(kept)} of {len(rows)} images: {args.out}", sep="\n")
     print_what_is_next(kept, mixed, args)
 
@@ -437,8 +439,8 @@ def filter_images(args):
 def print_what_is_next(kept, mixed, args):
     if not kept:
         print(
-            "nothing is kept: is --reference of the same kind? If so, the pictures are still unlike "
-            "it: train longer; filter.html shows why"
+            "nothing is kept: is --reference of the same kind? Then train longer, for the pictures "
+            "are still unlike it; filter.html shows why"
         )
     elif args.dry_run:
         print("nothing is copied: --dry-run")
@@ -468,9 +470,9 @@ def check_folders(out, args):
 
 def list_training(data, args):
     """The rows of a real set, with --run those that it was trained on alone."""
-    rows = list_real(data, args)
     if not args.run:
-        return rows
+        return list_real(data, args)
+    rows = list_real(data, args, read_run(args.run).get("prompt"))
     training = [row for row in rows if row.split == "train"]
     if not training:
         fail(f"--run {args.run}: was trained on none of the images of {data}")
@@ -672,7 +674,7 @@ def read_origin(args):
             audit = read_text(os.path.join(args.run, "audit.json"))
             origin["audit"] = json.loads(audit)["sentence"]
         except (OSError, ValueError, KeyError, TypeError):
-            note(f"{args.run}: audit.json is missing or damaged: train.py --audit makes it")
+            note(f"{args.run}: no audit.json: the training command again, with --audit, makes it")
     return origin
 
 

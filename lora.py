@@ -159,9 +159,10 @@ def load(path):
 
 
 def find_file(path):
-    """An adapter's file; of a folder, the one that PEFT saves there."""
+    """An adapter's file; of a folder, the one that train.py or PEFT saves there."""
     if os.path.isdir(path):
-        return os.path.join(path, "adapter_model.safetensors")
+        own = os.path.join(path, "lora.safetensors")
+        return own if os.path.exists(own) else os.path.join(path, "adapter_model.safetensors")
     return path
 
 

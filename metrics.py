@@ -1180,9 +1180,9 @@ def list_rows(data, args, prompt=None, strict=False):
     return list_images(data, columns, prompt, args.slices, strict)
 
 
-def list_real(data, args):
+def list_real(data, args, prompt=None):
     """The rows of real images, by the flags of add_reading_flags; with --run, row.split is set."""
-    rows = share_range(list_rows(data, args), args.range)
+    rows = share_range(list_rows(data, args, prompt), args.range)
     if args.run:
         read_split(rows, os.path.join(args.run, "split.csv"))
     return rows
@@ -2582,7 +2582,9 @@ class LabelCheck:
             self.compare(pair, logits, groups, seed)
         more = len(self.sentences) - 4
         if more > 1:
-            self.sentences[4:] = [f"{more} more pairs of labels cannot be told apart either."]
+            self.sentences[4:] = [
+                f"{more} more pairs of labels cannot be told apart surely either."
+            ]
 
     def scale(self, blocks):
         """Descriptors of all kinds side by side, (N, D), in units of the real images."""
@@ -2602,8 +2604,11 @@ class LabelCheck:
         low, high = np.nanpercentile(values[1:], (2.5, 97.5))
         if not low >= LEAST_APART:  # or NaN, of a single patient
             self.apart[a, b] = self.apart[b, a] = False
-            text = f'Real images of "{self.names[a]}" and "{self.names[b]}" cannot be told apart '
-            self.sentences.append(text + f"(AUROC {values[0]:.2f}, 95 %: {low:.2f} to {high:.2f}).")
+            names = f'"{self.names[a]}" and "{self.names[b]}"'
+            self.sentences.append(
+                f"Real images of {names} cannot be told apart surely (AUROC {values[0]:.2f}, "
+                f"95 %: {low:.2f} to {high:.2f}; needed: {LEAST_APART} at least)."
+            )
 
     def judge(self, blocks, rows):
         """Of each image: its label, what it looks like, p of its label, whether it shows another.

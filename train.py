@@ -715,6 +715,9 @@ def list_data(args):
     splits = {row.split for row in rows}
     for split, share in (("train", 1.0), ("val", val_share), ("test", args.test_split)):
         if share and split not in splits:
+            if split == "val" and any(row.fields.get("synthetic") == "1" for row in rows):
+                note("no image is held out: what is mixed with generated images was trained on")
+                continue
             fail(f"{args.data}: {len(rows)} images are not enough for the split: none is {split}")
     if args.val_data:
         rows += list_validation(rows, args)
@@ -1422,6 +1425,8 @@ def describe_run(rows, state, data, validation, args):
     people = count_people([(row.split, row) for row in rows])
     write_csv(Path(args.out, "people.csv"), people[0], [record.values() for record in people])
     held_out = len(validation.rows) if validation else 0
+    if 0 < held_out < 5:
+        note(f"only {held_out} images are held out, too few to judge or audit by: --val-split 0.3")
     weights = sum(weight.numel() for weight in state.weights.values())
     print(
         f"{state.images} training images, {count_patients(data.rows)} patients; {held_out} for "
@@ -1628,7 +1633,7 @@ def warn_of_pictures(rows, pixels, args):
     grey = to_grey(small)[:, 0]
     bordered = names[has_border(grey)].tolist()
     if len(bordered) > len(rows) / 2 and args.crop != "pad":
-        advice = "crop them off, or the model draws them (on all four sides: --crop fundus)"
+        advice = "crop them off, or the model draws them (--crop fundus does so around a disc)"
         warn(bordered, "images with a black or white border", advice)
     if len(rows) < 20:  # too few to say what is usual
         return
