@@ -910,7 +910,7 @@ name</i>.csv. It will be in the folder for downloads: send it to whoever gave yo
 <input id="note" placeholder="note (t), Enter ends it"></div>
 <div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
 the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></div>
-<button data-key="u">undo (u)</button>
+<button data-key="u">back (u)</button>
 <button data-key="s" id="skip">skip (s)</button>
 <button id="save">save the file</button>
 <div id="view"><label>zoom <input id="zoom" type="range" min="1" max="8" step="any"></label>
@@ -973,6 +973,7 @@ async function start() {
   rater = $("name").value.trim(); answers = {};
   for (const answer of await recall()) if (answer.rater == rater) answers[answer.hash] = answer;
   at = facts.findIndex(f => !answers[f[5]]?.rating && !answers[f[5]]?.skipped);
+  if (at < 0) at = facts.findIndex(f => !answers[f[5]]?.rating);  // the skipped ones again
   if (at < 0) at = facts.length;
   setStart(false); show();
 }
@@ -981,7 +982,9 @@ function show() {
   const done = at >= facts.length, marked = facts.filter(f => answers[f[5]]?.rating).length;
   $("bar").max = facts.length; $("bar").value = at; $("rater").textContent = rater;
   $("where").textContent = (done ? "The end" : `${at + 1} of ${facts.length}`)
-    + `, ${marked} marked` + (safe ? "" : "; this browser keeps nothing: save before closing");
+    + `, ${marked} marked`
+    + (done && marked < facts.length ? "; to see the skipped ones press c, then Start" : "")
+    + (safe ? "" : "; this browser keeps nothing: save before closing");
   for (const id of ["picture", "work", "view", "skip"]) $(id).hidden = done;
   $("end").hidden = !done;
   $("file").textContent = `ratings-${rater.replace(/[^\p{L}\p{N}]+/gu, "-")}.csv`;
@@ -1001,11 +1004,12 @@ async function press(key) {
   if (key == "c") return begin();
   if (key == "0") return reset();
   if (key == "u" ? !at : at >= facts.length) return;
-  if (key == "u") at--;
+  if (key == "u") { at--; return show(); }
   const answer = answerHere();
   if (key == "y" || key == "n") answer.shows = key == "y" ? 1 : 0;
   else if (key == "r" || key == "g") answer.guess = key == "r" ? "real" : "generated";
-  else { answer.rating = /[123]/.test(key) ? key : ""; answer.skipped = key == "s"; }
+  else if (key == "s") answer.skipped = !answer.rating;  // what is marked stays so
+  else { answer.rating = key; answer.skipped = false; }
   await keep(answer);
   if (/[123s]/.test(key)) at++;
   show();
@@ -1052,6 +1056,7 @@ $("save").onclick = () => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], {type: "text/csv"}));
   link.download = $("file").textContent; link.click(); $("save").blur();
+  $("save").textContent = `saved at ${new Date().toLocaleTimeString()}; save again`;
 };
 
 // The view. Fingers drag and pinch by themselves; the mouse's wheel zooms, its left button moves
@@ -1218,7 +1223,8 @@ def print_agreement(args):
     ratings = defaultdict(dict)
     guesses = defaultdict(partial(np.zeros, (2, 2), int))
     for rating in read_ratings(args.agreement):
-        ratings[rating.expert][rating.path or rating.image] = rating.rating
+        if not rating.is_real:  # real ones are easy, and would flatter
+            ratings[rating.expert][rating.path or rating.image] = rating.rating
         if rating.real and rating.guess:
             taken_for_generated = int(text_key(rating.guess) != "real")
             guesses[rating.expert][int(not rating.is_real), taken_for_generated] += 1
