@@ -1056,7 +1056,7 @@ def test_a_report_shows_what_labels_look_like(tmp_path, monkeypatch):
     report = (tmp_path / "r.html").read_text()
     assert len(entry["labels"]["table"]) == 4
     assert "Do they show their labels?" in report
-    assert re.search("<td>normal chest<td>real<td>10<td>normal chest \\d", report)
+    assert re.search("<td>normal chest<td>real<td>10<td>normal chest: \\d", report)
 
 
 def test_of_a_grey_kind_a_chroma_that_no_eye_sees_is_no_difference(tmp_path, monkeypatch, capsys):
