@@ -276,6 +276,9 @@ def read_outcome(place):
             keys = ("step", "loss", "val_loss", "grad_norm")
             lines = [json.loads(line) for line in content.splitlines()]
             content = [[line.get(key) for key in keys] for line in lines]
+        elif name.endswith("drawn.jsonl"):  # the last line of a picture counts
+            lines = [json.loads(line) for line in content.splitlines()]
+            content = {line["stem"]: line for line in lines}
         elif path.suffix == ".safetensors":  # the order of several header keys is random
             end = 8 + int.from_bytes(content[:8], "little")
             content = (json.loads(content[8:end]), content[end:])
