@@ -1589,7 +1589,7 @@ def outcome(state, skipped, args):
 
 def mean_points(lines, key):
     """At most 20 points of a curve, each the mean of several steps."""
-    values = [(line["step"], line[key]) for line in lines]
+    values = [(line["step"], line[key]) for line in lines if key in line]  # it may be damaged
     parts = np.array_split(np.array(values, float).reshape(-1, 2), 20)
     return [part.mean(0) for part in parts if len(part)]
 
