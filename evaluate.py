@@ -91,6 +91,8 @@ from metrics import (
     pick_resolution,
     pooled,
     precision_recall,
+    progress,
+    read_audit,
     read_run,
     read_table,
     report_enlarged,
@@ -262,8 +264,10 @@ def joint_matrices(real, fake, standardise):
 def frechet_draws(joint, draws):
     """The Frechet distance of each draw."""
     points = joint["points"]
-    draws = tqdm(draws, desc="Frechet", leave=False, disable=None, delay=2)
-    return np.array([frechet(points[draw == 1], points[draw == -1]) for draw in draws])
+    values = []
+    for draw in progress(draws, "Frechet"):
+        values.append(frechet(points[draw == 1], points[draw == -1]))
+    return np.array(values)
 
 
 def pair_means(matrix, draws):
@@ -288,7 +292,7 @@ def neighbour_draws(which, joint, draws):
     if key not in joint:  # all four are computed together
         distances, order = joint["distance"], joint["order"]
         joint[key] = []
-        for draw in tqdm(draws, desc="neighbours", leave=False, disable=None, delay=2):
+        for draw in progress(draws, "neighbours"):
             figures = precision_recall(distances, order, draw, 3)[:2]
             joint[key].append(figures + precision_recall(distances, order, draw, 5)[2:])
     return np.array(joint[key])[:, which]
@@ -717,8 +721,9 @@ def check_labels(real, fake, seed):
     look most like each label. A label is not reached where fewer generated images look like it than
     real ones, by Fisher's exact test.
     """
-    scale = colour_scale(colour_and_layout(real.pixels))
-    real_blocks = [real.features, scale(colour_and_layout(real.pixels))]
+    real_colours = colour_and_layout(real.pixels)
+    scale = colour_scale(real_colours)
+    real_blocks = [real.features, scale(real_colours)]
     fake_blocks = [fake.features, scale(colour_and_layout(fake.pixels))]
     check = LabelCheck(real.rows, real_blocks, seed)
     if not check.names or (check.numbers(fake.rows) < 0).all():
@@ -1319,10 +1324,11 @@ def collect_results(args, settings, entries):
         result = {"path": entry.fake.path, "n": len(entry.fake.rows), "p": entry.p}
         result |= {"metrics": figures, "memorisation": memorisation, "subgroups": entry.subgroups}
         result |= {"people": entry.people, "by_label": entry.by_label}
-        result["sentences"] = entry.mix + help_sentences(entry)
+        helps = help_sentences(entry)
+        result["sentences"] = entry.mix + helps
         result["marked"] = sum(is_marked(row.path) for row in entry.fake.rows)
         result["searched"] = len(entry.known.rows)
-        result["findings"] = findings(entry)[1] + help_sentences(entry)
+        result["findings"] = findings(entry)[1] + helps
         if entry.labels:
             result["labels"] = entry.labels
         if entry.utility:
@@ -1338,9 +1344,9 @@ def describe_run(folder):
     """What the JSON says of --run: the model, and whether it tells who was in its training set."""
     flags = read_run(folder) if folder else {}
     run = {name: flags.get(name, "unknown") for name in ("base", "method", "steps")}
-    run["audit"] = {"sentence": "No membership audit: --run names no run that has one."}
-    if folder and os.path.exists(f"{folder}/audit.json"):
-        run["audit"] = json.loads(Path(folder, "audit.json").read_text())
+    run["audit"] = read_audit(folder) if folder else None
+    if not run["audit"]:
+        run["audit"] = {"sentence": "No membership audit: --run names no run that has one."}
     return run
 
 
@@ -1392,7 +1398,9 @@ def write_results(args, settings, entries):
     """Write --out, --board and --json, and say where they are."""
     write_report(args, settings, entries)
     print(f"report: {os.path.abspath(args.out)}")
-    results = collect_results(args, settings, entries)
+    if not (args.board or args.json):
+        return
+    results = collect_results(args, settings, entries)  # looks into each generated file
     if args.board:
         write_board(args, results, entries[0])
         print(f"for your board: {os.path.abspath(args.board)}")

@@ -89,6 +89,7 @@ from metrics import (
     pick_device,
     pick_resolution,
     predict,
+    read_audit,
     read_run,
     read_table,
     read_text,
@@ -647,9 +648,10 @@ def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
 def other_limits(reference, scores):
     """HTML: how many images would pass at other values of --calibrate."""
     ranks = reference.rank(scores).max(0)
+    of_real_ones = real_ranks(reference)
     lines = []
     for alpha in (0.01, 0.05, 0.1, 0.2, 0.5):
-        threshold = conformal_threshold(real_ranks(reference), alpha)
+        threshold = conformal_threshold(of_real_ones, alpha)
         if np.isfinite(threshold):  # else there are too few real images for it
             passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
             lines.append((alpha, f"{1 - alpha:.0%}", passing))
@@ -670,10 +672,10 @@ def read_origin(args):
         split = read_table(os.path.join(args.run, "split.csv"))
         groups = [record["group"] for record in split if record["split"] == "train"]
         origin |= {"images": len(groups), "patients": len(set(groups) - {""})}
-        try:
-            audit = read_text(os.path.join(args.run, "audit.json"))
-            origin["audit"] = json.loads(audit)["sentence"]
-        except (OSError, ValueError, KeyError, TypeError):
+        audit = read_audit(args.run)
+        if audit:
+            origin["audit"] = audit["sentence"]
+        else:
             note(f"{args.run}: no audit.json: the training command again, with --audit, makes it")
     return origin
 

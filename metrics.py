@@ -172,6 +172,15 @@ def read_run(folder):
         fail(f"{path}: missing or damaged: give the --out of a train.py that has started")
 
 
+def read_audit(folder):
+    """A run's membership audit, with a "sentence"; None where it is missing or damaged."""
+    try:
+        audit = json.loads(read_text(os.path.join(folder, "audit.json")))
+        return audit if audit["sentence"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def interval(text):
     """An argument type: LO,HI as two numbers."""
     low, high = map(float, text.split(","))  # argparse names the flag where this raises ValueError

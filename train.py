@@ -100,6 +100,7 @@ from metrics import (
     run_script,
     sha256,
     share_range,
+    shrink,
     split_labels,
     split_rows,
     ssim_matrix,
@@ -845,15 +846,23 @@ def image_sizes(row, variant, args):
     return [height, width, top, left, seen, seen]
 
 
-def load_variant(rows, variant, args, **how):
-    """The readable rows, and uint8 pixels (N, 3, S, S): plain (variant 0), or a further variant."""
+def load_rows(rows, args, variant=0, **how):
+    """The readable rows and their pixels, uint8 (N, 3, S, S), without augmentation."""
     how |= {"strict": args.strict, "seed": variant_seed(variant, args)}
-    rows, pixels = load_real(rows, args.resolution, args, **how)
-    if variant and args.augment:
-        for i, row in enumerate(rows):
-            key = (args.seed, "augment", row.file_name, row.slice, variant)
-            pixels[i] = augment(pixels[i], args.augment.split(","), key)
-    return rows, pixels
+    return load_real(rows, args.resolution, args, **how)
+
+
+def make_variant(rows, pixels, variant, args):
+    """What the model sees of rows: their plain pixels (N, 3, S, S), or a further variant."""
+    if variant and args.crop == "random":
+        _, pixels = load_rows(rows, args, variant, bad_share=1)
+    if not variant or not args.augment:
+        return pixels
+    changed = []
+    for row, image in zip(rows, pixels, strict=True):
+        key = (args.seed, "augment", row.file_name, row.slice, variant)
+        changed.append(augment(image, args.augment.split(","), key))
+    return torch.stack(changed)
 
 
 def variant_seed(variant, args):
@@ -955,11 +964,9 @@ def read_in_parts(rows, variants, args):
     """Yield this process's share of the images that can be read: rows, variant, pixels."""
     count = min(64, math.ceil(len(rows) / WORLD))  # at once: 200 MB at 1024 pixels
     for start in progress(range(count * RANK, len(rows), count * WORLD), "encoding"):
-        part = rows[start : start + count]
-        for variant in range(variants):
-            part, pixels = load_variant(part, variant, args, bad_share=1)
-            if part:
-                yield part, variant, pixels
+        part, pixels = load_rows(rows[start : start + count], args, bad_share=1)
+        for variant in range(variants if part else 0):
+            yield part, variant, make_variant(part, pixels, variant, args)
 
 
 def sum_on_host(tensor, device):
@@ -1197,7 +1204,7 @@ def set_distance(base, data, args):
     drawn = draw_pictures(base, [(row.caption, i) for i, row in enumerate(rows)], args)
     distance = torch.zeros((), device=base.device)
     if RANK == 0:  # all must agree on which checkpoint is the best
-        _, pixels = load_variant(rows, 0, args)
+        _, pixels = load_rows(rows, args)
         name = "inception" if args.select_by == "fid" else "texture"
         network = load_features(name, base.device)
         real = extract(pixels, network, base.device)
@@ -1520,9 +1527,10 @@ def write_model_card(state, data, sentence, result, args):
         header += f"\nbase_model: {hub_id}"
     if args.prompt:
         header += f"\ninstance_prompt: {json.dumps(args.prompt, ensure_ascii=False)}"
-    adapter = base_hash(result)
     if result.is_file():
         adapter = content_hash(result)[:10]
+    else:
+        adapter = base_hash(result)
     write_card(
         args,
         header=header,
@@ -1603,7 +1611,7 @@ def preview(args):
     rows = list_data(args)
     base = find_base(args.base, note)
     args = with_defaults(args, rows, base)
-    rows, pixels = load_variant(rows, 0, args)
+    rows, pixels = load_rows(rows, args)
     report_enlarged(rows, args.resolution, args.crop)
     describe_data(rows)
     warn_of_captions(rows)
@@ -1611,7 +1619,7 @@ def preview(args):
     warn_of_pictures(rows, pixels, args)
     if base:
         show_ceiling(base, pixels, folder, args)
-    write_preview(rows, folder, args)
+    write_preview(rows, pixels, folder, args)
     print("next: the same command without --preview, or " + command("train.py", "--data", folder))
 
 
@@ -1629,7 +1637,7 @@ def warn_of_captions(rows):
 def warn_of_pictures(rows, pixels, args):
     """Warn of pictures that have borders or marks, or are unlike all others."""
     names = np.array([row.file_name for row in rows])
-    small = torch.cat([F.adaptive_avg_pool2d(part.float(), 128) for part in pixels.split(64)])
+    small = shrink(pixels, 128)
     grey = to_grey(small)[:, 0]
     bordered = names[has_border(grey)].tolist()
     if len(bordered) > len(rows) / 2 and args.crop != "pad":
@@ -1700,13 +1708,18 @@ def show_ceiling(base, pixels, folder, args):
     middle = slice(max(0, half - 32), half + 32)  # ssim_matrix would shrink what is larger
     ssim = ssim_matrix(before[..., middle, middle], after[..., middle, middle]).diagonal().mean()
     pairs = torch.cat([before, after], 3)[:3]
-    with replacing(folder / "vae.png") as file:  # not save_png, which marks what is synthetic
-        picture(torch.cat(list(pairs), 1)).save(file, "PNG")
+    save_real(picture(torch.cat(list(pairs), 1)), folder / "vae.png")
     print(
         f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {ssim:.3f} (in the middle): look "
         f"at {folder}/vae.png, left as stored\n"
         "no training draws finer; if it loses what matters, try a larger --resolution"
     )
+
+
+def save_real(image, path):
+    """Write a PNG of real images, which save_png would mark as synthetic."""
+    with replacing(path) as file:
+        image.save(file, "PNG")
 
 
 def describe_data(rows):
@@ -1729,7 +1742,7 @@ def describe_data(rows):
 PREVIEW_COLUMNS = ["file_name", "text", "label", "patient_id", "source", "synthetic"]
 
 
-def write_preview(rows, folder, args):
+def write_preview(rows, pixels, folder, args):
     """Write all variants of all images but those kept for a test, metadata.csv and grid.png."""
     path = folder / "metadata.csv"
     header = ",".join(PREVIEW_COLUMNS) + "\n"
@@ -1745,16 +1758,14 @@ def write_preview(rows, folder, args):
         synthetic = row.fields.get("synthetic", "")
         for variant in range(args.variants):
             name = f"{i:06d}-{variant}-{Path(row.file_name).stem[:80]}.png"
-            _, pixels = load_variant([row], variant, args, bad_share=1)
-            with replacing(folder / name) as file:
-                picture(pixels[0]).save(file, "PNG")
+            (image,) = make_variant([row], pixels[i : i + 1], variant, args)
+            save_real(picture(image), folder / name)
             lines.append([name, row.caption, row.label, group, row.file_name, synthetic])
     write_csv(path, PREVIEW_COLUMNS, lines)
     cells = []
     for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
         cells.append((Image.open(folder / name), caption or label, source))
-    with replacing(folder / "grid.png") as file:
-        contact_sheet(cells).save(file, "PNG")
+    save_real(contact_sheet(cells), folder / "grid.png")
     print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 

@@ -296,7 +296,7 @@ def test_the_window_asked_for_is_the_one_that_is_learnt_from(tmp_path, monkeypat
     flags = ["--data", tmp_path, "--resolution", 64, "--window", "lung", "--val-split", 0]
     monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
     args = train.parse_args()
-    rows, pixels = train.load_variant(train.list_data(args), 0, args)
+    rows, pixels = train.load_rows(train.list_data(args), args)
     values = RAMP[0, 32:96] - 1024.0
     expected = np.clip((values + 600.5) / 1499 + 0.5, 0, 1) * 255  # centre -600, width 1500
     assert np.abs(pixels[0, 0, 0].numpy() - expected).max() <= 1
