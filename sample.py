@@ -83,8 +83,8 @@ def in_parts(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def progress(items, what):
-    """The items, with a bar that rank 0 shows while they are worked on."""
+def progress_on_rank_0(items, what):
+    """The items; while they are worked on, rank 0 shows a bar on stderr, a terminal or not."""
     return tqdm(items, what, disable=RANK > 0, leave=False)
 
 
@@ -1139,7 +1139,7 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
     while todo:
         attempt += 1
         again = []
-        for batch in progress(in_parts(todo, batch_size), "drawing"):
+        for batch in progress_on_rank_0(in_parts(todo, batch_size), "drawing"):
             jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
             if attempt > 1:
                 jobs = [(*job, attempt) for job in jobs]
