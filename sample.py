@@ -293,7 +293,7 @@ class Base:
 
 
 def find_base(name, missing=fail):
-    """The folder of a base: of a short name, a folder or a Hub id; else missing(one line)."""
+    """The folder of a base: a short name, a folder or a Hub id, downloaded; else missing(line)."""
     place = BASES.get(name, name)
     if os.path.isdir(place):
         if not Path(place, "model_index.json").exists():
@@ -319,7 +319,7 @@ def read_config(folder, name):
 
 
 def public_name(base):
-    """What images and cards call a base: of a folder, its name alone: a path may name somebody."""
+    """What images and cards call a base: of a folder its name alone: a path may name somebody."""
     return Path(base).name if os.path.isdir(base) else base
 
 
@@ -329,7 +329,7 @@ def own_resolution(folder):
 
 
 def base_hash(folder, *parts):
-    """10 hex digits that change with a base's weights and schedule, of all or some of its parts."""
+    """10 hex digits: a hash of a base's schedule and samples of its weights, or of `parts`."""
     digest = hashlib.sha256()
     for part in sorted(parts or ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")):
         for path in sorted(Path(folder, part).glob("*.*")):
@@ -572,7 +572,7 @@ def text_states(base, tokens):
 
 
 def project(base, states):
-    """What text_states returns → cond, the text arguments of denoise, in the UNet's dtype."""
+    """What text_states returns → cond, the text arguments of denoise, in base.dtype."""
     cond = dict(states)
     if base.text_projection is not None:
         weight = base.text_projection.weight
@@ -591,8 +591,8 @@ def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
     """Noised latents and what the UNet should predict, both (B, 4, h, w), and loss weights (B,).
 
     timesteps: (B,) in [0, base.num_timesteps). snr_gamma: 0 for weights of 1, else min-SNR (Hang et
-    al. 2023): a squared x0 error is 1/SNR of an epsilon error and 1/(SNR + 1) of a v error, hence
-    the divisors; the weights are divided by their mean, so that lr keeps its meaning.
+    al. 2023): the squared error of x0 is 1/SNR of epsilon's and 1/(SNR + 1) of v's, hence the
+    divisors. They are divided by their mean over all timesteps, so that lr keeps its meaning.
     """
     alphas = base.alphas_cumprod
     signal = alphas[timesteps].sqrt()[:, None, None, None]
@@ -660,7 +660,7 @@ def encode(base, pixels):
 
 
 def decode_with_gradient(base, latents, features=False):
-    """Latents (B, 4, h, w) → images (B, 3, H, W) in [-1, 1], fp32.
+    """Latents (B, 4, h, w) → images (B, 3, H, W), fp32, black -1, white 1, not clamped.
 
     features: give the output (B, C, h, w) of the decoder's deepest block instead.
     """
@@ -682,7 +682,7 @@ def decode(base, latents):
 
 
 def decode_in_tiles(base):
-    """Let the VAE work on tiles of at most 512 pixels, image by image."""
+    """Let the VAE work image by image, on tiles: of 512 pixels where base.resolution is larger."""
     base.vae.enable_slicing()
     base.vae.enable_tiling()
     if base.resolution > 512:  # else no image of the base's own size would be tiled
@@ -709,7 +709,7 @@ class Adapter:
 
 
 def read_checkpoint(path):
-    """A checkpoint of train.py with its averaged (EMA) weights. Nothing is unpickled."""
+    """The Adapter in a checkpoint of train.py: its EMA weights if kept. No code in it is run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         flags = content["args"]
@@ -955,7 +955,7 @@ def refuse_to_replace(todo, manifest, args):
         path = manifest.folder / record["file"]
         is_other = record.get("settings") != drawing.record["settings"]
         if is_other and path.exists() and not args.overwrite:
-            fail(f"{path}: made with other settings; give another --out, or sample.py --overwrite")
+            fail(f"{path}: has other settings; give another --out, or --overwrite to sample.py")
 
 
 # what made an image, as its PNG text and manifest.csv call it -> IPTC's property (2025.1)
@@ -991,7 +991,7 @@ def encode_png(image, parameters, marks=None):
 
 
 def save_png(image, path, parameters=""):
-    """Write a PNG as encode_png does."""
+    """Write a PNG atomically, marked as synthetic: see encode_png."""
     write_file(path, encode_png(image, parameters))
 
 
@@ -1045,7 +1045,7 @@ ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
 def contact_sheet(cells):
-    """One image of many (image, caption, name): each whole in 160 pixels, its words below it."""
+    """An image of cells [(PIL image, caption, name), …], 8 a row, 160 pixels each, words below."""
     groups = [list(group) for _, group in groupby(cells, lambda cell: cell[1])]
     if 2 * len(groups) > len(cells):  # else each caption begins a row
         groups = [cells]
