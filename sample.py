@@ -7,7 +7,8 @@
 
 The folder of --out then holds the images, with their settings inside; manifest.csv, a row for each
 image; drawn.jsonl, the log; with --grid, grid.png; and in refused/ the images that quality control
-refused. evaluate.py and filter.py read this folder as a data set.
+refused. evaluate.py and filter.py read this folder as a data set. Quality control judges by all
+images of --reference; with --run, by those that this run was trained on.
 
 The noise of image i of a prompt depends on seed, prompt and i alone: batch size and number of
 processes change the image by rounding only. If a command is stopped, type it again: it keeps the
