@@ -13,8 +13,8 @@ r"""Train an adapter, a new word, or all of a Stable Diffusion UNet on a folder 
 flags, one a line; those typed after it win. A stopped run continues when you type its command
 again, and the result has the same bytes. --out then holds:
 
-    lora.safetensors        the adapter: averaged weights (EMA) of the best validation; with full
-                            model/, with textual-inversion embeddings.safetensors
+    lora.safetensors        the adapter: averaged weights (EMA) of the best validation, else of the
+                            end; full: model/, textual-inversion: embeddings.safetensors
     lora-last.safetensors   the adapter of the last step
     report.html, samples/   how it went; log.jsonl has the numbers
     README.md, audit.json   a model card; the membership audit
@@ -24,7 +24,7 @@ again, and the result has the same bytes. --out then holds:
 Several machines with a shared file system, under Slurm; a preempted job continues by itself:
 
     #SBATCH --nodes=2 --gpus-per-node=4 --ntasks-per-node=1 --requeue --signal=TERM@120
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # processes that come back find the others
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # all meet again when one comes back
     srun torchrun --nnodes=2 --nproc_per_node=4 --max-restarts=3 --rdzv_id=$SLURM_JOB_ID \
         --rdzv_backend=c10d --rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500 \
         train.py @tests/recipes/chest-xray.txt --data xray/ --out runs/xray
@@ -190,7 +190,7 @@ def accumulate_gradients(base, batches, perceptual, state, args):
 
 
 def fit(base, streams, perceptual, validation, state, args, log):
-    """Train until --steps, --patience or a signal, which is a KeyboardInterrupt after saving.
+    """Train until --steps, --patience or a signal; after saving, a signal is a KeyboardInterrupt.
 
     streams: the data sets of which each step sees a batch: the training images, and DreamBooth's
     class images (Ruiz et al. 2023).
@@ -660,7 +660,7 @@ def is_finished(checkpoint, args):
 
 @contextmanager
 def averaged_model(base, state, args):
-    """Meanwhile the base has EMA weights, no dropout, and its VAE on the device."""
+    """While this is open, the base has EMA weights, no dropout, and its VAE on the device."""
     swap_weights(state)
     base.vae.to(base.device)
     for module in base.parts().values():
@@ -702,12 +702,12 @@ class Data:
     rows: list
     mean: torch.Tensor  # of the posterior, (N, variants, 4, h, w)
     std: torch.Tensor  # of the posterior, likewise
-    sizes: torch.Tensor  # of the pictures, (N, variants, 6), of image_sizes
+    sizes: torch.Tensor  # of the images, (N, variants, 6), of image_sizes
     text: dict  # of each caption, the last the empty one: tokens if the encoder learns, or states
     caption: torch.Tensor  # (N,) index into text
     weight: torch.Tensor  # (N,) of each row's loss
     classes: tuple = ()  # of the rows, with --balance
-    is_grey: bool = False  # hardly any picture shows a colour
+    is_grey: bool = False  # hardly any image shows a colour
     name: str = "data"  # keys its random draws
 
 
@@ -724,7 +724,7 @@ def list_data(args):
     for split, share in (("train", 1.0), ("val", val_share), ("test", args.test_split)):
         if share and split not in splits:
             if split == "val" and any(row.fields.get("synthetic") == "1" for row in rows):
-                note("no validation images: the real images of this mixed set are all for training")
+                note("no validation images: the mixed set leaves no real ones; give --val-data")
                 continue
             fail(f"{args.data}: {len(rows)} images are too few to split: none is left for {split}")
     if args.val_data:
@@ -739,9 +739,7 @@ def list_data(args):
     if "flip" in args.augment:
         sided = r"\b(?i:left|right)\b|\bO[DS]\b"
         names = [row.file_name for row in rows if re.search(sided, row.caption)]
-        warn(
-            names, "captions that say left, right, OD, OS", "leave out flips: words are not swapped"
-        )
+        warn(names, "captions that say left, right, OD, OS", "leave out flips: words stay the same")
     return rows
 
 
@@ -986,7 +984,7 @@ def sum_on_host(tensor, device):
 
 
 def make_data(base, rows, latents, sizes, args):
-    """A data set of rows of one split and of their latents, with its captions encoded."""
+    """The Data of one split. latents: (N, variants, 2, 4, h, w); sizes: (N, variants, 6)."""
     captions = [*sorted({row.caption for row in rows} - {""}), ""]
     numbers = {caption: i for i, caption in enumerate(captions)}
     text = encode_captions(base, captions, args)
@@ -997,7 +995,7 @@ def make_data(base, rows, latents, sizes, args):
 
 @torch.no_grad()
 def encode_captions(base, captions, args):
-    """Of all captions, in host memory: tokens where the text encoder learns, else its states."""
+    """{name: (captions, …)} in host memory: tokens if the text encoder learns, else its states."""
     note_long_texts(base, captions)
     table = {}
     starts = range(0, len(captions), 64)
@@ -1027,7 +1025,7 @@ AUGMENT = "hflip vflip rotate shift scale elastic clahe color blur noise".split(
 
 
 def augment(picture, names, key):
-    """A variant of a picture, uint8 (3, S, S), by `names` of AUGMENT; its draws are keyed."""
+    """A variant of an image, uint8 (3, S, S), by `names` of AUGMENT; its draws are keyed."""
     image = picture[None].float() / 255  # (1, 3, S, S)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(*key).initial_seed())
@@ -1037,7 +1035,7 @@ def augment(picture, names, key):
 
 
 def augmentations(names, side):
-    """The transforms that the names of --augment mean, for pictures of `side` pixels."""
+    """The transforms that the names of --augment mean, for images of `side` pixels."""
     from torchvision.transforms import v2  # here, for it takes seconds
 
     degrees = 10 if "rotate" in names else 0
@@ -1157,7 +1155,9 @@ def copy_adapter(weights, args):
     tensors = lora.diffusers_tensors(pairs) | extra
     shapes = {lora.on_disk(name): weight.shape for name, weight in weights.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        fail(f"--init-lora {args.init_lora}: give the --rank, --targets and --text-lora of its run")
+        fail(
+            f"--init-lora {args.init_lora}: needs the --rank, --targets and --text-lora of its run"
+        )
     for name, weight in weights.items():
         weight.data.copy_(tensors[lora.on_disk(name)])
         if ".lora_B." in name:  # a file has alpha/rank folded in
@@ -1370,7 +1370,7 @@ def audit(base, data, validation, best, state, args):
     """audit.json: can someone who has the weights `best` tell what they learnt? In a sentence.
 
     Learning lowers the error of training images more than that of others (Matsumoto et al. 2023);
-    the base's error at the same noise takes out how difficult a picture is (Watson et al. 2022).
+    the base's error at the same noise takes out how difficult an image is (Watson et al. 2022).
     What the base's error tells by itself is no memorisation: the control.
     """
     sides = [(side, one_of_each_patient(side, args)) for side in (data, validation) if side]
@@ -1633,7 +1633,7 @@ def preview(args):
 
 
 def warn_of_captions(rows):
-    """Warn of captions that end in the middle, and of one caption for several labels."""
+    """Warn of captions that seem incomplete, and of one caption for several labels."""
     ending = re.compile(r"(\s(with|of|in|on|at|by|for|from|to|and|or|no|the|an?)|[,:;(])\s*$")
     cut = [row.file_name for row in rows if ending.search(row.caption)]
     warn(cut, "captions that seem incomplete", "fill the empty cells, or remove these rows")
@@ -1644,7 +1644,7 @@ def warn_of_captions(rows):
 
 
 def warn_of_pictures(rows, pixels, args):
-    """Warn of pictures that have borders or marks, or are unlike all others."""
+    """Warn of images, uint8 (N, 3, S, S), with borders or marks, or unlike all others."""
     names = np.array([row.file_name for row in rows])
     small = shrink(pixels, 128)
     grey = to_grey(small)[:, 0]
@@ -1670,7 +1670,7 @@ def warn_of_pictures(rows, pixels, args):
 def has_border(grey):
     """Which of (N, S, S) in [0, 1] have an even border, black or white, on some side: (N,).
 
-    A border ends straight: the rounded edge of a disc or a body in a dark picture is none.
+    A border ends straight: the rounded edge of a disc or a body in a dark image is none.
     """
     is_extreme = (grey - 0.5).abs() > 0.42
     result = torch.zeros(len(grey), dtype=torch.bool)
@@ -1692,7 +1692,7 @@ def unlike(features, floor):
 def find_marks(grey):
     """Where many of (N, 128, 128) in [0, 1] show the same small mark, such as a letter.
 
-    A mark is fine detail that varies less over the pictures than it stands out in their mean.
+    A mark is fine detail that varies less over the images than it stands out in their mean.
     """
     detail = grey - F.avg_pool2d(grey[:, None], 9, 1, 4, count_include_pad=False)[:, 0]
     is_steady = detail.mean(0).abs() > 0.6 * (detail.std(0) + 0.02)
@@ -1721,7 +1721,7 @@ def show_ceiling(base, pixels, folder, args):
     print(
         f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {ssim:.3f} (in the middle); look "
         f"at {folder}/vae.png: left before the VAE, right after it\n"
-        "no training draws finer; if it loses what matters, try a larger --resolution"
+        "no training draws finer; if that loses what matters, try a larger --resolution"
     )
 
 
@@ -1842,6 +1842,7 @@ factor = number(0.0, 1e6)
 
 
 def parse_args():
+    """The flags, checked; fails if they are wrong."""
     parser = Flags(__doc__)
     group = parser.add_argument_group("data")
     add = flag_adder(group)
@@ -2015,6 +2016,7 @@ def run(args, device):
 
 
 def main(args):
+    """Train or, with --preview, describe the data; under torchrun, in each process."""
     device = start_processes(args)
     if not args.preview:
         with lock(args.out):
