@@ -1155,9 +1155,7 @@ def copy_adapter(weights, args):
     tensors = lora.diffusers_tensors(pairs) | extra
     shapes = {lora.on_disk(name): weight.shape for name, weight in weights.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        fail(
-            f"--init-lora {args.init_lora}: needs the --rank, --targets and --text-lora of its run"
-        )
+        fail(f"--init-lora {args.init_lora}: needs --rank, --targets and --text-lora of its run")
     for name, weight in weights.items():
         weight.data.copy_(tensors[lora.on_disk(name)])
         if ".lora_B." in name:  # a file has alpha/rank folded in
