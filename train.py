@@ -1,26 +1,33 @@
-r"""Fit an adapter, a new word, or the whole UNet of a Stable Diffusion base to a folder of images.
+r"""Train an adapter, a new word, or all of a Stable Diffusion UNet on a folder of images.
 
     python train.py --base tiny --data runs/quickstart/data --steps 300 --out runs/try
+    python train.py --data xray/ --preview runs/look      check the data first; trains nothing
     python train.py @tests/recipes/dfu-inflammatory.txt --data wounds/ --out runs/dfu
-    python train.py --data xray/ --preview runs/look      show the data as the model would see them
     torchrun --nproc_per_node=2 train.py --data xray/ --prompt "a chest X-ray with {labels}"
     python train.py --method dreambooth --data mpox/ --prompt "a photo of a monkeypox lesion" \
         --class-data runs/skin --class-prompt "a photo of a skin lesion"
     python train.py --method textual-inversion --data mpox/ --prompt "a photo of <mpox>" \
         --token "<mpox>" --init-word lesion --lr 5e-3
 
-Several machines with a common file system, preempted and back again, under Slurm:
+--method lora and dreambooth train an adapter, full the UNet, textual-inversion a word. @FILE reads
+flags, one a line; those typed after it win. A stopped run continues when you type its command
+again, and the result has the same bytes. --out then holds:
+
+    lora.safetensors        the adapter: averaged weights (EMA) of the best validation, else of the
+                            end; full: model/, textual-inversion: embeddings.safetensors
+    lora-last.safetensors   the adapter of the last step
+    report.html, samples/   how it went; log.jsonl has the numbers
+    README.md, audit.json   a model card; the membership audit
+    split.csv, people.csv   what each image was used for; counts of images and patients
+    checkpoints/, args.json what the same command continues from
+
+Several machines with a shared file system, under Slurm; a preempted job continues by itself:
 
     #SBATCH --nodes=2 --gpus-per-node=4 --ntasks-per-node=1 --requeue --signal=TERM@120
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # so that all meet afresh when one comes back
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # all meet again when one comes back
     srun torchrun --nnodes=2 --nproc_per_node=4 --max-restarts=3 --rdzv_id=$SLURM_JOB_ID \
         --rdzv_backend=c10d --rdzv_endpoint=$(scontrol show hostnames | head -n 1):29500 \
         train.py @tests/recipes/chest-xray.txt --data xray/ --out runs/xray
-
-The same command typed again continues a run that was stopped, bit for bit. Written into --out:
-lora.safetensors (EMA weights of the best validation), lora-last.safetensors, checkpoints/,
-samples/, log.jsonl, args.json, split.csv and people.csv, audit.json, report.html and README.md, a
-model card.
 """
 
 import argparse
@@ -149,9 +156,9 @@ from sample import (
 
 
 def training_loss(base, batch, perceptual, args):
-    """The loss of each image of a batch: (B,), fp32.
+    """The loss of each image of a batch (B,), fp32. perceptual: what load_perceptual returns.
 
-    Noise prediction in latent space (Rombach et al. 2022), weighted by min-SNR (Hang et al. 2023).
+    Noise or v prediction of latents (Rombach et al. 2022), min-SNR weights (Hang et al. 2023).
     """
     timesteps = batch.timesteps.to(base.device, non_blocking=True)
     noisy, target, snr_weight = noised_and_target(
@@ -166,7 +173,7 @@ def training_loss(base, batch, perceptual, args):
 
 
 def accumulate_gradients(base, batches, perceptual, state, args):
-    """Leave this process's gradients of one step; returns its share of the loss, on the device."""
+    """Add up this process's gradients of one step; returns its share of the loss, on the device."""
     total = torch.zeros((), device=base.device)
     for micro in range(args.accumulate):
         if args.dropout:  # nn.Dropout draws from the global generator
@@ -183,7 +190,7 @@ def accumulate_gradients(base, batches, perceptual, state, args):
 
 
 def fit(base, streams, perceptual, validation, state, args, log):
-    """Train until --steps, --patience or a signal. What was learnt is saved before anything slow.
+    """Train until --steps, --patience or a signal; after saving, a signal is a KeyboardInterrupt.
 
     streams: the data sets of which each step sees a batch: the training images, and DreamBooth's
     class images (Ruiz et al. 2023).
@@ -213,7 +220,7 @@ def fit(base, streams, perceptual, validation, state, args, log):
                 bar.set_postfix(loss=log.write_steps(state, args))
             if state.bad_steps >= 3:
                 bar.close()
-                fail(f"step {state.step}: NaN in three steps; lower --lr or use --precision fp32")
+                fail(f"step {state.step}: NaN in three steps; use --precision fp32 or a lower --lr")
             is_best = validating and validate(base, validation, state, args, log)
             if saving or is_best or stop or out_of_patience(state, args):
                 save_checkpoint(state, args, is_best)
@@ -223,20 +230,20 @@ def fit(base, streams, perceptual, validation, state, args, log):
                 log.clock = time.perf_counter()  # what came after the step is no training
     if stop or signals:
         if RANK == 0:
-            print(f"stopped at step {state.step}, saved; the same command continues from here")
+            print(f"stopped at step {state.step}, saved; type the same command to continue")
             words = ("--prompt", args.val_prompts[0], "--grid")
             look = command("sample.py", "--checkpoint", f"{args.out}/checkpoints/latest.pt", *words)
-            print(f"look at what is there: {look}")
+            print(f"to see what it draws now: {look}")
         raise KeyboardInterrupt
 
 
 def is_due(step, every, args):
-    """True at the last step and every so many steps (0: at the last one alone)."""
+    """True at the last step and every `every` steps (0: only at the last)."""
     return step == args.steps or (every > 0 and step % every == 0)
 
 
 def out_of_patience(state, args):
-    """True once --patience validations gained, all together, less than MIN_GAIN over the best."""
+    """True if the last --patience validations improve the best by less than MIN_GAIN of it."""
     values = [entry[args.select_by.replace("-", "_")] for entry in state.history]
     if not 0 < args.patience < len(values):
         return False
@@ -244,12 +251,12 @@ def out_of_patience(state, args):
     return min(values[-args.patience :]) > best - MIN_GAIN * abs(best)
 
 
-MIN_GAIN = 0.002
+MIN_GAIN = 0.002  # a share
 
 
 @contextmanager
 def deferred_signals():
-    """A list to which SIGINT and SIGTERM are added, instead of interrupting a step."""
+    """Give a list that grows with each SIGINT or SIGTERM; neither interrupts a step."""
     arrived = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: arrived.append(True))
@@ -264,7 +271,7 @@ def deferred_signals():
 
 
 class Batch(NamedTuple):
-    """What one forward pass sees, or, without the dimension B, what one image gives to it."""
+    """What one forward pass sees; without the dimension B, what one image adds to it."""
 
     latents: torch.Tensor  # (B, 4, h, w)
     noise: torch.Tensor  # (B, 4, h, w)
@@ -275,7 +282,7 @@ class Batch(NamedTuple):
 
 
 def upcoming_batches(streams, num_timesteps, step, args):
-    """Yield this process's batches from a step on, each made while the one before is learnt."""
+    """Yield this process's batches from a step on, each made while the model learns the last."""
     passes = product(range(step, args.steps), range(args.accumulate))
     with ThreadPoolExecutor(1) as thread:
         coming = []
@@ -290,7 +297,7 @@ def upcoming_batches(streams, num_timesteps, step, args):
 
 
 def make_batch(streams, num_timesteps, step, slots, args):
-    """The batch of a step at the positions `slots` of the global batch of each data set."""
+    """The Batch of a step, on the CPU: places `slots` of the global batch of each data set."""
     items = []
     for data, slot in product(streams, slots):
         items.append(make_item(data, num_timesteps, step, slot, args))
@@ -298,7 +305,7 @@ def make_batch(streams, num_timesteps, step, slots, args):
 
 
 def make_item(data, num_timesteps, step, slot, args):
-    """What one image gives to a batch, by draws that are keyed by its place in the global batch."""
+    """One image of a Batch; its random draws are keyed by step and place in the global batch."""
 
     def draw(purpose, make, *size):
         return make(size, generator=generator(args.seed, data.name, purpose, step, slot))
@@ -320,7 +327,7 @@ def make_item(data, num_timesteps, step, slot, args):
 
 
 def on_device(batch, device):
-    """A batch with all but its timesteps on the device, by copies for which no step waits."""
+    """The batch on the device, except its timesteps; no step waits for these copies."""
 
     def move(values):
         if device.type == "cuda":
@@ -333,7 +340,7 @@ def on_device(batch, device):
 
 
 def text_condition(base, batch, args):
-    """The UNet's arguments of a batch, with gradients where the text encoder learns."""
+    """The UNet's text arguments for a batch, with gradients if the text encoder learns."""
     text = batch.text
     if text_learns(args):
         text = text_states(base, text)
@@ -342,9 +349,9 @@ def text_condition(base, batch, args):
 
 @lru_cache(4)
 def epoch_order(seed, epoch, count, classes=()):
-    """The order of the rows in an epoch: keyed by it, so that the place follows from the step.
+    """The order of the `count` rows in an epoch, a list; random, keyed by seed and epoch.
 
-    classes: with --balance, of each row: every class is drawn equally often, its rows in turn.
+    classes: with --balance, of each row: all are drawn equally often, to within one.
     """
     shuffled = torch.randperm(count, generator=generator(seed, "order", epoch)).tolist()
     if not classes:
@@ -361,7 +368,7 @@ def epoch_order(seed, epoch, count, classes=()):
 
 
 def effective_batch(args):
-    """Images an optimizer step."""
+    """Training images in an optimizer step, over all processes; class images do not count."""
     return args.batch_size * args.accumulate * WORLD
 
 
@@ -373,7 +380,7 @@ def over_processes(tensor):
 
 
 def sum_over_processes(loss, signals, state):
-    """Sum gradients, loss and a count over all processes, in few buffers of bounded size."""
+    """Sum gradients over all processes, in place; returns the sums of loss and signals, (2,)."""
     numbers = torch.stack([loss, torch.full_like(loss, signals)])
     if WORLD == 1:
         return numbers
@@ -387,7 +394,7 @@ def sum_over_processes(loss, signals, state):
     return numbers
 
 
-BUCKET = 2**25  # numbers, 128 MB
+BUCKET = 2**25  # numbers, 128 MiB in fp32: then another all-reduce begins
 
 
 def sum_bucket(tensors):
@@ -398,7 +405,7 @@ def sum_bucket(tensors):
 
 
 def optimizer_step(state, args):
-    """Clip, step, average; NaN or infinity change no weight. Returns the norm before clipping."""
+    """Clip, step, average; NaN or infinity changes no weight. Returns the norm before clipping."""
     weights = list(state.weights.values())
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(state.step, args)
@@ -421,7 +428,7 @@ def optimizer_step(state, args):
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then cosine or linear to zero, or constant."""
+    """The rate of a step, from 0: linear warm-up, then cosine or linear to zero, or constant."""
     warmup = args.warmup
     if warmup is None or warmup >= args.steps:
         warmup = min(100, args.steps // 10)
@@ -433,7 +440,7 @@ def learning_rate(step, args):
 
 
 def load_perceptual(base, args):
-    """The loss of --perceptual-weight, a function of predicted latents and a batch, or None."""
+    """The perceptual loss, a function of predicted latents and a Batch: (B,); None if it is off."""
     if not args.perceptual_weight:
         return None
     features = partial(decode_with_gradient, base, features=True)
@@ -446,7 +453,7 @@ IMAGENET_SCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, sd
 
 
 def vgg_features(base):
-    """A function: latents -> VGG-16 conv3_3 after its ReLU (as Johnson et al. 2016)."""
+    """A function: latents (B, 4, h, w) → VGG-16's relu3_3 (as Johnson et al. 2016)."""
     path = need_weights(LPIPS["vgg"][2][0], "--perceptual vgg (vae needs no file)")
     trunk = trunk_of("vgg16", load_weights(path)).to(base.device)
     mean, std = torch.tensor(IMAGENET_SCALE, device=base.device)[:, :, None, None]
@@ -461,7 +468,7 @@ def vgg_features(base):
 def perceptual_loss(features, blur, clean, batch):
     """Squared distance of the features of predicted and true latents, (B,).
 
-    0 from the timestep `blur` on: noise outweighs the signal, and the prediction must be blurred.
+    0 from the timestep `blur` on: noise outweighs the signal, and any prediction is blurred.
     """
     loss = torch.zeros(len(clean), device=clean.device)
     sharp = (batch.timesteps < blur).nonzero().flatten()
@@ -495,7 +502,7 @@ class State:
 
 
 def start(base, weights, args, made_of, checkpoint=None):
-    """The state of a fresh run, or of one that a checkpoint left."""
+    """The State of a new run, or that of a checkpoint, which also sets torch's global generator."""
     make = partial(torch.optim.AdamW, fused=True)
     if args.optimizer == "adamw8bit":
         make = need("bitsandbytes", "--optimizer adamw8bit").optim.AdamW8bit
@@ -520,7 +527,7 @@ def start(base, weights, args, made_of, checkpoint=None):
 
 
 def save_checkpoint(state, args, is_best=False):
-    """Write checkpoints/step-N.pt and let latest.pt, and best.pt, be it; --keep-last stay."""
+    """Write checkpoints/step-N.pt, let latest.pt (and best.pt) be it; keep --keep-last of them."""
     if RANK > 0:
         return
     content = {
@@ -591,7 +598,7 @@ def digest(value):
 
 
 def checkpoint_path(args):
-    """The file that --resume means."""
+    """The file that --resume names."""
     if args.resume in ("auto", "latest", "best"):
         name = args.resume.replace("auto", "latest")
         return Path(args.out, "checkpoints", f"{name}.pt")
@@ -599,21 +606,21 @@ def checkpoint_path(args):
 
 
 def read_checkpoint(made_of, args):
-    """The checkpoint that --resume means, None to start afresh; refused if other flags made it.
+    """The checkpoint that --resume names, None for a new run; fails if other flags made it.
 
-    A finished run may be given more steps at a constant rate; any other has fallen to 0 by then.
+    More steps for a finished run need --lr-schedule constant: the other schedules end at 0.
     """
     path = checkpoint_path(args)
     if not path.exists():
         if args.resume == "auto" and not args.audit:
             return None
-        fail(f"--resume {args.resume}: there is no {path}")
+        fail(f"--resume {args.resume}: there is no {path}: give the --out of a run or a checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         before = checkpoint["made_of"]
         is_over = checkpoint["step"] >= before["--steps"]
     except Exception:  # truncated, a pickle, another program's: torch.load raises a dozen kinds
-        fail(f"{path}: damaged, or not of train.py; --resume an older one, or give another --out")
+        fail(f"{path}: damaged, or not of train.py: give --resume an older one, or another --out")
     may_change = ()
     if args.steps <= checkpoint["step"]:  # nothing more is learnt
         may_change = ("--steps",)
@@ -622,11 +629,11 @@ def read_checkpoint(made_of, args):
     changed = []
     for name, value in made_of.items():
         if before.get(name) != value and name not in may_change:
-            changed.append(f"{name}: {before.get(name)} there, {value} here")
+            changed.append(f"{name}: {before.get(name)} before, {value} now")
     if changed:
         fail(
-            f"{path} was made with other settings: {'; '.join(changed)}; give another --out "
-            "(or, for more steps of a finished run, --lr-schedule constant)"
+            f"{path} was made with other settings: {'; '.join(changed)}. Give those again, or "
+            "another --out; to add steps to a finished run, give --lr-schedule constant"
         )
     return checkpoint
 
@@ -644,7 +651,7 @@ def write_args(args, finished=None):
 
 
 def is_finished(checkpoint, args):
-    """True where a run ended with this checkpoint and wrote its results."""
+    """True if a run ended with this checkpoint and wrote its results."""
     with suppress(OSError, ValueError, KeyError):  # not there, or edited by hand
         text = Path(args.out, "args.json").read_text(encoding="utf-8")
         return json.loads(text)["finished"] == checkpoint["step"] >= args.steps
@@ -653,7 +660,7 @@ def is_finished(checkpoint, args):
 
 @contextmanager
 def averaged_model(base, state, args):
-    """The base to look at: EMA weights, no dropout, the VAE on the device."""
+    """While this is open, the base has EMA weights, no dropout, and its VAE on the device."""
     swap_weights(state)
     base.vae.to(base.device)
     for module in base.parts().values():
@@ -673,7 +680,7 @@ def swap_weights(state):
 
 
 def release_memory(base, args):
-    """Move the UNet to the device, and off it the VAE and encoders, but those that a step needs."""
+    """Move the UNet to the device; VAE and text encoders to the CPU unless a step needs them."""
     if not args.perceptual_weight:
         base.vae.to("cpu")
     if not text_learns(args):
@@ -690,23 +697,23 @@ def release_memory(base, args):
 
 @dataclass
 class Data:
-    """A data set of N rows in latents, in host memory: a GPU sees one batch of it at a time."""
+    """N rows as latents, fp32, in host memory: a GPU holds one batch of them at a time."""
 
     rows: list
     mean: torch.Tensor  # of the posterior, (N, variants, 4, h, w)
     std: torch.Tensor  # of the posterior, likewise
-    sizes: torch.Tensor  # of the pictures, (N, variants, 6), of image_sizes
+    sizes: torch.Tensor  # of the images, (N, variants, 6), of image_sizes
     text: dict  # of each caption, the last the empty one: tokens if the encoder learns, or states
     caption: torch.Tensor  # (N,) index into text
     weight: torch.Tensor  # (N,) of each row's loss
     classes: tuple = ()  # of the rows, with --balance
-    is_grey: bool = False  # hardly any picture shows a colour
+    is_grey: bool = False  # hardly any image shows a colour
     name: str = "data"  # keys its random draws
 
 
 def list_data(args):
     """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
-    note(f"listing {args.data}")
+    note(f"listing the images of {args.data}")
     folder = Path(args.preview or args.out)
     if folder.resolve().is_relative_to(Path(args.data).resolve()):
         fail(f"{folder} lies in --data {args.data}, and would be trained on: give another folder")
@@ -717,22 +724,22 @@ def list_data(args):
     for split, share in (("train", 1.0), ("val", val_share), ("test", args.test_split)):
         if share and split not in splits:
             if split == "val" and any(row.fields.get("synthetic") == "1" for row in rows):
-                note("no image is held out: what is mixed with generated images was trained on")
+                note("no validation images: the mixed set leaves no real ones; give --val-data")
                 continue
-            fail(f"{args.data}: {len(rows)} images are not enough for the split: none is {split}")
+            fail(f"{args.data}: {len(rows)} images are too few to split: none is left for {split}")
     if args.val_data:
         rows += list_validation(rows, args)
     share_range(rows, args.range)
     if args.weight_column:
         add_weights(rows, args)
     if not any(row.caption for row in rows):
-        note("no captions: no --prompt and no caption column, so every caption is empty")
+        note("all captions are empty: to train with text, give --prompt or --caption-column")
     if args.balance and not any(row.label for row in rows):
-        fail(f"--balance: {args.data} has no labels: give --label-column, or a folder a class")
+        fail(f"--balance: {args.data} has no labels: give --label-column or one folder per label")
     if "flip" in args.augment:
         sided = r"\b(?i:left|right)\b|\bO[DS]\b"
         names = [row.file_name for row in rows if re.search(sided, row.caption)]
-        warn(names, "captions that say left, right, OD or OS", "use no flips: they swap no words")
+        warn(names, "captions that say left, right, OD, OS", "leave out flips: words stay the same")
     return rows
 
 
@@ -741,7 +748,7 @@ def list_validation(train_rows, args):
     rows = list_rows(args.val_data, args, args.prompt, args.strict)
     names = {row.file_name for row in train_rows}
     patients = {row.group for row in train_rows} & {row.group for row in rows} - {""}
-    warn(sorted(patients), "patients on both sides of the split", "take them out of one")
+    warn(sorted(patients), "patients on both sides of the split", "remove them from --val-data")
     for row in rows:
         row.split = "val"
         if row.file_name in names:  # split.csv names each row once
@@ -750,10 +757,10 @@ def list_validation(train_rows, args):
 
 
 def add_weights(rows, args):
-    """Set row.weight of training rows: the number in --weight-column over its mean, if any."""
+    """Set row.weight of training rows: the number in --weight-column over its mean; 1 if empty."""
     column = args.weight_column
     if column not in rows[0].fields:
-        fail(f"--weight-column {column}: {args.data} has no such column")
+        fail(f"--weight-column {column}: {args.data} has no such column: give one that it has")
     weighted = []
     for row in rows:
         if row.split == "train" and row.fields[column].strip():
@@ -764,7 +771,7 @@ def add_weights(rows, args):
                 fail(f"--weight-column {column}: {row.file_name}: {why}")
     total = sum(row.weight for row in weighted)
     if weighted and total == 0:
-        fail(f"--weight-column {column}: the weights of all training images are 0")
+        fail(f"--weight-column {column}: all training images have weight 0: give numbers above 0")
     for row in weighted:
         row.weight *= len(weighted) / total
 
@@ -783,13 +790,13 @@ def count_patients(rows):
 
 
 def warn(names, what, advice):
-    """One line about these files, patients or classes, of which it names three, if any."""
+    """Print one warning about these files, patients or labels and name three; nothing if none."""
     if names and RANK == 0:
         print(f"warning: {what}: {len(names)} ({', '.join(names[:3])}): {advice}")
 
 
 def warn_of_duplicates(rows, pixels):
-    """Warn of pictures that are there twice, or on both sides of the split."""
+    """Warn of images, uint8 (N, 3, S, S), that are there twice, or on both sides of the split."""
     twice = []
     leaks = []
     for i, j in near_duplicates(pixels, 0.98):
@@ -799,13 +806,13 @@ def warn_of_duplicates(rows, pixels):
             leaks.append(names)
         elif first.path != second.path:  # slices of a volume are alike
             twice.append(names)
-    advice = "delete one of each, or give both one patient_id"
+    advice = "delete one of each pair, or give both the same patient_id"
     warn(twice, "duplicates", advice)
-    warn(leaks, "pictures on both sides of the split: validation looks too good", advice)
+    warn(leaks, "images on both sides of the split, so validation looks too good", advice)
 
 
 def list_class_images(count, args):
-    """The rows of --class-data, `count` or more, for dreambooth; else say how to draw them."""
+    """The rows of --class-data for dreambooth; fails if fewer than `count`: says how to draw."""
     if args.method != "dreambooth":
         return []
     rows = []
@@ -815,7 +822,7 @@ def list_class_images(count, args):
     if len(rows) < count:
         words = ("--prompt", args.class_prompt, "--num-images", count, "--out", folder)
         draw = command("sample.py", "--base", args.base, *words)
-        fail(f"{folder} has {len(rows)} images of the class, {count} are needed; type: {draw}")
+        fail(f"{folder} has {len(rows)} class images, {count} are needed; draw them with: {draw}")
     for row in rows:
         row.caption = args.class_prompt
         row.split = "class"
@@ -823,7 +830,7 @@ def list_class_images(count, args):
 
 
 def rarest_labels(rows):
-    """The class of each row for --balance: its label, of several (A|B) the rarest in the set."""
+    """The class of each row for --balance, a tuple: its label, of several (A|B) the rarest."""
     labels = [split_labels(row) for row in rows]
     counts = Counter(chain.from_iterable(labels))
     return tuple(min(several, key=lambda label: (counts[label], label)) for several in labels)
@@ -833,7 +840,7 @@ def rarest_labels(rows):
 
 
 def image_sizes(row, variant, args):
-    """SDXL's six numbers (Podell et al. 2023, 2.2): size stored, corner of the crop, size seen."""
+    """SDXL's pixels (Podell et al. 2023, 2.2): stored height, width; crop top, left; size seen."""
     width, height = row.size
     seen = args.resolution
     side = min(width, height)
@@ -847,13 +854,13 @@ def image_sizes(row, variant, args):
 
 
 def load_rows(rows, args, variant=0, **how):
-    """The readable rows and their pixels, uint8 (N, 3, S, S), without augmentation."""
+    """The readable rows and their pixels, uint8 (N, 3, S, S), S --resolution; no augmentation."""
     how |= {"strict": args.strict, "seed": variant_seed(variant, args)}
     return load_real(rows, args.resolution, args, **how)
 
 
 def make_variant(rows, pixels, variant, args):
-    """What the model sees of rows: their plain pixels (N, 3, S, S), or a further variant."""
+    """What the model sees of rows: their plain pixels, uint8 (N, 3, S, S), or a further variant."""
     if variant and args.crop == "random":
         _, pixels = load_rows(rows, args, variant, bad_share=1)
     if not variant or not args.augment:
@@ -866,12 +873,12 @@ def make_variant(rows, pixels, variant, args):
 
 
 def variant_seed(variant, args):
-    """What keys the place of a random crop."""
+    """The seed that keys the place of a random crop."""
     return (args.seed, variant) if variant else args.seed
 
 
 def load_data(base, rows, args):
-    """([training images and, with dreambooth, class images], validation images or None)."""
+    """([Data of training and, with dreambooth, class images], validation's Data or None)."""
     rows, encoded = load_encoded(base, rows, args)
     data = {}
     for split, members in by_split(rows).items():
@@ -906,7 +913,7 @@ def load_encoded(base, rows, args):
         encoded[f"{split} sizes"] = tensors["sizes"]
     bad = len(rows) - len(readable)
     if bad > BAD_SHARE * len(rows):
-        fail(f"{bad} of {len(rows)} images cannot be read, see above")
+        fail(f"{bad} of {len(rows)} images cannot be read: mend or remove those named above")
     report_remarks(readable)
     if RANK == 0:
         warn_of_duplicates(readable, torch.cat(thumbnails))
@@ -963,7 +970,9 @@ def encode_rows(base, rows, args):
 def read_in_parts(rows, variants, args):
     """Yield this process's share of the images that can be read: rows, variant, pixels."""
     count = min(64, math.ceil(len(rows) / WORLD))  # at once: 200 MB at 1024 pixels
-    for start in progress_on_rank_0(range(count * RANK, len(rows), count * WORLD), "encoding"):
+    for start in progress_on_rank_0(
+        range(count * RANK, len(rows), count * WORLD), "encoding images"
+    ):
         part, pixels = load_rows(rows[start : start + count], args, bad_share=1)
         for variant in range(variants if part else 0):
             yield part, variant, make_variant(part, pixels, variant, args)
@@ -977,7 +986,7 @@ def sum_on_host(tensor, device):
 
 
 def make_data(base, rows, latents, sizes, args):
-    """A data set of rows of one split and of their latents, with its captions encoded."""
+    """The Data of one split. latents: (N, variants, 2, 4, h, w); sizes: (N, variants, 6)."""
     captions = [*sorted({row.caption for row in rows} - {""}), ""]
     numbers = {caption: i for i, caption in enumerate(captions)}
     text = encode_captions(base, captions, args)
@@ -988,11 +997,11 @@ def make_data(base, rows, latents, sizes, args):
 
 @torch.no_grad()
 def encode_captions(base, captions, args):
-    """Of all captions, in host memory: tokens where the text encoder learns, else its states."""
+    """{name: (captions, …)} in host memory: tokens if the text encoder learns, else its states."""
     note_long_texts(base, captions)
     table = {}
     starts = range(0, len(captions), 64)
-    for start in progress_on_rank_0(starts, "captions"):
+    for start in progress_on_rank_0(starts, "encoding captions"):
         part = tokenize(base, captions[start : start + 64])
         if not text_learns(args):
             part = text_states(base, part)
@@ -1006,7 +1015,7 @@ def encode_captions(base, captions, args):
 
 
 def text_learns(args):
-    """True where captions must be encoded anew in each step."""
+    """True if captions must be encoded again in each step."""
     return args.text_lora or args.method == "textual-inversion"
 
 
@@ -1018,7 +1027,7 @@ AUGMENT = "hflip vflip rotate shift scale elastic clahe color blur noise".split(
 
 
 def augment(picture, names, key):
-    """A variant of a picture, uint8 (3, S, S): what a random draw keyed by `key` makes of it."""
+    """A variant of an image, uint8 (3, S, S), by `names` of AUGMENT; its draws are keyed."""
     image = picture[None].float() / 255  # (1, 3, S, S)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(*key).initial_seed())
@@ -1028,7 +1037,7 @@ def augment(picture, names, key):
 
 
 def augmentations(names, side):
-    """The transforms that the names of --augment mean, for pictures of `side` pixels."""
+    """The transforms that the names of --augment mean, for images of `side` pixels."""
     from torchvision.transforms import v2  # here, for it takes seconds
 
     degrees = 10 if "rotate" in names else 0
@@ -1098,7 +1107,7 @@ def clahe(grey, limit=2.0, tiles=8):
 
 
 def prepare_base(args, device):
-    """Load the base as the flags want it."""
+    """The Base that the flags ask for; its UNet is on the CPU."""
     torch.backends.cuda.matmul.allow_tf32 = True
     base = load_base(args.base, device, args.precision, args.method)
     if args.text_encoder:
@@ -1148,7 +1157,7 @@ def copy_adapter(weights, args):
     tensors = lora.diffusers_tensors(pairs) | extra
     shapes = {lora.on_disk(name): weight.shape for name, weight in weights.items()}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        fail(f"--init-lora {args.init_lora}: has another --rank, --targets or --text-lora")
+        fail(f"--init-lora {args.init_lora}: needs --rank, --targets and --text-lora of its run")
     for name, weight in weights.items():
         weight.data.copy_(tensors[lora.on_disk(name)])
         if ".lora_B." in name:  # a file has alpha/rank folded in
@@ -1159,7 +1168,7 @@ def copy_adapter(weights, args):
 
 
 def validation_loss(base, data, args):
-    """Mean squared error at noise and timesteps that never change, spread evenly over all."""
+    """Mean squared error, a float, at fixed noise and fixed timesteps, spread evenly over all."""
     count = max(len(data.rows), 64)  # a few images are looked at several times
     draw = generator(0, "validation")
     timesteps = ((torch.arange(count) + 0.5) * base.num_timesteps / count).long()
@@ -1198,7 +1207,7 @@ def draw_pictures(base, jobs, args):
 
 
 def set_distance(base, data, args):
-    """--select-by kid or fid: from at most 200 validation images to as many that are drawn."""
+    """kid (of texture) or fid (of Inception): up to 200 validation images against drawings."""
     chosen = torch.randperm(len(data.rows), generator=generator(0, "compared"))[:200].tolist()
     rows = [data.rows[i] for i in chosen]
     drawn = draw_pictures(base, [(row.caption, i) for i, row in enumerate(rows)], args)
@@ -1249,7 +1258,7 @@ def draw_grid(base, state, args, log):
 
 
 class Log:
-    """log.jsonl: a line a step and a line a validation. --tensorboard and --wandb mirror it.
+    """log.jsonl: a line a step (memory in MB), a line a validation. --tensorboard, --wandb copy it.
 
     Losses stay on the device until they are written. Resuming cuts the log back to the checkpoint.
     """
@@ -1346,7 +1355,7 @@ def open_board(state, args):
                 sync_tensorboard=True,
             )
         except wandb.Error as why:  # such as no login
-            fail(f"--wandb: {why} (or set WANDB_MODE=offline)")
+            fail(f"--wandb: {why}: type `wandb login`, or set WANDB_MODE=offline")
     return SummaryWriter(Path(args.out, "tensorboard"), purge_step=state.step + 1)
 
 
@@ -1354,20 +1363,20 @@ def open_board(state, args):
 
 AUDITED = 75  # patients a side, at most
 LOOKS = 600  # at all patients together: from 4 of each to 16 where they are few
-AUROC = "AUROC {auroc:.2f} (95 %: {low:.2f} to {high:.2f}, p {p:.2g})"
+AUROC = "AUROC {auroc:.2f} (95 % interval {low:.2f} to {high:.2f}, p {p:.2g})"
 
 
 def audit(base, data, validation, best, state, args):
     """audit.json: can someone who has the weights `best` tell what they learnt? In a sentence.
 
     Learning lowers the error of training images more than that of others (Matsumoto et al. 2023);
-    the base's error at the same noise takes out how difficult a picture is (Watson et al. 2022).
+    the base's error at the same noise takes out how difficult an image is (Watson et al. 2022).
     What the base's error tells by itself is no memorisation: the control.
     """
     sides = [(side, one_of_each_patient(side, args)) for side in (data, validation) if side]
     if len(sides) < 2 or min(len(rows) for _, rows in sides) < 5:
-        return "No membership audit: it needs five held-out patients (--val-split)."
-    note("auditing what the weights tell of the training images")
+        return "No membership audit: needs five training and five held-out patients (--val-split)."
+    note("membership audit: comparing training images with validation images")
     alone = {name: torch.zeros_like(weight) for name, weight in best.items()}
     if args.method == "full":
         alone = trainable_weights(prepare_base(args, torch.device("cpu")), args)
@@ -1412,7 +1421,7 @@ def log_errors(base, data, rows, timesteps, args):
 
 
 def tell_apart(members, others, seed):
-    """AUROC of lower scores of members (N,) than of others (M,), 95 % of bootstraps, and p."""
+    """Do members (N,) score lower than others (M,)? AUROC, 95 % bootstrap interval, p: a dict."""
     scores = np.concatenate([members, others])
     is_member = np.arange(len(scores)) < len(members)
     values = auroc(-scores, is_member, resamples([""] * len(scores), seed))
@@ -1426,19 +1435,19 @@ def tell_apart(members, others, seed):
 
 
 def describe_run(rows, state, data, validation, args):
-    """Before anything long starts: write who is where, print what will be trained on what."""
+    """Before the first step: write split.csv and people.csv, print what is trained on what."""
     lines = [[row.file_name, row.group, row.split] for row in rows]
     write_csv(Path(args.out, "split.csv"), ["file_name", "group", "split"], lines)
     people = count_people([(row.split, row) for row in rows])
     write_csv(Path(args.out, "people.csv"), people[0], [record.values() for record in people])
     held_out = len(validation.rows) if validation else 0
     if 0 < held_out < 5:
-        note(f"only {held_out} images are held out, too few to judge or audit by: --val-split 0.3")
+        note(f"validation images: {held_out}, too few to trust; give more, such as --val-split 0.3")
     weights = sum(weight.numel() for weight in state.weights.values())
     print(
-        f"{state.images} training images, {count_patients(data.rows)} patients; {held_out} for "
-        f"validation\n{weights:,} trainable weights; effective batch {effective_batch(args)} = "
-        f"{args.batch_size} × {args.accumulate} × {WORLD}\n"
+        f"{state.images} images to train on (patients: {count_patients(data.rows)}), {held_out} for"
+        f" validation\n{weights:,} trainable weights; images in a step: {effective_batch(args)} = "
+        f"--batch-size {args.batch_size} × --accumulate {args.accumulate} × processes {WORLD}\n"
         f"{args.steps} steps, {state.step} of them done"
     )
 
@@ -1455,7 +1464,7 @@ def finish(base, state, data, validation, args):
     write_report(state, sentence, draw, args)
     write_model_card(state, data, sentence, result, args)
     write_args(args, state.step)
-    print(f"done after {state.step} of {args.steps} steps: {result}")
+    print(f"done after {state.step} of {args.steps} steps; the result is {result}")
     print(f"look at {args.out}/report.html\nnext: {draw}")
     words = [args.val_data or args.data, "runs/samples", "--run", args.out]
     if args.val_data:
@@ -1540,13 +1549,13 @@ def write_model_card(state, data, sentence, result, args):
         patients=count_patients(data.rows),
         model=public_name(args.base),
         adapter=adapter,
-        checks="To be evaluated with evaluate.py before what it draws is used.",
+        checks="Not evaluated yet: run evaluate.py before you use what it draws.",
         audit=sentence,
     )
 
 
 def write_report(state, sentence, draw, args):
-    """report.html: how it went, what to do next, the newest pictures, the loss, the flags."""
+    """report.html: how it went, what to type next, the newest pictures, the loss, the flags."""
     lines = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     skipped = sum(None in line.values() for line in steps)
@@ -1567,7 +1576,7 @@ def write_report(state, sentence, draw, args):
     if grids:
         pictures = f"<h2>The newest pictures</h2>{grids[0]}"
     if grids[1:]:
-        pictures += fold("Older pictures, the same noise each time", "".join(grids[1:]))
+        pictures += fold("Older pictures, drawn from the same noise", "".join(grids[1:]))
     flags = table(("flag", "value"), vars(args).items())
     body = f"""<p class="verdict">{outcome(state, skipped, args)}</p>
 <p>{html.escape(sentence)}</p>
@@ -1576,22 +1585,22 @@ def write_report(state, sentence, draw, args):
 <h2>Loss</h2>{curve(losses, "step")}
 <h2>The command</h2><pre>{html.escape(shlex.join(sys.argv))}</pre>
 {fold("All flags", flags)}
-{fold("Gradient norm, learning rate, speed and memory", curves)}"""
+{fold("Gradient norm, learning rate, images per second, and GPU memory in MB", curves)}"""
     write_file(Path(args.out, "report.html"), page(f"Training {args.out}", body))
 
 
 def outcome(state, skipped, args):
     """How a run went, in sentences."""
-    text = f"{state.step} steps, no validation: the results are those of the last step."
+    text = f"{state.step} steps, no validation: the saved weights are those of the last step."
     figure = args.select_by.replace("-", "_")
     if figure in state.best:
         name = args.select_by.replace("val-loss", "validation loss")
         text = (
             f"Best {name} {state.best[figure]:.4g} at step {state.best['step']} of {state.step}; "
-            f"the last is {state.history[-1][figure]:.4g}. The results are those of the best."
+            f"the last is {state.history[-1][figure]:.4g}. The saved weights are those of the best."
         )
     if skipped:
-        text += f" {skipped} steps were skipped, for NaN or infinity."
+        text += f" Steps skipped because of NaN or infinity: {skipped}."
     return text
 
 
@@ -1606,7 +1615,7 @@ def mean_points(lines, key):
 
 
 def preview(args):
-    """--preview: describe the data, warn of what is odd, and write them as the model sees them."""
+    """--preview: describe the data, warn of what is odd, and write what the model would see."""
     folder = Path(args.preview)
     rows = list_data(args)
     base = find_base(args.base, note)
@@ -1624,24 +1633,24 @@ def preview(args):
 
 
 def warn_of_captions(rows):
-    """Warn of captions that end in the middle, and of one caption for several labels."""
+    """Warn of captions that seem incomplete, and of one caption for several labels."""
     ending = re.compile(r"(\s(with|of|in|on|at|by|for|from|to|and|or|no|the|an?)|[,:;(])\s*$")
     cut = [row.file_name for row in rows if ending.search(row.caption)]
-    warn(cut, "captions that end in the middle", "fill the empty cells or leave these rows out")
+    warn(cut, "captions that seem incomplete", "fill the empty cells, or remove these rows")
     captions = {row.caption for row in rows}
     labels = sorted({row.label for row in rows})
     if len(captions) == 1 and len(labels) > 1:
-        warn(labels, "labels that share one caption", 'name them: --prompt "… {label}"')
+        warn(labels, "labels that share one caption", 'name the label: --prompt "… {label}"')
 
 
 def warn_of_pictures(rows, pixels, args):
-    """Warn of pictures that have borders or marks, or are unlike all others."""
+    """Warn of images, uint8 (N, 3, S, S), with borders or marks, or unlike all others."""
     names = np.array([row.file_name for row in rows])
     small = shrink(pixels, 128)
     grey = to_grey(small)[:, 0]
     bordered = names[has_border(grey)].tolist()
     if len(bordered) > len(rows) / 2 and args.crop != "pad":
-        advice = "crop them off, or the model draws them (--crop fundus does so around a disc)"
+        advice = "crop it off, or the model learns to draw it (around a disc: --crop fundus)"
         warn(bordered, "images with a black or white border", advice)
     if len(rows) < 20:  # too few to say what is usual
         return
@@ -1653,15 +1662,15 @@ def warn_of_pictures(rows, pixels, args):
     measures = [("size", sizes, 0.1, 6), ("tint", tint, usual, 7), ("layout", layout, 0.02, 3.7)]
     for name, features, floor, limit in measures:
         odd = names[unlike(features, floor) > limit].tolist()
-        warn(odd, f"images of a {name} unlike all others", "take out what is of another kind")
+        warn(odd, f"images of a {name} unlike all others", "remove those of another kind")
     what = "places with the same mark in many images"
-    warn(find_marks(grey), what, "black it out or crop it off: the model learns it")
+    warn(find_marks(grey), what, "black it out or crop it off, or the model learns it")
 
 
 def has_border(grey):
     """Which of (N, S, S) in [0, 1] have an even border, black or white, on some side: (N,).
 
-    A border ends straight: the rounded edge of a disc or a body in a dark picture is none.
+    A border ends straight: the rounded edge of a disc or a body in a dark image is none.
     """
     is_extreme = (grey - 0.5).abs() > 0.42
     result = torch.zeros(len(grey), dtype=torch.bool)
@@ -1673,7 +1682,7 @@ def has_border(grey):
 
 
 def unlike(features, floor):
-    """How far each of (N, D) is from its 4th nearest, in usual distances above the median: (N,)."""
+    """How far each of (N, D) is from its 4th nearest, in deviations above the median: (N,)."""
     features = features.double()
     distances = torch.cdist(features, features).kthvalue(5).values
     above = distances - distances.median()
@@ -1683,7 +1692,7 @@ def unlike(features, floor):
 def find_marks(grey):
     """Where many of (N, 128, 128) in [0, 1] show the same small mark, such as a letter.
 
-    A mark is fine detail that varies less over the pictures than it stands out in their mean.
+    A mark is fine detail that varies less over the images than it stands out in their mean.
     """
     detail = grey - F.avg_pool2d(grey[:, None], 9, 1, 4, count_include_pad=False)[:, 0]
     is_steady = detail.mean(0).abs() > 0.6 * (detail.std(0) + 0.02)
@@ -1692,13 +1701,13 @@ def find_marks(grey):
     for y, x in ndimage.find_objects(parts):
         if y.stop - y.start <= 24 and x.stop - x.start <= 60:  # else an edge, such as a disc's
             middle = [(edges.start + edges.stop) / 2.56 for edges in (x, y)]
-            places.append("{:.0f} % from the left, {:.0f} % down".format(*middle))
+            places.append("{:.0f} % from the left, {:.0f} % from the top".format(*middle))
     return places
 
 
 def show_ceiling(base, pixels, folder, args):
-    """vae.png: pictures before and after the base's VAE, finer than which no training can draw."""
-    note(f"trying the VAE of {args.base}")
+    """vae.png: images before and after the base's VAE. No training can draw finer than these."""
+    note(f"measuring what the VAE of {args.base} keeps")
     vae = load_vae(base, pick_device(args.device))
     before = pixels[:: math.ceil(len(pixels) / 12)]
     after = decode(vae, encode(vae, before)[0])
@@ -1710,9 +1719,9 @@ def show_ceiling(base, pixels, folder, args):
     pairs = torch.cat([before, after], 3)[:3]
     save_real(picture(torch.cat(list(pairs), 1)), folder / "vae.png")
     print(
-        f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {ssim:.3f} (in the middle): look "
-        f"at {folder}/vae.png, left as stored\n"
-        "no training draws finer; if it loses what matters, try a larger --resolution"
+        f"the VAE of {args.base} keeps PSNR {psnr:.1f} dB, SSIM {ssim:.3f} (in the middle); look "
+        f"at {folder}/vae.png: left before the VAE, right after it\n"
+        "no training draws finer; if that loses what matters, try a larger --resolution"
     )
 
 
@@ -1747,9 +1756,9 @@ def write_preview(rows, pixels, folder, args):
     path = folder / "metadata.csv"
     header = ",".join(PREVIEW_COLUMNS) + "\n"
     if path.exists() and not path.read_text().startswith(header):
-        fail(f"--preview {folder}: holds another data set; give another folder")
+        fail(f"--preview {folder}: holds another data set: give another folder")
     lines = []
-    for i, row in enumerate(progress_on_rank_0(rows, "writing")):
+    for i, row in enumerate(progress_on_rank_0(rows, "writing images")):
         if row.split == "test":
             continue
         group = row.group
@@ -1766,7 +1775,7 @@ def write_preview(rows, pixels, folder, args):
     for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
         cells.append((Image.open(folder / name), caption or label, source))
     save_real(contact_sheet(cells), folder / "grid.png")
-    print(f"{len(lines)} pictures, {args.resolution} pixels a side; look at {folder}/grid.png")
+    print(f"wrote {len(lines)} images, {args.resolution} pixels a side; look at {folder}/grid.png")
 
 
 # ---------------------------------------------------------------- processes and the run's folder
@@ -1816,7 +1825,7 @@ def lock(out):
         except ImportError:
             pass  # Windows: a second run is not noticed
         except OSError:
-            fail(f"{out}: another run is writing here; wait for it or give another --out")
+            fail(f"{out}: another run is writing here: wait until it ends, or give another --out")
         for place in (".", "checkpoints", "samples", "model", "model/*"):
             for torn in Path(out).glob(f"{place}/.*.[0-9]*.tmp"):  # of runs killed while writing
                 torn.unlink()
@@ -1833,86 +1842,82 @@ factor = number(0.0, 1e6)
 
 
 def parse_args():
+    """The flags, checked; fails if they are wrong."""
     parser = Flags(__doc__)
     group = parser.add_argument_group("data")
     add = flag_adder(group)
-    add("--data", "folder of images or of class folders; table", required=True, type=data_set)
-    add("--val-data", "a separate validation set, in any of these forms", type=data_set)
-    add("--val-split", "share held out for validation, by patient", 0.15, share)
-    add("--test-split", "share that no stage may learn from", 0.0, share)
-    add("--prompt", 'caption format, such as "a chest X-ray with {labels}"')
+    add("--data", "folder of images or class folders, or a table", required=True, type=data_set)
+    add("--val-data", "validation images, as --data (instead of --val-split)", type=data_set)
+    add("--val-split", "share held out for validation, whole patients, 0 to 1", 0.15, share)
+    add("--test-split", "share kept for a test, whole patients, never trained on", 0.0, share)
+    add("--prompt", 'caption; {names} are columns: "a film, {labels}" (default: from the data)')
     add_reading_flags(group, with_run=False)
-    add("--weight-column", "a row's loss counts by this number over the mean")
-    add("--resolution", "pixels (default: the base's own)", type=multiple_of_8)
-    add("--augment", f"a comma list of {', '.join(AUGMENT)}", "")
-    add("--variants", "of an image, one plain (default: 4 if they vary)", type=positive)
-    add("--balance", "draw classes equally often, A|B as the rarer one", False)
-    add("--cache", "folder of latents, for runs on the same images and VAE")
-    add("--preview", "describe the data and write what the model sees to this folder")
-    add("--strict", "stop at an unreadable image", False)
-    add("--skip-bad", "skip up to 5 %% of unreadable", dest="strict", action="store_false")
+    add("--weight-column", "column of loss weights, from 0 up; divided by their mean")
+    add("--resolution", "side in pixels, a multiple of 8 (default: the base's)", type=multiple_of_8)
+    add("--augment", f"random changes, joined by commas: {', '.join(AUGMENT)}", "")
+    add("--variants", "per image (default: 4 if --augment or --crop random, else 1)", type=positive)
+    add("--balance", "draw each label equally often; A|B counts as the rarer", False)
+    add("--cache", "folder that keeps encoded images for later runs")
+    add("--preview", "train nothing; check the data, write what the model sees to this folder")
+    add("--strict", "stop if any image cannot be read", False)
+    add("--skip-bad", "skip bad images up to 5 %% (default)", dest="strict", action="store_false")
 
     add = flag_adder(parser.add_argument_group("model"))
     add("--base", "tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder", "sd21-base")
     methods = ["lora", "full", "dreambooth", "textual-inversion"]
-    add("--method", "what is trained, and how", "lora", choices=methods)
-    add("--rank", "of the adapter's matrices", 16, positive)
-    add("--alpha", "the adapter acts with alpha/rank (default: rank)", type=number(1e-6, 1e6))
-    add("--dropout", "on the adapter's input", 0.0, share)
-    add("--targets", "attention, all, or layer name endings: to_q,to_v", "attention")
-    add("--text-lora", "adapt the text encoder's attention too", False)
-    add("--text-encoder", "another one, Hub id or folder, behind a projection")
-    add("--text-length", "tokens of --text-encoder", 256, positive)
-    add("--init-lora", "adapter to start from, of any resolution", type=existing_file)
-    add("--class-data", "dreambooth: folder of images of the class")
-    add("--class-prompt", 'dreambooth: their caption, such as "a skin lesion"')
-    add("--prior-weight", "dreambooth: of their loss", 1.0, factor)
-    add("--token", "textual-inversion: the new word in --prompt", "<concept>")
+    add("--method", "train an adapter, the UNet or a new word", "lora", choices=methods)
+    add("--rank", "size of the adapter: larger learns and stores more", 16, positive)
+    add("--alpha", "the adapter is scaled by alpha/rank (default: rank)", type=number(1e-6, 1e6))
+    add("--dropout", "share of the adapter's inputs set to 0, 0 to 1", 0.0, share)
+    add("--targets", "layers: attention, all, or name endings: to_q,to_v", "attention")
+    add("--text-lora", "also train an adapter of the text encoder", False)
+    add("--text-encoder", "another text encoder, of BERT's kind: Hub id or folder")
+    add("--text-length", "longest caption for --text-encoder, in tokens", 256, positive)
+    add("--init-lora", "adapter file to start from, trained at any resolution", type=existing_file)
+    add("--class-data", "dreambooth: folder of class images (default: class-images in --out)")
+    add("--class-prompt", 'dreambooth: caption of all class images: "a skin lesion"')
+    add("--prior-weight", "dreambooth: weight of the class images' loss", 1.0, factor)
+    add("--token", "textual-inversion: the new word, part of --prompt", "<concept>")
     add("--init-word", "textual-inversion: a known word to start from", "lesion")
-    add("--vectors", "textual-inversion: tokens of the word", 1, positive)
+    add("--vectors", "textual-inversion: how many tokens the word gets", 1, positive)
 
     add = flag_adder(parser.add_argument_group("training"))
-    add("--snr-gamma", "min-SNR weighting, usually 5 (0: off)", 0.0, factor)
-    add("--noise-offset", "usually 0 to 0.05", 0.0, share)
-    add("--prompt-dropout", "share of captions left empty", 0.1, share)
-    add("--perceptual-weight", "of a loss on features: 0.1", 0.0, factor)
-    add("--perceptual", "of VGG-16 or the VAE", "vae", choices=["vgg", "vae"])
-    add("--steps", "optimizer steps", 1000, positive)
-    add("--epochs", "passes over the data, instead of --steps", 0.0, factor)
-    add("--batch-size", "images a pass, on each process", 8, positive)
-    add("--accumulate", "passes a step", 1, positive)
-    add("--lr", "peak learning rate", 1e-4, number(1e-12, 10.0))
-    add("--lr-schedule", "after the warm-up", "cosine", choices=["cosine", "linear", "constant"])
-    add("--warmup", "steps (default: a tenth of the run, at most 100)", type=count)
-    add("--weight-decay", "of AdamW", 1e-2, share)
-    add("--max-grad-norm", "gradients are clipped to it (0: off)", 1.0, factor)
-    add("--optimizer", "8bit: less memory", "adamw", choices=["adamw", "adamw8bit"])
-    add("--gradient-checkpointing", "less memory, a fifth slower", False)
-    add("--compile", "the UNet: minutes at first, then faster", False)
-    add("--ema", "decay, warmed up (0: off)", 0.9999, share)
+    add("--snr-gamma", "gamma of the min-SNR loss weight, usually 5 (0: off)", 0.0, factor)
+    add("--noise-offset", "noise added to whole channels, usually 0 to 0.05", 0.0, share)
+    add("--prompt-dropout", "share of captions replaced by an empty one, 0 to 1", 0.1, share)
+    add("--perceptual-weight", "weight of a perceptual loss, usually 0.1 (0: off)", 0.0, factor)
+    add("--perceptual", "whose features this loss compares", "vae", choices=["vgg", "vae"])
+    add("--steps", "optimizer steps of the run", 1000, positive)
+    add("--epochs", "passes over the data, instead of --steps (0: use --steps)", 0.0, factor)
+    add("--batch-size", "images in a forward pass, on each process", 8, positive)
+    add("--accumulate", "forward passes in an optimizer step", 1, positive)
+    add("--lr", "highest learning rate, above 0", 1e-4, number(1e-12, 10.0))
+    add("--lr-schedule", "lr after the warm-up", "cosine", choices=["cosine", "linear", "constant"])
+    add("--warmup", "steps of rising lr (default: a tenth of the run, at most 100)", type=count)
+    add("--weight-decay", "weight decay of AdamW, 0 to 1", 1e-2, share)
+    add("--max-grad-norm", "clip the gradient norm to this (0: off)", 1.0, factor)
+    add("--optimizer", "adamw8bit needs less memory", "adamw", choices=["adamw", "adamw8bit"])
+    add("--gradient-checkpointing", "less memory, but a fifth slower", False)
+    add("--compile", "compile the UNet: starts minutes later, then trains faster", False)
+    add("--ema", "decay of the averaged weights, 0 to 1 (0: no average)", 0.9999, share)
 
     group = parser.add_argument_group("watching and keeping")
     add = flag_adder(group)
-    add("--validate-every", "steps (default: a tenth of the run; 0: at the end alone)", type=count)
-    add("--val-prompts", "of the grid; may be repeated (default: captions)", action="append")
-    add("--val-samples", "images a prompt in the grid", 2, count)
-    add("--val-steps", "denoising steps of the grid", 25, number(1, 999))
-    add("--val-guidance-scale", "of the grid", 5.0, factor)
-    add("--select-by", "what the best has least of", "val-loss", choices=["val-loss", "kid", "fid"])
-    add(
-        "--patience",
-        f"stop where so many validations gain less than {100 * MIN_GAIN} %% in all (0: never)",
-        0,
-        count,
-    )
-    add("--tensorboard", "mirror the log into --out for TensorBoard", False)
-    add("--wandb", "mirror TensorBoard's log to Weights & Biases", False)
-    add("--log-every", "steps between two writings of the log", 10, positive)
-    add("--out", "the run's folder", "runs/train")
+    add("--validate-every", "in steps (default: a tenth of the run; 0: at the end)", type=count)
+    add("--val-prompts", "grid prompt, may be repeated (default: top 4 captions)", action="append")
+    add("--val-samples", "pictures of each prompt in the grid (0: no grid)", 2, count)
+    add("--val-steps", "denoising steps of the grid's pictures, 1 to 999", 25, number(1, 999))
+    add("--val-guidance-scale", "guidance of the grid's pictures (1: off)", 5.0, factor)
+    add("--select-by", "decides the best weights", "val-loss", choices=["val-loss", "kid", "fid"])
+    add("--patience", f"stop if N validations gain under {100 * MIN_GAIN} %% (0: off)", 0, count)
+    add("--tensorboard", "also write the log for TensorBoard, into --out", False)
+    add("--wandb", "also send log, flags and grids to Weights & Biases, online", False)
+    add("--log-every", "steps between two writes to the log", 10, positive)
+    add("--out", "folder for all that the run writes", "runs/train")
     add_card_flags(group)
     add("--save-every", "steps between two checkpoints", 500, positive)
-    add("--keep-last", "checkpoints (0: all)", 3, count)
-    add("--resume", "auto, latest, best or a path", "auto")
+    add("--keep-last", "how many of the newest checkpoints to keep (0: all)", 3, count)
+    add("--resume", "checkpoint: auto (latest if any), latest, best or a path", "auto")
     add("--audit", "repeat the membership audit of a finished run", False)
     add_common_flags(group)
     args = parser.parse_args()
@@ -1925,22 +1930,22 @@ def parse_args():
 
 
 def check_flags(args):
-    """What flags mean together, one rule each."""
+    """Fail if flags contradict each other or lack another."""
     for name in args.augment.split(","):
         if name and name not in AUGMENT:
-            fail(f"--augment {name}: give a comma list of {', '.join(AUGMENT)}")
+            fail(f"--augment {name}: give some of these, joined by commas: {', '.join(AUGMENT)}")
     if (args.variants > 1) != (args.augment != "" or args.crop == "random"):
-        fail(f"--variants {args.variants}: above 1 with --augment or --crop random, and only then")
+        fail(f"--variants {args.variants}: give 2 or more with --augment or --crop random, else 1")
     if args.method == "dreambooth" and not args.class_prompt:
-        fail('--method dreambooth needs --class-prompt, such as "a skin lesion"')
+        fail('--method dreambooth: needs --class-prompt, such as "a skin lesion"')
     is_used = args.token in (args.prompt or "") and " " not in args.token
     if args.method == "textual-inversion" and not is_used:
-        fail(f'--method textual-inversion: --prompt needs the new word, "{args.token}"')
+        fail(f'--method textual-inversion: --prompt needs the new word "{args.token}" (no spaces)')
     for flag, value in (("--text-lora", args.text_lora), ("--init-lora", args.init_lora)):
         if value and args.method in ("full", "textual-inversion"):
-            fail(f"{flag} goes with --method lora or dreambooth")
+            fail(f"{flag}: needs --method lora or dreambooth")
     if args.text_encoder and (args.text_lora or args.method != "lora"):
-        fail("--text-encoder goes with --method lora, without --text-lora")
+        fail("--text-encoder: needs --method lora, without --text-lora")
 
 
 def with_defaults(args, rows, base):
@@ -1954,19 +1959,17 @@ def with_defaults(args, rows, base):
     own = own_resolution(base) if base else args.resolution or 512
     args.resolution = args.resolution or own
     if args.resolution < own:
-        note(
-            f"--resolution {args.resolution}: {args.base} was made for {own} and draws worse below"
-        )
+        note(f"--resolution {args.resolution}: below {own} pixels, {args.base} draws less well")
     args.val_prompts = args.val_prompts or [caption for caption, _ in captions]
     return args
 
 
 def check_validation(val_rows, args):
-    """What the flags ask of the validation. Now, not after an hour."""
+    """Fail if flags ask for more validation than there is: now, not after an hour."""
     if args.select_by != "val-loss" and len(val_rows) < 50:
-        fail(f"--select-by {args.select_by} needs 50 validation images, there are {len(val_rows)}")
+        fail(f"--select-by {args.select_by}: needs 50 validation images, there are {len(val_rows)}")
     if args.patience and not (val_rows and args.validate_every):
-        fail("--patience counts validations: give --val-split or --val-data, and --validate-every")
+        fail("--patience: needs --val-split or --val-data, and --validate-every above 0")
     if args.select_by == "fid":
         need_weights(FID_WEIGHTS, "--select-by fid (kid needs no file)")
 
@@ -1987,10 +1990,7 @@ def run(args, device):
     checkpoint = read_checkpoint(made_of, args)
     if checkpoint and is_finished(checkpoint, args) and not args.audit:
         if RANK == 0:
-            print(
-                f"{args.out} is finished: {args.steps} steps. "
-                "To go on, give more --steps and --lr-schedule constant"
-            )
+            print(f"{args.out} is finished: {args.steps} steps; more need --lr-schedule constant")
         return
 
     base = prepare_base(args, device)
@@ -2016,6 +2016,7 @@ def run(args, device):
 
 
 def main(args):
+    """Train or, with --preview, describe the data; under torchrun, in each process."""
     device = start_processes(args)
     if not args.preview:
         with lock(args.out):

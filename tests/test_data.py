@@ -365,7 +365,7 @@ def test_the_doctor_names_every_planted_fault_without_a_base(
     assert is_named_once("patients on both sides of the split: 1 (p2)")
     assert is_named_once("duplicates: 3", "3.png = copy.png")
     assert is_named_once("duplicates", "5.png = mirror.png", "6.png = again.jpg")
-    assert is_named_once("pictures on both sides of the split", "7.png = seen.png")
+    assert is_named_once("images on both sides of the split", "7.png = seen.png")
     assert is_named_once("captions that say left", "(4.png)")
     assert "skipped: " in printed.err and "broken.png" in printed.err
     assert "common" in printed.out and "patients: 24" in printed.out
@@ -417,7 +417,10 @@ def test_the_doctor_finds_a_mark_at_the_same_place(tmp_path, run, capsys):
         values[10:18, 100:102] = values[16:18, 100:106] = 255  # an L
     lines = look_at(tmp_path / "data", pictures, run, capsys)
     assert len(lines) == 1
-    assert "places with the same mark in many images: 1 (80 % from the left, 11 % down)" in lines[0]
+    assert (
+        "places with the same mark in many images: 1 (80 % from the left, 11 % from the top)"
+        in lines[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -447,7 +450,7 @@ def test_the_doctor_reads_captions(tmp_path, run, capsys):
     (tmp_path / "data" / "metadata.csv").write_text("\n".join(lines))
     flags = ["--data", tmp_path / "data", "--resolution", 64, "--preview", tmp_path / "look"]
     run(train, *flags)
-    assert ["end in the middle: 1 (2.png)" in line for line in warnings_of(capsys)] == [True]
+    assert ["seem incomplete: 1 (2.png)" in line for line in warnings_of(capsys)] == [True]
     run(train, *flags, "--prompt", "a film")
     assert ["share one caption: 2 (a, b)" in line for line in warnings_of(capsys)] == [True]
 

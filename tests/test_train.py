@@ -194,7 +194,7 @@ def test_a_finished_run_grows_by_a_constant_rate_alone(flags, tmp_path, run, ref
     run(train, *flags)
     before = results(tmp_path)
     line = refused(train, *flags, "--steps", 8)
-    assert "--steps: 4 there, 8 here" in line and "--lr-schedule constant" in line
+    assert "--steps: 4 before, 8 now" in line and "--lr-schedule constant" in line
     assert results(tmp_path) == before
     constant = [*flags, "--steps", 8, "--lr-schedule", "constant"]
     assert "--rank" in refused(train, *constant, "--rank", 4)
@@ -222,7 +222,7 @@ def test_a_stopped_run_goes_on_to_its_own_last_step_or_ends_where_it_is(
         patch.setattr(train, "validate", stopped)  # at step 6
         run(train, *flags)
     for steps in (7, 15):
-        assert f"--steps: 12 there, {steps} here" in refused(train, *flags, "--steps", steps)
+        assert f"--steps: 12 before, {steps} now" in refused(train, *flags, "--steps", steps)
     run(train, *flags, "--steps", 5)
     assert log_of(tmp_path)[-1]["step"] == 5
     assert lora.load(tmp_path / "lora.safetensors")[1]["steps"] == 5
@@ -1074,9 +1074,9 @@ def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(
     ]
     more = [*flags, "--out", tmp_path, "--steps", 20]
     assert "--val-split" in refused(train, *more, "--val-split", 0.5)
-    assert "--rank: 2 there, 4 here" in refused(train, *more, "--rank", 4)
+    assert "--rank: 2 before, 4 now" in refused(train, *more, "--rank", 4)
     assert "--base" in refused(train, *more, "--base", "tiny")
-    assert "processes: 8 there, 6 here" in refused(train, *more, "--batch-size", 6)
+    assert "processes: 8 before, 6 now" in refused(train, *more, "--batch-size", 6)
     assert "no-such.pt" in refused(train, *more, "--resume", "no-such.pt")
     shutil.copytree(flags[3], tmp_path / "more")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "more" / "sore" / "new.png")
@@ -1116,7 +1116,7 @@ def test_an_empty_folder_and_too_few_images_are_refused(flags, tmp_path, refused
         train, *flags, "--out", tmp_path / "out", "--data", tmp_path / "empty"
     )
     Image.new("RGB", (64, 64)).save(tmp_path / "empty" / "one.png")
-    assert "not enough for the split" in refused(
+    assert "too few to split" in refused(
         train, *flags, "--out", tmp_path / "out", "--prompt", "x", "--data", tmp_path / "empty"
     )
 
@@ -1622,7 +1622,7 @@ def test_steps_that_changed_nothing_are_null_in_the_log_and_counted(
     ]
     assert [line["step"] for line in lines if "loss" in line and line["loss"] is None] == [4]
     report = (tmp_path / "report.html").read_text()
-    assert "1 steps were skipped, for NaN" in report
+    assert "Steps skipped because of NaN or infinity: 1." in report
     assert "newest pictures" not in report and "Older" not in report  # --val-samples 0
 
 
@@ -1645,7 +1645,7 @@ def test_the_model_card_has_metadata_that_the_hub_reads(flags, tmp_path, run):
         "- licence of these images: not stated\n- ethics approval: EK 7/2025\n",
         f"first letters of its hash: {digest[:10]}\n",
         "- steps: 2\n- epochs: 0.0\n- batch_size: 8\n",
-        "not differentially private. No membership audit: it needs five held-out patients",
+        "not differentially private. No membership audit: needs five training and five held-out",
         "not\nfor diagnosis",
     ):
         assert text in card.text
@@ -1659,7 +1659,7 @@ def test_the_model_card_names_the_base_on_the_hub_and_its_licence(flags, base, t
     card = ModelCard.load(tmp_path / "README.md")
     assert "- base: tiny; its licence: MIT\n" in card.text
     assert f"first letters of its hash: {sample.base_hash(tmp_path / 'model')}\n" in card.text
-    assert "No membership audit: it needs five held-out patients" in card.text
+    assert "No membership audit: needs five training and five held-out patients" in card.text
 
 
 def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
@@ -1683,17 +1683,17 @@ def test_a_method_typed_behind_a_recipe_overrides_it(flags, tmp_path, run):
     [
         (["--method", "dreambooth"], "--class-prompt"),
         (["--method", "textual-inversion"], "--prompt needs the new word"),
-        (["--method", "full", "--text-lora"], "--text-lora goes with --method lora"),
-        (["--method", "full", "--init-lora", __file__], "error: --init-lora goes with"),
+        (["--method", "full", "--text-lora"], "--text-lora: needs --method lora"),
+        (["--method", "full", "--init-lora", __file__], "error: --init-lora: needs --method lora"),
         (["--text-lora", "--text-encoder", "x"], "without --text-lora"),
         (["--text-encoder", "no/such/encoder"], "no/such/encoder"),
         (["--init-lora", "no-such.safetensors"], "no-such.safetensors"),
         (["--select-by", "fid"], "needs 50 validation images"),
         (["--perceptual-weight", "0.1", "--perceptual", "vgg"], "vgg16-397923af.pth"),
-        (["--patience", "2", "--val-split", "0"], "--patience counts validations"),
+        (["--patience", "2", "--val-split", "0"], "--patience: needs --val-split"),
         (
             ["--method", "dreambooth", "--class-prompt", "a foot", "--text-encoder", "x"],
-            "goes with --method lora",
+            "--text-encoder: needs --method lora",
         ),
         (
             ["--method", "textual-inversion", "--prompt", "a my thing", "--token", "my thing"],
@@ -1824,7 +1824,7 @@ def test_the_base_alone_is_the_same_whatever_was_trained(flags, tmp_path, run, m
 
 def test_without_held_out_images_a_line_says_what_the_audit_needs(flags, tmp_path, run, capsys):
     run(train, *flags, "--val-split", 0, "--out", tmp_path)
-    line = "No membership audit: it needs five held-out patients (--val-split)."
+    line = "No membership audit: needs five training and five held-out patients (--val-split)."
     assert line in capsys.readouterr().out and line in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "audit.json").exists()
 
