@@ -369,7 +369,7 @@ def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_gra
     order = torch.randperm(len(rows), generator=generator(tools.args.seed, "max-images")).tolist()
     others = [rows[i] for i in order[limit:]]
     if others:
-        print(f"{path}: {limit} of {len(rows)} images are picked at random; frechet uses all")
+        print(f"{path}: {limit} of {len(rows)} images are picked (--max-images); frechet uses all")
     rows = [rows[i] for i in sorted(order[:limit])]
     rows, pixels = load(rows, resolution, measure=measure)
     if len(rows) < 2:
@@ -459,7 +459,7 @@ def list_reference(args):
         known = list_real(args.train_data, args)
     if args.run and (len(rows) < 2 or not known):
         fail(
-            f"--run {args.run}: too few of these images were held out, or trained on: train with "
+            f"--run {args.run}: too few images of REAL were held out, or trained on: train with "
             "--val-split 0.4, or give its --val-data as REAL and its --data as --train-data"
         )
     if all(is_marked(row.path) for row in rows[:20]):
@@ -595,7 +595,7 @@ def match_labels(real, fake, seed):
     if not (keep_real.all() and keep_fake.all()):
         real, fake = subset(real, keep_real), subset(fake, keep_fake)
         text = f"{len(fake.rows)} generated and {len(real.rows)} real images with the same shares"
-        sentences.append(f"The sets have other shares of the labels: {text} are compared.")
+        sentences.append(f"The two sets have different shares of labels: {text} are compared.")
     numbers = {label: k for k, label in enumerate(shared, 1)}
     labels = [*real_labels[keep_real], *fake_labels[keep_fake]]
     return real, fake, np.array([numbers.get(label, 0) for label in labels]), sentences
@@ -741,7 +741,7 @@ def check_labels(real, fake, seed):
             reached.append([(shown == k).sum(), (shown != k).sum()])
         if check.apart[k].all() and scipy.stats.fisher_exact(reached, "less").pvalue <= 0.01:
             fake_share, real_share = [f"{hits} of {hits + misses}" for hits, misses in reached]
-            text = f"{fake_share} look like it, of the real images {real_share}"
+            text = f"{fake_share} look like it, {real_share} of the real images do"
             sentences.append(f"Generated images of {label} look like other labels: {text}.")
     return {"table": records, "sentences": sentences}
 
@@ -1057,7 +1057,7 @@ def findings(entry):
         opening = "The generated images are too good: better than fresh real images would be"
     text = [f"{opening} (p = {digits(entry.p, 2)} for all metrics together)."]
     if seen["worse"]:
-        text.append(f"They are worse in (the clearest first): {', '.join(seen['worse'])}.")
+        text.append(f"They are worse in (clearest first): {', '.join(seen['worse'])}.")
     if seen["too good"]:
         text.append(f"They are too good in: {', '.join(seen['too good'])}.")
         text.append("Copies cause this; images that are too smooth, too noisy or repeated can too.")
@@ -1080,7 +1080,7 @@ def dose_sentence(doses):
         return f"too few generated images: {SHARES[1]} % of the real ones are needed"
     best = max(doses[1:], key=lambda dose: dose["gain"])
     text = f"AUROC from {doses[0]['auroc']:.3f} to {best['auroc']:.3f} with {best['share']} %"
-    text += f" added (99 % interval of it: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
+    text += f" added (gain, 99 % interval: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
     if best["gain_low"] <= 0:
         return f"no gain beyond chance, at best {text}"
     if best is not doses[-1]:
@@ -1452,12 +1452,7 @@ def parse_args():
     add("--bands", "CSV: metric,excellent,good,fair (default: built in)", BANDS, bands_table)
     add("--utility", "do generated images help a classifier? needs labels", False)
     add("--by", "subgroups by a column such as sex or age", "label")
-    add(
-        "--permutations",
-        "random divisions that tell what chance gives, from 99",
-        999,
-        number(99, 10**6),
-    )
+    add("--permutations", "random divisions that show chance, from 99", 999, number(99, 10**6))
     add = flag_adder(parser.add_argument_group("output"))
     add("--out", "report to write, HTML", "report.html")
     add("--json", "results to write for programs, JSON")

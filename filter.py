@@ -464,7 +464,7 @@ def check_folders(out, args):
         if not folder.is_dir():
             folder = folder.parent
         if lies_inside or out in (folder, *folder.parents):
-            fail(f"--out {args.out}: one of it and {data} lies in the other: give another folder")
+            fail(f"--out {args.out} lies in {data}, or {data} in it: give another folder")
     if out.is_dir() and any(out.glob("[!.]*")) and not (out / "decisions.csv").is_file():
         fail(f"--out {args.out}: holds files that filter.py did not write: give another folder")
 
@@ -1198,7 +1198,7 @@ def choose_images(rows, args):
     if args.suggest and args.blind:
         count = min(count, args.suggest - args.suggest // 5)
     if not 0 < count <= 500:
-        fail(f"{args.generated}: {count} images to rate: a page takes 1 to 500 (--suggest picks)")
+        fail(f"{args.generated}: {count} images to rate; a page takes 1 to 500, see --suggest")
     if not args.suggest:
         return rows
     selector = load_selector(args.selector) if args.selector else None
@@ -1287,7 +1287,7 @@ def fit(args):
     mean, spread = block_scale(descriptors, BLOCKS)
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
     if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
-        chance = "it would predict ratings no better than chance, rate more images"
+        chance = "it predicts ratings no better than chance, rate more images"
         fail(f"no selector is written: {chance}: {in_words(measured)}")
     print(f"{in_words(measured)}, from {len(ratings)} ratings of {len(rated.rows)} images")
     shown = [read_number(rating.shows) for rating in ratings if rating.shows]
@@ -1311,8 +1311,8 @@ def in_words(measured):
     """How well a selector predicts ratings, in words."""
     low, high = measured["interval"]
     return (
-        f"of a good and a bad image it picks the good one {100 * measured['auroc']:.0f} times in "
-        f"100 (AUROC {measured['auroc']:.2f}, 95 %: {low:.2f} to {high:.2f}, p {measured['p']:.2g})"
+        f"of a good and a bad image the selector picks the good one {measured['auroc']:.0%} of times"
+        f" (AUROC {measured['auroc']:.2f}, 95 %: {low:.2f} to {high:.2f}, p {measured['p']:.2g})"
     )
 
 
@@ -1418,7 +1418,7 @@ def fit_classes(size, args):
     if not check.names:
         return nothing
     right = np.mean(check.looks == check.own)
-    print(f"{len(check.names)} labels: {right:.0%} of real images, left out, look most like theirs")
+    print(f"{len(check.names)} labels: left out, {right:.0%} of real images look most like theirs")
     return check.names, unscaled(check.weights, check.mean, check.spread)
 
 
@@ -1455,9 +1455,7 @@ def parse_args(argv=None):
     add("--suggest", "images on a --rating-page, the most useful, to 500", type=number(1, 500))
     add("--blind", "real images to mix into a --rating-page, one in five", type=data_set)
     add("--scale-text", "text file: what 1, 2, 3 mean on a --rating-page", type=existing_file)
-    add(
-        "--rated", "rated images to leave off the page", [], existing_file, nargs="+", metavar="CSV"
-    )
+    add("--rated", "rated before: left off the page", [], existing_file, nargs="+", metavar="CSV")
     add("--good", "for --fit: least rating of a good image (default: 3)", type=int, choices=[2, 3])
     add = flag_adder(rate.add_mutually_exclusive_group())
     add("--rating-page", "page to write, HTML, on which an expert rates GENERATED")
