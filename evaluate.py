@@ -1360,7 +1360,7 @@ for research, not for diagnosis.</p>
 synthetic.</p>
 <h2>Are patients copied, or known to the model?</h2><p>{made[memorisation][likely_copies]} of
 {made[n]} are copies of one of {made[searched]} real images, also mirrored, turned, cropped or saved
-again. Is the set as a whole too close to real images: {near}.</p><p>{audit}</p><p>Privacy method:
+again. Is the set as a whole too close to real images? {near}.</p><p>{audit}</p><p>Privacy method:
 none; not differentially private. If no copy is found, somebody may still be recognised: only whole
 images are compared, and an audit says little about a single patient.</p>
 <h2>How do they differ from real images?</h2><p>{differs} In each row, the bar is what chance gives
@@ -1380,7 +1380,7 @@ def write_board(args, results, entry):
     texts = {
         "folder": Path(made["path"]).resolve().name,
         "base": Path(run["base"]).name,
-        "near": "yes" if may_be_copies(entry) else "no",
+        "near": "Yes" if may_be_copies(entry) else "No",
         "audit": run["audit"]["sentence"],
         "differs": " ".join(findings(entry)[1]),
         "helps": " ".join(help_sentences(entry)) or "Not measured (--utility).",

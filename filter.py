@@ -1287,9 +1287,9 @@ def fit(args):
     mean, spread = block_scale(descriptors, BLOCKS)
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
     if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
-        chance = "it predicts ratings no better than chance, rate more images"
-        fail(f"no selector is written: {chance}: {in_words(measured)}")
-    print(f"{in_words(measured)}, from {len(ratings)} ratings of {len(rated.rows)} images")
+        chance = "it predicts ratings no better than chance; rate more images"
+        fail(f"no selector is written: {chance} ({in_words(measured)})")
+    print(f"selector: {in_words(measured)}; {len(ratings)} ratings of {len(rated.rows)} images")
     shown = [read_number(rating.shows) for rating in ratings if rating.shows]
     if shown:
         print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
@@ -1311,8 +1311,8 @@ def in_words(measured):
     """How well a selector predicts ratings, in words."""
     low, high = measured["interval"]
     return (
-        f"of a good and a bad image the selector picks the good one {measured['auroc']:.0%} of times"
-        f" (AUROC {measured['auroc']:.2f}, 95 %: {low:.2f} to {high:.2f}, p {measured['p']:.2g})"
+        f"of a good and a bad image it picks the good one in {measured['auroc']:.0%} of cases "
+        f"(AUROC {measured['auroc']:.2f}, 95 %: {low:.2f} to {high:.2f}, p {measured['p']:.2g})"
     )
 
 

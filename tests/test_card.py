@@ -305,8 +305,8 @@ def test_no_card_and_no_mark_names_anybody(plant, base, tmp_path, run, monkeypat
         "- licence of these images: CC BY 4.0\n- ethics approval: EK 12/2025\n",
         f"- base: {model_of(base)}; its licence: not stated\n",
         f"of its hash: {metrics.content_hash(out / 'lora.safetensors')[:10]}:1\n",
-        "Of 8 drawn images:\n\n- kept: 7 (88%)\n- copy: 1 (12%)\n",
-        f"evaluate.py on all drawn images: {' '.join(found['findings'])}",
+        "Of 8 generated images:\n\n- kept: 7 (88%)\n- copy: 1 (12%)\n",
+        f"evaluate.py on all images: {' '.join(found['findings'])}",
         " Copies of real images: 1.\n",
         "- drop_copies: True\n",
         f"not differentially private. {audit}\n",
@@ -367,7 +367,7 @@ def test_a_card_says_what_is_not_known(card_of):
 
 def test_the_figures_of_the_kept_images_come_before_those_of_all(card_of, sets, tmp_path):
     report = write_report(tmp_path / "report.json", sets[1])
-    expected = "evaluate.py on all drawn images: They differ. Copies of real images: 3.\n"
+    expected = "evaluate.py on all images: They differ. Copies of real images: 3.\n"
     assert expected in card_of("--report", report)
     content = json.loads(report.read_text())
     content["generated"].append({**content["generated"][0], "path": str(tmp_path / "kept")})
