@@ -618,7 +618,7 @@ def lonely_labels(real, fake):
         alone = own.keys() - others.keys() - {""}
         if alone and any(others):
             names = textwrap.shorten(", ".join(sorted(alone)), 200, placeholder=" …")
-            sentences.append(f"Only the {kind} set has the labels {names}.")
+            sentences.append(f"Only the {kind} set has these labels: {names}.")
     return sentences
 
 
@@ -687,7 +687,7 @@ def count_near(usual, similarity):
     gen = np.random.default_rng(0)
     by_chance = gen.binomial(m, gen.beta(k, n + 1 - k, 9999))
     chance = (1 + (by_chance >= count).sum()) / 10_000
-    text = f"{count} of {m} are as similar to one of these as the closest {k / n:.0%} to another"
+    text = f"{count} of {m} are as close to one of these as the closest {k / n:.0%} are to another"
     text += f" (by chance {digits(m * k / (n + 1), 2)}, p {digits(chance, 2)})"
     return chance, text
 
@@ -1080,7 +1080,7 @@ def dose_sentence(doses):
         return f"too few generated images: {SHARES[1]} % of the real ones are needed"
     best = max(doses[1:], key=lambda dose: dose["gain"])
     text = f"AUROC from {doses[0]['auroc']:.3f} to {best['auroc']:.3f} with {best['share']} %"
-    text += f" added (gain, 99 % interval: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
+    text += f" more images (gain, 99 % interval: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
     if best["gain_low"] <= 0:
         return f"no gain beyond chance, at best {text}"
     if best is not doses[-1]:
@@ -1170,7 +1170,7 @@ patients are unknown. A patient with several labels counts in each."""
 
 BY_LABEL = """copies: generated images that are copies of a real one with this label. Where ten
 images of each set show it, precision: the share of generated images that look real; recall: the
-share of the real variety that is reached; by chance: what 97.5 % of random divisions reach."""
+share of the real variety that is reached; by chance: what nearly all random divisions reach."""
 
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
 central square. All were resized to {resolution} px (Lanczos); {resize} resizing before the network;
@@ -1418,7 +1418,7 @@ def metric_names(text):
     names = ["frechet" if word == "fid" else word for word in words]
     for name in names:
         if name not in METRICS:
-            fail(f"--metrics: {name!r} is no metric; choose from {', '.join(METRICS)}")
+            fail(f"--metrics: {name!r} is not a metric; choose from {', '.join(METRICS)}")
     return names
 
 

@@ -396,7 +396,7 @@ def load_selector(path):
             settings = json.loads(file.metadata()[FORMAT])
             return Selector(**settings, weights=file.get_tensor("weights"))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError):
-        fail(f"{path}: is no selector of this version; filter.py --fit writes one")
+        fail(f"{path}: is not a selector of this version; filter.py --fit writes one")
 
 
 # ---------------------------------------------------------------- which images stay

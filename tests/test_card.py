@@ -380,7 +380,7 @@ def test_a_report_that_is_none_is_one_line(content, sets, tmp_path, refused):
     (tmp_path / "report.json").write_text(content)
     flags = ["--reference", sets[0], "--drop-copies", "--out", tmp_path / "kept"]
     line = refused(filter_script, sets[1], *flags, "--report", tmp_path / "report.json")
-    assert "not of evaluate.py --json (format 2)" in line
+    assert "not written by evaluate.py --json (format 2)" in line
     assert not (tmp_path / "kept").exists()
 
 
@@ -391,7 +391,7 @@ def test_a_report_of_another_format_or_of_other_images_is_one_line(
     report = write_report(tmp_path / "report.json", sets[1], **changed)
     flags = ["--reference", sets[0], "--drop-copies", "--out", tmp_path / "kept"]
     line = refused(filter_script, sets[1], *flags, "--report", report)
-    assert f"or of other images than {sets[1]}: evaluate again" in line
+    assert f"or not about {sets[1]}: run evaluate.py" in line
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
@@ -403,7 +403,7 @@ def test_an_audit_that_is_missing_or_damaged_is_one_line(content, card_of, make_
     assert "No membership audit is known." in text
     assert "- training images: 8; patients: not stated\n" in text
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "audit.json" in line]
-    assert line == f"{folder}: no audit.json: the training command again, with --audit, makes it"
+    assert line == f"{folder}: no audit.json: type the training command again with --audit"
 
 
 def test_a_reason_names_no_label(tmp_path):

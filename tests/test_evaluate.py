@@ -250,7 +250,7 @@ FLAGS_AND_ERRORS = [
     (["empty"], "no images"),
     (["one"], "at least 2"),
     (["broken"], "cannot be read"),
-    (["fake", "--metrics", "kid,fud"], "'fud' is no metric"),
+    (["fake", "--metrics", "kid,fud"], "'fud' is not a metric"),
     (["fake", "--metrics", "lpips-pairs", "--lpips", "none"], "only LPIPS"),
     (["fake", "--metrics", "lpips-pairs", "--lpips", "alex"], "needs alexnet-owt-7be5be79.pth"),
     (["--download"], "needs pt_inception-2015-12-05-6726825d.pth"),
@@ -847,8 +847,8 @@ def test_labels_of_one_set_alone_are_listed_and_their_images_stay():
     real, fake, sentences = compared({"a": 20, "b": 5}, {"a": 20, "c": 5, "": 2})
     assert (real.total(), fake.total()) == (25, 27)
     assert sentences == [
-        "Only the real set has the labels b.",
-        "Only the generated set has the labels c.",
+        "Only the real set has these labels: b.",
+        "Only the generated set has these labels: c.",
     ]
 
 
@@ -973,7 +973,7 @@ def test_images_nearer_than_chance_gives_are_counted():
         chance, words = evaluate.count_near(usual, similarity)
         exact = stats.betabinom.sf(near - 1, 100, 10, 91)
         assert chance == pytest.approx(exact, abs=4 * (exact / 9999) ** 0.5)  # of 9,999 draws
-        what = f"{near} of 100 are as similar to one of these as the closest 10% to another"
+        what = f"{near} of 100 are as close to one of these as the closest 10% are to another"
         assert words.startswith(what)
     assert evaluate.count_near(np.ones(5000), np.zeros(5000))[0] == 1
 
@@ -1660,7 +1660,7 @@ def test_the_badge_says_what_the_verdict_says_and_that_copies_may_be_there():
     assert "not told apart" in same and "may be copies" not in same
     assert "✗ told apart" in far and "may be copies" not in far
     assert "! too good" in near and "may be copies" in near
-    assert "p = 0.01 for all figures" in far
+    assert "p = 0.01 for all metrics" in far
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])
