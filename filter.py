@@ -11,7 +11,7 @@
 --calibrate 0.05 takes its limit from the real images: 95 % of unseen real ones would pass all
 scores together. For --max-lpips and --min-ssim it says what share of real images they would refuse.
 --out then holds copies of the kept images, metadata.csv (ready for train.py), README.md (a card
-that names nobody), decisions.csv and filter.html. Nothing is moved or deleted.
+that names nobody), decisions.csv and filter.html. The images themselves stay where they are.
 --rating-page writes a page for any browser: an expert presses 1 (bad), 2 (usable) or 3 (good) and
 saves ratings-NAME.csv. --fit learns a selector from these ratings. It writes none if the ratings
 predict no better than chance, or follow who rated or what was rated.
@@ -304,7 +304,7 @@ def learn_labels(reference, rows, seed):
 
 
 def conformal_threshold(ranks, alpha):
-    """The rank (of n) that 1 - alpha of unseen images stay within (split conformal); may be inf."""
+    """The rank that 1 - alpha of unseen images stay within (conformal); inf where ranks are few."""
     place = int(np.ceil((1 - alpha) * (len(ranks) + 1) - 1e-9))
     return np.sort(np.append(ranks, np.inf))[place - 1]
 
@@ -345,7 +345,7 @@ class Selector:
         """Why each image is refused ("" where it is kept), and its scores, (N,) each, in [0, 1].
 
         quality: the probability that an expert calls it good; alignment: that it shows its row's
-        label (else caption), NaN where that is unknown. pixels: uint8 (N, 3, size, size).
+        label (else caption), NaN where that is unknown. min_quality: 0.5 where it is None.
         """
         if min_quality is None:
             min_quality = 0.5
@@ -825,7 +825,7 @@ def find_images(ratings, folders, by_hash):
     """Set the paths of the images of a ratings file, "" where they are not found.
 
     An image is where the file says, seen from one of the folders; after a move, where the end of
-    its path leads, or what has its SHA-256 (by_hash). An image that several names lead to is none.
+    its path leads, or what has its SHA-256 (by_hash). Of several names without it none is found.
     """
     images = defaultdict(set)
     for rating in ratings:
@@ -1193,7 +1193,7 @@ const IMAGES = {json.dumps(images)};
 
 
 def choose_images(rows, args):
-    """The rows to rate, 1 to 500: all, or --suggest, diverse and where a selector is least sure."""
+    """The rows to rate, 1 to 500 (else an error): all, or --suggest of them, diverse and unsure."""
     count = min(len(rows), args.suggest or len(rows))
     if args.suggest and args.blind:
         count = min(count, args.suggest - args.suggest // 5)
@@ -1418,7 +1418,7 @@ def fit_classes(size, args):
     if not check.names:
         return nothing
     right = np.mean(check.looks == check.own)
-    print(f"{len(check.names)} labels: left out, {right:.0%} of real images look most like theirs")
+    print(f"{len(check.names)} labels; {right:.0%} of real images, left out, look like their own")
     return check.names, unscaled(check.weights, check.mean, check.spread)
 
 

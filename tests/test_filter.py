@@ -1113,7 +1113,7 @@ def test_rated_images_that_are_not_there_are_refused(tmp_path, refused):
     message = refused(filter_script, "--fit", tmp_path / "r.csv")
 
     assert "2 of 2 rated images are missing or changed" in message
-    assert "a.png, b.png: name the folder that holds them" in message
+    assert "a.png, b.png: give the folder that holds them" in message
 
 
 def test_several_experts_of_one_image_weigh_by_their_level(tmp_path):
