@@ -1,4 +1,4 @@
-"""How good are generated images, next to what chance alone gives at this number of images?
+"""Compare generated images with real ones: how good are they, next to what chance alone gives?
 
     python evaluate.py REAL GENERATED
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
@@ -7,24 +7,24 @@
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
     python evaluate.py --download
 
-REAL and GENERATED are folders of images, or tables such as metadata.csv. Prints a table, writes a
-report for any browser (--out), a page for an ethics board (--board), and the same figures for
-programs (--json):
+REAL and GENERATED are folders of images, or tables such as metadata.csv. It prints the metrics and
+writes a report for any browser (--out), a page for an ethics board (--board), and the same results
+for programs (--json):
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
 "band"}}, "memorisation": {"likely_copies", "copies": [{"generated", "train", "kind", "label",
-"similarity"}], "pairs": [{"generated", "train", "distance", "p"}]},
-"subgroups": [...], "findings": sentences that name no label,
-"labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
-"people": [{"by", "group", "train images", "train patients", …}], "by_label": [{"label", "copies",
-"precision", "precision by chance", "recall", "recall by chance"}], "sentences": on labels and
-utility, "marked": files that say they are synthetic, "searched": real images, for copies,
-"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}]}],
-"run": {"base", "method", "steps", "audit"}}
+"similarity"}], "pairs": [{"generated", "train", "distance", "p"}]}, "subgroups": [{"group", "real",
+"generated", "compared_with", "kid", "error", "real_vs_rest"}], "people": [{"by", "group",
+"train images", "train patients", …}], "by_label": [{"label", "copies", "precision",
+"precision by chance", "recall", "recall by chance"}], "findings", "sentences", "marked",
+"searched", "labels": {"table": [{"label", "set", "images", "looks_like"}], "sentences"},
+"utility": [{"share", "auroc", "low", "high", "gain", "gain_low", "gain_high"}], "classifiers":
+{NAME: as in "utility"}}], "run": {"base", "method", "steps", "audit"}}
 
-"p" is of all metrics together. "utility" is of the linear probe, "classifiers" of all. share is in
-percent, low and high hold 95 %, those of the gain 99 %; what does not apply is null or absent.
+p: of all metrics together. null: median of chance. findings: name no label. marked: generated files
+that say they are synthetic. searched: real images searched for copies. utility: of the linear
+probe; share: percent; low to high: 95 %, of the gain 99 %. What does not apply is null or absent.
 """
 
 import html
@@ -145,7 +145,7 @@ class Figure:
 
 
 def yardstick(values, lower_is_better):
-    """The Figure of values[0] next to what chance gives, values[1:]."""
+    """The Figure of values[0] next to what chance gives, values[1:]; values: (1 + draws,)."""
     low, median, high = np.percentile(values[1:], (2.5, 50, 97.5))
     badness = np.round(values / (np.abs(values).max() or 1), 9)  # equal but for rounding: a tie
     if not lower_is_better:
@@ -162,7 +162,7 @@ def yardstick(values, lower_is_better):
 
 
 def test_together(figures):
-    """p of all figures together, and {name: "worse" or "too good"} of those that differ.
+    """p of all figures together, and {name: "worse" or "too good"} of those with adjusted p <= .05.
 
     Westfall and Young's minP (1993): the smallest rank of any figure against that of each draw. The
     rarest comes first.
@@ -178,7 +178,7 @@ def test_together(figures):
 
 
 def measure(name, joint, draws, halves):
-    """The Figure of a metric from the sets' matrices, the permutations and the halves or None."""
+    """The Figure of a metric; joint: of `collect_matrices`; halves: of `half_draws`, or None."""
     function, lower_is_better, need = METRICS[name]
     figure = yardstick(function(joint[need], draws), lower_is_better)
     if halves:
@@ -204,8 +204,8 @@ def permutation_draws(n, m, count, seed, groups=(), labels=None):
 
     groups: a patient for each image; `pick_compared` leaves one image of each in a set. Those of a
     patient in both sets change places at random, all others are shuffled: if a generator is
-    perfect, every such division was as likely as the true one, so that p is exact. labels: numbers
-    for each image; both sets keep their number of each.
+    perfect, every such division was as likely as the true one, so that p is exact. labels: a number
+    for each image; both sets keep their count of each.
     """
     draws = np.ones((1 + count, n + m), np.int8)
     draws[:, n:] = -1
@@ -245,7 +245,7 @@ def half_draws(n, m, count, seed):
 
 
 def joint_matrices(real, fake, standardise):
-    """What the metrics read of two sets' features: `pooled`, distances, KID kernel.
+    """What the metrics read of features (N, D), (M, D): `pooled`, squared distances, KID's kernel.
 
     points: the features, centred and turned so that N + M numbers an image are enough.
     """
@@ -262,7 +262,7 @@ def joint_matrices(real, fake, standardise):
 
 
 def frechet_draws(joint, draws):
-    """The Frechet distance of each draw."""
+    """The Fréchet distance of each draw, see metrics.frechet: (draws,)."""
     points = joint["points"]
     values = []
     for draw in progress(draws, "Frechet"):
@@ -271,7 +271,7 @@ def frechet_draws(joint, draws):
 
 
 def pair_means(matrix, draws):
-    """Mean of a symmetric matrix over pairs within the first set, the second, and between them."""
+    """Means of a symmetric (n + m, n + m) over pairs in the first set, the second, and between."""
     first, second = (draws == 1).T.astype(float), (draws == -1).T.astype(float)  # (n + m, draws)
     n, m, diagonal = first.sum(0), second.sum(0), matrix.diagonal()
     to_second = matrix @ second
@@ -281,13 +281,13 @@ def pair_means(matrix, draws):
 
 
 def kid_draws(joint, draws):
-    """KID of each draw."""
+    """KID (Binkowski et al. 2018) of each draw, unbiased: (draws,)."""
     first, second, between = pair_means(joint["kernel"], draws)
     return first + second - 2 * between
 
 
 def neighbour_draws(which, joint, draws):
-    """Precision, recall (k = 3), density or coverage (k = 5): number `which`, of each draw."""
+    """Number `which` of precision, recall (k = 3), density and coverage (k = 5): (draws,)."""
     key = "neighbours", draws.tobytes()
     if key not in joint:  # all four are computed together
         distances, order = joint["distance"], joint["order"]
@@ -299,7 +299,7 @@ def neighbour_draws(which, joint, draws):
 
 
 def nearest_draws(matrix, draws):
-    """The mean over the second set of the smallest distance to the first, for each draw."""
+    """Mean over the second set of the least distance to the first, (n + m, n + m) -> (draws,)."""
     return np.array([matrix[draw == 1][:, draw == -1].min(0).mean() for draw in draws])
 
 
@@ -333,7 +333,7 @@ METRICS = {
 
 @dataclass
 class Tools:
-    """What figures are computed with."""
+    """What the metrics are computed with."""
 
     names: list  # of metrics
     network: Network
@@ -354,26 +354,26 @@ class ImageSet:
     rows: list
     pixels: torch.Tensor  # uint8 (N, 3, S, S)
     features: np.ndarray = None  # (N, D)
-    all_features: np.ndarray = None  # also those of images that were not drawn
+    all_features: np.ndarray = None  # also those of images beyond --max-images
     drawn: np.ndarray = None  # bool (N,), one image of each unit
 
     @cached_property
     def finder(self):
-        """What finds its pictures again, in it and elsewhere."""
+        """Finds copies of its images, in itself and in other sets."""
         return CopyFinder(self.rows, self.pixels)
 
 
 def load_set(path, rows, resolution, tools, load=load_pixels, measure=stored_grain):
-    """Read at most --max-images of a set, drawn by the seed; of the others, only the features."""
+    """An ImageSet of at most --max-images, picked by the seed; fewer than 2 are an error."""
     limit = tools.args.max_images
     order = torch.randperm(len(rows), generator=generator(tools.args.seed, "max-images")).tolist()
     others = [rows[i] for i in order[limit:]]
     if others:
-        print(f"{path}: {limit} of {len(rows)} images are drawn; the Frechet value is of all")
+        print(f"{path}: {limit} of {len(rows)} images are picked (--max-images); frechet uses all")
     rows = [rows[i] for i in sorted(order[:limit])]
     rows, pixels = load(rows, resolution, measure=measure)
     if len(rows) < 2:
-        fail(f"{path}: {len(rows)} readable image; a comparison needs at least 2")
+        fail(f"{path}: readable images: {len(rows)}; a comparison needs at least 2")
     features = [tools.extract(pixels)]
     if "frechet" in tools.names:
         for start in range(0, len(others), 500):
@@ -396,7 +396,7 @@ def draw_units(images, seed):
     if len(drawn) < 10:
         drawn = order
     if len(drawn) < count:
-        text = "one of each patient and of each picture that is stored twice"
+        text = "one of each patient and one of each picture that is stored twice"
         print(f"{images.path}: {len(drawn)} of {count} images are compared, {text}")
     return np.isin(np.arange(count), drawn)
 
@@ -411,7 +411,7 @@ def pick_compared(real, fake):
     if copies[1].max() > 1:  # else scipy.stats, which takes a second, is not imported
         test = scipy.stats.mannwhitneyu(copies[1], copies[0], alternative="greater")
         if test.pvalue < 0.001:
-            print(f"{fake.path}: repeats itself more than the real set: each of its images counts")
+            print(f"{fake.path}: repeats pictures more often than the real set: all images count")
             fake = replace(fake, drawn=np.ones(len(fake.rows), bool))
     compared = []
     for images in (real, fake):
@@ -420,7 +420,7 @@ def pick_compared(real, fake):
 
 
 def load_reference(rows, resolution, fakes, tools):
-    """The real set, prepared as the generator saw it."""
+    """The ImageSet of real images, prepared as the generator saw them."""
     args = tools.args
     sides = {side for fake in fakes for row in fake.rows for side in row.size}
 
@@ -436,17 +436,17 @@ def load_reference(rows, resolution, fakes, tools):
 
 
 def drop_faint_colours(images):
-    """Make images grey in which no eye sees a colour; say how many others there are."""
+    """Make images grey in which no eye sees a colour; print how many others there are."""
     in_colour = shows_colour(images.pixels)
     faint = ~in_colour
     images.pixels[faint] = in_grey(images.pixels[faint])
     if in_colour.any():
         count = f"{in_colour.sum()} of {len(faint)} images show colours"
-        print(f"{images.path}: {count}, the real ones are grey: sample.py --grey draws grey ones")
+        print(f"{images.path}: {count}, but the real images are grey: see sample.py --grey")
 
 
 def list_reference(args):
-    """The real rows to compare with, those that are searched for copies, (split, row) of all."""
+    """The real rows to compare with, those to search for copies, and (split, row) of all."""
     rows = known = list_real(args.real, args)
     columns = rows[0].fields
     if args.by not in ("label", *columns):
@@ -454,16 +454,16 @@ def list_reference(args):
     if args.run:
         known = [row for row in rows if row.split == "train"]
         rows = [row for row in rows if row.split in ("val", "test")]
-        print(f"{args.run}: {len(rows)} images are held out, {len(known)} were trained on")
+        print(f"{args.run}: {len(rows)} images were held out, {len(known)} were trained on")
     if args.train_data:
         known = list_real(args.train_data, args)
     if args.run and (len(rows) < 2 or not known):
         fail(
-            f"--run {args.run}: too few of these images are held out, or trained on: train with "
-            "--val-split 0.4, or name its --val-data as REAL and its --data as --train-data"
+            f"--run {args.run}: too few images of REAL were held out, or trained on: train with "
+            "--val-split 0.4, or give its --val-data as REAL and its --data as --train-data"
         )
     if all(is_marked(row.path) for row in rows[:20]):
-        note(f"{args.real}: its files say that they are synthetic: are REAL and GENERATED swapped?")
+        note(f"{args.real}: the files say that they are synthetic: are REAL and GENERATED swapped?")
     members = [(row.split or "real", row) for row in rows]
     if known is not rows:
         members = [(row.split or "train", row) for row in known] + members
@@ -471,12 +471,12 @@ def list_reference(args):
 
 
 def draw_checkpoints(args):
-    """Draw --num-samples images from each checkpoint with sample.py: [(folder, rows), …]."""
+    """Generate --num-samples images with each checkpoint by sample.py: [(folder, rows), …]."""
     checkpoints = [Path(args.checkpoint)]
     if checkpoints[0].is_dir():
         checkpoints = sorted(checkpoints[0].rglob("step-*.pt"))
     if not checkpoints:
-        fail(f"--checkpoint {args.checkpoint}: no checkpoint there; give a file or a run's folder")
+        fail(f"--checkpoint {args.checkpoint}: no step-*.pt in it; give a file or a run's folder")
     sets = []
     for path in checkpoints:
         try:
@@ -504,7 +504,7 @@ def draw_checkpoints(args):
 
 @dataclass
 class Copies:
-    """Generated images that are training images, and how near the others lie to them."""
+    """Generated images that are copies of real ones, and how near the others lie to them."""
 
     sentence: str
     copies: list = ()  # as in the JSON, the most alike first
@@ -514,11 +514,11 @@ class Copies:
 
 @dataclass
 class Entry:
-    """What is said about one generated set."""
+    """All results of one generated set."""
 
     fake: ImageSet
     real: ImageSet
-    known: ImageSet  # what was searched for copies
+    known: ImageSet  # real images that were searched for copies
     metrics: dict  # name: Figure
     p: float  # of all metrics together
     differences: dict  # metric: "worse" or "too good", rarest first
@@ -553,7 +553,7 @@ def evaluate_set(real, fake, known, tools, members):
 
 
 def measure_figures(real, fake, tools):
-    """{metric: Figure}, sentences on the labels that are compared, and figures_by_label."""
+    """{metric: Figure}, sentences on labels that differ, and `figures_by_label`."""
     args, network = tools.args, tools.network
     *compared, labels, mix = match_labels(*pick_compared(real, fake), args.seed)
     joint = collect_matrices(*compared, tools)
@@ -576,9 +576,9 @@ def measure_figures(real, fake, tools):
 
 
 def match_labels(real, fake, seed):
-    """Both sets with one mix of labels, a number for the label of each image, and sentences.
+    """Both sets with equal shares of labels, int (n + m,) the label of each image, and sentences.
 
-    Of each label that both sets have, images are drawn by the seed, `ratio` generated ones for a
+    Of each label that both sets have, images are picked by the seed, `ratio` generated ones for a
     real one: all real ones of a typical real image's label. All other labels are as one, 0.
     """
     real_labels = np.array([text_key(row.label) for row in real.rows])
@@ -594,15 +594,15 @@ def match_labels(real, fake, seed):
     sentences = lonely_labels(in_real, in_fake)
     if not (keep_real.all() and keep_fake.all()):
         real, fake = subset(real, keep_real), subset(fake, keep_fake)
-        text = f"{len(fake.rows)} generated and {len(real.rows)} real images of one mix"
-        sentences.append(f"The mix of labels is not the real one: compared are {text}.")
+        text = f"{len(fake.rows)} generated and {len(real.rows)} real images with the same shares"
+        sentences.append(f"The two sets have different shares of labels: {text} are compared.")
     numbers = {label: k for k, label in enumerate(shared, 1)}
     labels = [*real_labels[keep_real], *fake_labels[keep_fake]]
     return real, fake, np.array([numbers.get(label, 0) for label in labels]), sentences
 
 
 def draw_labels(labels, counts, seed):
-    """bool (N,): about so many images of each label, drawn by the seed, and all of other labels."""
+    """bool (N,): counts[label] images of each label, picked by the seed; all of other labels."""
     keep = np.ones(len(labels), bool)
     order = shuffles(1, len(labels), seed, "labels")[0]
     for label, count in counts.items():
@@ -612,18 +612,18 @@ def draw_labels(labels, counts, seed):
 
 
 def lonely_labels(real, fake):
-    """Sentences on the labels of one set alone, of {label: images}, where both have labels."""
+    """Sentences on labels that only one set has, from {label: images}, where both have labels."""
     sentences = []
     for kind, own, others in (("real", real, fake), ("generated", fake, real)):
         alone = own.keys() - others.keys() - {""}
         if alone and any(others):
             names = textwrap.shorten(", ".join(sorted(alone)), 200, placeholder=" …")
-            sentences.append(f"Only the {kind} set has the labels {names}.")
+            sentences.append(f"Only the {kind} set has these labels: {names}.")
     return sentences
 
 
 def collect_matrices(real, fake, tools):
-    """{what a metric needs: what its function reads}."""
+    """{what a metric needs: what its function reads}, see METRICS."""
     needs = {METRICS[name][2] for name in tools.names}
     pixels = torch.cat([real.pixels, fake.pixels])
     joint = {}
@@ -641,7 +641,7 @@ def collect_matrices(real, fake, tools):
 
 
 def band(limits, figure):
-    """excellent, good, fair or poor; None without limits."""
+    """The band of a Figure: excellent, good, fair or poor by three limits; None without limits."""
     if limits is None:
         return None
     sign = 1 if figure.lower_is_better else -1
@@ -649,7 +649,7 @@ def band(limits, figure):
 
 
 def find_copies(known, fake, args):
-    """Generated images that are the same picture as a known one, and those nearer than usual."""
+    """The Copies: generated images that are the same picture as a known one, and the nearest."""
     index, similarity, kinds, is_copy = known.finder.find(fake.pixels)
     usual = known.finder.usual
     nearest = np.lexsort((-similarity, ~is_copy))  # copies first
@@ -668,7 +668,7 @@ def find_copies(known, fake, args):
     chance, words = count_near(usual, similarity[fake.finder.first])
     text += f" {words}"
     if chance <= 0.01:
-        text += ": more than by chance, look at the pairs"
+        text += ": more than by chance, so look at the pairs"
     elif not copies:
         text += ": no sign of copying"
     numbers = [(i, index[i]) for i in nearest[:12]]
@@ -676,10 +676,10 @@ def find_copies(known, fake, args):
 
 
 def count_near(usual, similarity):
-    """p of how many generated pictures are as like a real one as few real ones are, and words.
+    """p of how many generated images are nearer to a real one than most real ones are, and words.
 
-    Fresh ones fall among the real ones' `usual` similarities at random, so that the number above
-    the k-th largest is beta-binomial.
+    usual (n,), similarity (m,): to the nearest, of real and generated ones. Fresh ones fall among
+    the usual at random: the number above the k-th largest is beta-binomial (9,999 draws of it).
     """
     n, m = len(usual), len(similarity)
     k = min(n, max(5, round(0.1 * n)))
@@ -687,16 +687,16 @@ def count_near(usual, similarity):
     gen = np.random.default_rng(0)
     by_chance = gen.binomial(m, gen.beta(k, n + 1 - k, 9999))
     chance = (1 + (by_chance >= count).sum()) / 10_000
-    text = f"{count} of {m} are as like one of these as the nearest {k / n:.0%} are to another"
-    text += f" ({digits(m * k / (n + 1), 2)} by chance, p {digits(chance, 2)})"
+    text = f"{count} of {m} are as close to one of these as the closest {k / n:.0%} are to another"
+    text += f" (by chance {digits(m * k / (n + 1), 2)}, p {digits(chance, 2)})"
     return chance, text
 
 
 def copies_sentence(copies, count, known):
-    """The first copies by name, and how many there are of each label."""
+    """A sentence that names the first copies, and how many there are of each label."""
     if not copies:
-        text = f"No generated image is the same picture as {known}"
-        return text + " (mirrored, turned, cropped, re-saved or of other grey values)."
+        text = f"No generated image is a copy of {known}"
+        return text + ", not even mirrored, turned, cropped, saved again or with other grey values."
     parts = [f"{copy['generated']} of {copy['train']} ({copy['kind']})" for copy in copies[:3]]
     if copies[3:]:
         parts.append(f"{len(copies) - 3} more")
@@ -708,7 +708,7 @@ def copies_sentence(copies, count, known):
 
 
 def may_be_copies(entry):
-    """Whether a set is too close to the real one: as a whole, or one in ten images."""
+    """Whether a set is too close to the real one: as a whole, or by over 10 % of copies."""
     name, _ = entry.first()
     too_many = len(entry.copies.copies) > 0.1 * len(entry.fake.rows)
     return too_many or entry.differences.get(name) == "too good"
@@ -717,9 +717,9 @@ def may_be_copies(entry):
 def check_labels(real, fake, seed):
     """What images of each label look like, as in the JSON: {} without labels that can be checked.
 
-    table: of the generated images of a label, and of the real ones as images left out, how many
-    look most like each label. A label is not reached where fewer generated images look like it than
-    real ones, by Fisher's exact test.
+    table: of the generated images of a label, and of real ones left out of the fit, how many look
+    most like each label. A sentence names a label that too few generated images look like: fewer
+    than of the real ones, by Fisher's exact test at p <= .01.
     """
     real_colours = colour_and_layout(real.pixels)
     scale = colour_scale(real_colours)
@@ -741,15 +741,15 @@ def check_labels(real, fake, seed):
             reached.append([(shown == k).sum(), (shown != k).sum()])
         if check.apart[k].all() and scipy.stats.fisher_exact(reached, "less").pvalue <= 0.01:
             fake_share, real_share = [f"{hits} of {hits + misses}" for hits, misses in reached]
-            text = f"{fake_share} generated pictures look like it, {real_share} real ones"
-            sentences.append(f"The generator does not reach {label}: {text}.")
+            text = f"{fake_share} look like it, {real_share} of the real images do"
+            sentences.append(f"Generated images of {label} look like other labels: {text}.")
     return {"table": records, "sentences": sentences}
 
 
 def subgroup_masks(rows, column):
     """{subgroup: bool (N,), which images belong to it}, sorted.
 
-    Subgroups are findings one by one, ages by decade, and "unknown" for an image without any.
+    Subgroups are labels one by one, ages by decade, and "unknown" for an image without any.
     """
     masks = {}
     for i, row in enumerate(rows):
@@ -763,10 +763,10 @@ def subgroup_masks(rows, column):
 
 
 def measure_subgroups(features, real_rows, fake_rows, column):
-    """KID of each subgroup to generated ones, as in the JSON; None for fewer than 10 images.
+    """KID of each subgroup to generated images, as in the JSON; None for fewer than 10 of a set.
 
-    compared_with: its own generated images or, where these name no subgroups, all of them.
-    real_vs_rest: KID of its real images to the other real ones, how special they are.
+    features: (n + m, D), real ones first. compared_with: the subgroup's own generated images or,
+    where no generated image names one, all. real_vs_rest: KID of its real images to the other ones.
     """
     real, fake = features[: len(real_rows)], features[len(real_rows) :]
     real_masks = subgroup_masks(real_rows, column)
@@ -793,7 +793,7 @@ def measure_subgroups(features, real_rows, fake_rows, column):
 
 
 def figures_by_label(real, fake, joint, draws, least=10):
-    """{label: precision and recall, as in the JSON}, where `least` images of both sets show it."""
+    """{label: precision and recall, as in the JSON}, where `least` images of each set show it."""
     labels = [label_list(text_key(row.label)) for row in real.rows + fake.rows]
     found = {}
     for label in set().union(*labels):
@@ -808,10 +808,10 @@ def figures_by_label(real, fake, joint, draws, least=10):
 
 
 def describe_people(members, copies, figures, rare=10):
-    """Who is in the sets, copies and figures of each label, both as in the JSON, and sentences.
+    """Who is in the sets, copies and metrics of each label, both as in the JSON, and sentences.
 
-    members: see count_people, the first set was searched for copies. The sentence, if any, names
-    labels that few patients show.
+    members: see metrics.count_people; the first set was searched for copies. figures: of
+    `figures_by_label`. The sentence, if any, names labels that fewer than `rare` patients show.
     """
     copied = Counter()
     for copy in copies.copies:
@@ -832,7 +832,7 @@ def describe_people(members, copies, figures, rare=10):
     if not few:
         return people, by_label, []
     text = f"Fewer than {rare} patients, or images of unknown patients, show {', '.join(few)}: "
-    text += "their pictures are the ones most likely to be learnt by heart."
+    text += "the model is most likely to repeat these images."
     return people, by_label, [text]
 
 
@@ -840,7 +840,7 @@ def describe_people(members, copies, figures, rare=10):
 
 
 def measure_utility(real, known, fake, tools):
-    """What each dose of generated images does to a classifier: {classifier: doses of the JSON}.
+    """What each share of generated images does to a classifier, {classifier: as in the JSON}.
 
     Also a sentence on what that is worth or, with {}, what was missing.
     """
@@ -864,28 +864,28 @@ def measure_utility(real, known, fake, tools):
 def real_parts(real, known, args):
     """The real images to train classifiers on and to test them on; what a test on these is worth.
 
-    Without --run, by a hash of the patient, as train.py splits.
+    Without --run, 30 % are to test on, by a hash of the patient, as train.py splits.
     """
     if args.run:
         return known, real, "Classifiers are tested on images that the generator never saw."
     split_rows(real.rows, 0.3)
     held_out = np.array([row.split == "val" for row in real.rows])
     sentence = (
-        "The generator may have seen the images that classifiers are tested on (--run DIR takes "
-        "those that its run held out): gains are an upper bound."
+        "The generator may have seen the images that classifiers are tested on: gains are an upper "
+        "bound. With --run DIR they are tested on images that this run held out."
     )
     return subset(real, ~held_out), subset(real, held_out), sentence
 
 
 NO_UTILITY = (
-    "Whether they help a classifier is not measured: it takes a label that five images to train "
-    "on, to test on and generated show, and as many real ones lack. Hold out more (train.py "
-    "--val-split 0.4), label generated images (sample.py --label), or join labels into fewer."
+    "Whether the images help a classifier is not measured. It takes a label that 5 images to train "
+    "on, 5 to test on and 5 generated ones show, and that 5 of both real parts lack. Hold out more "
+    "(train.py --val-split 0.4), label generated images (sample.py --label), or merge labels."
 )
 
 
 def shared_classes(train, test, fake):
-    """Findings that five images of each set show, and as many real ones of each part lack."""
+    """Labels that five images of each set show, and that five of each real set lack."""
     masks = [subgroup_masks(images.rows, "label") for images in (train, test, fake)]
     classes = []
     for name in sorted(set.intersection(*map(set, masks)) - {"unknown"}):
@@ -897,7 +897,7 @@ def shared_classes(train, test, fake):
 
 
 def prepare(images, classes, tools):
-    """What classifiers read of N images: features (N, D), small pictures, targets (N, classes)."""
+    """What classifiers read: features (N, D), small images (N, 3, 64, 64), targets (N, classes)."""
     masks = subgroup_masks(images.rows, "label")
     targets = np.stack([masks[name] for name in classes], 1)
     features = images.features
@@ -917,7 +917,7 @@ def subset(images, mask):
 def fit_classifiers(train, test, fake, weights, seed):
     """{(classifier, share): AUROC under each row of weights (B,), mean over SEEDS}.
 
-    train, test, fake: what `prepare` gives of the sets.
+    train, test, fake: what `prepare` gives of the sets. share: images added, in % of the real ones.
     """
     n, m = len(train[0]), len(fake[0])
     shares = [share for share in SHARES if share * n <= 100 * m]
@@ -941,7 +941,7 @@ def fit_classifiers(train, test, fake, weights, seed):
 
 
 def linear_probe(features, targets):
-    """Ridge regression on z-scored features (N, D): weights (D, classes) for them as they are."""
+    """Ridge regression on z-scored features (N, D): weights (D, classes) for unscaled features."""
     spread = features.std(0) + 1e-6
     x = (features - features.mean(0)) / spread
     gram = x.T @ x + x.shape[1] * torch.eye(x.shape[1])
@@ -949,9 +949,9 @@ def linear_probe(features, targets):
 
 
 def small_cnn(stages, seed, steps=200):
-    """Train a network, stage by stage, on [(images (N, 3, 64, 64), targets (N, classes)), …].
+    """Train a network, `steps` on each stage of [(images (N, 3, 64, 64), targets (N, classes)), …].
 
-    Targets are in {0, 1}. Returns images -> scores.
+    Images are in [-2, 2), targets in {0, 1}. Returns a function, images -> scores (N, classes).
     """
     classes = stages[0][1].shape[1]
     layers = []
@@ -990,7 +990,7 @@ def aurocs(scores, targets, weights):
 
 
 def digits(value, count=3, sign=False):
-    """A figure for a table: `count` significant digits, no exponent."""
+    """A number as text: `count` significant digits, no exponent, "–" for None, NaN or infinity."""
     if isinstance(value, int | str):
         return str(value)
     if value is None or not np.isfinite(value):
@@ -1004,7 +1004,7 @@ HEADER += ["real halves", "same size"]
 
 
 def figure_rows(entry):
-    """The figures as text, under HEADER."""
+    """The metrics as rows of text, under HEADER."""
     rows = []
     for name, f in entry.metrics.items():
         chance = f"{digits(f.null)} [{digits(f.null_low)} – {digits(f.null_high)}]"
@@ -1025,8 +1025,8 @@ PLAIN_NAMES = {
     "coverage": "variety",
     "colour": "colour",
     "grain": "sharpness or noise",
-    "ssim_nearest": "nearness to a real image",
-    "lpips_nearest": "nearness to a real image",
+    "ssim_nearest": "closeness to a real image",
+    "lpips_nearest": "closeness to a real image",
     "ssim_pairs": "likeness to one another",
     "lpips_pairs": "likeness to one another",
     "inception_score": "clear contents",
@@ -1034,7 +1034,7 @@ PLAIN_NAMES = {
 
 
 def verdict(entry):
-    """What the figures say, in sentences for someone who reads no statistics."""
+    """What the metrics say, in sentences for someone who reads no statistics."""
     _, text = findings(entry)
     text += entry.mix + entry.labels.get("sentences", []) + help_sentences(entry)
     text.append(entry.copies.sentence)
@@ -1042,30 +1042,30 @@ def verdict(entry):
 
 
 def findings(entry):
-    """Whether and how the sets differ: a mark of few words, and sentences."""
+    """Whether and how the sets differ: a mark of a few words, and sentences."""
     seen = {"worse": [], "too good": []}
     for name, difference in entry.differences.items():
         if PLAIN_NAMES[name] not in seen[difference]:
             seen[difference].append(PLAIN_NAMES[name])
     mark = "✓ not told apart"
-    opening = "By these figures they cannot be told from the real ones"
+    opening = "By these metrics the generated images cannot be told from real ones"
     if seen["worse"]:
         mark = "✗ told apart"
-        opening = "They can be told from the real ones"
+        opening = "The generated images can be told from real ones"
     elif seen["too good"]:
         mark = "! too good"
-        opening = "They are too good: better than fresh real images would be"
-    text = [f"{opening} (p = {digits(entry.p, 2)} for all figures together)."]
+        opening = "The generated images are too good: better than fresh real images would be"
+    text = [f"{opening} (p = {digits(entry.p, 2)} for all metrics together)."]
     if seen["worse"]:
-        text.append(f"What differs, the clearest first: {', '.join(seen['worse'])}.")
+        text.append(f"They are worse in (clearest first): {', '.join(seen['worse'])}.")
     if seen["too good"]:
-        text.append(f"Too good for fresh images: {', '.join(seen['too good'])}.")
-        text.append("Copies do this; too smooth, too noisy or repeated images can do it too.")
+        text.append(f"They are too good in: {', '.join(seen['too good'])}.")
+        text.append("Copies cause this; images that are too smooth, too noisy or repeated can too.")
     return mark, text
 
 
 def help_sentences(entry):
-    """Whether the images help a classifier, if that was measured."""
+    """Sentences on whether the images help a classifier; none without --utility."""
     text = []
     if entry.utility_note:
         text.append(entry.utility_note)
@@ -1075,16 +1075,16 @@ def help_sentences(entry):
 
 
 def dose_sentence(doses):
-    """Whether any dose helps, by its interval of 99 %, and the best one."""
+    """Whether any share of generated images helps, by its 99 % interval, and the best one."""
     if len(doses) == 1:
-        return "too few generated images for a dose"
+        return f"too few generated images: {SHARES[1]} % of the real ones are needed"
     best = max(doses[1:], key=lambda dose: dose["gain"])
     text = f"AUROC from {doses[0]['auroc']:.3f} to {best['auroc']:.3f} with {best['share']} %"
-    text += f" added (99 % of the gain: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
+    text += f" more images (gain, 99 % interval: {best['gain_low']:.3f} to {best['gain_high']:.3f})"
     if best["gain_low"] <= 0:
         return f"no gain beyond chance, at best {text}"
     if best is not doses[-1]:
-        text += "; larger doses gained less"
+        text += "; larger shares gained less"
     return f"a gain, {text}"
 
 
@@ -1095,10 +1095,10 @@ def rank_key(entry):
 
 
 def ranking(entries):
-    """Header and rows: each set's excess, and whether the first one is really better.
+    """Header and rows: each set's excess, and whether the first set is really better.
 
-    The spread over random halves of a set is the delete-half jackknife's error of the whole; sets
-    of one size meet the same halves of the real one, so that differences are paired.
+    A set is worse where the excess differs by 1.96 standard errors of the delete-half jackknife;
+    sets of one size meet the same halves of the real one, so that differences are paired.
     """
     rows = []
     name, first = entries[0].first()
@@ -1117,7 +1117,7 @@ def ranking(entries):
 
 
 def print_entry(entry):
-    """Print one set's verdict, the guide and the table."""
+    """Print one set's verdict, the guides and the table."""
     print(f"\n{entry.fake.path}: {len(entry.fake.rows)} images")
     print(f"{verdict(entry)}\n\n{GUIDE}\n")
     print_table(HEADER, figure_rows(entry))
@@ -1134,58 +1134,58 @@ def print_table(header, rows):
 
 # ---------------------------------------------------------------- the report
 
-GUIDE = """Chance is what a figure is when both sets are mixed and divided again, many times.
-p_high is how often chance is as bad as the generated images or worse, p_low how often it is as good
-or better. Of so many p one is often small by chance: only rows with a word in the column "differs"
-count."""
+GUIDE = """Chance is what a metric gives when both sets are mixed and divided at random, many times.
+p_high: how often chance is as bad as the generated images or worse. p_low: how often it is as good
+or better. Of many p values, one is often small by chance: only rows with a word in the column
+"differs" count."""
 
 HALVES_GUIDE = """real halves: one half of the real images against the other half. same size: as
-many generated images against one half, which can be compared with it."""
+many generated images against one half; compare it with real halves."""
 
-PAGE_GUIDE = """The bar is what chance gives where both sets are of one kind: 95 % of many mixtures
-of them, divided again. The dot is the generated set: further right it is worse, further left better
-than fresh real images would be, as copies are. Of so many figures one is often outside by chance:
-only those count that are said to differ. Of fewer than 50 images only gross differences show."""
+PAGE_GUIDE = """The bar is what chance gives: 95 % of many random divisions of both sets, mixed. The
+dot is the generated set. To the right of the bar it is worse. To the left it is better than fresh
+real images would be, as copies are. Of so many metrics one is often outside by chance: only those
+marked "worse" or "too good" count. With fewer than 50 images only large differences show."""
 
-FIGURES = """<p><b>excess</b>: the value less the median of chance. <b>frechet, kid</b>: distance of
-the two sets; <b>colour</b>: the same of their colours, <b>grain</b> of the files as stored:
-sharpness, noise, JPEG's blocks. <b>precision, density</b>: generated images that look real.
-<b>recall, coverage</b>: real variety that is reached. <b>ssim, lpips</b>: likeness to the nearest
-real image, and of generated images to one another. <b>band</b>: by a fixed table; compare it with
-real halves.</p>"""
+FIGURES = """<p><b>excess</b>: the value minus the median of chance. <b>frechet, kid</b>: distance
+between the two sets; <b>colour</b>: the same for their colours; <b>grain</b>: the same for
+sharpness, noise and JPEG blocks of the files as stored. <b>precision, density</b>: how many
+generated images look real. <b>recall, coverage</b>: how much of the real variety is reached.
+<b>ssim, lpips</b>: likeness to the nearest real image (nearest) or of generated images to one
+another (pairs). <b>band</b>: by a fixed table; read it next to real halves.</p>"""
 
-LABELS_GUIDE = """Labels: what images look like to a classifier that learnt from the real ones.
-Real images are judged by one that never saw their patients."""
+LABELS_GUIDE = """What images look like to a classifier that learnt from the real ones. Each real
+image is judged by a classifier that never saw its patient."""
 
-COPIES = """Here are the nearest: a generated image left, the real one right. p: the share of real
-images that are as near to another. This is no guarantee of privacy."""
+COPIES = """Below are the most similar pairs: left the generated image, right the real one. p: the
+share of real images that are as similar to another real one. This does not guarantee privacy."""
 
-SUBGROUPS = """kid: how far the real images of a subgroup are from the generated ones that
-compared_with names; error: one standard deviation of it; real_vs_rest: how far they are from the
-other real images; – where there are too few."""
+SUBGROUPS = """kid: distance of a subgroup's real images to the generated ones that compared_with
+names; error: its standard error; real_vs_rest: distance to the other real images. Smaller is more
+alike; – where there are too few images."""
 
-PEOPLE = """All real images, and the generated ones that were compared. train: the model learnt from
-these; val and test: held out from it. Sex and age by the table or DICOM's headers; – where nobody
-says who the patients are. A patient with several labels counts in each."""
+PEOPLE = """All real images, and the generated ones that were compared. train: the model was trained
+on these; val and test: held out. Sex and age come from the table or DICOM headers; – where the
+patients are unknown. A patient with several labels counts in each."""
 
 BY_LABEL = """copies: generated images that are copies of a real one with this label. Where ten
-images of both sets are compared, precision: the share of generated ones that look real, recall: the
+images of each set show it, precision: the share of generated images that look real; recall: the
 share of the real variety that is reached; by chance: what nearly all random divisions reach."""
 
 METHODS = """Real images: SHA-256 {real_hash}, made square by --crop {crop}; generated ones by their
-central square. All were resized to {resolution} pixels (Lanczos); {resize} resizing before the
-network; {networks}. SSIM at 64 pixels, grey. Precision and recall with 3 neighbours, density and
-coverage with 5; Inception Score in one split. Copies: pictures are laid over each other by an
-affine map, and the local contrast of 70 % of squares (8 x 8 of 64 x 64 pixels) correlates better
-than any two real images' is likely to; distance: 1 less this correlation. Null: {permutations}
-permutations, seed {seed}, within each label, of one image of each patient and picture; a patient's
-real and generated image change places. p of all figures: Westfall and Young's minP. Of more than
-{max_images} images so many were drawn; the Frechet value alone is of all, where the mix of labels
-is the same. Real halves: median of {halves} random ones. Utility: ridge regression on the features
-and a network of three layers (200 steps of 32 images at 64 pixels), on real and generated images
-together or, generated first, 200 steps on these and 200 on real ones; {seeds} paired seeds; tested
-on the held-out images of --run, else on 30 % of the real ones; 1000 bootstraps of whole patients.
-{versions}, {device}. Not for diagnosis."""
+central square. All were resized to {resolution} px (Lanczos); {resize} resizing before the network;
+{networks}. SSIM at 64 px, grey. Precision and recall with 3 neighbours, density and coverage with
+5; Inception Score in one split. Copies: an affine map lays one image over the other, and 70 % of
+squares (8 x 8 of 64 x 64 px) correlate better in local contrast than two different real images
+usually do; distance: 1 minus this correlation. Chance: {permutations} permutations, seed {seed},
+within each label, of one image of each patient and picture; a patient's real and generated image
+change places. p of all metrics: Westfall and Young's minP. Of more than {max_images} images so many
+were picked at random; the Frechet value alone is of all, where the labels have equal shares. Real
+halves: median of {halves} random ones. Utility: ridge regression on the features, and a network of
+three layers (200 steps of 32 images at 64 px), on real and generated images together or, generated
+first, 200 steps on these and 200 on real ones; {seeds} paired seeds; tested on the held-out images
+of --run, else on 30 % of the real ones; 1000 bootstraps of whole patients. {versions}, {device}.
+Not for diagnosis."""
 
 
 def records_table(guide, records):
@@ -1196,7 +1196,7 @@ def records_table(guide, records):
 
 
 def verdict_box(entry):
-    """HTML: the verdict at a glance, a sign and words in a colour, then in sentences."""
+    """HTML: the verdict, first as a coloured mark of a few words, then in sentences."""
     mark, text = findings(entry)
     marks = f'<b class="badge {mark}">{mark}</b>'
     if entry.copies.copies or may_be_copies(entry):
@@ -1206,15 +1206,15 @@ def verdict_box(entry):
 
 
 def gallery(title, images, seed):
-    """HTML: 12 images of a set, drawn by the seed."""
+    """HTML: at most 12 images of a set, picked by the seed."""
     order = torch.randperm(len(images.rows), generator=generator(seed, "shown"))[:12]
     tiles = [zoom(images.pixels[i], f"{title}: {images.rows[i].file_name}") for i in order]
-    heading = f"<h4>{title}: {len(order)} of {len(images.rows)}</h4>"
+    heading = f"<h4>{title}: {len(order)} of {len(images.rows)} images</h4>"
     return f'<div>{heading}<div class="tiles">{"".join(tiles)}</div></div>'
 
 
 def figure_lines(entry):
-    """HTML: each figure next to what chance gives."""
+    """HTML: each metric next to what chance gives."""
     lines = []
     for name, figure in entry.metrics.items():
         better = "lower" if figure.lower_is_better else "higher"
@@ -1227,14 +1227,14 @@ def figure_lines(entry):
 
 
 def place(figure):
-    """Where its dot is, in percent: chance gives 40 to 60, worse is right, far is logarithmic."""
+    """Where its dot is, in percent from the left: 40 to 60 is chance, worse is right, log scale."""
     limit = figure.null_high if figure.excess > 0 else figure.null_low
     steps = np.arcsinh(figure.excess / max(abs(limit - figure.null), 1e-12)) / np.arcsinh(1)
     return 50 + 10 * steps * (1 if figure.lower_is_better else -1)
 
 
 def copies_section(entry, args):
-    """HTML: copies, then the nearest pairs."""
+    """HTML: copies, then the pairs nearest to each other."""
     copies = entry.copies
     figures = ""
     for k, (i, j) in enumerate(copies.numbers):
@@ -1257,25 +1257,25 @@ def labels_section(labels):
         counts = [f"{name}: {count}" for name, count in looks_like.items()]
         rows.append([*cells, ", ".join(counts)])
     text = paragraph(" ".join([LABELS_GUIDE, *labels["sentences"]]))
-    return text + table(["label", "set", "images", "look like"], rows)
+    return text + table(["label", "set", "images", "look most like"], rows)
 
 
 def utility_section(entry):
     """HTML: whether generated images help a classifier."""
     body = paragraph(entry.utility_note)
-    header = ("generated images", "0.5 guesses", "", "1 never errs", "AUROC")
+    header = ("generated added, % of real", "0.5: guesses", "", "1: never wrong", "AUROC")
     for name, doses in entry.utility.items():
         lines = []
         for dose in doses:
             places = [200 * dose[key] - 100 for key in ("low", "high", "auroc")]
-            title = f"95 %: {dose['low']:.3f} to {dose['high']:.3f}"
+            title = f"95 % interval: {dose['low']:.3f} to {dose['high']:.3f}"
             lines.append((f"{dose['share']} %", title, *places, title, f"{dose['auroc']:.3f}"))
         body += paragraph(f"{name}: {dose_sentence(doses)}.") + dot_lines(header, lines)
     return body
 
 
 def set_section(entry, args):
-    """HTML: one generated set's part of the report, in the order in which people ask."""
+    """HTML: the report's section on one generated set, in the order in which people ask."""
     fake = entry.fake
     numbers = paragraph(GUIDE) + table(HEADER, figure_rows(entry)) + paragraph(HALVES_GUIDE)
     body = f"<h2>{html.escape(fake.path)}: {len(fake.rows)} images</h2>{verdict_box(entry)}"
@@ -1298,9 +1298,9 @@ def set_section(entry, args):
 
 def write_report(args, settings, entries):
     """Write --out: ranking where there are several sets, a section for each set, methods."""
-    body = paragraph(f"{args.real}: {len(entries[0].real.rows)} real images", "soft")
+    body = paragraph(f"REAL: {args.real}, {len(entries[0].real.rows)} images", "soft")
     if len(entries) > 1:
-        body += f"<h2>Ranking, by excess over chance; copies last</h2>{table(*ranking(entries))}"
+        body += f"<h2>Ranking by excess over chance, copies last</h2>{table(*ranking(entries))}"
     for entry in entries:
         body += set_section(entry, args)
     methods = METHODS.format(halves=HALVES, seeds=SEEDS, **settings)
@@ -1341,46 +1341,46 @@ def collect_results(args, settings, entries):
 
 
 def describe_run(folder):
-    """What the JSON says of --run: the model, and whether it tells who was in its training set."""
+    """What the JSON says of --run: its model, and its membership audit, a dict with "sentence"."""
     flags = read_run(folder) if folder else {}
     run = {name: flags.get(name, "unknown") for name in ("base", "method", "steps")}
     run["audit"] = read_audit(folder) if folder else None
     if not run["audit"]:
-        run["audit"] = {"sentence": "No membership audit: --run names no run that has one."}
+        run["audit"] = {"sentence": "No membership audit: --run is not given or has none."}
     return run
 
 
 # ---------------------------------------------------------------- the page for a board
 
-BOARD = """<h2>What is this?</h2><p>{made[n]} generated images ({folder}). Their model:
-{base}, trained further (method {run[method]}) for {run[steps]} steps. For research, not for
-diagnosis.</p>
-<h2>From whom was it made?</h2>{people}
-<h2>How is it marked?</h2><p>{made[marked]} of {made[n]} files say in themselves that they are
+BOARD = """<h2>What are these images?</h2><p>{made[n]} generated images ({folder}). The model that
+generated them is {base}, trained further (method {run[method]}) for {run[steps]} steps. They are
+for research, not for diagnosis.</p>
+<h2>From whom were they made?</h2>{people}
+<h2>How are they marked?</h2><p>{made[marked]} of {made[n]} files carry a mark that says they are
 synthetic.</p>
 <h2>Are patients copied, or known to the model?</h2><p>{made[memorisation][likely_copies]} of
-{made[n]} are the same picture as one of {made[searched]} real images, also mirrored, turned,
-cropped or re-saved. Too near to real images, as a set: {near}.</p><p>{audit}</p><p>Privacy method:
-none; not differentially private. That no copy is found is no proof that nobody can be recognised:
-whole pictures are compared, and an audit says little of a single patient.</p>
-<h2>How does it differ from real images?</h2><p>{differs} The bar is what chance gives where both
-sets are of one kind, the dot these images: further right is worse.</p>{figures}
+{made[n]} are copies of one of {made[searched]} real images, also mirrored, turned, cropped or saved
+again. Is the set as a whole too close to real images? {near}.</p><p>{audit}</p><p>Privacy method:
+none; not differentially private. If no copy is found, somebody may still be recognised: only whole
+images are compared, and an audit says little about a single patient.</p>
+<h2>How do they differ from real images?</h2><p>{differs} In each row, the bar is what chance gives
+if both sets are alike, and the dot is these images: further right is worse.</p>{figures}
 {by_label}
-<h2>Does it help?</h2><p>{helps}</p>
-<h2>What are the known limits?</h2><p>The images inherit the biases of those they were made from,
-and do not stand for whom the table does not count. No expert was asked what they show. What is
-selected from them needs this evaluation again. {limits}</p>
+<h2>Do they help?</h2><p>{helps}</p>
+<h2>What are the known limits?</h2><p>The images inherit the biases of the images they were made
+from. They do not represent people whom the table does not count. No expert was asked what they
+show. A selection of them needs this evaluation again. {limits}</p>
 <h2>Whom to ask</h2><p>{contact}</p>"""
 
 
 def write_board(args, results, entry):
-    """Write --board: what a board asks, in its order, no file's name, no figure but of results."""
+    """Write --board: what a board asks, in its order; no file's name, all numbers of `results`."""
     made = results["generated"][0]
     run = results["run"]
     texts = {
         "folder": Path(made["path"]).resolve().name,
         "base": Path(run["base"]).name,
-        "near": "yes" if may_be_copies(entry) else "no",
+        "near": "Yes" if may_be_copies(entry) else "No",
         "audit": run["audit"]["sentence"],
         "differs": " ".join(findings(entry)[1]),
         "helps": " ".join(help_sentences(entry)) or "Not measured (--utility).",
@@ -1403,10 +1403,10 @@ def write_results(args, settings, entries):
     results = collect_results(args, settings, entries)  # looks into each generated file
     if args.board:
         write_board(args, results, entries[0])
-        print(f"for your board: {os.path.abspath(args.board)}")
+        print(f"page for your board: {os.path.abspath(args.board)}")
     if args.json:
         write_file(args.json, json.dumps(results, indent=1))
-        print(f"figures: {os.path.abspath(args.json)}")
+        print(f"results for programs: {os.path.abspath(args.json)}")
 
 
 # ---------------------------------------------------------------- flags
@@ -1418,18 +1418,18 @@ def metric_names(text):
     names = ["frechet" if word == "fid" else word for word in words]
     for name in names:
         if name not in METRICS:
-            fail(f"--metrics: no metric {name!r}; there are {', '.join(METRICS)}")
+            fail(f"--metrics: {name!r} is not a metric; choose from {', '.join(METRICS)}")
     return names
 
 
 def bands_table(path):
-    """An argument type: a CSV of metric,excellent,good,fair as {metric: three limits}."""
+    """An argument type: a CSV of metric,excellent,good,fair as {metric: [three limits]}."""
     bands = {}
     try:
         for row in read_table(path):
             bands[row["metric"].replace("-", "_")] = [float(row[word]) for word in BAND_WORDS[:3]]
     except (KeyError, ValueError):
-        fail(f"--bands {path}: needs metric,excellent,good,fair, the last three numbers")
+        fail(f"--bands {path}: needs columns metric,excellent,good,fair, numbers in the last three")
     return bands
 
 
@@ -1437,46 +1437,46 @@ def parse_args():
     parser = Flags(__doc__)
     add = flag_adder(parser.add_argument_group("data"))
     add("real", "real images: a folder or a table", None, data_set, metavar="REAL", nargs="?")
-    add("generated", "folders or tables", None, data_set, metavar="GENERATED", nargs="*")
-    add("--checkpoint", "draw from a checkpoint, or from each of a folder", type=data_set)
-    add("--num-samples", "images from each checkpoint", 200, number(2, 10**6))
-    add("--steps", "denoising steps for --checkpoint", 50, number(1, 999))
-    add("--guidance-scale", "for --checkpoint", 7.5, number(0.0, 1000))
-    add("--train-data", "searched for copies instead of REAL", type=data_set)
-    add("--max-images", "of a set, drawn by the seed", 1000, number(2, 5000))
-    add = flag_adder(parser.add_argument_group("numbers"))
+    add("generated", "generated images, likewise", None, data_set, metavar="GENERATED", nargs="*")
+    add("--checkpoint", "generate with this checkpoint, or each of a folder", type=data_set)
+    add("--num-samples", "images to generate with each checkpoint", 200, number(2, 10**6))
+    add("--steps", "denoising steps for --checkpoint, 1 to 999", 50, number(1, 999))
+    add("--guidance-scale", "weight of the prompt for --checkpoint", 7.5, number(0.0, 1000))
+    add("--train-data", "search these for copies (default: of --run, else REAL)", type=data_set)
+    add("--max-images", "most images of a set to compare, 2 to 5000", 1000, number(2, 5000))
+    add = flag_adder(parser.add_argument_group("metrics"))
     usual = [name for name in METRICS if name != "inception_score"]
-    add("--metrics", "default: all but inception_score", usual, metric_names)
-    add("--features", "auto (inception, else texture), HUB-ID or PATH", "auto")
-    add("--resize", "as pytorch-fid, clean-fid", "legacy", choices=("legacy", "clean"))
-    add("--bands", "metric,excellent,good,fair; else default", BANDS, bands_table)
-    add("--utility", "do the images help a classifier? needs labels", False)
-    add("--by", "subgroups: a column such as sex or age", "label")
-    add("--permutations", "draws of the null", 999, number(99, 10**6))
+    add("--metrics", f"of {', '.join(METRICS)} (default: all but the last)", usual, metric_names)
+    add("--features", "inception, texture, auto (inception if there), HUB-ID or PATH", "auto")
+    add("--resize", "inception: as pytorch-fid or clean-fid", "legacy", choices=("legacy", "clean"))
+    add("--bands", "CSV: metric,excellent,good,fair (default: built in)", BANDS, bands_table)
+    add("--utility", "do generated images help a classifier? needs labels", False)
+    add("--by", "subgroups by a column such as sex or age", "label")
+    add("--permutations", "random divisions that show chance, from 99", 999, number(99, 10**6))
     add = flag_adder(parser.add_argument_group("output"))
-    add("--out", "the report", "report.html")
-    add("--json", "the figures for programs")
-    add("--board", "a printable page for an ethics board, of one GENERATED")
+    add("--out", "report to write, HTML", "report.html")
+    add("--json", "results to write for programs, JSON")
+    add("--board", "page to write for an ethics board, HTML; one GENERATED")
     add("--contact", "whom to ask, on --board (default: a line to fill in)")
-    add("--download", "get the published networks' weights, and end", False)
+    add("--download", "download the weights of published networks, and end", False)
     add_comparison_flags(parser.add_argument_group("comparison"))
     args = parser.parse_args()
     for path in (args.out, args.json or "", args.board or ""):  # known before an hour of work
         if os.path.isdir(path):
-            fail(f"{path}: is a directory; give a file to write to")
+            fail(f"{path}: is a folder; give a file to write to")
     if args.download:  # it ends here, as --help does
         for name in WEIGHTS:
             print(need_weights(name, "--download"))
         sys.exit()
     if not args.real or not (args.generated or args.checkpoint):
-        fail("nothing to compare: give REAL and GENERATED, one or more folders, or --checkpoint")
+        fail("nothing to compare: give REAL, and GENERATED (one or more) or --checkpoint")
     if args.board and (args.checkpoint or len(args.generated) > 1):
-        fail("--board: is about one set of images: give one GENERATED")
+        fail("--board: the page is about one set: give one GENERATED and no --checkpoint")
     return args
 
 
 def load_tools(args):
-    """Metrics and networks; LPIPS is left out where its weights cannot be had."""
+    """The Tools; LPIPS metrics are left out where there are no weights. No metric is an error."""
     device = pick_device(args.device)
     without_lpips = [name for name in args.metrics if METRICS[name][2] != "lpips"]
     net = "none" if without_lpips == args.metrics else args.lpips
@@ -1488,7 +1488,7 @@ def load_tools(args):
     else:
         lpips = load_lpips(net, device)
     if not names:
-        fail("--metrics: only LPIPS is asked for, and it is left out")
+        fail("--metrics: only LPIPS is asked for, but --lpips is none or has no weights")
     network = load_features(features, device, args.resize)
     if "inception_score" in names and network.head is None:
         fail("--metrics inception_score: needs --features inception or its weight file")
@@ -1496,16 +1496,16 @@ def load_tools(args):
 
 
 def describe(tools, resolution, entries):
-    """The settings that the report and --json name."""
+    """A dict of the settings that the report and --json name."""
     args = tools.args
     features = tools.network.name
     lpips = tools.lpips.name if tools.lpips else None
     rows = [row for entry in entries for row in entry.real.rows + entry.fake.rows]
     native = all(row.size == (resolution, resolution) for row in rows)  # none was resized
     published = native and args.precision in ("auto", "fp32") and tools.network.published
-    networks = f"features {features}, lpips {lpips}"
+    networks = f"features {features}, LPIPS {lpips or 'none'}"
     if not published:
-        networks += "; not comparable with published figures"
+        networks += "; not comparable with published values"
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}, numpy {np.__version__}"
     return vars(args) | {
         "metrics": tools.names,
@@ -1546,7 +1546,7 @@ def main(args):
         print_entry(entry)
     entries.sort(key=rank_key)
     if len(entries) > 1:
-        print("\nranking:")
+        print("\nranking, the best first:")
         print_table(*ranking(entries))
 
     settings = describe(tools, resolution, entries)

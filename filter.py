@@ -8,13 +8,13 @@
     python filter.py --fit anna.csv ben.csv --reference wounds/ --out selector.safetensors
     python filter.py runs/new --reference wounds/ --selector selector.safetensors --keep 200
 
---calibrate 0.05 takes its threshold from the real images: 95 % of unseen real ones would pass all
-scores together. A fixed limit prints the share of real images that it would refuse. --out holds
-copies of the kept images, metadata.csv (ready for train.py), README.md (a card that names nobody),
-decisions.csv and filter.html.
+--calibrate 0.05 takes its limit from the real images: 95 % of unseen real ones would pass all
+scores together. For --max-lpips and --min-ssim it says what share of real images they would refuse.
+--out then holds copies of the kept images, metadata.csv (ready for train.py), README.md (a card
+that names nobody), decisions.csv and filter.html. The images themselves stay where they are.
 --rating-page writes a page for any browser: an expert presses 1 (bad), 2 (usable) or 3 (good) and
-saves ratings-NAME.csv. --fit learns a selector from the ratings of generated images, unless they
-predict nothing or repeat who rated or what.
+saves ratings-NAME.csv. --fit learns a selector from these ratings. It writes none if the ratings
+predict no better than chance, or follow who rated or what was rated.
 """
 
 import base64
@@ -113,12 +113,12 @@ from metrics import (
 
 # ---------------------------------------------------------------- the judgement
 
-NEIGHBOURS = 5  # a few odd real images, grey among photographs, must not excuse others
+NEIGHBOURS = 5  # distance to the 5th: a few odd real images must not excuse others
 
 
 @dataclass
 class Reference:
-    """The real images as `measure_reference` measured them, and what follows for others."""
+    """The n real images as `measure_reference` measured them, and the limits for others."""
 
     same_patient: np.ndarray  # bool (n, n)
     blocks: dict  # name -> Block
@@ -134,8 +134,8 @@ class Reference:
     def judge(self, pixels, rows):
         """Why each image is refused ("" where it is kept), and its scores: name -> (N,).
 
-        pixels: uint8 (N, 3, S, S). The first reason that applies is given. scores["nearest"] is the
-        number of the nearest real image; scores["quality"], in (0, 1], falls with the worst rank.
+        pixels: uint8 (N, 3, S, S), S as of the reference. The first reason that applies is given.
+        scores["nearest"]: number of the nearest real image; "quality": 1.001 minus the worst rank.
         """
         in_colour = np.zeros(len(rows), bool)
         if self.in_colour is not None:
@@ -159,7 +159,7 @@ class Reference:
             elif broken:
                 reasons[i] = broken[0]
             elif in_colour[i] and self.threshold < 1:  # with --calibrate
-                reasons[i] = "in colour, the real images are grey (sample.py --grey)"
+                reasons[i] = "in colour, but the real images are grey (sample.py --grey)"
             elif largest_rank[i] > self.threshold:
                 worst = list(self.real_scores)[ranks[:, i].argmax()]
                 reasons[i] = f"{worst} unlike the real images"
@@ -168,7 +168,7 @@ class Reference:
         return reasons, scores
 
     def check_labels(self, vectors, rows, reasons, scores):
-        """Refuse what looks like another label of the real images; sets scores["label_p"]."""
+        """Refuse images that look like another label than theirs; sets scores["label_p"]."""
         names = self.labels.names
         own, looks, p, is_other = self.labels.judge([vectors["texture"], vectors["colour"]], rows)
         scores["label_p"] = p
@@ -215,12 +215,12 @@ def measure_reference(
     batch_size=32,
     precision="auto",
 ):
-    """Measure the real images once, so that others can be judged against them: a Reference.
+    """A Reference: measure the real images once, so that others can be judged against them.
 
-    rows, pixels: as load_pixels gives, uint8 (n, 3, S, S), S >= 64. calibrate: refuse what looks
-    less real than all but this share of real images. max_lpips, min_ssim: limits to the nearest.
-    Real images that are too few for that, or all of one patient, are an error. Where hardly any
-    real image has a colour, all are compared in grey.
+    rows, pixels: as load_pixels gives, uint8 (n, 3, S, S), S >= 64. calibrate: in (0, 1), refuse
+    what looks less real than all but this share of real images. max_lpips, min_ssim: limits to the
+    nearest one. Too few real images, or all of one patient, are an error. Where hardly any real
+    image has a colour, all are compared in grey.
     """
     pixels, in_colour = grey_kind(pixels)
     if max_lpips is not None and lpips == "auto":
@@ -241,7 +241,7 @@ def measure_reference(
     same_patient = same_unit([row.group for row in rows])
     same_patient |= squares <= 1e-6 * np.median(squares)  # stored twice
     if same_patient.all(1).any():
-        fail("--reference: all its images are of one patient; it takes several")
+        fail("--reference: all images are of one patient; give images of several patients")
     comparisons, limits = compare_pairs(pixels, device, max_lpips, min_ssim, lpips, batch_size)
     reference = Reference(same_patient, blocks, comparisons, limits, in_colour=in_colour)
     reference.real_scores, _ = reference.score(pixels, vectors, same_patient)
@@ -256,7 +256,7 @@ def measure_reference(
 
 
 def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
-    """The comparisons and limits of a Reference by LPIPS and SSIM."""
+    """The comparisons and limits of a Reference by LPIPS and SSIM; real: its pixels."""
     comparisons = {}
     limits = []
     if lpips != "none":
@@ -273,17 +273,17 @@ def compare_pairs(real, device, max_lpips, min_ssim, lpips, batch_size):
 
 
 def set_threshold(reference, alpha):
-    """Let a Reference refuse what has a larger rank than all but this share of real images."""
+    """Let a Reference refuse what ranks worse than all but this share of real images, in (0, 1)."""
     ranks = real_ranks(reference)
     reference.threshold = conformal_threshold(ranks, alpha)
     if np.isinf(reference.threshold):
-        fail(f"--calibrate {alpha:g}: {len(ranks)} real images are too few, see --reference")
+        fail(f"--calibrate {alpha:g}: {len(ranks)} real images, needs {np.ceil(1 / alpha - 1):g}")
     text = f"calibrated on {len(ranks)} real images by {', '.join(reference.real_scores)}"
     reference.summary.append(f"{text}: about {1 - alpha:.0%} of unseen real ones would pass")
 
 
 def real_ranks(reference):
-    """The largest ranks of the real images, (n,)."""
+    """The worst rank of each real image, (n,), in (0, 1]."""
     ranks = reference.rank(reference.real_scores).max(0)
     if reference.in_colour is not None:  # refused, too
         ranks[reference.in_colour] = ranks.max()
@@ -291,7 +291,7 @@ def real_ranks(reference):
 
 
 def learn_labels(reference, rows, seed):
-    """Let a Reference check labels, where its real images have two of 8 images each or more."""
+    """Let a Reference check labels, where at least two labels have 8 real images or more each."""
     blocks = [reference.blocks[name].real for name in ("texture", "colour")]
     check = LabelCheck(rows, blocks, seed)
     if check.names:
@@ -299,12 +299,12 @@ def learn_labels(reference, rows, seed):
         names = textwrap.shorten(", ".join(check.names), 300, placeholder=" …")
         reference.summary.append(f"labels are checked: {names}")
         if check.sentences:
-            text = "none of these is refused for looking like the other"
+            text = "no image of these labels is refused for looking like the other"
             reference.summary.append(f"{' '.join(check.sentences)} So {text}.")
 
 
 def conformal_threshold(ranks, alpha):
-    """The rank that 1 - alpha of unseen images stay within; infinite for too few ranks (n,)."""
+    """The rank that 1 - alpha of unseen images stay within (conformal); inf where ranks are few."""
     place = int(np.ceil((1 - alpha) * (len(ranks) + 1) - 1e-9))
     return np.sort(np.append(ranks, np.inf))[place - 1]
 
@@ -333,10 +333,10 @@ BLOCKS = (368, 8, 11)  # numbers of texture, colour and grain
 
 @dataclass
 class Selector:
-    """What experts' ratings taught: is a picture good, and does it show its label?"""
+    """What experts' ratings taught: is an image good, and does it show its label?"""
 
     size: int  # pixels a side at which it judges
-    good: int  # the least rating of a good picture
+    good: int  # the least rating of a good image, 2 or 3
     classes: list  # the labels that it tells apart
     measured: dict  # how well it predicts the ratings of images left out
     weights: np.ndarray  # (D + 1, 1 + classes): quality, classes; D = sum(BLOCKS), the intercept
@@ -364,11 +364,11 @@ class Selector:
         return reasons, {"quality": quality, "alignment": alignment}
 
     def check_rows(self, rows, min_alignment):
-        """Fail where images are to show a label that it does not know."""
+        """Fail if --min-alignment is given and an image has a label that the selector never saw."""
         for row in rows:
             name = name_of(row)
             if min_alignment is not None and name not in self.classes:
-                fail(f'--min-alignment: the selector knows no label "{name}"; --fit --reference')
+                fail(f'--min-alignment: --fit saw no label "{name}"; fit with --reference again')
 
 
 def name_of(row):
@@ -377,7 +377,7 @@ def name_of(row):
 
 
 def describe(pixels):
-    """The three blocks of descriptors of uint8 pixels (N, 3, S, S): float64 (N, D)."""
+    """The three blocks of descriptors of uint8 pixels (N, 3, S, S): float64 (N, sum(BLOCKS))."""
     texture = extract(pixels, load_features("texture", "cpu"), "cpu")
     return np.hstack([texture, colour(pixels), grain(pixels)])
 
@@ -406,7 +406,7 @@ REFERENCE_FLAGS = (*LIMITS, "features", "lpips", "batch_size", "precision")
 
 
 def filter_images(args):
-    """The main job: judge the generated images, copy those that stay, say why the others do not."""
+    """The main job: judge the generated images, copy the kept ones, say why others are refused."""
     out = Path(args.out).resolve()
     check_folders(out, args)
     origin = read_origin(args)
@@ -440,11 +440,11 @@ def filter_images(args):
 def print_what_is_next(kept, mixed, args):
     if not kept:
         print(
-            "nothing is kept: is --reference of the same kind? Then train longer, for the pictures "
-            "are still unlike it; filter.html shows why"
+            "nothing is kept: is --reference of the same kind? If it is, train longer: the images "
+            "are still unlike it. filter.html says why for each image"
         )
     elif args.dry_run:
-        print("nothing is copied: --dry-run")
+        print("no image is copied: --dry-run")
     elif args.mix:
         share = len(kept) / (len(kept) + len(mixed))
         print(f"mixed with {len(mixed)} real images: {share:.0%} of all are generated")
@@ -457,42 +457,42 @@ def print_what_is_next(kept, mixed, args):
 
 
 def check_folders(out, args):
-    """--out must neither hold a data set, nor lie in one, nor hold other files."""
+    """Fail if --out holds a data set, lies in one, or holds files of another origin."""
     for data in filter(None, (args.generated, args.reference, args.mix)):
         folder = Path(data).resolve()
         lies_inside = folder in out.parents  # of a table's folder it may
         if not folder.is_dir():
             folder = folder.parent
         if lies_inside or out in (folder, *folder.parents):
-            fail(f"--out {args.out} and {data} lie in one another: give another folder")
+            fail(f"--out {args.out} lies in {data}, or {data} in it: give another folder")
     if out.is_dir() and any(out.glob("[!.]*")) and not (out / "decisions.csv").is_file():
-        fail(f"--out {args.out} holds files that are not of a filtering: give another folder")
+        fail(f"--out {args.out}: holds files that filter.py did not write: give another folder")
 
 
 def list_training(data, args):
-    """The rows of a real set, with --run those that it was trained on alone."""
+    """The rows of a real set, with --run only those that it was trained on; none is an error."""
     if not args.run:
         return list_real(data, args)
     rows = list_real(data, args, read_run(args.run).get("prompt"))
     training = [row for row in rows if row.split == "train"]
     if not training:
         fail(f"--run {args.run}: was trained on none of the images of {data}")
-    note(f"{data}: of {len(rows)} images the {len(training)} that {args.run} was trained on")
+    note(f"{data}: of {len(rows)} images, {len(training)} are used: {args.run} was trained on them")
     return training
 
 
 def pick_size(selector, all_rows, args):
-    """Pixels a side at which images are compared: the selector's, if there is one."""
+    """Pixels a side at which images are compared: the selector's, if any; another is an error."""
     if not selector:
         return args.resolution or pick_resolution(all_rows)
     if args.resolution not in (None, selector.size):
-        fail(f"--resolution {args.resolution}: the selector judges at {selector.size} pixels")
+        fail(f"--resolution {args.resolution}: the selector needs {selector.size} px; give that")
     selector.check_rows(all_rows, args.min_alignment)
     return selector.size
 
 
 def plan_mix(count, args):
-    """The real rows to mix in, and how many of `count` generated images are wanted."""
+    """The real rows to mix in, and how many of `count` generated images may stay."""
     wanted = args.keep or count
     if not args.mix:
         return [], wanted
@@ -504,7 +504,7 @@ def plan_mix(count, args):
 def decide(reference, selector, rows, pixels, wanted, args):
     """Reasons ("" keeps an image), scores, and lines that say what was done; sets row.quality."""
     reasons, scores = reference.judge(pixels, rows)
-    summary = [f"all are compared at {pixels.shape[-1]} pixels a side", *reference.summary]
+    summary = [f"all images are compared at {pixels.shape[-1]} px", *reference.summary]
     unknown = sum(np.isnan(scores.get("label_p", [])))
     if unknown:
         summary.append(f"{unknown} of {len(rows)} images have no label that is checked")
@@ -523,19 +523,19 @@ def decide(reference, selector, rows, pixels, wanted, args):
         for i in set(passed) - set(passed[best]):
             reasons[i] = f"not among the best {wanted}"
     elif args.keep and len(passed) < args.keep:
-        summary.append(f"--keep {args.keep}: only {len(passed)} passed the other limits")
+        summary.append(f"--keep {args.keep}: only {len(passed)} images pass the other limits")
     kinds = count_reasons(reasons).most_common()
     summary.append("; ".join(f"{kind}: {count}" for kind, count in kinds))
     return reasons, scores, summary
 
 
 def count_reasons(reasons):
-    """How many images each reason refuses, without details: copy, --max-lpips, quality, …"""
+    """How many images have each reason, without details: copy, --max-lpips, kept, …"""
     return Counter(re.split(r" of | \(| \d", reason)[0] or "kept" for reason in reasons)
 
 
 def refuse_duplicates(reasons, rows, pixels, quality):
-    """Of pictures that are the same, also mirrored or re-saved, refuse all but the best."""
+    """Of images of the same picture, also mirrored or saved again, refuse all but the best."""
     kept = np.flatnonzero(np.array(reasons) == "")
     kept = kept[np.argsort(-quality[kept], kind="stable")]
     for i, j in near_duplicates(pixels[kept]):
@@ -573,7 +573,7 @@ def name_below(folder, file_name):
 
 
 def write_decisions(out, real_rows, all_rows, rows, reasons, scores):
-    """decisions.csv: for each generated image whether it is kept, why not, and its scores."""
+    """decisions.csv: for each generated image, whether it is kept, why not, and its scores."""
     names = [name for name in scores if name != "nearest"]
     blank = [""] * len(names)
     lines = {id(row): [row.file_name, 0, "unreadable", "", *blank] for row in all_rows}
@@ -586,7 +586,7 @@ def write_decisions(out, real_rows, all_rows, rows, reasons, scores):
 
 
 def copy_images(out, kept, mixed):
-    """Copy images to `out`, write metadata.csv; generated ones that only the old one lists go."""
+    """Copy images to `out`, write metadata.csv; delete copies that only an older run left there."""
     folder = "generated" if mixed else ""
     entries = [(name_below(folder, row.file_name), row) for row in kept]
     entries += [(name_below("real", row.file_name), row) for row in mixed]
@@ -596,7 +596,7 @@ def copy_images(out, kept, mixed):
     paths = {}
     for name, row in entries:
         if paths.setdefault(name, row.path) != row.path:  # a table may repeat an image
-            fail(f"{row.path}: another image would be called {name} too; rename one")
+            fail(f"{row.path}: another image would also be called {name}; rename one")
         quality = getattr(row, "quality", "")  # real images have none
         values = (name, row.caption, row.label, row.group, int(quality != ""), quality)
         line = dict(zip(header, values, strict=True))
@@ -615,18 +615,18 @@ def copy_images(out, kept, mixed):
     write_csv(out / "metadata.csv", columns, [map(line.get, columns) for line in lines])
 
 
-REASONS = """Below, each generated picture stands left of the real one that is nearest to it.
-Texture: the pattern of edges and surfaces. Colour: tints, and what is bright where. Grain:
-sharpness, noise, JPEG's blocks. Quality: 1 looks most like the real images, 0 least, by the worst
-of these; with a selector, how likely an expert is to call it good."""
+REASONS = """Below, each generated image stands to the left of the real image nearest to it.
+Texture: the pattern of edges and surfaces. Colour: tints, and where it is bright. Grain: sharpness,
+noise, JPEG blocks. Quality: 1 looks most like the real images, 0 least, by the worst of these
+scores; with a selector, the probability that an expert calls the image good."""
 
 
 def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
-    """HTML: how many are kept and why others are not, other limits, each next to its nearest."""
+    """HTML: how many are kept, why others are not, other limits, and images next to real ones."""
     kinds = count_reasons(reasons)
     body = f'<div class="verdict"><b>Kept {kinds["kept"]} of {len(rows)} generated images.</b>'
-    body += table(("what became of them", "images"), kinds.most_common())
-    body += f"</div>{paragraph(REASONS, 'soft')}<h2>What would pass at another limit</h2>"
+    body += table(("kept, or why not", "images"), kinds.most_common())
+    body += f"</div>{paragraph(REASONS, 'soft')}<h2>What would pass at another --calibrate</h2>"
     body += other_limits(reference, scores)
     order = np.argsort(-scores["quality"], kind="stable")
     kept = np.array(reasons)[order] == ""
@@ -656,7 +656,7 @@ def other_limits(reference, scores):
             passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
             lines.append((alpha, f"{1 - alpha:.0%}", passing))
     return table(
-        ("calibrate", "unseen real images that pass", "generated ones; labels and copies aside"),
+        ("--calibrate", "unseen real images that pass", "generated images that pass this limit"),
         lines,
     )
 
@@ -665,7 +665,7 @@ def other_limits(reference, scores):
 
 
 def read_origin(args):
-    """What the card says of the training, by --run, and of the evaluation, by --report."""
+    """What the card says about the training (--run) and the evaluation (--report): a dict."""
     origin = {"images": 0, "patients": 0, "evaluation": read_report(args)}
     origin["audit"] = "No membership audit is known."
     if args.run:
@@ -676,26 +676,26 @@ def read_origin(args):
         if audit:
             origin["audit"] = audit["sentence"]
         else:
-            note(f"{args.run}: no audit.json: the training command again, with --audit, makes it")
+            note(f"{args.run}: no audit.json: type the training command again with --audit")
     return origin
 
 
 def read_report(args):
-    """What evaluate.py found of the kept images, else of all drawn ones; no name of a file."""
+    """What evaluate.py says of the kept images, else of all generated ones; names no file."""
     if not args.report:
         return "Not evaluated."
     with contextlib.suppress(ValueError, KeyError, TypeError):
         report = json.loads(read_text(args.report))
         sets = {os.path.abspath(found["path"]): found for found in report["generated"]}
-        for folder, name in ((args.out, "the kept images"), (args.generated, "all drawn images")):
+        for folder, name in ((args.out, "the kept images"), (args.generated, "all images")):
             found = sets.get(os.path.abspath(folder))
             if found and report["format"] == 2:
                 copies = found["memorisation"]["likely_copies"]
                 text = f"evaluate.py on {name}: {' '.join(found['findings'])}"
                 return f"{text} Copies of real images: {copies}."
     fail(
-        f"--report {args.report}: not of evaluate.py --json (format 2), or of other images than "
-        f"{args.generated}: evaluate again"
+        f"--report {args.report}: not written by evaluate.py --json (format 2), or not about "
+        f"{args.generated}: run evaluate.py on these images"
     )
 
 
@@ -703,7 +703,7 @@ def write_image_card(kept, mixed, real_rows, reasons, origin, args):
     """README.md of the kept images. It names no file, folder, patient or caption."""
     label = "looks like another label"  # which may be somebody's name
     kinds = count_reasons(re.sub("looks like .*", label, reason) for reason in reasons)
-    checks = f"Of {len(reasons)} drawn images:\n\n"
+    checks = f"Of {len(reasons)} generated images:\n\n"
     for kind, count in kinds.most_common():
         checks += f"- {kind}: {count} ({count / len(reasons):.0%})\n"
     for name in ("model", "adapter"):
@@ -764,7 +764,7 @@ class Rating:
 def read_ratings(paths, rows=(), folders=()):
     """All ratings of ratings files: [Rating]. Of one expert's ratings of an image the last counts.
 
-    rows, folders: images, and folders of images, to look for those that are not where they were.
+    rows, folders: where to look for images that were moved. Files without a rating are an error.
     """
     by_hash = {content_hash(row.path): row.path for row in rows}
     ratings = {}
@@ -774,12 +774,12 @@ def read_ratings(paths, rows=(), folders=()):
         find_images(rated, places, by_hash)
         ratings |= {(rating.path or rating.image, rating.expert): rating for rating in rated}
     if paths and not ratings:
-        fail(f"{paths[0]}: no ratings in it")
+        fail(f"{paths[0]}: holds no ratings")
     return list(ratings.values())
 
 
 def read_rating_rows(path):
-    """The rated rows of one file: [Rating], without the paths of their images."""
+    """The rated rows of one file: [Rating], without paths; a value out of range is an error."""
     records = read_table(path)
     names = list(records[0]) if records else []
     columns = {role: find_column(names, role, RATING_COLUMNS) for role in RATING_COLUMNS}
@@ -798,10 +798,10 @@ def read_rating_rows(path):
         level = read_number(row["expert_level"] or "3")
         if rating not in (1, 2, 3):
             scale = "must be 1 (bad), 2 (usable) or 3 (good)"
-            advice = f"not {row['rating'][:40]!r}: write other scales as thirds of theirs"
+            advice = f"not {row['rating'][:40]!r}; divide other scales into thirds"
             fail(f"{path}: row {line}: rating {scale}, {advice}")
         if not 1 <= level < np.inf:
-            wrong = f"must be a number from 1, not {row['expert_level'][:40]!r}"
+            wrong = f"must be a number of at least 1, not {row['expert_level'][:40]!r}"
             fail(f"{path}: row {line}: expert_level {wrong}")
         row |= {"rating": int(rating), "expert_level": level}
         row["image"] = row["image"].replace("\\", "/")  # of Windows
@@ -809,12 +809,12 @@ def read_rating_rows(path):
         ratings.append(Rating(**row))
     unrated = len(records) - len(ratings)
     if unrated:
-        note(f"{path}: {unrated} of {len(records)} rows have no rating or no image and are skipped")
+        note(f"{path}: {unrated} of {len(records)} rows are skipped: no rating or no image")
     return ratings
 
 
 def read_number(text):
-    """A number with a decimal point or comma; NaN for any other text."""
+    """A text as a number, with a decimal point or comma; NaN for any other text."""
     try:
         return float(text.replace(",", "."))
     except ValueError:
@@ -824,8 +824,8 @@ def read_number(text):
 def find_images(ratings, folders, by_hash):
     """Set the paths of the images of a ratings file, "" where they are not found.
 
-    An image is where the file says, seen from one of the folders, or, after a move, where the end
-    of its path leads, or has its SHA-256. A path that several of them end in is nobody's.
+    An image is where the file says, seen from one of the folders; after a move, where the end of
+    its path leads, or what has its SHA-256 (by_hash). Of several names without it none is found.
     """
     images = defaultdict(set)
     for rating in ratings:
@@ -851,22 +851,22 @@ def drop_missing(ratings):
     missing = sorted(image for image, path in images.items() if not path)
     if missing:
         message = (
-            f"{len(missing)} of {len(images)} rated images are not there as they were rated: "
+            f"{len(missing)} of {len(images)} rated images are missing or changed: "
             f"{', '.join(missing[:5])}"
         )
         if len(missing) > BAD_SHARE * len(images):
             fail(
-                f"{message}: name the folder that holds them, as GENERATED, --blind or --reference;"
-                " without the column sha256 they are found by name alone"
+                f"{message}: give the folder that holds them as GENERATED, --blind or --reference; "
+                "without the column sha256 they are found by name alone"
             )
-        note(f"{message}: skipped")
+        note(f"{message}: their ratings are skipped")
     return [rating for rating in ratings if rating.path]
 
 
 PAGE_SIDE = 768  # the most pixels a side of a picture on a rating page
-SCALE_TEXT = """1 bad: it misleads, or nobody would take it for such a picture
-2 usable: it has faults, and yet shows what it should
-3 good: it could stand among real ones"""
+SCALE_TEXT = """1 bad: it misleads, or does not look like such a picture
+2 usable: it has faults, but shows what it should
+3 good: it could be a real picture"""
 RATING_STYLE = """<style>:root{color-scheme:dark;--ink:#c9d1d9;--soft:#8b949e;--line:#30363d;
 --paper:#05070a;--mark:#6cb0ff}[hidden]{display:none!important}
 body{max-width:none;padding:0;touch-action:manipulation}
@@ -889,18 +889,18 @@ grid-template-columns:minmax(0,1fr) minmax(19rem,36vw)}#picture[hidden]+div{grid
 grid-template-columns:minmax(0,1fr) 26rem}#rate :is(button,#note){min-height:1.9rem;
 padding:.2rem .6rem}}</style>"""
 RATING_BODY = """<form id="start" hidden>
-<p>You see <span id="count"></span> pictures, one after the other. Mark each by a key, 1, 2 or 3,
-or by a button:</p><div id="scale">SCALE</div>
-<p id="how-blind">Some are real. Say of each whether you take it for real, r, or generated, g.</p>
-<p id="how-shows">Does it show its label? Say yes, y, or no, n; neither where you cannot tell.</p>
-<p>Nothing leaves this browser. It keeps every answer at once (not so a private window): close the
-page when you like, open it here again and go on. At the end you save a file, ratings-<i>your
-name</i>.csv. It will be in the folder for downloads: send it to whoever gave you this page.</p>
+<p>You see <span id="count"></span> pictures, one after the other. Rate each with the key 1, 2 or 3,
+or with a button:</p><div id="scale">SCALE</div>
+<p id="how-blind">Some are real. For each, press r if you think it is real, g if generated.</p>
+<p id="how-shows">Does it show its label? Press y for yes, n for no, neither if you cannot tell.</p>
+<p>Nothing leaves this browser. It keeps every answer at once, but not in a private window. Close
+the page when you like, open it in this browser again and go on. At the end you save a file,
+ratings-<i>your name</i>.csv, in your downloads folder. Send it to whoever gave you this page.</p>
 <p><label>Your name <input id="name" required autocomplete="off"></label>
 <select id="level" aria-label="experience"><option value="3">specialist
 <option value="2">resident<option value="1">student</select> <button>Start</button></p></form>
 <main id="rate" hidden><div id="picture"></div><div>
-<p><b id="rater"></b> <button data-key="c">other rater (c)</button></p>
+<p><b id="rater"></b> <button data-key="c">other expert (c)</button></p>
 <progress id="bar"></progress><p id="where" aria-live="polite"></p>
 <div id="work"><div id="ask"><span id="question"></span> <span><button data-key="y">yes (y)</button>
 <button data-key="n">no (n)</button></span></div>
@@ -909,9 +909,9 @@ name</i>.csv. It will be in the folder for downloads: send it to whoever gave yo
 <div id="marks"><button data-key="1">1 bad</button>
 <button data-key="2">2 usable</button>
 <button data-key="3">3 good</button></div><p id="text"></p>
-<input id="note" placeholder="note (t), Enter ends it"></div>
-<div id="end"><p>Two things are left to do.</p><p>1. Save: <span id="file"></span> will be in
-the folder for downloads.</p><p>2. Send it to whoever gave you this page.</p></div>
+<input id="note" placeholder="note (t), press Enter to end it"></div>
+<div id="end"><p>Two things are left to do.</p><p>1. Save <span id="file"></span> in your
+downloads folder.</p><p>2. Send it to whoever gave you this page.</p></div>
 <button data-key="u">back (u)</button>
 <button data-key="s" id="skip">skip (s)</button>
 <button id="save">save the file</button>
@@ -984,9 +984,9 @@ function show() {
   const done = at >= facts.length, marked = facts.filter(f => answers[f[5]]?.rating).length;
   $("bar").max = facts.length; $("bar").value = at; $("rater").textContent = rater;
   $("where").textContent = (done ? "The end" : `${at + 1} of ${facts.length}`)
-    + `, ${marked} marked`
-    + (done && marked < facts.length ? "; to see the skipped ones press c, then Start" : "")
-    + (safe ? "" : "; this browser keeps nothing: save before closing");
+    + `, ${marked} rated`
+    + (done && marked < facts.length ? "; to see the skipped ones, press c, then Start" : "")
+    + (safe ? "" : "; this browser keeps nothing: save the file before you close the page");
   for (const id of ["picture", "work", "view", "skip"]) $(id).hidden = done;
   $("end").hidden = !done;
   $("file").textContent = `ratings-${rater.replace(/[^\p{L}\p{N}]+/gu, "-")}.csv`;
@@ -1101,7 +1101,7 @@ queue(begin);
 
 
 def write_rating_page(args):
-    """A page with the images in it: keys 1 2 3, kept by the browser, saved as ratings-NAME.csv."""
+    """Write a page that holds its images, on which an expert rates them: ratings-NAME.csv."""
     scale = read_text(args.scale_text) if args.scale_text else SCALE_TEXT
     rows = list_images(args.generated)
     real_rows = list_training(args.blind, args) if args.blind else []
@@ -1131,21 +1131,21 @@ def write_rating_page(args):
     body = rating_page(facts, images, bool(args.blind), scale)
     write_file(args.rating_page, page("Rate pictures", body))
     print(
-        f"{args.rating_page}: {len(rows)} generated, {len(real_rows)} real images, at most {size} "
-        "pixels a side; open it in a browser"
+        f"{args.rating_page}: {len(rows)} generated and {len(real_rows)} real images, at most "
+        f"{size} px a side; open it in a browser"
     )
     print("next: " + command("filter.py", args.generated, "--fit", "ratings-NAME.csv"))
 
 
 def not_rated(rows, rated):
-    """The rows whose files have none of these hashes."""
+    """The rows whose files have none of these SHA-256 sums."""
     return [row for row in rows if content_hash(row.path) not in rated]
 
 
 def draw_blind(rows, real_rows, size, args):
-    """Real rows to mix in, one in five, and the pixels a side at which no image is enlarged.
+    """Real rows to mix in, one image in five, and the pixels a side at which none is enlarged.
 
-    Sharpness must tell nobody which are real: the smaller half of them is left out.
+    Sharpness must not tell which are real: real images that would be enlarged are left out.
     """
     wanted = max(1, round(len(rows) / 4))
     drawn = draw_order(len(real_rows), args.seed, "blind")[: 4 * wanted]
@@ -1157,9 +1157,9 @@ def draw_blind(rows, real_rows, size, args):
 
 
 def labels_to_ask(rows, real_rows):
-    """What each image is asked to show; where real ones are among them, a label of generated ones.
+    """The label that the page asks about, for each image; with real ones, one of generated images.
 
-    Else a label, or that there is none, would tell which are real.
+    Otherwise a label, or that there is none, would tell which are real.
     """
     own = [row.label or row.caption for row in rows + real_rows]
     if not real_rows:
@@ -1183,7 +1183,7 @@ def facts_of(row, is_real, label, page_path):
 
 
 def rating_page(facts, images, blind, scale):
-    """The body of a rating page; facts: those of each image, see facts_of; scale: a text."""
+    """HTML: the body of a rating page; facts: `facts_of` each image; images: <img>; scale: text."""
     unread = base64.b64encode(json.dumps(facts).encode()).decode()  # nor seen in the source
     return f"""{RATING_STYLE}{RATING_BODY.replace("SCALE", html.escape(scale))}<script>
 const BLIND = {json.dumps(blind)};
@@ -1193,12 +1193,12 @@ const IMAGES = {json.dumps(images)};
 
 
 def choose_images(rows, args):
-    """The rows to rate, all or --suggest: unlike one another, where the selector is least sure."""
+    """The rows to rate, 1 to 500 (else an error): all, or --suggest of them, diverse and unsure."""
     count = min(len(rows), args.suggest or len(rows))
     if args.suggest and args.blind:
         count = min(count, args.suggest - args.suggest // 5)
     if not 0 < count <= 500:
-        fail(f"{args.generated}: {count} images to rate (--suggest picks some)")
+        fail(f"{args.generated}: {count} images to rate; a page takes 1 to 500, see --suggest")
     if not args.suggest:
         return rows
     selector = load_selector(args.selector) if args.selector else None
@@ -1213,7 +1213,7 @@ def choose_images(rows, args):
 
 
 def kappa(first, second):
-    """Quadratically weighted kappa of two raters' ratings of the same images, (n,) each."""
+    """Quadratically weighted kappa (Cohen 1968) of ratings (n,) by two; NaN where all are equal."""
     by_chance = np.square(np.subtract.outer(first, second)).sum()
     if by_chance == 0:
         return np.nan
@@ -1221,7 +1221,7 @@ def kappa(first, second):
 
 
 def print_agreement(args):
-    """Print how far raters agree, and whether they can tell real from generated."""
+    """Print how far experts agree, and whether they can tell real from generated images."""
     ratings = defaultdict(dict)
     guesses = defaultdict(partial(np.zeros, (2, 2), int))
     for rating in read_ratings(args.agreement):
@@ -1231,7 +1231,7 @@ def print_agreement(args):
             taken_for_generated = int(text_key(rating.guess) != "real")
             guesses[rating.expert][int(not rating.is_real), taken_for_generated] += 1
     if len(ratings) < 2 and not guesses:
-        fail("--agreement: one rater and no guesses: nothing to compare")
+        fail("--agreement: give ratings of two experts, or of a --blind page: nothing to compare")
     for (a, first), (b, second) in itertools.combinations(ratings.items(), 2):
         shared = [path for path in first if path in second]
         a_ratings = np.array([first[path] for path in shared])
@@ -1242,21 +1242,21 @@ def print_agreement(args):
         p = scipy.stats.fisher_exact(counts).pvalue
         (hits, misses), (fooled, caught) = counts
         print(
-            f"{rater}: real taken for real {hits}, for generated {misses}; generated taken for "
-            f"real {fooled}, for generated {caught}; p {p:.2g} of guessing"
+            f"{rater}: of real images {hits} called real, {misses} generated; of generated images "
+            f"{fooled} called real, {caught} generated; p {p:.2g} against guessing"
         )
 
 
 def describe_agreement(first, second, gen):
-    """Weighted kappa of two raters' ratings, (n,) each, with its bootstrap interval, in words."""
+    """Weighted kappa of two experts' ratings, (n,) each, with its bootstrap interval, in words."""
     count = len(first)
     value = kappa(first, second)
     if np.isnan(value):
-        return f"one and the same rating for all {count} shared images: no kappa"
+        return f"no kappa: the {count} images that both rated all have the same rating"
     draws = torch.randint(count, (1000, count), generator=gen).numpy()
     values = [kappa(first[draw], second[draw]) for draw in draws]
     low, high = np.nanpercentile(values, (2.5, 97.5))
-    return f"weighted kappa {value:.2f}, 95 % {low:.2f} to {high:.2f}, {count} shared images"
+    return f"weighted kappa {value:.2f} (95 %: {low:.2f} to {high:.2f}) on {count} shared images"
 
 
 # ---------------------------------------------------------------- ratings teach a selector
@@ -1276,7 +1276,7 @@ class Rated:
 
 
 def fit(args):
-    """Learn a selector from ratings; write it only where it predicts them better than chance."""
+    """Learn a selector from ratings; one that predicts them no better than chance is an error."""
     ratings = read_generated(args)
     good = args.good or 3
     rated = gather(ratings, good)
@@ -1287,9 +1287,9 @@ def fit(args):
     mean, spread = block_scale(descriptors, BLOCKS)
     weights, measured = fit_quality((descriptors - mean) / spread, rated, args.seed)
     if not (measured["p"] <= 0.05 and measured["interval"][0] > 0.5):
-        chance = "the ratings do not predict quality better than chance"
-        fail(f"no selector written: {chance}: {in_words(measured)}")
-    print(f"{in_words(measured)}, by {len(ratings)} ratings of {len(rated.rows)} images")
+        chance = "it predicts ratings no better than chance; rate more images"
+        fail(f"no selector is written: {chance} ({in_words(measured)})")
+    print(f"selector: {in_words(measured)}; {len(ratings)} ratings of {len(rated.rows)} images")
     shown = [read_number(rating.shows) for rating in ratings if rating.shows]
     if shown:
         print(f"{shown.count(0)} of {len(shown)} ratings say that the label is not shown")
@@ -1308,23 +1308,23 @@ def unscaled(weights, mean, spread):
 
 
 def in_words(measured):
-    """How well a selector does, a sentence with its figures."""
+    """How well a selector predicts ratings, in words."""
     low, high = measured["interval"]
     return (
-        f"of two pictures it picks the better {100 * measured['auroc']:.0f} times in 100 "
-        f"(95 %: {low:.2f} to {high:.2f}, AUROC {measured['auroc']:.2f}, p {measured['p']:.2g})"
+        f"of a good and a bad image it picks the good one in {measured['auroc']:.0%} of cases "
+        f"(AUROC {measured['auroc']:.2f}, 95 %: {low:.2f} to {high:.2f}, p {measured['p']:.2g})"
     )
 
 
 def read_generated(args):
-    """The ratings of generated images; of real ones a selector could learn that real is good."""
+    """The ratings of generated images; from real ones a selector could learn that real is good."""
     rows = list_images(args.generated) if args.generated else []
     ratings = read_ratings(args.fit, rows, (args.generated, args.reference))
     generated = [rating for rating in ratings if not rating.is_real]
     if len(generated) < len(ratings):
-        note(f"{len(ratings) - len(generated)} ratings are of real images: not used")
+        note(f"{len(ratings) - len(generated)} ratings are skipped: their images are real")
     if not generated:
-        fail(f"{args.fit[0]}: all rated images are real; a selector needs generated ones")
+        fail(f"{args.fit[0]}: all rated images are real: a selector needs generated ones")
     return drop_missing(generated)
 
 
@@ -1350,7 +1350,7 @@ def gather(ratings, good):
 
 
 def check_ratings(ratings, rated):
-    """Fail where there is too little to learn from, or where ratings repeat who rated or what."""
+    """Fail if there is too little to learn from, or if ratings follow who rated or what."""
     found = []
     values = [rating.rating for rating in ratings]
     for name in ("modality", "expert", "expert_level", "prompt"):
@@ -1361,23 +1361,23 @@ def check_ratings(ratings, rated):
         with np.errstate(invalid="ignore"):  # NaN where all are the same
             v = scipy.stats.contingency.association(counts, method="cramer")
         if v > 0.6:
-            found.append(f"the ratings may encode {name} rather than quality (Cramer's V {v:.2f})")
+            found.append(f"the ratings may follow {name}, not quality (Cramer's V {v:.2f} > 0.6)")
     count = len(rated.rows)
     good = (rated.labels >= 0.5).sum()
     if count < 30:
-        found.append(f"{count} rated images are fewer than 30")
+        found.append(f"{count} images are rated: 30 are needed")
     if min(good, count - good) < 8:
         text = f"{good} images are good and {count - good} are not: 8 of each are needed"
         found.append(f"{text}; --good 2 counts usable ones as good")
     if found:
-        fail(f"no selector written: {'; '.join(found)}")
+        fail(f"no selector is written: {'; '.join(found)}")
 
 
 def fit_quality(features, rated, seed):
-    """Weights (D + 1, 1) of a calibrated logistic regression, and how well it predicts: a dict.
+    """Weights (D + 1, 1) of a calibrated logistic regression, and {"auroc", "interval", "p"} of it.
 
     Permutations of the ratings, within modalities, go through the whole cross-validation and the
-    choice of the penalty. The AUROC's interval is a bootstrap over groups.
+    choice of the penalty. The AUROC's 95 % interval is a bootstrap over groups.
     """
     labels = np.tile(rated.labels, 1 + PERMUTATIONS)
     for column in range(1, 1 + PERMUTATIONS):
@@ -1403,7 +1403,7 @@ def fit_quality(features, rated, seed):
 
 
 def fit_classes(size, args):
-    """What tells labels of 8 real images or more apart: the labels, weights (D + 1, labels)."""
+    """Labels that 8 real images or more have, and weights (D + 1, labels) that tell them apart."""
     nothing = [], np.zeros((sum(BLOCKS) + 1, 0))
     if not args.reference:
         return nothing
@@ -1418,7 +1418,7 @@ def fit_classes(size, args):
     if not check.names:
         return nothing
     right = np.mean(check.looks == check.own)
-    print(f"{len(check.names)} labels; {right:.0%} of real images left out look most like theirs")
+    print(f"{len(check.names)} labels; {right:.0%} of real images, left out, look like their own")
     return check.names, unscaled(check.weights, check.mean, check.spread)
 
 
@@ -1428,42 +1428,42 @@ def fit_classes(size, args):
 def parse_args(argv=None):
     parser = Flags(__doc__)
     add = flag_adder(parser)
-    add("generated", "folder or table", nargs="?", type=data_set, metavar="GENERATED")
-    add("--reference", "the real images, folder or table", type=data_set)
-    add("--out", "default: runs/kept, with --fit selector.safetensors")
+    add("generated", "images, as a folder or table", nargs="?", type=data_set, metavar="GENERATED")
+    add("--reference", "real images to compare with: folder or table", type=data_set)
+    add("--out", "folder (default: runs/kept), with --fit a file (selector.safetensors)")
     share = number(0.0, 1.0)
-    add = flag_adder(parser.add_argument_group("what stays"))
-    add("--calibrate", "share of real ones refused", type=number(0.0001, 0.9))
-    add("--max-lpips", "largest distance to the nearest real image", type=number(0.0, 1e6))
-    add("--min-ssim", "least similarity to the nearest real image", type=number(-1.0, 1.0))
+    add = flag_adder(parser.add_argument_group("what is kept"))
+    add("--calibrate", "share of unseen real images to refuse, up to 0.9", type=number(0.0001, 0.9))
+    add("--max-lpips", "largest LPIPS to the nearest real image, from 0", type=number(0.0, 1e6))
+    add("--min-ssim", "least SSIM to the nearest real image, -1 to 1", type=number(-1.0, 1.0))
     add("--drop-copies", "refuse copies of real images", False)
-    add("--drop-duplicates", "of pictures that are the same keep the best", False)
-    add("--selector", "judge by what --fit wrote", type=existing_file)
-    add("--min-quality", "least probability of a good rating (default: 0.5)", type=share)
-    add("--min-alignment", "probability that the image shows its label", type=share)
-    add("--no-label-check", "keep what looks like another label", False)
-    add("--keep", "only the best and most diverse N", type=number(1, 10**9))
-    group = parser.add_argument_group("how it is left")
+    add("--drop-duplicates", "of generated images of one picture keep only the best", False)
+    add("--selector", "judge also by a selector that --fit wrote", type=existing_file)
+    add("--min-quality", "least quality by --selector, 0 to 1 (default: 0.5)", type=share)
+    add("--min-alignment", "least alignment to its label by --selector, 0 to 1", type=share)
+    add("--no-label-check", "keep images that look like another label", False)
+    add("--keep", "most images to keep: the best and most diverse", type=number(1, 10**9))
+    group = parser.add_argument_group("what is written")
     add_card_flags(group)
     add = flag_adder(group)
-    add("--report", "of evaluate.py --json, for README.md", type=existing_file)
-    add("--dry-run", "write decisions.csv and filter.html, copy nothing", False)
-    add("--mix", "put these real images with the kept ones", type=data_set)
-    add("--share", "per cent generated in a --mix (default: 25)", type=number(0.1, 99.9))
+    add("--report", "results of evaluate.py --json, for README.md", type=existing_file)
+    add("--dry-run", "write decisions.csv and filter.html, copy no image", False)
+    add("--mix", "real images to copy next to the kept ones", type=data_set)
+    add("--share", "%% of generated images in a --mix (default: 25)", type=number(0.1, 99.9))
     rate = parser.add_argument_group("experts' ratings")
     add = flag_adder(rate)
-    add("--suggest", "only N, those that teach most", type=number(1, 500))
-    add("--blind", "mix real images in, one in five", type=data_set)
-    add("--scale-text", "text file: what 1, 2 and 3 mean on the page", type=existing_file)
-    add("--rated", "leave these out", [], existing_file, nargs="+", metavar="CSV")
-    add("--good", "least rating of a good image (default: 3)", type=int, choices=[2, 3])
+    add("--suggest", "images on a --rating-page, the most useful, to 500", type=number(1, 500))
+    add("--blind", "real images to mix into a --rating-page, one in five", type=data_set)
+    add("--scale-text", "text file: what 1, 2, 3 mean on a --rating-page", type=existing_file)
+    add("--rated", "rated before: left off the page", [], existing_file, nargs="+", metavar="CSV")
+    add("--good", "for --fit: least rating of a good image (default: 3)", type=int, choices=[2, 3])
     add = flag_adder(rate.add_mutually_exclusive_group())
-    add("--rating-page", "write a page on which an expert rates GENERATED")
-    add("--agreement", "how far raters agree", nargs="+", type=existing_file, metavar="CSV")
+    add("--rating-page", "page to write, HTML, on which an expert rates GENERATED")
+    add("--agreement", "print how far experts agree", nargs="+", type=existing_file, metavar="CSV")
     add("--fit", "learn a selector from ratings", nargs="+", type=existing_file, metavar="CSV")
     how = parser.add_argument_group("comparison")
     add = flag_adder(how)
-    add("--features", "texture, inception, auto, HUB-ID or PATH", "texture")
+    add("--features", "texture, inception, auto (inception if there), HUB-ID or PATH", "texture")
     add_comparison_flags(how)
     args = parser.parse_args(argv)
     check_args(args)
@@ -1473,12 +1473,12 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """What flags mean together."""
+    """What flags mean together: the first that is missing, or does not fit, is an error."""
     filters = not (args.rating_page or args.agreement or args.fit)
     if not args.generated and (args.rating_page or filters):
-        fail("give GENERATED, a folder of images")
+        fail("GENERATED is missing: give a folder or a table of generated images")
     if filters and not args.reference:
-        fail("give --reference, the real images")
+        fail("--reference is missing: give a folder or a table of real images")
     needs = {
         "selector": ("min_quality", "min_alignment"),
         "mix": ("share",),
@@ -1487,11 +1487,11 @@ def check_args(args):
     }
     need_flags(args, needs)
     if args.max_lpips is not None and args.lpips == "none":
-        fail("--max-lpips: needs another --lpips than none")
+        fail("--max-lpips: needs --lpips alex, vgg or squeeze, not none")
     rules = (*LIMITS, "drop_duplicates", "selector", "keep", "mix")
     given = [getattr(args, name) for name in rules]
     if filters and all(value is None or value is False for value in given):
-        fail("nothing to filter by: give --calibrate 0.05, --drop-copies, --selector or --keep")
+        fail("no limit to filter by: give --calibrate 0.05, --drop-copies, --selector or --keep")
 
 
 def main(args):

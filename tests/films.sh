@@ -1,5 +1,6 @@
 #!/bin/sh
-# Chest films by finding and patient: train one generator on all findings, draw each finding, and ask whether it helps.
+# Chest films by finding and patient: train one generator on all findings, draw each finding, and ask whether the films
+# help a classifier.
 #
 #   DATA=xray/ BASE=sd15 NUM_IMAGES=20 OUT=runs/films sh tests/films.sh
 #
@@ -25,13 +26,17 @@ python sample.py --lora "$OUT/train/lora.safetensors" --labels-from "$DATA" --nu
     --out "$OUT/drawn"
 # What the run held out is the reference, and the test set of the classifiers.
 python evaluate.py "$DATA" "$OUT/drawn" --run "$OUT/train" --utility --out "$OUT/report.html" --json "$OUT/report.json"
-# A film that looks like another finding than its label's is refused, where the real films can be told apart.
+# A film that looks like another finding than its own is refused, if the real films of both can be told apart.
 python filter.py "$OUT/drawn" --reference "$DATA" --run "$OUT/train" --calibrate 0.05 --drop-copies --drop-duplicates \
     --mix "$DATA" --share "$SHARE" --out "$OUT/kept"
 
+mixed="The mixed training set: $OUT/kept"
+if [ -z "$(ls "$OUT/kept/generated" 2>/dev/null)" ]; then
+    mixed="No mixed training set: no generated image was kept, see $OUT/kept/filter.html"
+fi
 echo "
 Look at:
   $OUT/drawn/grid.png          what was drawn of each finding
-  $OUT/report.html             how good it is, by finding, and whether a classifier learns more with it
+  $OUT/report.html             how good they are, by finding, and whether a classifier learns more with them
   $OUT/kept/filter.html        what was kept and why
-The mixed training set: $OUT/kept"
+$mixed"

@@ -305,8 +305,8 @@ def test_no_card_and_no_mark_names_anybody(plant, base, tmp_path, run, monkeypat
         "- licence of these images: CC BY 4.0\n- ethics approval: EK 12/2025\n",
         f"- base: {model_of(base)}; its licence: not stated\n",
         f"of its hash: {metrics.content_hash(out / 'lora.safetensors')[:10]}:1\n",
-        "Of 8 drawn images:\n\n- kept: 7 (88%)\n- copy: 1 (12%)\n",
-        f"evaluate.py on all drawn images: {' '.join(found['findings'])}",
+        "Of 8 generated images:\n\n- kept: 7 (88%)\n- copy: 1 (12%)\n",
+        f"evaluate.py on all images: {' '.join(found['findings'])}",
         " Copies of real images: 1.\n",
         "- drop_copies: True\n",
         f"not differentially private. {audit}\n",
@@ -367,7 +367,7 @@ def test_a_card_says_what_is_not_known(card_of):
 
 def test_the_figures_of_the_kept_images_come_before_those_of_all(card_of, sets, tmp_path):
     report = write_report(tmp_path / "report.json", sets[1])
-    expected = "evaluate.py on all drawn images: They differ. Copies of real images: 3.\n"
+    expected = "evaluate.py on all images: They differ. Copies of real images: 3.\n"
     assert expected in card_of("--report", report)
     content = json.loads(report.read_text())
     content["generated"].append({**content["generated"][0], "path": str(tmp_path / "kept")})
@@ -380,7 +380,7 @@ def test_a_report_that_is_none_is_one_line(content, sets, tmp_path, refused):
     (tmp_path / "report.json").write_text(content)
     flags = ["--reference", sets[0], "--drop-copies", "--out", tmp_path / "kept"]
     line = refused(filter_script, sets[1], *flags, "--report", tmp_path / "report.json")
-    assert "not of evaluate.py --json (format 2)" in line
+    assert "not written by evaluate.py --json (format 2)" in line
     assert not (tmp_path / "kept").exists()
 
 
@@ -391,7 +391,7 @@ def test_a_report_of_another_format_or_of_other_images_is_one_line(
     report = write_report(tmp_path / "report.json", sets[1], **changed)
     flags = ["--reference", sets[0], "--drop-copies", "--out", tmp_path / "kept"]
     line = refused(filter_script, sets[1], *flags, "--report", report)
-    assert f"or of other images than {sets[1]}: evaluate again" in line
+    assert f"or not about {sets[1]}: run evaluate.py" in line
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
@@ -403,7 +403,7 @@ def test_an_audit_that_is_missing_or_damaged_is_one_line(content, card_of, make_
     assert "No membership audit is known." in text
     assert "- training images: 8; patients: not stated\n" in text
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "audit.json" in line]
-    assert line == f"{folder}: no audit.json: the training command again, with --audit, makes it"
+    assert line == f"{folder}: no audit.json: type the training command again with --audit"
 
 
 def test_a_reason_names_no_label(tmp_path):

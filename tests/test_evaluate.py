@@ -99,7 +99,7 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     assert line.startswith("features texture, LPIPS none:")
     assert "evaluate.py --download" in line
     assert "reading 24 real images, and the generated ones, at 64 px" in done.stdout
-    assert "not comparable with published figures" in done.stdout
+    assert "not comparable with published values" in done.stdout
     assert f"report: {tmp_path / 'report.html'}" in done.stdout
     assert f"next: python {ROOT}/filter.py" in done.stdout
 
@@ -135,8 +135,8 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     assert "<b>0" not in report
     assert not any(word in report for word in ("http:", "https:", "<script", "<link", "url("))
     assert report.count("<img") == 12 + 12 + 2 * 12
-    assert "not comparable with published figures" in report
-    p = f"(p = {evaluate.digits(entry['p'], 2)} for all figures together)"
+    assert "not comparable with published values" in report
+    p = f"(p = {evaluate.digits(entry['p'], 2)} for all metrics together)"
     order = [evaluate.GUIDE, "by chance: median", evaluate.HALVES_GUIDE]
     in_order(done.stdout, [p, *order])
     in_order(html.unescape(report), ["✓ not told apart", p, *order])
@@ -163,11 +163,11 @@ def test_fresh_pictures_rank_before_blurred_ones_and_copies_are_called_copies(
     assert found[copies]["frechet"]["value"] < 1e-6
     for name in ("frechet", "kid", "ssim_nearest"):
         assert found[copies][name]["p_low"] == 0.01
-    words = ("can be told", "cannot be told", "variety", "They are too good")
+    words = ("can be told", "cannot be told", "variety", "images are too good")
     lines = capsys.readouterr().out.splitlines()
-    verdicts = [line for line in lines if "for all figures together" in line]
+    verdicts = [line for line in lines if "for all metrics together" in line]
     said = [[word for word in words if word in line] for line in verdicts]
-    assert said == [["can be told", "variety"], ["cannot be told"], ["They are too good"]]
+    assert said == [["can be told", "variety"], ["cannot be told"], ["images are too good"]]
 
 
 def test_the_real_set_as_generated_is_called_copies(tmp_path, monkeypatch, capsys):
@@ -175,7 +175,7 @@ def test_the_real_set_as_generated_is_called_copies(tmp_path, monkeypatch, capsy
     found = run_set(monkeypatch, real, real + "/", "--metrics", "fid,kid")["metrics"]
     assert list(found) == ["frechet", "kid"]
     assert found["frechet"]["p_low"] == 0.01
-    assert "They are too good" in capsys.readouterr().out
+    assert "images are too good" in capsys.readouterr().out
 
 
 def test_of_a_large_set_some_are_drawn_and_only_the_frechet_value_is_of_all(
@@ -188,7 +188,7 @@ def test_of_a_large_set_some_are_drawn_and_only_the_frechet_value_is_of_all(
     drawn = run(monkeypatch, real, fake, *names, "--max-images", "12")
     assert (whole["real"]["n"], whole["generated"][0]["n"]) == (24, 22)
     assert (drawn["real"]["n"], drawn["generated"][0]["n"]) == (12, 12)
-    assert "12 of 22 images are drawn" in capsys.readouterr().out
+    assert "12 of 22 images are picked" in capsys.readouterr().out
     before = whole["generated"][0]["metrics"]
     after = drawn["generated"][0]["metrics"]
     assert after["frechet"]["value"] == pytest.approx(before["frechet"]["value"], rel=1e-6)
@@ -250,7 +250,7 @@ FLAGS_AND_ERRORS = [
     (["empty"], "no images"),
     (["one"], "at least 2"),
     (["broken"], "cannot be read"),
-    (["fake", "--metrics", "kid,fud"], "no metric 'fud'"),
+    (["fake", "--metrics", "kid,fud"], "'fud' is not a metric"),
     (["fake", "--metrics", "lpips-pairs", "--lpips", "none"], "only LPIPS"),
     (["fake", "--metrics", "lpips-pairs", "--lpips", "alex"], "needs alexnet-owt-7be5be79.pth"),
     (["--download"], "needs pt_inception-2015-12-05-6726825d.pth"),
@@ -264,16 +264,16 @@ FLAGS_AND_ERRORS = [
     (["fake", "--run", "one"], "one/args.json: missing or damaged: give the --out of a train.py"),
     (["fake", "--window", "sharp"], "--window sharp"),
     ([], "GENERATED"),
-    (["fake", "--out", "real"], "directory"),
+    (["fake", "--out", "real"], "real: is a folder"),
     (["--checkpoint", "bands.csv", "--steps", "0"], "--steps"),
     (["fake", "--bands", "real/000.png"], "000.png"),
     (["fake", "--metrics", "inception-score"], "--features inception"),
     (["fake", "--by", "sex"], "--by sex"),
     (["--checkpoint", "nowhere"], "nowhere: no such file or folder"),
-    (["--checkpoint", "empty"], "no checkpoint there"),
-    (["fake", "real", "--board", "board.html"], "--board: is about one set"),
-    (["--checkpoint", "bands.csv", "--board", "board.html"], "--board: is about one set"),
-    (["fake", "--board", "empty"], "empty: is a directory"),
+    (["--checkpoint", "empty"], "no step-*.pt in it"),
+    (["fake", "real", "--board", "board.html"], "--board: the page is about one set"),
+    (["--checkpoint", "bands.csv", "--board", "board.html"], "--board: the page is about one set"),
+    (["fake", "--board", "empty"], "empty: is a folder"),
     (["--checkpoint", "bands.csv"], "not a checkpoint"),
     (["fake", "--features", "one"], "one"),
 ]
@@ -313,7 +313,7 @@ def test_what_a_run_held_out_is_the_reference(tmp_path, monkeypatch, capsys, mak
     found = run(monkeypatch, real, fake, "--metrics", "kid", "--run", folder)
     assert found["real"]["n"] == 8
     said = capsys.readouterr().out
-    assert "8 images are held out, 16 were trained on" in said
+    assert "8 images were held out, 16 were trained on" in said
     assert said.splitlines()[-1].endswith(f"--calibrate 0.05 --run {folder}")
     pairs = found["generated"][0]["memorisation"]["pairs"]
     assert {int(pair["train"][:3]) % 3 for pair in pairs} <= {1, 2}
@@ -847,8 +847,8 @@ def test_labels_of_one_set_alone_are_listed_and_their_images_stay():
     real, fake, sentences = compared({"a": 20, "b": 5}, {"a": 20, "c": 5, "": 2})
     assert (real.total(), fake.total()) == (25, 27)
     assert sentences == [
-        "Only the real set has the labels b.",
-        "Only the generated set has the labels c.",
+        "Only the real set has these labels: b.",
+        "Only the generated set has these labels: c.",
     ]
 
 
@@ -945,7 +945,7 @@ def test_one_copy_among_many_is_found_and_said_with_its_label():
 def test_no_sign_of_copying_is_said_of_fresh_images():
     found = evaluate.find_copies(random_set(16), random_set(12, seed=1), ARGS)
     assert len(found.copies) == 0
-    assert found.sentence.startswith("No generated image is the same picture as one of 16 real")
+    assert found.sentence.startswith("No generated image is a copy of one of 16 real images")
     assert found.sentence.endswith("no sign of copying.")
 
 
@@ -973,7 +973,7 @@ def test_images_nearer_than_chance_gives_are_counted():
         chance, words = evaluate.count_near(usual, similarity)
         exact = stats.betabinom.sf(near - 1, 100, 10, 91)
         assert chance == pytest.approx(exact, abs=4 * (exact / 9999) ** 0.5)  # of 9,999 draws
-        what = f"{near} of 100 are as like one of these as the nearest 10% are to another"
+        what = f"{near} of 100 are as close to one of these as the closest 10% are to another"
         assert words.startswith(what)
     assert evaluate.count_near(np.ones(5000), np.zeros(5000))[0] == 1
 
@@ -1033,7 +1033,7 @@ def test_labels_that_the_generator_does_not_reach_are_named():
     assert wounds["looks_like"] == {"film": 10}
     assert real_wounds["looks_like"]["wound"] >= 9
     (sentence,) = found["sentences"]
-    assert "does not reach wound: 0 of 10 generated pictures look like it" in sentence
+    assert "images of wound look like other labels: 0 of 10 look like it" in sentence
 
 
 def test_labels_that_are_reached_or_missing_say_nothing():
@@ -1076,9 +1076,8 @@ def test_of_a_grey_kind_a_chroma_that_no_eye_sees_is_no_difference(tmp_path, mon
 
     assert figures["faint"] > 0.05 > figures["tinted"]
     printed = capsys.readouterr().out
-    assert (
-        printed.count("20 of 20 images show colours, the real ones are grey: sample.py --grey") == 1
-    )
+    said = "20 of 20 images show colours, but the real images are grey: see sample.py --grey"
+    assert printed.count(said) == 1
 
 
 def test_a_subgroup_is_a_finding_or_a_decade_of_age():
@@ -1204,7 +1203,7 @@ def test_copies_are_counted_by_label_and_rare_labels_are_named():
 
     assert (a["label"], a["copies"], a["recall"]) == ("a", 1, None)
     assert (b["label"], b["copies"], b["recall"]) == ("b", 2, 0.5)
-    assert "show a (3): their pictures are the ones most likely to be learnt by heart" in sentence
+    assert "show a (3): the model is most likely to repeat these images" in sentence
     assert evaluate.describe_people(members[6:], copies, {})[2] == []
 
 
@@ -1286,18 +1285,18 @@ def test_a_page_for_a_board_answers_in_order_and_has_no_figure_of_its_own(board)
     in_order(
         text,
         [
-            "What is this? 24 generated images (drawn). Their model: sd15, trained further "
-            "(method lora) for 1234 steps.",
-            "From whom was it made?",
-            "20 of 24 files say in themselves that they are synthetic.",
-            "1 of 24 are the same picture as one of 24 real images",
+            "24 generated images (drawn). The model that generated them is sd15, "
+            "trained further (method lora) for 1234 steps.",
+            "From whom were they made?",
+            "20 of 24 files carry a mark that says they are synthetic.",
+            "1 of 24 are copies of one of 24 real images",
             AUDIT,
             "not differentially private",
-            "How does it differ from real images?",
-            "for all figures together",
+            "How do they differ from real images?",
+            "for all metrics together",
             "frechet, lower is better",
             "recall by chance",
-            "Does it help?",
+            "Do they help?",
             "linear probe: ",
             "What are the known limits?",
             "Whom to ask <Ethics office>",
@@ -1312,8 +1311,8 @@ def test_a_page_for_a_board_says_what_was_not_measured(board):
     page, _, results = board()
 
     text = page_text(page)
-    assert "Their model: unknown" in " ".join(text.split())
-    assert "No membership audit: --run names no run that has one." in text
+    assert "The model that generated them is unknown" in " ".join(text.split())
+    assert "No membership audit: --run is not given or has none." in text
     assert "Not measured (--utility)." in text
     assert "_" * 40 in text
     assert unknown_numbers(page, results) == set()
@@ -1389,7 +1388,7 @@ def test_utility_says_what_it_lacks_and_the_rest_is_measured(tmp_path, monkeypat
     assert "utility" not in found
     assert "kid" in found["metrics"]
     for text in (capsys.readouterr().out, (tmp_path / "report.html").read_text()):
-        assert "it takes a label" in text
+        assert "It takes a label" in text
         assert "--val-split 0.4" in text
 
 
@@ -1595,7 +1594,7 @@ def test_no_sentence_of_the_verdict_contradicts_a_row_of_the_table(seed):
     assert ("cannot be told from" in text) == (found.p > 0.05)
     assert ("can be told from" in text) == ("worse" in rows.values())
     assert set(rows.values()) == {"–"} if found.p > 0.05 else rows.values() != {"–"}
-    for kind, intro in (("worse", "clearest first"), ("too good", "Too good for fresh images")):
+    for kind, intro in (("worse", r"clearest first\)"), ("too good", "They are too good in")):
         said = re.findall(f"{intro}: (.*?)[.]", text)
         names = [name for name, difference in rows.items() if difference == kind]
         expected = dict.fromkeys(evaluate.PLAIN_NAMES[name] for name in names)
@@ -1661,7 +1660,7 @@ def test_the_badge_says_what_the_verdict_says_and_that_copies_may_be_there():
     assert "not told apart" in same and "may be copies" not in same
     assert "✗ told apart" in far and "may be copies" not in far
     assert "! too good" in near and "may be copies" in near
-    assert "p = 0.01 for all figures" in far
+    assert "p = 0.01 for all metrics" in far
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])

@@ -222,7 +222,7 @@ def test_a_reference_of_one_picture_is_refused(sets, tmp_path, refused):
         filter_script, sets[1], "--reference", same, "--drop-copies", "--out", tmp_path / "kept"
     )
 
-    assert "all its images are of one patient" in message
+    assert "all images are of one patient" in message
 
 
 def test_images_judged_a_few_at_a_time_are_judged_as_the_whole_folder(few, filtered):
@@ -353,7 +353,7 @@ def test_two_images_of_one_name_are_refused(sets, tmp_path, refused):
 
     message = refused(filter_script, folder, "--reference", sets[0], *flags)
 
-    assert "another image would be called" in message
+    assert "another image would also be called" in message
 
 
 def test_a_dry_run_leaves_the_copies_of_an_earlier_filtering(sets, filtered):
@@ -432,7 +432,7 @@ def test_links_in_a_set_are_followed_and_what_they_lead_to_is_left_alone(
     message = refused(filter_script, *flags, "--out", tmp_path / "store")
     out = filtered((sets[0], tmp_path / "set"), "--keep", 4)
 
-    assert "not of a filtering" in message
+    assert "files that filter.py did not write" in message
     rows = list_images(str(out))
     assert len(rows) == 4
     for row in rows:
@@ -488,10 +488,10 @@ def test_a_dry_run_copies_nothing_and_an_unreadable_image_is_a_decision(
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "nothing to filter by"),
+        ([], "no limit to filter by"),
         (["--calibrate", "2"], "--calibrate: 2: give a number"),
         (["--calibrate", "0.05", "--features", "no-such-file"], "no-such-file"),
-        (["--calibrate", "0.001"], "80 real images are too few"),
+        (["--calibrate", "0.001"], "80 real images, needs 999"),
         (["--min-ssim", "nan"], "--min-ssim: nan"),
         (["--max-lpips", "0.3", "--lpips", "none"], "--max-lpips"),
         (["--calibrate", "0.05", "--batch-size", "0"], "--batch-size: 0"),
@@ -521,7 +521,7 @@ def test_folders_that_do_not_serve_are_refused(sets, tmp_path, refused):
     message = refused(filter_script, sets[1], "--reference", tmp_path / "absent", *flags, out)
     assert "no such file" in message
     message = refused(filter_script, sets[1], "--reference", sets[0], *flags, inside)
-    assert "lie in one another" in message
+    assert "in it: give another folder" in message
 
 
 def test_a_folder_that_holds_other_files_is_left_as_it_is(sets, tmp_path, refused):
@@ -536,10 +536,10 @@ def test_a_folder_that_holds_other_files_is_left_as_it_is(sets, tmp_path, refuse
 
     for data, out in ((table, folder), (table, tmp_path), (folder, folder), (folder, "all")):
         message = refused(filter_script, data, *flags, tmp_path / out)
-        assert "lie in one another" in message
+        assert "in it: give another folder" in message
     message = refused(filter_script, sets[1], *flags, kept)
 
-    assert "not of a filtering" in message
+    assert "files that filter.py did not write" in message
     assert contents(kept) == {"fresh-00.png": b"precious"}
 
 
@@ -624,7 +624,7 @@ def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
 
     out = filtered((real, new), "--mix", real, "--run", folder, "--share", 25)
 
-    assert f"of 8 images the 6 that {folder} was trained on" in capsys.readouterr().err
+    assert f"of 8 images, 6 are used: {folder} was trained on them" in capsys.readouterr().err
 
     rows = list_images(str(out))
     made = [row for row in rows if row.fields["synthetic"] == "1"]
@@ -768,7 +768,7 @@ def test_of_a_grey_kind_what_shows_a_colour_is_refused_and_the_reason_says_what_
     calibrated, _ = measure(calibrate=0.05).judge(red, rows[:5])
     others, _ = measure(drop_copies=True).judge(red, rows[:5])
 
-    assert set(calibrated) == {"in colour, the real images are grey (sample.py --grey)"}
+    assert set(calibrated) == {"in colour, but the real images are grey (sample.py --grey)"}
     assert set(others) == {""}
 
 
@@ -955,7 +955,7 @@ def test_the_filter_keeps_what_the_selector_finds_good(rated, selector, filtered
     row = decisions(out)["000.png"]
     assert 0 <= float(row["quality"]) <= 1
     assert 0 <= float(row["alignment"]) <= 1
-    assert "judges at 64 pixels" in message
+    assert "the selector needs 64 px" in message
 
 
 def test_a_selector_is_written_with_the_same_bytes_each_time_and_names_no_paths(selector, tmp_path):
@@ -1008,8 +1008,8 @@ def test_a_selector_learns_from_generated_images_alone(rated, tmp_path, run, cap
     output, errors = capsys.readouterr()
 
     assert (tmp_path / "both").read_bytes() == (tmp_path / "blind").read_bytes()
-    assert "30 ratings are of real images: not used\n" in errors
-    assert re.search(r"of two pictures it picks the better \d+ times in 100 \(95 %: 0\.", output)
+    assert "30 ratings are skipped: their images are real\n" in errors
+    assert re.search(r"it picks the good one in \d+% of cases \(AUROC 0\.\d+, 95 %: 0\.", output)
     assert "1 of 200 ratings say that the label is not shown" in output
     words = f"{rated} --reference {rated / 'real.csv'} --selector {tmp_path / 'both'}"
     assert output.endswith(f"filter.py {words}\n")
@@ -1026,7 +1026,7 @@ def test_from_shuffled_ratings_no_selector_is_written(rated, tmp_path, refused):
 
     message = refused(filter_script, "--fit", rated / "shuffled.csv", "--out", out)
 
-    assert "do not predict quality better than chance" in message
+    assert "predicts ratings no better than chance" in message
     assert not out.exists()
 
 
@@ -1046,9 +1046,9 @@ def test_ratings_that_repeat_the_experts_level_are_refused_by_that_name(tmp_path
 
     message = refused(filter_script, "--fit", tmp_path / "r.csv", "--out", out)
 
-    assert "encode expert_level" in message
-    assert "encode prompt" not in message
-    assert "fewer than 30" in message
+    assert "follow expert_level" in message
+    assert "follow prompt" not in message
+    assert "30 are needed" in message
     assert not out.exists()
 
 
@@ -1060,7 +1060,7 @@ def test_ratings_that_repeat_what_was_rated_or_who_rated_are_refused(column, tmp
 
     message = refused(filter_script, "--fit", tmp_path / "r.csv", "--out", tmp_path / "s")
 
-    assert f"may encode {column} rather than quality" in message
+    assert f"may follow {column}, not quality" in message
 
 
 def test_too_few_good_images_are_refused(tmp_path, refused):
@@ -1078,8 +1078,8 @@ def test_too_few_good_images_are_refused(tmp_path, refused):
     [
         (4, 3, "row 3: rating must be 1 (bad), 2 (usable) or 3 (good), not '4'"),
         (2.5, 3, "row 3: rating must be 1 (bad)"),
-        ("gut", 3, "3 (good), not 'gut': write"),
-        (2, 0, "row 3: expert_level must be a number from 1"),
+        ("gut", 3, "3 (good), not 'gut'; divide"),
+        (2, 0, "row 3: expert_level must be a number of at least 1"),
         (2, "senior", "not 'senior'"),
     ],
 )
@@ -1098,7 +1098,7 @@ def test_a_rating_without_a_picture_is_counted_and_skipped(whole, tmp_path, caps
     (rating,) = filter_script.read_ratings([tmp_path / "r.jsonl"])
 
     assert rating.image == "a.png"
-    assert "1 of 2 rows have no rating or no image and are skipped" in capsys.readouterr().err
+    assert "1 of 2 rows are skipped: no rating or no image" in capsys.readouterr().err
 
 
 def test_ratings_in_brackets_without_end_are_refused(tmp_path, refused):
@@ -1112,8 +1112,8 @@ def test_rated_images_that_are_not_there_are_refused(tmp_path, refused):
 
     message = refused(filter_script, "--fit", tmp_path / "r.csv")
 
-    assert "2 of 2 rated images are not there" in message
-    assert "a.png, b.png: name the folder that holds them" in message
+    assert "2 of 2 rated images are missing or changed" in message
+    assert "a.png, b.png: give the folder that holds them" in message
 
 
 def test_several_experts_of_one_image_weigh_by_their_level(tmp_path):
@@ -1417,7 +1417,7 @@ def test_answers_outlive_a_killed_browser_and_are_saved_by_rater(sets, tmp_path,
     assert again.evaluate("$('name').value") == 'Dr. "A", Ünal'
     again.press("Enter", "Enter")
     again.wait("!$('rate').hidden")
-    assert again.evaluate("$('where').textContent") == "10 of 15, 9 marked"
+    assert again.evaluate("$('where').textContent") == "10 of 15, 9 rated"
     press(again, ["s", "3", ("Backspace",), *"tsoft", ("Enter", "Enter"), "1"])
     press(again, "c")
     begin_as(again, "Ben")
@@ -1512,9 +1512,9 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
 
     output = capsys.readouterr().out
     assert "anna, ben: weighted kappa 0.29" in output
-    assert "6 shared images" in output  # the real ones are left out
-    expected = "anna: real taken for real 6, for generated 0; "
-    assert expected + "generated taken for real 3, for generated 3" in output
+    assert "on 6 shared images" in output  # the real ones are left out
+    expected = "anna: of real images 6 called real, 0 generated; "
+    assert expected + "of generated images 3 called real, 3 generated" in output
 
 
 def test_agreement_says_how_sure_it_is(tmp_path, run, capsys):
@@ -1535,10 +1535,10 @@ def test_agreement_says_how_sure_it_is(tmp_path, run, capsys):
     output = capsys.readouterr().out
     draws = draw.randint(30, 60, size=(1000, 30))  # the first 30 are real
     resampled = [filter_script.kappa(a[i], b[i]) for i in draws]
-    interval = [float(x) for x in re.search(r"95 % (\S+) to (\S+),", output).groups()]
+    interval = [float(x) for x in re.search(r"95 %: (\S+) to (\S+)\)", output).groups()]
     assert interval == pytest.approx(np.percentile(resampled, (2.5, 97.5)), abs=0.05)
     # of 6 real all, of 6 generated 3 taken for real: 2 * 20 / 220
-    assert output.count("p 0.18 of guessing") == 2
+    assert output.count("p 0.18 against guessing") == 2
 
 
 def test_agreement_of_raters_who_give_one_rating_alone_has_no_kappa(tmp_path, run, capsys):
@@ -1549,7 +1549,9 @@ def test_agreement_of_raters_who_give_one_rating_alone_has_no_kappa(tmp_path, ru
 
     run(filter_script, "--agreement", tmp_path / "carl.csv", tmp_path / "dora.csv")
 
-    assert "one and the same rating for all 5" in capsys.readouterr().out
+    assert (
+        "no kappa: the 5 images that both rated all have the same rating" in capsys.readouterr().out
+    )
 
 
 def test_one_rater_without_guesses_has_nothing_to_compare(tmp_path, refused):
@@ -1633,7 +1635,7 @@ def test_unrated_rows_are_counted_and_skipped(tmp_path, capsys):
     ratings = filter_script.read_ratings([path])
 
     assert [(rating.rating, rating.expert_level) for rating in ratings] == [(2, 3), (1, 3)]
-    expected = f"{path}: 2 of 4 rows have no rating or no image and are skipped\n"
+    expected = f"{path}: 2 of 4 rows are skipped: no rating or no image\n"
     assert capsys.readouterr().err == expected
 
 
@@ -1644,7 +1646,7 @@ def test_a_file_in_which_nothing_is_rated_is_refused(tmp_path, refused):
     path.write_text("Bild,Note\nimg/0.png,2\n")
     without = refused(filter_script, "--fit", path)
 
-    assert "no ratings in it" in with_columns
+    assert "holds no ratings" in with_columns
     assert without.endswith("the columns image_path and rating; this one has Bild, Note")
 
 
@@ -1659,7 +1661,7 @@ def test_ratings_on_another_scale_are_refused_with_how_to_write_them(values, tmp
 
     start = r"r\.csv: row \d+: rating must be 1 \(bad\), 2 \(usable\) or 3 \(good\), not '"
     assert re.search(start, message)
-    assert message.endswith("write other scales as thirds of theirs")
+    assert message.endswith("divide other scales into thirds")
 
 
 def test_of_an_experts_ratings_of_an_image_the_last_counts(tmp_path):
@@ -1680,7 +1682,7 @@ def test_raters_whose_files_have_the_same_name_are_told_apart_and_compared(tmp_p
 
     run(filter_script, "--agreement", *tmp_path.glob("*/ratings.csv"))
 
-    assert "weighted kappa 1.00, 95 % 1.00 to 1.00, 9 shared images" in capsys.readouterr().out
+    assert "weighted kappa 1.00 (95 %: 1.00 to 1.00) on 9 shared" in capsys.readouterr().out
 
 
 def test_real_and_guess_are_read_from_spreadsheets(tmp_path, run, capsys):
@@ -1689,7 +1691,9 @@ def test_real_and_guess_are_read_from_spreadsheets(tmp_path, run, capsys):
 
     run(filter_script, "--agreement", tmp_path / "r.csv")
 
-    expected = "real taken for real 1, for generated 0; generated taken for real 0, for generated 1"
+    expected = (
+        "real images 1 called real, 0 generated; of generated images 0 called real, 1 generated"
+    )
     assert expected in capsys.readouterr().out
 
 
@@ -1773,8 +1777,8 @@ def test_ratings_are_read_after_a_move_where_the_folder_is_named(tmp_path, refus
     lost = refused(filter_script, *flags)
     found = refused(filter_script, tmp_path / "after", *flags)
 
-    assert "12 of 12 rated images are not there" in lost
-    assert "12 rated images are fewer than 30" in found
+    assert "12 of 12 rated images are missing or changed" in lost
+    assert "12 images are rated: 30 are needed" in found
 
 
 def test_rated_images_that_were_copied_and_renamed_are_known_by_their_content(
@@ -1800,7 +1804,7 @@ def test_another_picture_at_a_rated_path_is_not_what_was_rated(project, refused)
 
     message = refused(filter_script, "--fit", project / "ratings.csv")
 
-    assert "5 of 6 rated images are not there as they were rated" in message
+    assert "5 of 6 rated images are missing or changed" in message
     assert "without the column sha256 they are found by name alone" in message
 
 
@@ -1847,7 +1851,9 @@ def test_a_few_rated_images_may_be_missing_and_are_named_once(tmp_path, capsys):
     ratings = filter_script.drop_missing(filter_script.read_ratings([path]))
 
     assert len(ratings) == 38
-    expected = "1 of 39 rated images are not there as they were rated: img/gone.png: skipped\n"
+    expected = (
+        "1 of 39 rated images are missing or changed: img/gone.png: their ratings are skipped\n"
+    )
     assert capsys.readouterr().err == expected
 
 
@@ -1865,4 +1871,4 @@ def test_rated_images_that_are_lost_are_not_suggested_again_without_a_word(
 
     message = refused(filter_script, tmp_path / "new", *flags)
 
-    assert "5 of 6 rated images are not there as they were rated: new/" in message
+    assert "5 of 6 rated images are missing or changed: new/" in message

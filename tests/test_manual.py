@@ -106,3 +106,5 @@ def test_the_scripts_go_from_images_to_a_mixed_set(name, report, base, tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / report).exists()
     assert list((tmp_path / "kept").rglob("metadata.csv"))
+    is_mixed = any((tmp_path / "kept").rglob("generated/*"))
+    assert ("no generated image was kept" in ended.stdout) != is_mixed

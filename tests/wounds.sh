@@ -1,7 +1,7 @@
 #!/bin/sh
 # Diabetic foot ulcers in two phases: from a folder of photographs to a mixed training set.
 # Each phase gets a generator of its own, by its recipe. What it draws is evaluated and filtered. What is kept is mixed
-# with the real photographs, and the end asks whether a classifier of the two phases learns more with it.
+# with the real photographs. At the end it asks whether a classifier of the two phases learns more with what was drawn.
 #
 #   DATA=wounds/ BASE=sd21-base NUM_IMAGES=200 OUT=runs/wounds sh tests/wounds.sh
 #
@@ -22,6 +22,7 @@ if [ -z "$DATA" ]; then
     done
 fi
 
+mixed=
 for phase in inflammatory remodelling; do
     run=$OUT/train/$phase
     python train.py @tests/recipes/dfu-$phase.txt --base "$BASE" --data "$DATA/$phase" $TRAIN --out "$run"
@@ -30,6 +31,9 @@ for phase in inflammatory remodelling; do
     # Of 70 photographs hardly any is like another: a limit taken from them is better than one taken from a paper.
     python filter.py "$OUT/drawn/$phase" --reference "$DATA/$phase" --run "$run" --calibrate 0.05 --drop-copies \
         --drop-duplicates --mix "$DATA/$phase" --share "$SHARE" --out "$OUT/kept/$phase"
+    if [ -n "$(ls "$OUT/kept/$phase/generated" 2>/dev/null)" ]; then
+        mixed="$mixed $OUT/kept/$phase"
+    fi
 done
 
 python evaluate.py "$DATA" "$OUT/drawn" --utility --out "$OUT/utility.html"
@@ -39,4 +43,4 @@ Look at:
   $OUT/inflammatory.html, $OUT/remodelling.html    how good each generator is
   $OUT/kept/inflammatory/filter.html               what was kept of one phase, and why
   $OUT/utility.html                                whether a classifier of the two phases learns more
-The mixed training sets: $OUT/kept/inflammatory, $OUT/kept/remodelling"
+Mixed training sets:${mixed:- none, as no generated image was kept}"
