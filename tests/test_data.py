@@ -519,6 +519,19 @@ def test_a_preview_never_overwrites_a_data_set(planted, tmp_path, refused):
     assert (planted / "metadata.csv").read_bytes() == before
 
 
+def test_what_is_kept_for_a_test_is_counted_and_not_written(tmp_path, run, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(12):
+        speckled(i).save(tmp_path / "data" / f"{i}.png")
+    flags = ["--data", tmp_path / "data", "--resolution", 64, "--test-split", 0.4]
+    run(train, *flags, "--preview", tmp_path / "look")
+    printed, notes = capsys.readouterr()
+    kept = int(re.search(r"(\d+) for a test", printed)[1])
+    assert 0 < kept < 12
+    assert len(metrics.list_images(tmp_path / "look")) == 12 - kept
+    assert notes.count("no captions: ") == 1  # it would train without any
+
+
 def test_random_crops_differ_between_variants(tmp_path, run):
     (tmp_path / "data").mkdir()
     for i in range(4):

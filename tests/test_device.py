@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
@@ -384,6 +385,16 @@ def test_what_should_fit_a_card_does_so_by_computation():
     assert fits.peak_of(fits.cache, "sdxl", 1024) < 12 - fits.LEFT
     assert fits.peak_of(fits.draw_grid, "sd21", 768, 8) < 12 - fits.LEFT
     assert fits.peak_of(fits.draw, "sdxl", 1024, 8) < 16 - fits.LEFT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", fits.RESOLUTIONS)
+def test_the_memory_that_readme_gives_is_the_computed_one(shape):
+    text = (fits.ROOT / "README.md").read_text()
+    least, most = re.search(rf"^\| `{shape}` .*? px \| (\S+?)–(\S+) ", text, re.MULTILINE).groups()
+    where = fits.train_adapter, shape, fits.RESOLUTIONS[shape]
+    peaks = [fits.peak_of(*where, 1, "--gradient-checkpointing"), fits.peak_of(*where, 8)]
+    assert peaks == pytest.approx([float(least), float(most)], rel=0.05)
 
 
 # ---------------------------------------------------------------- when memory is full

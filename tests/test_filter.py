@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, needs_chromium, page_faults
+from conftest import write_selector
 from PIL import Image, ImageFilter, ImageOps
 
 import filter as filter_script
@@ -591,6 +592,17 @@ def test_without_a_selector_the_best_are_those_most_like_the_real_images(tmp_pat
 
     kept = {name for name, row in decisions(out).items() if row["kept"] == "1"}
     assert kept == {f"{i}.png" for i in range(5, 10)}
+
+
+def test_with_a_selector_the_best_are_those_that_it_likes(tmp_path, filtered):
+    real, new = small_sets(tmp_path)
+    likes_bright = write_selector(tmp_path / "s.safetensors")
+    bright = Image.open(new / "3.png").point(lambda value: 128 + value // 2)
+    bright.save(new / "3.png")
+
+    for flags, best in (([], False), (["--selector", likes_bright, "--min-quality", 0], True)):
+        out = filtered((real, new), "--keep", 1, "--dry-run", *flags)
+        assert (decisions(out)["3.png"]["kept"] == "1") == best
 
 
 def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filtered, monkeypatch):

@@ -945,6 +945,26 @@ def test_real_images_are_prepared_as_the_adapters_run_did(draw, tmp_path, capsys
     assert notes == [f"{adapter}: real images are prepared as its run did: crop pad"]
 
 
+@pytest.mark.parametrize("more, calibrate", [([], 0.05), (["--min-ssim", 0.5], None)])
+def test_pictures_are_judged_by_what_the_run_was_trained_on(
+    more, calibrate, draw, images, tmp_path, monkeypatch, make_run
+):
+    asked = []
+
+    def measure(rows, pixels, device, **limits):
+        asked.append((rows, limits))
+        return SimpleNamespace(summary=[])
+
+    monkeypatch.setattr(sample, "measure_reference", measure)
+    monkeypatch.setattr(sample, "draw", lambda *_: sys.exit())
+    folder = make_run({f"calm/{n}.png": "train" if n < 10 else "val" for n in range(0, 24, 2)})
+    with pytest.raises(SystemExit):
+        draw(tmp_path / "out", *FOOT, "--reference", images, "--run", folder, *more)
+    ((rows, limits),) = asked
+    assert sorted(row.file_name for row in rows) == [f"calm/{n}.png" for n in range(0, 10, 2)]
+    assert limits["calibrate"] == calibrate
+
+
 def test_what_to_type_next_names_the_run_of_the_adapter(draw, tmp_path, capsys, make_run):
     folder = make_run({"a.png": "val"}, data="wounds")
     word = {"<sore>": torch.zeros(1, 32)}
