@@ -573,6 +573,11 @@ def test_fused_attention_in_fp16_keeps_products_beyond_its_range():
     torch.testing.assert_close(attended.double(), exact, rtol=0.02, atol=0.02)
 
 
+def test_attention_is_torchs_fused_one(loaded):
+    kinds = {type(processor).__name__ for processor in loaded.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+
+
 def test_sd21_may_be_in_fp16(sd21, monkeypatch):
     base = sample.load_base(sd21, CPU, "fp16")
     assert base.unet.dtype == torch.float16

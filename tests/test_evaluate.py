@@ -182,6 +182,16 @@ def test_one_picture_again_and_again_is_told_apart(tmp_path, monkeypatch, capsys
     assert "variety" in capsys.readouterr().out
 
 
+def test_generated_images_in_the_place_of_real_ones_are_noticed(tmp_path, monkeypatch, capsys):
+    real = draw(tmp_path / "real", 9, 1)
+    fake = draw(tmp_path / "fake", 9, 2)
+    for path in (tmp_path / "fake").iterdir():
+        sample.save_png(Image.open(path), path, "a wound")
+    for folders, count in (((real, fake), 0), ((fake, real), 1)):
+        run(monkeypatch, *folders, "--metrics", "kid")
+        assert capsys.readouterr().err.count("are REAL and GENERATED swapped?") == count
+
+
 def test_the_real_set_as_generated_is_called_copies(tmp_path, monkeypatch, capsys):
     real = draw(tmp_path / "real", 12, 1)
     found = run_set(monkeypatch, real, real + "/", "--metrics", "fid,kid")["metrics"]

@@ -605,6 +605,11 @@ def test_with_a_selector_the_best_are_those_that_it_likes(tmp_path, filtered):
         assert (decisions(out)["3.png"]["kept"] == "1") == best
 
 
+def test_fewer_than_are_to_be_kept_are_counted(tmp_path, filtered, capsys):
+    filtered(small_sets(tmp_path), "--keep", 20, "--dry-run")
+    assert "--keep 20: only 8 passed the other limits" in capsys.readouterr().out
+
+
 def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filtered, monkeypatch):
     real, new = small_sets(tmp_path)
     before = contents(new)
@@ -628,13 +633,14 @@ def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filt
     assert contents(new) == before
 
 
+@pytest.mark.parametrize("share", [["--share", 25], []])
 def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
-    tmp_path, filtered, make_run, capsys
+    share, tmp_path, filtered, make_run, capsys
 ):
     real, new = small_sets(tmp_path)
     folder = make_run({f"{i}.png": ("test", "val", "train")[min(i, 2)] for i in range(8)})
 
-    out = filtered((real, new), "--mix", real, "--run", folder, "--share", 25)
+    out = filtered((real, new), "--mix", real, "--run", folder, *share)
 
     assert f"of 8 images the 6 that {folder} was trained on" in capsys.readouterr().err
 

@@ -346,6 +346,15 @@ def test_a_run_writes_pictures_with_their_settings_a_manifest_and_a_grid(draw, t
     assert {path.name for path in tmp_path.iterdir()} == {*expected, *others}
 
 
+def test_a_grid_shows_64_pictures_and_says_of_how_many(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    records = [{"file": "x.png", "prompt": "a wound", "reason": "", "attempts": 1}] * 65
+    args = SimpleNamespace(out=tmp_path, grid=True, selector=None, reference=None, run=None)
+    sample.finish(records, 65, [tmp_path / "lora.safetensors"], args)
+    assert "grid.png shows the first 64 of 65" in capsys.readouterr().out
+    assert Image.open(tmp_path / "grid.png").size == (8 * 164 + 4, 8 * 208 + 4)
+
+
 def test_the_same_command_again_draws_only_what_is_missing(draw, tmp_path, capsys):
     flags = ["--prompt", "a wound", "--num-images", 4]
     draw(tmp_path, *flags)
@@ -965,11 +974,12 @@ def test_pictures_are_judged_by_what_the_run_was_trained_on(
     assert limits["calibrate"] == calibrate
 
 
-def test_what_to_type_next_names_the_run_of_the_adapter(draw, tmp_path, capsys, make_run):
+@pytest.mark.parametrize("name", ["", "/lora.safetensors"])
+def test_what_to_type_next_names_the_run_of_the_adapter(name, draw, tmp_path, capsys, make_run):
     folder = make_run({"a.png": "val"}, data="wounds")
     word = {"<sore>": torch.zeros(1, 32)}
-    adapter = write_adapter(f"{folder}/w.safetensors", word, tokens="<sore>")
-    draw(tmp_path / "out", *FOOT, "--lora", adapter, "--num-images", 1)
+    write_adapter(f"{folder}/lora.safetensors", word, tokens="<sore>")
+    draw(tmp_path / "out", *FOOT, "--lora", folder + name, "--num-images", 1)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f"evaluate.py wounds {tmp_path / 'out'} --run {folder}")
 

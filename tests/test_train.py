@@ -146,7 +146,9 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(
 ):
     more = ["--val-samples", 1, "--val-steps", 2, "--batch-size", 2, "--accumulate", 3]
     run(train, *flags, "--out", tmp_path, *more)
-    assert "effective batch 6 = 2 × 3 × 1" in capsys.readouterr().out
+    printed, notes = capsys.readouterr()
+    assert "effective batch 6 = 2 × 3 × 1" in printed
+    assert "only 4 images are held out, too few to judge or audit by" in notes
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
         "step-00000006.pt",
         "step-00000010.pt",
@@ -176,7 +178,7 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(
         assert record["train patients"] == record["val patients"] == ""
     pairs, metadata, _ = lora.load(tmp_path / "lora.safetensors")
     assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == 2
-    assert metadata["grey"] is False
+    assert metadata["grey"] is False and metadata["resolution"] == 64  # the base's own
     assert json.loads((tmp_path / "args.json").read_text())["finished"] == 12
     assert (tmp_path / "report.html").stat().st_size > 1000
 
@@ -807,6 +809,21 @@ def test_images_a_second_count_the_whole_batch_and_a_good_step_forgives_the_bad_
     log.add_step(torch.ones(()), torch.ones(()))
     log.write_steps(state, args)
     assert state.bad_steps == 0
+
+
+def test_the_log_is_written_as_often_as_asked_and_where_something_is_kept(
+    flags, tmp_path, run, monkeypatch
+):
+    written = []
+    write_steps = train.Log.write_steps
+
+    def watched(log, state, args):
+        written.append(state.step)
+        return write_steps(log, state, args)
+
+    monkeypatch.setattr(train.Log, "write_steps", watched)
+    run(train, *flags, "--out", tmp_path)
+    assert written == [3, 5, 6, 9, 10, 12]
 
 
 def test_gradients_are_checkpointed_where_asked(setup):
