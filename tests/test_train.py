@@ -179,6 +179,10 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(
     pairs, metadata, _ = lora.load(tmp_path / "lora.safetensors")
     assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == 2
     assert metadata["grey"] is False and metadata["resolution"] == 64  # the base's own
+    for_sample = {"prompt": "a {label} foot", "crop": "center", "slices": "middle"}
+    for_sample |= {"window": None, "range": None}
+    assert metadata == metadata | for_sample
+    assert sorted(metadata["val_prompts"]) == ["a calm foot", "a sore foot"]
     assert json.loads((tmp_path / "args.json").read_text())["finished"] == 12
     assert (tmp_path / "report.html").stat().st_size > 1000
 
