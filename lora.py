@@ -1,13 +1,14 @@
-"""Low-rank adapters: put them into a model, save and load them, merge them, look inside a file.
+"""Low-rank adapters (LoRA, Hu et al. 2021): put them into a model, convert and merge their files.
 
     python lora.py info runs/dfu/lora.safetensors
     python lora.py convert runs/dfu/lora.safetensors --to kohya --out dfu.safetensors
     python lora.py merge a.safetensors:0.7 b.safetensors:0.3 --out both.safetensors
 
-A file is safetensors as diffusers' `load_lora_weights` reads it: `unet.<layer>.lora_A.weight` is
-(rank, in[, k, k]) and `….lora_B.weight` (out, rank[, 1, 1]). alpha/rank is multiplied into B,
-because no key holds alpha; the settings are one JSON string in the header. Method: Hu et al. 2021,
-"LoRA: Low-Rank Adaptation of Large Language Models".
+info prints rank, alpha, base and settings. convert writes for diffusers, or for kohya, A1111 and
+ComfyUI. merge writes the weighted sum of adapters. Files of PEFT and OneTrainer are read, too.
+
+diffusers' `load_lora_weights` reads our files: `unet.<layer>.lora_A.weight` is (rank, in[, k, k]),
+`….lora_B.weight` is (out, rank[, 1, 1]) and includes alpha/rank. The header has the settings.
 """
 
 import contextlib
@@ -63,7 +64,8 @@ def inject(
 ):
     """Freeze `model` and give each target layer a trainable fp32 pair; its output does not change.
 
-    alpha defaults to the rank. Returns the new weights, {"unet.<layer>.lora_A.weight": …, …}.
+    targets: see find_targets. alpha: None for the rank. dropout: 0 to 1, on A's input. Returns the
+    new parameters by name: {"unet.<layer>.lora_A.weight": (rank, in[, k, k]), …}.
     """
     model.requires_grad_(False)
     for name in find_targets(model, targets):
@@ -89,7 +91,7 @@ def inject(
 
 
 def find_targets(model, targets):
-    """Names of the layers that "attention", "all" (inside the blocks) or "to_q,ff.net.2" means."""
+    """Names of the layers that "attention", "all" (in the blocks) or "to_q,ff.net.2" chooses."""
     layers = [n for n, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     if targets == "all":
         return [name for name in layers if "block" in name]
@@ -98,7 +100,7 @@ def find_targets(model, targets):
     for ending in endings:
         matches = [name for name in layers if f".{name}".endswith(f".{ending}")]
         if not matches:
-            fail(f"--targets: no layer is called {ending}; say attention, all or to_q,to_v")
+            fail(f"--targets: no layer name ends in {ending}; give attention, all or to_q,to_v")
         chosen.update(matches)
     return [name for name in layers if name in chosen]
 
@@ -107,13 +109,13 @@ def find_targets(model, targets):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write safetensors, atomically. Only one metadata key: several are written in random order."""
+    """Write safetensors, atomically. Give one metadata key: several would be in random order."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_file(path, serialize(tensors, metadata or {"format": "pt"}))
 
 
 def save(path, weights, metadata):
-    """Write the weights of `inject`. metadata: the settings, "rank" and "alpha" among them."""
+    """Write the weights of `inject`, B times alpha/rank. metadata: has "rank" and "alpha"."""
     scale = float(metadata["alpha"]) / float(metadata["rank"])
     tensors = {}
     for name, weight in weights.items():
@@ -125,9 +127,9 @@ def save(path, weights, metadata):
 def load(path):
     """Read an adapter of any dialect: (pairs, metadata, extra), all tensors fp32.
 
-    path: a file, or the folder of one that PEFT saved. pairs: {"unet.<layer>": (A, B)}, alpha/rank
-    multiplied into B. metadata: the settings, always with rank, alpha, base and dialect. extra:
-    vectors of new words, or the projection of another text encoder.
+    path: a file, or a folder of train.py or PEFT. pairs: {"unet.<layer>": (A, B times alpha/rank)}.
+    metadata: settings, always with rank, alpha, base and dialect. extra: vectors of new words, or
+    the projection of another text encoder. Fails on damage, NaN, other models and other methods.
     """
     tensors, metadata, settings = read_file(path)
     words = (metadata.get("tokens") or "").split()
@@ -137,13 +139,13 @@ def load(path):
             extra[key] = tensors.pop(key).float()
     layers, dialect = sort_keys(path, tensors, settings)
     if not layers and not extra:
-        fail(f"{path}: not an adapter: it is empty")
+        fail(f"{path}: not an adapter: it holds no tensors")
     pairs = {}
     ranks = set()
     alphas = set()
     for name, parts in sorted(layers.items()):
         if not {"A", "B"} <= parts.keys():
-            fail(f"{path}: not an adapter: {name} has no pair A, B")
+            fail(f"{path}: incomplete: {name} lacks its A or its B; copy the file again")
         a, b = parts["A"], parts["B"]
         if min(a.ndim, b.ndim) < 2 or not 0 < len(a) == b[:1].numel():
             fail(f"{path}: {name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
@@ -153,13 +155,13 @@ def load(path):
         # the product in fp64, so that B is rounded once
         pairs[name] = (a.float(), (b.double() * (alpha / len(a))).float())
         if not all(tensor.isfinite().all() for tensor in pairs[name]):
-            fail(f"{path}: {name} holds NaN or infinity; the training that made it failed")
+            fail(f"{path}: {name} holds NaN or infinity: its training failed; give another adapter")
     defaults = {"rank": "/".join(sorted(ranks)), "alpha": "/".join(sorted(alphas))}
     return pairs, {**defaults, **metadata, "dialect": dialect}, extra
 
 
 def find_file(path):
-    """An adapter's file; of a folder, the one that train.py or PEFT saves there."""
+    """The adapter file at a path: the path itself or, in a folder, train.py's or PEFT's file."""
     if os.path.isdir(path):
         own = os.path.join(path, "lora.safetensors")
         return own if os.path.exists(own) else os.path.join(path, "adapter_model.safetensors")
@@ -169,7 +171,7 @@ def find_file(path):
 def read_file(path):
     """Tensors, metadata and PEFT's settings of a safetensors file. Nothing is unpickled.
 
-    The settings, of the header and of PEFT's file, are None for ours, which has alpha/rank in B.
+    The settings are those of the header and adapter_config.json; None for ours, with B scaled.
     """
     path = find_file(path)
     settings = None
@@ -187,8 +189,7 @@ def read_file(path):
         base = VERSIONS.get(metadata.get("ss_base_model_version"), "")
         return tensors, {"base": base, **metadata}, settings
     except Exception as error:  # a file may hold anything
-        reason = str(error)[:100]
-        fail(f"{path}: not a readable safetensors file, or its {CONFIG} is not JSON ({reason})")
+        fail(f"{path}: cannot be read as safetensors, or {CONFIG} as JSON ({str(error)[:100]})")
 
 
 def sort_keys(path, tensors, settings):
@@ -197,7 +198,7 @@ def sort_keys(path, tensors, settings):
     dialect = "diffusers"
     method = re.search(rf"init_lora_weights': '({CHANGE_THE_BASE})", str(settings))
     if method:
-        fail(f"{path}: {method[1]} changes the base too: let PEFT convert it to plain LoRA")
+        fail(f"{path}: {method[1]} changes the base, too; convert it to plain LoRA with PEFT")
     model = re.search(r"'base_model_class': '(\w+)|$", str(settings))[1] or ""
     for key, tensor in tensors.items():
         dialect, layer, part = read_key(key.replace(PEFT_ROOT, f"{PEFT_ROOT}{model}."))
@@ -206,16 +207,16 @@ def sort_keys(path, tensors, settings):
             kind = next(kind for pattern, kind in FOREIGN.items() if re.search(pattern, names))
             fail(
                 f"{path}: {key} ({kind}): no Stable Diffusion UNet or text encoder has this "
-                "layer, or this is not plain LoRA; give a LoRA of SD 1.5, 2.1 or SDXL"
+                "layer, or it is not plain LoRA; give a LoRA of SD 1.5, SD 2.1 or SDXL"
             )
         layers[layer][part] = tensor
     if settings is not None and not re.search(r"lora_alpha|\.alpha'", f"{settings}{[*tensors]}"):
-        note(f"{path}: no alpha in it or in an {CONFIG} next to it; alpha = rank is taken")
+        note(f"{path}: no alpha in the file or in {CONFIG} next to it; using alpha = rank")
     return layers, dialect
 
 
 def find_alpha(path, name, parts, settings):
-    """A layer's alpha by its tensor, else by PEFT's settings of its model, else its rank."""
+    """A layer's alpha: of its tensor, else of PEFT's settings for its model, else its rank."""
     model, layer = name.split(".", 1)
     own = {key.removeprefix(f"{model}."): value for key, value in (settings or {}).items()}
     try:
@@ -283,7 +284,7 @@ FOREIGN = {
     r"\.b?oft_": "OFT",
     r"\.on_input|\.ia3_": "IA3",
     r"\.[wb]_norm$": "LyCORIS norms",
-    r"^bundle_emb\.": "an embedding; tell OneTrainer not to bundle them",
+    r"^bundle_emb\.": "an embedding; tell OneTrainer not to bundle embeddings",
     r" (emb_params|clip_[lg]|string_to_\w+|<.+>)$": "an embedding, of textual inversion",
     r"(?i)control": "a ControlNet",
     r"(?i)vae\b|autoencoder|first_stage|quant_conv|coder\.(down|mid|up)_": "a VAE",
@@ -310,7 +311,7 @@ def read_key(key):
 
 
 def layer_name(text):
-    """What any trainer calls a layer → "unet.<path>", "text_encoder.…" or "text_encoder_2.…"."""
+    """Any trainer's name of a layer → "unet.<path>", "text_encoder.…" or "text_encoder_2.…"."""
     if text.startswith(("lora_", "lycoris_")):
         text = ".".join(WORDS.findall(text))
     for pattern, replacement in RENAMED:
@@ -319,12 +320,12 @@ def layer_name(text):
 
 
 def on_disk(name):
-    """A name as files have it: with the level `text_model.`, which transformers 5.6 dropped."""
+    """A layer's name as in files: with the level `text_model.`, which transformers 5.6 dropped."""
     return re.sub(r"^(text_encoder(_2)?)\.(?!text_)", r"\1.text_model.", name)
 
 
 def translate(path, names):
-    """A dotted path whose longest beginning that is in `names` is replaced."""
+    """A dotted path, its longest beginning among the keys of `names` replaced by the value."""
     beginnings = "|".join(sorted(names, key=len, reverse=True))
     return re.sub(rf"^({beginnings})(?![^.])", lambda match: names[match[0]], path)
 
@@ -370,7 +371,7 @@ SGM_NAMES = sgm_names()
 
 
 def guess_base(pairs):
-    """The base whose layers an adapter has, "" where none tells; sd21 counts as sd21-base."""
+    """The base that has an adapter's layers, "" if unknown; sd21 counts as sd21-base."""
     for name, (a, _) in pairs.items():
         if re.search(r"^text_encoder_2\.|\.transformer_blocks\.1\.|\.add_embedding\.", name):
             return "sdxl"
@@ -384,9 +385,9 @@ def guess_base(pairs):
 
 @contextlib.contextmanager
 def merged(models, adapters):
-    """Add adapters [(pairs, weight), …] to the weights of models {"unet": module, …} for a while.
+    """Inside this context, the weights of models {"unet": module, …} are W + Σ weight · B A.
 
-    The sums are made in fp32; the originals come back by copy, the same to the bit.
+    adapters: [(pairs, weight), …]. Sums in fp32; W comes back by copy. Fails if no layer fits.
     """
     layers = {}
     for prefix, model in models.items():
@@ -398,7 +399,7 @@ def merged(models, adapters):
         for name, (a, b) in pairs.items():
             shape = (len(b), a[0].numel())
             if name not in layers or layers[name].weight.flatten(1).shape != shape:
-                fail(f"the adapter does not fit this base, which has no {name} of its shape")
+                fail(f"the adapter does not fit this base: no {name} of its shape; give its --base")
             changes[layers[name]].append((a, b, weight))
     originals = {layer: layer.weight.data.cpu() for layer in changes}
     try:
@@ -415,39 +416,38 @@ def merged(models, adapters):
 
 
 def info(path):
-    """Print what an adapter file holds, a figure a line."""
+    """Print the settings and sizes of an adapter, one a line, each cut at 200 characters."""
     pairs, metadata, extra = load(path)
-    tensors = itertools.chain(extra.values(), *pairs.values())
-    count = sum(tensor.numel() for tensor in tensors)
+    count = sum(tensor.numel() for tensor in itertools.chain(extra.values(), *pairs.values()))
     metadata |= {"pairs": len(pairs), "parameters": count, "family": guess_base(pairs)}
     for key, value in metadata.items():
         print(f"{key}: {value}"[:200])
 
 
 def convert(path, dialect, out):
-    """Write an adapter in another dialect, "diffusers" or "kohya"."""
+    """Write an adapter in the dialect "diffusers" or "kohya"; kohya's holds no extra tensors."""
     pairs, metadata, extra = load(path)
     if dialect == "kohya" and extra:
-        fail(f"{path} holds {', '.join(extra)}, which kohya's dialect has no place for")
+        fail(f"{path}: a kohya file cannot hold {', '.join(extra)}; give --to diffusers")
     write(out, pairs, metadata, extra, dialect)
 
 
 def merge(files, out):
-    """Write one adapter that does exactly what several do: A's stacked, weighted B's joined."""
+    """Write one adapter that does what several do: A's stacked, weighted B's joined. Ranks add."""
     stacked = {}
     common = None
     for text in files:
         path, weight = split_weight(text)
         pairs, metadata, extra = load(path)
         if extra:
-            fail(f"{path} holds {', '.join(extra)}; give sample.py --lora twice instead")
+            fail(f"{path}: cannot merge {', '.join(extra)}; give sample.py a --lora for each file")
         if common is None:
             common = metadata
         common = {key: value for key, value in common.items() if metadata.get(key) == value}
         for name, (a, b) in pairs.items():
             first_a, first_b = stacked.get(name, (a[:0], b[:, :0]))
             if first_a.shape[1:] != a.shape[1:] or len(first_b) != len(b):
-                fail(f"{name} has another shape in {path}; is it for another base?")
+                fail(f"{path}: {name} has another shape here; merge adapters of one base")
             stacked[name] = (torch.cat([first_a, a]), torch.cat([first_b, weight * b], dim=1))
     rank = max(len(a) for a, _ in stacked.values())
     names = " ".join(map(os.path.basename, files))
@@ -482,7 +482,7 @@ def write(path, pairs, metadata, extra, dialect="diffusers"):
 
 
 def diffusers_tensors(pairs):
-    """Pairs by diffusers' keys, smaller ranks padded: some releases scale mixed ranks wrongly."""
+    """Pairs by diffusers' keys, all padded to one rank: some releases scale mixed ranks wrongly."""
     rank = max((len(a) for a, _ in pairs.values()), default=0)
     tensors = {}
     for name, (a, b) in pairs.items():
@@ -493,7 +493,7 @@ def diffusers_tensors(pairs):
 
 
 def kohya_tensors(pairs, base):
-    """Pairs by kohya's keys; SDXL's UNet by Stability's names. alpha is the rank: B is scaled."""
+    """Pairs by kohya's keys; SDXL's UNet by Stability's names. alpha = rank, for B is scaled."""
     names = {"text_encoder": "te"}
     if base == "sdxl":
         names = {ours: theirs for theirs, ours in SGM_NAMES.items()}
@@ -510,14 +510,14 @@ def kohya_tensors(pairs, base):
 def parse_args(argv=None):
     parser = Flags(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="info|convert|merge")
-    info_flags = commands.add_parser("info", description="Print what an adapter file holds.")
-    info_flags.add_argument("file", help="an adapter, .safetensors")
-    convert_flags = commands.add_parser("convert", description="Write another dialect.")
-    convert_flags.add_argument("file", help="an adapter, .safetensors")
-    convert_flags.add_argument("--to", required=True, choices=["diffusers", "kohya"])
-    merge_flags = commands.add_parser("merge", description="Write one adapter for several.")
-    merge_flags.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]")
-    for writer in (convert_flags, merge_flags):
+    for_info = commands.add_parser("info", description="Print rank, alpha, base and settings.")
+    for_convert = commands.add_parser("convert", description="Write an adapter in another dialect.")
+    for_convert.add_argument("--to", required=True, choices=["diffusers", "kohya"], help="dialect")
+    for_merge = commands.add_parser("merge", description="Write the weighted sum of adapters.")
+    for_merge.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help="default WEIGHT: 1")
+    for reader in (for_info, for_convert):
+        reader.add_argument("file", help="adapter: a .safetensors file, or its folder")
+    for writer in (for_convert, for_merge):
         writer.add_argument("--out", required=True, metavar="FILE", help="the adapter to write")
     return parser.parse_args(argv)
 

@@ -5,11 +5,14 @@
     python sample.py --lora runs/xray/lora.safetensors --labels-from xray/ --prompt "film, {labels}"
     torchrun --nproc_per_node=2 sample.py --lora runs/dfu/lora.safetensors --prompts prompts.txt
 
-The noise of image i of a prompt is keyed by (seed, prompt, i): the same picture, up to rounding,
-for any batch size and number of processes. What is there with the same settings is not drawn
-again, so the command of a killed run continues it. Writes pictures with their settings inside,
-manifest.csv, drawn.jsonl (each as it is drawn) and, with --grid, grid.png; what quality control
-refused is in refused/.
+The folder of --out then holds the images, with their settings inside; manifest.csv, a row for each
+image; drawn.jsonl, the log; with --grid, grid.png; and in refused/ the images that quality control
+refused. evaluate.py and filter.py read this folder as a data set. Quality control judges by all
+images of --reference; with --run, by those that this run was trained on.
+
+The noise of image i of a prompt depends on seed, prompt and i alone: batch size and number of
+processes change the image by rounding only. If a command is stopped, type it again: it keeps the
+images that have the same settings and draws the rest. Other settings need --overwrite.
 """
 
 import argparse
@@ -83,8 +86,8 @@ def in_parts(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def progress(items, what):
-    """The items, with a bar that rank 0 shows while they are worked on."""
+def progress_on_rank_0(items, what):
+    """The items; while they are worked on, rank 0 shows a bar on stderr, a terminal or not."""
     return tqdm(items, what, disable=RANK > 0, leave=False)
 
 
@@ -93,7 +96,7 @@ def progress(items, what):
 
 @dataclass
 class Settings:
-    """How to sample. height, width: pixels, None for the base's own."""
+    """How to sample. height, width: pixels, multiples of 8; None: the base's own size."""
 
     steps: int = 50
     guidance_scale: float = 7.5
@@ -107,9 +110,9 @@ class Settings:
 
 
 def guided_prediction(base, noisy, timestep, conds, settings):
-    """The UNet's prediction (B, 4, h, w) by classifier-free guidance (Ho & Salimans 2022).
+    """The UNet's prediction (B, 4, h, w), fp32, by classifier-free guidance (Ho & Salimans 2022).
 
-    conds: the encoded negative prompts and prompts.
+    conds: (of the negative prompts, of the prompts), each as encode_text gives.
     """
     negative, positive = conds
     if settings.guidance_scale == 1:
@@ -131,9 +134,9 @@ def guided_prediction(base, noisy, timestep, conds, settings):
 
 
 def generate_batch(base, noise, conds, settings):
-    """Latents (B, 4, h, w) of one batch; conds as in guided_prediction.
+    """Latents (B, 4, h, w), fp32, of one batch; conds as in guided_prediction.
 
-    noise: (1, B, 4, h, w), for euler_a that of each step, too: (1 + steps, B, 4, h, w).
+    noise: (1, B, 4, h, w); euler_a also takes that of each step: (1 + steps, B, 4, h, w).
     """
     from diffusers.schedulers import scheduling_euler_ancestral_discrete as euler_a
 
@@ -152,7 +155,7 @@ def generate_batch(base, noise, conds, settings):
 
 @torch.no_grad()
 def generate(base, jobs, settings, batch_size=8, seed=0):
-    """Yield a PIL image for each job (prompt, number[, attempt]), whose noise seed and job key."""
+    """Yield an RGB PIL image per job (prompt, number[, attempt]); seed and job key its noise."""
     height = settings.height or base.resolution
     width = settings.width or base.resolution
     shape = (base.unet.config.in_channels, height // 8, width // 8)
@@ -178,7 +181,7 @@ def generate(base, jobs, settings, batch_size=8, seed=0):
         negative = encode_all([settings.negative_prompt for _ in batch])
         latents = generate_batch(base, noise, (negative, positive), settings)
         if not latents.isfinite().all():
-            fail("the UNet returned NaN: give --precision bf16 or fp32, or another adapter")
+            fail("the UNet returned NaN; give --precision bf16 or fp32, or another adapter")
         for pixels in decode(base, latents):
             yield picture(pixels)
 
@@ -291,43 +294,43 @@ class Base:
 
 
 def find_base(name, missing=fail):
-    """The folder of a base: a short name, a folder or a Hub id; else missing(one line)."""
+    """The folder of a base: a short name, a folder or a Hub id, downloaded; else missing(line)."""
     place = BASES.get(name, name)
     if os.path.isdir(place):
         if not Path(place, "model_index.json").exists():
-            fail(f"{place}: not a diffusers folder: it has no model_index.json")
+            fail(f"--base {place}: has no model_index.json; give a diffusers folder")
         return place
     try:
         return from_hub(place, PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds
         return missing(
-            f"--base {name}: no such folder, and cannot get {place} from the Hub "
-            f"({type(why).__name__}): give tiny, sd15, …, a Hub id or a folder; on a machine with "
-            f"internet type `hf download {place}`, copy the folder here and give its path"
+            f"--base {name}: no such folder, and the Hub did not give {place} "
+            f"({type(why).__name__}); give tiny, sd15, …, a Hub id or a folder. Without internet: "
+            f"type `hf download {place}` on another machine, copy the folder and give its path"
         )
 
 
 def read_config(folder, name):
-    """A JSON file of a base: a dict."""
+    """A JSON file of a base: a dict. Fails where it is missing or damaged."""
     path = Path(folder, name)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as why:
-        fail(f"{path}: cannot be read ({why})")
+        fail(f"{path}: cannot be read; get the base again ({why})")
 
 
 def public_name(base):
-    """What pictures and cards call a base: of a folder its name alone, a path may name somebody."""
+    """What images and cards call a base: of a folder its name alone: a path may name somebody."""
     return Path(base).name if os.path.isdir(base) else base
 
 
 def own_resolution(folder):
-    """The pixels a base was made for."""
+    """The side of the images that a base in a folder was made for, in pixels."""
     return read_config(folder, "unet/config.json").get("sample_size", 64) * 8
 
 
 def base_hash(folder, *parts):
-    """Ten letters that change with the weights and schedule of a base, or of some of its parts."""
+    """10 hex digits: a hash of a base's schedule and samples of its weights, or of `parts`."""
     digest = hashlib.sha256()
     for part in sorted(parts or ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")):
         for path in sorted(Path(folder, part).glob("*.*")):
@@ -357,19 +360,19 @@ def pick_dtype(precision, device, folder):
 
 
 def load_base(name, device, precision="auto", method=None):
-    """Load a base for drawing or, where a training `method` is given, for training.
+    """Load a Base to draw or, with a training `method`, to train. Fails on bases of other kinds.
 
-    VAE and text encoders are then in fp32, since their outputs are cached, and so is a UNet that is
-    trained itself (method "full"). The UNet is left on the CPU, for the latents come first.
+    To train, VAE and text encoders are in fp32, since their outputs are cached, and so is a UNet
+    trained itself (method "full"). The UNet stays on the CPU then, for the latents come first.
     """
-    note(f"loading {name}")
+    note(f"loading the base {name}")
     folder = find_base(name)
     check_base(name, folder)
     dtype = pick_dtype(precision, device, folder)
     try:
         base = read_base(name, folder, device, dtype, method)
     except Exception as why:  # three libraries read these files, each with errors of its own
-        fail(f"--base {name}: cannot load {folder}: {why}")
+        fail(f"--base {name}: {folder} cannot be loaded: {why}")
     for model in (base.unet, base.vae, *base.text_encoders):
         model.eval().requires_grad_(False)
     for model in (base.vae, *base.text_encoders):
@@ -419,7 +422,7 @@ def read_base(name, folder, device, dtype, method):
 
 
 def load_vae(folder, device):
-    """The VAE of a base alone, fp32, for encode and decode."""
+    """The VAE of a base alone, fp32, in an object that encode and decode take for a Base."""
     import diffusers
 
     vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
@@ -427,17 +430,17 @@ def load_vae(folder, device):
 
 
 def check_base(name, folder):
-    """Refuse bases of other kinds, by what their files say, before they are loaded."""
+    """Fail on bases of other kinds, by what their files say, before they are loaded."""
     for file, settings in SUPPORTED.items():
         config = read_config(folder, file)
         for setting, supported in settings.items():
             value = config.get(setting, supported[0])
             if value not in supported:
-                fail(f"--base {name}: its {file} has {setting} {str(value)[:60]}: not supported")
+                fail(f"--base {name}: {setting} {str(value)[:60]} in {file} is not supported")
     schedule = USUAL_SCHEDULE | read_config(folder, SCHEDULE)
     if schedule.get("rescale_betas_zero_snr") and schedule["prediction_type"] == "epsilon":
         # Lin et al. 2024
-        fail(f"--base {name}: rescale_betas_zero_snr (pure noise at the end) needs v_prediction")
+        fail(f"--base {name}: rescale_betas_zero_snr in {SCHEDULE} needs v_prediction")
 
 
 def make_scheduler(base, settings):
@@ -445,7 +448,7 @@ def make_scheduler(base, settings):
     import diffusers
 
     if settings.scheduler == "pndm" and base.schedule.get("rescale_betas_zero_snr"):
-        fail(f"--scheduler pndm: cannot do the zero terminal SNR of {base.name}; give ddim")
+        fail(f"--scheduler pndm: cannot use the zero terminal SNR of {base.name}; give ddim")
     schedule = dict(base.schedule)
     if schedule.get("rescale_betas_zero_snr"):  # the first step must see pure noise
         schedule["timestep_spacing"] = "trailing"
@@ -457,14 +460,14 @@ def make_scheduler(base, settings):
 
 
 def use_text_encoder(base, name, length, projection=None):
-    """Let another transformers encoder (BERT's family) read the captions, behind a projection.
+    """Let another encoder of transformers (BERT's family), with a projection, read the captions.
 
-    name: a Hub id or folder. length: tokens, at most 512. projection: its weights, else fresh ones.
+    name: Hub id or folder. length: tokens. projection: its weights, None for new ones. SDXL fails.
     """
     import transformers
 
     if len(base.text_encoders) > 1:
-        fail(f"--text-encoder: {base.name} needs both of its own text encoders")
+        fail(f"--text-encoder: {base.name} needs both of its own encoders; give another --base")
     try:
         encoder = transformers.AutoModel.from_pretrained(name, use_safetensors=True)
         base.text_encoders = [encoder.float().to(base.device).eval().requires_grad_(False)]
@@ -476,8 +479,8 @@ def use_text_encoder(base, name, length, projection=None):
             text_states(base, tokenize(base, ["a long caption " * 512]))
     except Exception as why:  # whatever a folder of something else raises
         fail(
-            f"--text-encoder {name}: cannot be used for {length} tokens ({type(why).__name__}): "
-            "give a Hub id of BERT's family or such a folder, in safetensors and with tokenizer"
+            f"--text-encoder {name}: cannot be used for {length} tokens ({type(why).__name__}); "
+            "give the Hub id or folder of an encoder like BERT, with safetensors and a tokenizer"
         )
     if projection:
         load_state(base.text_projection, projection, base)
@@ -485,7 +488,7 @@ def use_text_encoder(base, name, length, projection=None):
 
 
 def load_state(module, weights, base):
-    """Load what an adapter brings into a module of the base."""
+    """Load weights of an adapter into a module of the base. Fails where their shapes differ."""
     try:
         module.load_state_dict(weights)
     except RuntimeError:
@@ -501,22 +504,23 @@ class TokenEmbedding(nn.Embedding):
 
 
 def add_tokens(base, vectors):
-    """Add words to the base (textual inversion, Gal et al. 2022): {"<word>": (n, D)}.
+    """Add words to the base (textual inversion, Gal et al. 2022). vectors: {"<word>": (n, D)}.
 
-    A word of n vectors stands for n tokens, "<word> <word>_1 …". Returns all vectors, fp32.
+    A word of n vectors is n tokens, "<word> <word>_1 …". Returns the fp32 parameter of all added
+    vectors. Fails if the base knows the word, has another D, or not exactly one CLIP text encoder.
     """
     tokenizer = base.tokenizers[0]
     embedding = base.text_encoders[0].get_input_embeddings()
     count, width = embedding.weight.shape
     learned = [getattr(embedding, "learned", embedding.weight[:0])]
     if len(base.text_encoders) > 1 or len(tokenizer) != count + len(learned[0]):
-        fail(f"--base {base.name}: new tokens need a base with one CLIP text encoder")
+        fail(f"--base {base.name}: a new word needs one CLIP text encoder; give sd15, for example")
     for word, rows in vectors.items():
         if rows.shape[1] != width:
-            fail(f"the token {word} does not fit the base {base.name}, whose words have {width}")
+            fail(f"the word {word} does not fit the base {base.name}; give the --base it is from")
         names = [word] + [f"{word}_{n}" for n in range(1, len(rows))]
         if tokenizer.add_tokens(names) != len(names):
-            fail(f"--token {word}: the base knows this word; give another, such as <lesion-1>")
+            fail(f"the base already knows the word {word}; train with another, such as <lesion-1>")
         base.words[word] = " ".join(names)
         learned.append(rows)
     embedding.__class__ = TokenEmbedding
@@ -525,7 +529,7 @@ def add_tokens(base, vectors):
 
 
 def tokenize(base, texts):
-    """Captions → what the text encoders read: {"ids": (B, L), "ids_2": …, "mask": …}."""
+    """Captions, cut at L tokens → what encoders read: {"ids": (B, L), "ids_2": …, "mask": …}."""
     for word, word_tokens in base.words.items():
         texts = [text.replace(word, word_tokens) for text in texts]
     device = base.text_encoders[0].device  # the CPU while the UNet needs the memory
@@ -541,15 +545,12 @@ def tokenize(base, texts):
 
 
 def note_long_texts(base, texts):
-    """Say how many texts are longer than what the text encoder reads, 77 tokens with CLIP."""
-    long = []
-    for text in texts:
-        if len(base.tokenizers[0](text).input_ids) > base.text_length:
-            long.append(text)
+    """Say how many texts are longer than base.text_length, 77 tokens with CLIP."""
+    long = [text for text in texts if len(base.tokenizers[0](text).input_ids) > base.text_length]
     if long:
         note(
-            f"{len(long)} prompts are longer than the {base.text_length} tokens that this base "
-            f'reads; the end of "{long[0][:60]}…" is lost'
+            f"prompts longer than {base.text_length} tokens: {len(long)}; this base does not read "
+            f'their end, such as that of "{long[0][:60]}…"'
         )
 
 
@@ -572,7 +573,7 @@ def text_states(base, tokens):
 
 
 def project(base, states):
-    """What text_states returns → cond, the text arguments of denoise, as the UNet reads them."""
+    """What text_states returns → cond, the text arguments of denoise, in base.dtype."""
     cond = dict(states)
     if base.text_projection is not None:
         weight = base.text_projection.weight
@@ -583,15 +584,16 @@ def project(base, states):
 
 @torch.no_grad()
 def encode_text(base, texts):
-    """Captions → cond, without gradients."""
+    """Captions → cond, the text arguments of denoise, without gradients."""
     return project(base, text_states(base, tokenize(base, texts)))
 
 
 def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
-    """Latents at `timesteps`, what the UNet should predict there, and the loss weights (B,).
+    """Noised latents and what the UNet should predict, both (B, 4, h, w), and loss weights (B,).
 
-    min-SNR (Hang et al. 2023): an epsilon error is 1/SNR, a v error 1/(SNR + 1) of the x0 error,
-    hence the divisors; divided by the mean over all timesteps, so that lr keeps its meaning.
+    timesteps: (B,) in [0, base.num_timesteps). snr_gamma: 0 for weights of 1, else min-SNR (Hang et
+    al. 2023): the squared error of x0 is 1/SNR of epsilon's and 1/(SNR + 1) of v's, hence the
+    divisors. They are divided by their mean over all timesteps, so that lr keeps its meaning.
     """
     alphas = base.alphas_cumprod
     signal = alphas[timesteps].sqrt()[:, None, None, None]
@@ -606,7 +608,7 @@ def noised_and_target(base, latents, noise, timesteps, snr_gamma=0.0):
 
 
 def predicted_latents(base, noisy, prediction, timesteps):
-    """The clean latents (B, 4, h, w) that a prediction at `timesteps` implies."""
+    """The clean latents (B, 4, h, w) that a prediction (B, 4, h, w) at `timesteps` (B,) implies."""
     alphas = base.alphas_cumprod[timesteps][:, None, None, None]
     if base.predicts_v:
         return alphas.sqrt() * noisy - (1 - alphas).sqrt() * prediction
@@ -614,7 +616,7 @@ def predicted_latents(base, noisy, prediction, timesteps):
 
 
 def blur_timestep(base):
-    """The first timestep at which noise outweighs the signal."""
+    """The first timestep whose noise has more variance than its signal."""
     return int((base.alphas_cumprod >= 0.5).sum())
 
 
@@ -648,7 +650,7 @@ def split_for_vae(batch, pixels):
 
 @torch.no_grad()
 def encode(base, pixels):
-    """uint8 pixels (B, 3, H, W) → posterior mean and std of the latents, each (B, 4, h, w)."""
+    """uint8 pixels (B, 3, H, W) → mean and std of the latents, each (B, 4, H / 8, W / 8), fp32."""
     scale = base.vae.config.scaling_factor
     moments = []
     for part in split_for_vae(pixels, pixels[0, 0].numel()):
@@ -659,7 +661,7 @@ def encode(base, pixels):
 
 
 def decode_with_gradient(base, latents, features=False):
-    """Latents (B, 4, h, w) → images (B, 3, H, W) in [-1, 1], fp32.
+    """Latents (B, 4, h, w) → images (B, 3, H, W), fp32, black -1, white 1, not clamped.
 
     features: give the output (B, C, h, w) of the decoder's deepest block instead.
     """
@@ -681,10 +683,10 @@ def decode(base, latents):
 
 
 def decode_in_tiles(base):
-    """Let the VAE work on tiles of at most 512 pixels, image by image."""
+    """Let the VAE work image by image, on tiles: of 512 pixels where base.resolution is larger."""
     base.vae.enable_slicing()
     base.vae.enable_tiling()
-    if base.resolution > 512:  # else no picture of the base's own size would be tiled
+    if base.resolution > 512:  # else no image of the base's own size would be tiled
         base.vae.tile_sample_min_size = 512
         base.vae.tile_latent_min_size = 64
 
@@ -694,7 +696,7 @@ def decode_in_tiles(base):
 
 @dataclass
 class Adapter:
-    """What --lora or --checkpoint names, to be added with a weight.
+    """An adapter of --lora or --checkpoint, and the weight with which it is added.
 
     pairs: {layer: (A, B)}. metadata: the settings of its run. extra: parts that replace the base's:
     "unet.…" weights, the "text_projection.…" of another encoder, vectors of a "<word>".
@@ -708,7 +710,7 @@ class Adapter:
 
 
 def read_checkpoint(path):
-    """A checkpoint of train.py with its averaged (EMA) weights. Nothing is unpickled."""
+    """The Adapter in a checkpoint of train.py: its EMA weights if kept. No code in it is run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         flags = content["args"]
@@ -731,7 +733,7 @@ def read_adapters(args):
         path, weight = split_weight(source)
         adapter = Adapter(path, weight, *load(path))
         if adapter.extra and weight != 1:
-            fail(f"{path} holds {min(adapter.extra)}, which cannot have a weight")
+            fail(f"--lora {source}: {min(adapter.extra)} cannot have a weight; give {path}")
         adapters.append(adapter)
     if args.checkpoint:
         adapters.append(read_checkpoint(args.checkpoint))
@@ -774,7 +776,7 @@ def read_prompts(args, adapters):
     else:
         rows = [Row("", "", text) for text in read_texts(args, adapters)]
     if not rows:
-        fail("nothing to draw: give --prompt TEXT, --prompts FILE or --labels-from DATA")
+        fail("nothing to draw; give --prompt TEXT, --prompts FILE or --labels-from DATA")
     return merge_rows(rows, args.label)
 
 
@@ -783,10 +785,10 @@ def read_texts(args, adapters):
     texts = list(args.prompt)
     for text in texts:
         if "{" in text:
-            fail(f'--prompt "{text}": its {{fields}} need --labels-from DATA')
+            fail(f'--prompt "{text}": a {{field}} stands for a column; give --labels-from DATA')
     if args.prompts:
         if not args.prompts.lower().endswith(".txt"):
-            fail(f"--prompts {args.prompts}: give a .txt; tables are for --labels-from")
+            fail(f"--prompts {args.prompts}: not a .txt file; for a table give --labels-from")
         lines = Path(args.prompts).read_text(encoding="utf-8-sig").splitlines()
         texts += filter(str.strip, lines)
     elif not texts:
@@ -799,14 +801,14 @@ def read_texts(args, adapters):
 def rows_of_data_set(data, prompts, adapters):
     """The rows of a data set; captions it lacks are made by the --prompt of an adapter's run."""
     if len(prompts) > 1:
-        fail("--prompt: give one, the format of the captions of --labels-from")
+        fail("--prompt: given twice; with --labels-from give one, the format of the captions")
     rows = list_images(data, prompt=prompts[0] if prompts else None)
     if not prompts and not any(row.caption for row in rows):
         own_format = first_known(adapters, "prompt")
         if own_format:
             fill_captions(data, rows, {}, own_format)
         elif any(row.label for row in rows):
-            fail(f'--labels-from {data}: has labels and no captions: give --prompt "… {{labels}}"')
+            fail(f'--labels-from {data}: has labels but no captions; give --prompt "… {{labels}}"')
     return rows
 
 
@@ -834,7 +836,7 @@ MANIFEST = (
 
 @dataclass
 class Drawing:
-    """A picture to draw. record: its row of manifest.csv, as far as it is known."""
+    """An image to draw. record: its row of manifest.csv, as far as it is known."""
 
     prompt: Row
     number: int
@@ -844,7 +846,7 @@ class Drawing:
 
 
 class Manifest:
-    """The pictures in a folder: {stem: row}.
+    """The images in a folder: {stem: row}.
 
     Each is a line of drawn.jsonl at once, the last counts; manifest.csv is written at the end.
     """
@@ -854,7 +856,7 @@ class Manifest:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "drawn.jsonl"
         if (self.folder / "manifest.csv").exists() and not self.log.exists():
-            fail(f"{folder}: its manifest.csv is not of this sample.py; give another --out")
+            fail(f"--out {folder}: has a manifest.csv without its drawn.jsonl; give another --out")
         self.log.touch()
         self.records = {}
         self.read()
@@ -870,7 +872,7 @@ class Manifest:
                 self.records[record["stem"]] = record
 
     def unfinished(self, planned, max_attempts):
-        """The pictures not there with their settings, nor refused with them at every attempt."""
+        """The images not there with their settings, nor refused with them at every attempt."""
         todo = []
         for drawing in planned:
             record = self.records.get(drawing.stem, {})
@@ -880,7 +882,7 @@ class Manifest:
         return todo
 
     def add(self, record, content):
-        """Log and write a picture, in an order that leaves no false row wherever it is stopped."""
+        """Log and write an image, in an order that leaves no false row wherever it is stopped."""
         old = self.records.pop(record["stem"], record)
         (self.folder / old["file"]).unlink(missing_ok=True)
         with open(self.log, "a") as log:
@@ -914,7 +916,7 @@ def make_stems(captions):
 
 
 def plan(args, settings, base_name, prompts, adapters, control):
-    """The pictures to make, [Drawing], in order."""
+    """The images to draw, [Drawing], in order: all of a prompt, then of the next."""
     hashes = [f"{content_hash(each.path)[:10]}:{each.weight:g}" for each in adapters]
     model = public_name(base_name)
     model_hash = base_hash(find_base(base_name))
@@ -954,10 +956,10 @@ def refuse_to_replace(todo, manifest, args):
         path = manifest.folder / record["file"]
         is_other = record.get("settings") != drawing.record["settings"]
         if is_other and path.exists() and not args.overwrite:
-            fail(f"{path}: is of other settings; give another --out, or sample.py's --overwrite")
+            fail(f"{path}: has other settings; give another --out, or --overwrite to sample.py")
 
 
-# what made a picture, as its PNG text and manifest.csv call it -> IPTC's property (2025.1)
+# what made an image, as its PNG text and manifest.csv call it -> IPTC's property (2025.1)
 MARKS = {
     "model": "AISystemUsed",
     "adapter": "AISystemVersionUsed",
@@ -974,7 +976,7 @@ xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" Iptc4xmpExt:Digi
 def encode_png(image, parameters, marks=None):
     """A PNG with its settings inside, in the form A1111 reads, marked as synthetic.
 
-    marks: of a single picture, a text for each of MARKS.
+    marks: of a single image, a text for each of MARKS.
     """
     text = PngImagePlugin.PngInfo()
     text.add_itxt("parameters", parameters)
@@ -990,7 +992,7 @@ def encode_png(image, parameters, marks=None):
 
 
 def save_png(image, path, parameters=""):
-    """Write a PNG as encode_png does."""
+    """Write a PNG atomically, marked as synthetic: see encode_png."""
     write_file(path, encode_png(image, parameters))
 
 
@@ -1044,7 +1046,7 @@ ENCODERS = {"png": encode_png, "dcm": encode_dicom}
 
 
 def contact_sheet(cells):
-    """One image of many (image, caption, name): each whole in 160 pixels, its words below it."""
+    """An image of cells [(PIL image, caption, name), …], 8 a row, 160 pixels each, words below."""
     groups = [list(group) for _, group in groupby(cells, lambda cell: cell[1])]
     if 2 * len(groups) > len(cells):  # else each caption begins a row
         groups = [cells]
@@ -1082,20 +1084,20 @@ def in_lines(text, count, pen):
 
 
 class Control:
-    """What judges pictures while they are drawn: a selector of filter.py, a reference, or both."""
+    """What judges images while they are drawn: a selector of filter.py, a reference, or both."""
 
     def __init__(self, args, settings, prompts, device):
         self.selector = None
         self.reference = None
         self.size = max(64, min(256, settings.height, settings.width))  # as filter.py's
-        self.description = ""  # for the settings inside the pictures
+        self.description = ""  # for the settings inside the images
         if args.selector:
             self.selector = load_selector(args.selector)
             self.selector.check_rows(prompts, args.min_alignment)
             self.size = self.selector.size
             self.description += f", Selector: {content_hash(args.selector)[:10]}"
         if args.reference:
-            note(f"reading {args.reference}")
+            note(f"reading the real images in {args.reference}")
             rows, pixels = load_real(list_training(args.reference, args), self.size, args)
             report_enlarged(rows, self.size, args.crop)
             limits = {name: getattr(args, name) for name in LIMITS}
@@ -1134,12 +1136,12 @@ class Control:
 
 
 def draw(base, todo, batch_size, settings, control, manifest, args):
-    """Draw and write pictures; what is refused is drawn again, --max-attempts times in all."""
+    """Draw and write images; what is refused is drawn again, --max-attempts times in all."""
     attempt = 0
     while todo:
         attempt += 1
         again = []
-        for batch in progress(in_parts(todo, batch_size), "drawing"):
+        for batch in progress_on_rank_0(in_parts(todo, batch_size), "drawing"):
             jobs = [(drawing.prompt.caption, drawing.number) for drawing in batch]
             if attempt > 1:
                 jobs = [(*job, attempt) for job in jobs]
@@ -1162,7 +1164,7 @@ def draw(base, todo, batch_size, settings, control, manifest, args):
 
 
 def write_pictures(finished, attempt, manifest, args):
-    """Write pictures [(Drawing, PIL image, reason, scores)], those with a reason in refused/."""
+    """Write images [(Drawing, PIL image, reason, scores)], those with a reason in refused/."""
     suffix = f", Attempt: {attempt}" if args.selector or args.reference else ""
 
     def encode_picture(one):
@@ -1187,10 +1189,10 @@ def write_pictures(finished, attempt, manifest, args):
 
 
 def multiple_of_8(text):
-    """An argument type: a side in pixels."""
+    """An argument type: a side in pixels, a multiple of 8 from 8 to 4096."""
     value = number(8, 4096)(text)
     if value % 8:
-        raise argparse.ArgumentTypeError(f"{text}: give a multiple of 8")
+        raise argparse.ArgumentTypeError(f"{text}: give a multiple of 8 pixels")
     return value
 
 
@@ -1199,57 +1201,55 @@ def parse_args(argv=None):
     share = number(0.0, 1.0)
     parser = Flags(__doc__)
     add = flag_adder(parser.add_argument_group("model"))
-    add("--base", "tiny, sd15, sd21-base, …, Hub id or folder (default: the adapter's)")
-    add("--lora", "may be repeated", action="append", default=[], metavar="PATH[:WEIGHT]")
-    add("--checkpoint", "a run's checkpoints/*.pt", type=existing_file)
+    add("--base", "tiny, sd15, sd21-base, sd21, sdxl, Hub id or folder (default: the adapter's)")
+    repeated = {"action": "append", "default": []}
+    add("--lora", "adapter, repeatable (default WEIGHT: 1)", metavar="PATH[:WEIGHT]", **repeated)
+    add("--checkpoint", "a run's checkpoints/*.pt, used like an adapter", type=existing_file)
 
     group = parser.add_argument_group("what to draw (default: the prompts of the adapter's run)")
     add = flag_adder(group)
-    add("--prompt", "may be repeated; with {fields}, a format", action="append", default=[])
+    add("--prompt", "text to draw, repeatable; with --labels-from a format: {label}", **repeated)
     add_one_of = flag_adder(group.add_mutually_exclusive_group())
-    add_one_of("--prompts", ".txt, a prompt a line", type=existing_file, metavar="FILE")
-    add_one_of("--labels-from", "every caption of a data set", type=data_set, metavar="DATA")
-    add("--negative-prompt", "what to steer away from", "")
-    add("--num-images", "images per prompt", 4, count)
-    add("--label", "label in manifest.csv (default: that of the data)", "")
+    add_one_of("--prompts", ".txt file, one prompt a line", type=existing_file, metavar="FILE")
+    add_one_of("--labels-from", "draw each caption of this data set", type=data_set, metavar="DATA")
+    add("--negative-prompt", "what the images should not show (default: none)", "")
+    add("--num-images", "images of each prompt", 4, count)
+    add("--label", "label of the images in manifest.csv (default: the data set's)", "")
 
-    group = parser.add_argument_group("how")
+    group = parser.add_argument_group("how to draw")
     add = flag_adder(group)
-    add("--steps", "denoising steps", 50, number(1, 998))
-    add("--scheduler", "sampler", "ddim", choices=SCHEDULERS)
-    add("--guidance-scale", "1: without guidance", 7.5, number(0.0, 1000.0))
-    add("--guidance-rescale", "against overexposure; usually 0.7", 0.0, share)
-    add("--height", "pixels (default: the adapter's, else the base's)", type=multiple_of_8)
-    add("--width", "pixels (default: the adapter's, else the base's)", type=multiple_of_8)
-    add("--batch-size", "images at once", 8, count)
-    add("--low-memory", "VAE in tiles, guidance in two passes", False)
-    add("--compile", "torch.compile the UNet", False)
+    add("--steps", "denoising steps, 1 to 998", 50, number(1, 998))
+    add("--scheduler", "sampling method", "ddim", choices=SCHEDULERS)
+    add("--guidance-scale", "how closely to follow the prompt (1: off)", 7.5, number(0.0, 1000.0))
+    add("--guidance-rescale", "0 to 1, against overexposure; usually 0.7 (0: off)", 0.0, share)
+    add("--height", "pixels, multiple of 8 (default: the adapter's or base's)", type=multiple_of_8)
+    add("--width", "pixels, multiple of 8 (default: the adapter's or base's)", type=multiple_of_8)
+    add("--batch-size", "images drawn at once, by each process", 8, count)
+    add("--low-memory", "less memory, slower: VAE in tiles, guidance in two passes", False)
+    add("--compile", "compile the UNet: minutes at first, then faster", False)
     add_common_flags(group)
 
-    group = parser.add_argument_group("quality control: what is refused is drawn again")
-    add = flag_adder(group)
-    add("--selector", "written by filter.py --fit", type=existing_file)
-    add("--min-quality", "with --selector (default: 0.5)", type=share)
-    add("--min-alignment", "probability that the label is shown", type=share)
-    add("--reference", "real images to compare with", type=data_set, metavar="REAL")
-    calibrate = "share of real images to refuse (default: 0.05 without another limit)"
+    add = flag_adder(parser.add_argument_group("quality control (default off): refuse, draw again"))
+    add("--selector", "judge by this file of filter.py --fit", type=existing_file)
+    add("--min-quality", "least probability of a good rating (default: 0.5)", type=share)
+    add("--min-alignment", "least probability that the label is shown", type=share)
+    add("--reference", "real images to judge by: folder or table", type=data_set, metavar="REAL")
+    calibrate = "share of real images that may be refused (default: 0.05 if no other limit is set)"
     add("--calibrate", calibrate, type=number(1e-6, 0.999))
-    add("--max-lpips", "LPIPS to the nearest real image", type=number(0.0, 1e6))
-    add("--min-ssim", "SSIM to the most similar real image", type=number(-1.0, 1.0))
-    add("--drop-copies", "refuse copies of real ones", action="store_true", default=None)
-    add("--max-attempts", "drawings of one picture", 10, count)
+    add("--max-lpips", "largest LPIPS to the nearest real image", type=number(0.0, 1e6))
+    add("--min-ssim", "least SSIM to the nearest real image, -1 to 1", type=number(-1.0, 1.0))
+    add("--drop-copies", "refuse copies of real images", action="store_true", default=None)
+    add("--max-attempts", "attempts at one image", 10, count)
 
-    group = "how --reference is read (default: as the adapter's run did, all of it without --run)"
-    add_reading_flags(parser.add_argument_group(group))
+    add_reading_flags(parser.add_argument_group("reading --reference (default: as in training)"))
 
     add = flag_adder(parser.add_argument_group("output"))
-    add("--out", "folder", "runs/samples")
-    add("--format", "dcm: DICOM Secondary Capture", "png", choices=ENCODERS)
-    grey = "write grey pictures (default: if the adapter's run saw grey ones)"
-    add("--grey", grey, action="store_true", default=None)
-    add("--color", "write pictures in colour", action="store_false", dest="grey")
-    add("--grid", "also write a contact sheet, grid.png", False)
-    add("--overwrite", "replace pictures of other settings", False)
+    add("--out", "folder to write", "runs/samples")
+    add("--format", "image format; dcm: DICOM Secondary Capture", "png", choices=ENCODERS)
+    add("--grey", "draw grey images (default: as in training)", action="store_true", default=None)
+    add("--color", "draw in colour (default: see --grey)", action="store_false", dest="grey")
+    add("--grid", "also write a contact sheet of up to 64 images, grid.png", False)
+    add("--overwrite", "replace images that have other settings", False)
     args = parser.parse_args(argv)
     need_flags(args, {"selector": ("min_quality", "min_alignment"), "reference": LIMITS})
     if args.reference and not args.run:
@@ -1267,7 +1267,7 @@ def make_settings(args, adapters, base_name):
     if args.grey is None:
         values["grey"] = all(each.metadata.get("grey") for each in adapters) and bool(adapters)
         if values["grey"]:
-            note("the adapter's run saw grey images: pictures are grey (--color: they are not)")
+            note("the training images were grey, so these images are grey; for colour give --color")
     return Settings(**values)
 
 
@@ -1289,11 +1289,11 @@ def load_for_drawing(name, device, adapters, args):
 def main(args):
     device = pick_device(args.device)
     if args.format == "dcm":
-        need("pydicom", "DICOM files")
+        need("pydicom", "--format dcm")
     adapters = read_adapters(args)
     base_name = args.base or first_known(adapters, "base")
     if not base_name:
-        fail("--base is missing: give tiny, sd15, a Hub id or a folder")
+        fail("--base is missing; give tiny, sd15, …, a Hub id or a folder")
     settings = make_settings(args, adapters, base_name)
     prompts = read_prompts(args, adapters)
     control = Control(args, settings, prompts, device)
@@ -1333,11 +1333,11 @@ def finish(records, missing, files, args):
             cells.append((read_image(path), record["prompt"], path.stem))
         save_png(contact_sheet(cells), Path(args.out, "grid.png"))
         if len(kept) > 64:
-            print(f"grid.png shows the first 64 of {len(kept)}")
-    print(f"{missing} images drawn, {len(records) - missing} were there: {args.out}")
+            print(f"grid.png shows the first 64 of {len(kept)} images")
+    print(f"images in {args.out}: {missing} drawn now, {len(records) - missing} already there")
     if args.selector or args.reference:
         attempts = sum(record["attempts"] for record in records)
-        print(f"{len(kept)} of {len(records)} passed, in {attempts} drawings; others: refused/")
+        print(f"{len(kept)} of {len(records)} passed ({attempts} attempts); others are in refused/")
     if kept:
         words = [args.reference or "REAL", args.out]
         run = args.run or find_run(files)

@@ -136,7 +136,7 @@ from sample import (
     note_long_texts,
     own_resolution,
     predicted_latents,
-    progress,
+    progress_on_rank_0,
     project,
     public_name,
     save_png,
@@ -963,7 +963,7 @@ def encode_rows(base, rows, args):
 def read_in_parts(rows, variants, args):
     """Yield this process's share of the images that can be read: rows, variant, pixels."""
     count = min(64, math.ceil(len(rows) / WORLD))  # at once: 200 MB at 1024 pixels
-    for start in progress(range(count * RANK, len(rows), count * WORLD), "encoding"):
+    for start in progress_on_rank_0(range(count * RANK, len(rows), count * WORLD), "encoding"):
         part, pixels = load_rows(rows[start : start + count], args, bad_share=1)
         for variant in range(variants if part else 0):
             yield part, variant, make_variant(part, pixels, variant, args)
@@ -992,7 +992,7 @@ def encode_captions(base, captions, args):
     note_long_texts(base, captions)
     table = {}
     starts = range(0, len(captions), 64)
-    for start in progress(starts, "captions"):
+    for start in progress_on_rank_0(starts, "captions"):
         part = tokenize(base, captions[start : start + 64])
         if not text_learns(args):
             part = text_states(base, part)
@@ -1749,7 +1749,7 @@ def write_preview(rows, pixels, folder, args):
     if path.exists() and not path.read_text().startswith(header):
         fail(f"--preview {folder}: holds another data set; give another folder")
     lines = []
-    for i, row in enumerate(progress(rows, "writing")):
+    for i, row in enumerate(progress_on_rank_0(rows, "writing")):
         if row.split == "test":
             continue
         group = row.group

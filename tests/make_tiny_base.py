@@ -99,10 +99,14 @@ def save_safely(state, path):
     os.replace(f"{path}.part", path)
 
 
+def read_rows(folder):
+    with open(pathlib.Path(folder) / "metadata.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def read_pool(folder):
     """(uint8 images (N, 3, H, W), captions, labels) of a folder that phantoms.write made."""
-    with open(pathlib.Path(folder) / "metadata.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(folder)
     images = []
     for row in rows:
         images.append(np.asarray(Image.open(pathlib.Path(folder) / row["file_name"])))
@@ -187,16 +191,19 @@ def make_vae(args):
     """Fit the autoencoder, give its latents zero mean and LATENT_STD a channel, and save it."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=128,
-        scaling_factor=1 / LATENT_STD,
-    )
+    if args.start:
+        vae = AutoencoderKL.from_pretrained(pathlib.Path(args.start) / "vae")
+    else:
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=(16, 32, 64, 64),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            sample_size=128,
+            scaling_factor=1 / LATENT_STD,
+        )
     images, _, _ = read_pool(args.data)
     test = unseen(4)
 
@@ -223,7 +230,7 @@ def make_vae(args):
 
         return loss, progress
 
-    fit(args, "vae", {"vae": vae}, loss_of_batch, 2e-3)
+    fit(args, "vae", {"vae": vae}, loss_of_batch, 5e-4 if args.start else 2e-3)
     standardise(vae, images)
     vae.eval().save_pretrained(pathlib.Path(args.out) / "vae")
     check_vae(vae)
@@ -577,6 +584,7 @@ def main():
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--out", required=True, help="pipeline folder to write (check: to read)")
     parser.add_argument("--data", help="pool of phantoms, for vae and text")
+    parser.add_argument("--start", help="for vae: go on from the one of this pipeline folder")
     parser.add_argument("--trained", help="pipeline folder with the trained UNet, for pack")
     parser.add_argument("--minutes", type=float, default=10, help="length of a fit by the clock")
     parser.add_argument("--steps", type=int, help="length of a fit in steps instead")

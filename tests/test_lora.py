@@ -1002,7 +1002,7 @@ def test_what_cannot_be_done_is_refused(tmp_path, refused):
 # ---------------------------------------------------------------- damaged and foreign files
 
 PAIR = serialize({**A, **B})
-UNREADABLE = "not a readable safetensors"
+UNREADABLE = "cannot be read as safetensors"
 DAMAGED = {  # name: the file's bytes or its tensors, and what the line says
     "no bytes": (b"", UNREADABLE),
     "half of it": (PAIR[: len(PAIR) // 2], UNREADABLE),
@@ -1017,7 +1017,7 @@ DAMAGED = {  # name: the file's bytes or its tensors, and what the line says
         serialize({**A, **B}, {"lora_adapter_metadata": '{"unet.r": 4'}),
         UNREADABLE,
     ),
-    "no tensors": ({}, "it is empty"),
+    "no tensors": ({}, "holds no tensors"),
     "half a pair": (A, NAME),
     "half a kohya pair": ({f"{KEY}.lora_up.weight": torch.ones(32, 4)}, NAME),
     "an alpha alone": ({**A, **B, "lora_unet_conv_in.alpha": torch.tensor(1.0)}, "unet.conv_in"),

@@ -362,7 +362,7 @@ def test_the_same_command_again_draws_only_what_is_missing(draw, tmp_path, capsy
     (tmp_path / "a-wound-0001.png").unlink()
     capsys.readouterr()
     draw(tmp_path, *flags)
-    assert "1 images drawn, 3 were there" in capsys.readouterr().out
+    assert "1 drawn now, 3 already there" in capsys.readouterr().out
     assert contents(tmp_path) == before
 
 
@@ -372,7 +372,7 @@ def test_a_finished_picture_is_not_opened(draw, tmp_path, capsys):
     for name in names(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     draw(tmp_path, *flags)
-    assert "0 images drawn, 2 were there" in capsys.readouterr().out
+    assert "0 drawn now, 2 already there" in capsys.readouterr().out
 
 
 def test_a_run_killed_before_its_manifest_is_continued_from_its_log(
@@ -389,7 +389,7 @@ def test_a_run_killed_before_its_manifest_is_continued_from_its_log(
     assert not (tmp_path / "killed" / "manifest.csv").exists()
     capsys.readouterr()
     draw(tmp_path / "killed", *flags)
-    assert "1 images drawn, 3 were there" in capsys.readouterr().out
+    assert "1 drawn now, 3 already there" in capsys.readouterr().out
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -451,7 +451,7 @@ def test_another_format_replaces_and_an_overwrite_can_be_interrupted(
     assert sorted(contents(tmp_path)) == expected
     (tmp_path / "a-wound-0000.txt").write_text("a caption of somebody's")
     draw(tmp_path, *flags)
-    assert "0 images drawn, 3 were there" in capsys.readouterr().out
+    assert "0 drawn now, 3 already there" in capsys.readouterr().out
     assert (tmp_path / "a-wound-0000.txt").exists()
 
 
@@ -585,7 +585,7 @@ def test_what_two_killed_processes_left_is_continued_by_one(draw, tmp_path, monk
         draw(tmp_path, *flags)
     assert len(names(tmp_path)) == 2
     draw(tmp_path, *flags)
-    assert "2 images drawn, 2 were there" in capsys.readouterr().out
+    assert "2 drawn now, 2 already there" in capsys.readouterr().out
     assert len(manifest(tmp_path)) == 4
 
 
@@ -631,7 +631,7 @@ def test_the_label_that_is_given_comes_before_that_of_the_row(images):
 def test_a_table_is_no_file_of_prompts(refusal, tmp_path):
     (tmp_path / "p.csv").write_text("prompt\na wound\n")
     line = refusal(tmp_path / "out", "--prompts", tmp_path / "p.csv")
-    assert "tables are for --labels-from" in line
+    assert "for a table give --labels-from" in line
 
 
 def test_prompts_come_from_a_text_file_or_a_data_set_and_labels_travel(draw, images, tmp_path):
@@ -667,7 +667,7 @@ def test_formats_that_say_nothing_are_refused(refusal, images, tmp_path):
     assert "give one" in refusal(out, *two)
     both = ["--prompts", text, "--labels-from", images]
     assert "not allowed with" in refusal(out, *both)
-    assert "has labels and no captions" in refusal(out, "--labels-from", images)
+    assert "has labels but no captions" in refusal(out, "--labels-from", images)
 
 
 def test_captions_by_the_format_of_the_adapters_run(images):
@@ -809,7 +809,7 @@ def test_an_adapter_of_grey_images_draws_grey_unless_colour_is_asked_for(draw, t
         modes[name] = Image.open(tmp_path / name / "a-film-0000.png").mode
 
     assert modes == {"grey": "L", "forced": "RGB", "mixed": "RGB"}
-    assert capsys.readouterr().err.count("pictures are grey (--color") == 1
+    assert capsys.readouterr().err.count("for colour give --color") == 1
 
 
 def test_adapters_add_up(draw, tmp_path):
@@ -905,7 +905,7 @@ def test_what_the_selector_refuses_is_drawn_again_and_filter_agrees(
     before = {path: path.stat().st_mtime_ns for path in out.rglob("a-foot*.png")}
     sorted(before)[0].unlink()
     draw(out, *flags, "--max-attempts", 2)
-    assert "1 images drawn, 11 were there" in capsys.readouterr().out
+    assert "1 drawn now, 11 already there" in capsys.readouterr().out
     assert set(before) == set(out.rglob("a-foot*.png"))
     assert sum(path.stat().st_mtime_ns != then for path, then in before.items()) == 1
 
@@ -919,7 +919,7 @@ def test_pictures_are_compared_with_real_ones_as_filter_does(draw, images, tmp_p
     flags = [*FOOT, "--num-images", 6, "--reference", images, "--out", tmp_path]
     draw(tmp_path, *flags, "--min-ssim", 0.99, "--max-attempts", 1)
     out = capsys.readouterr().out
-    assert "0 of 6 passed, in 6 drawings" in out
+    assert "0 of 6 passed (6 attempts)" in out
     assert "--min-ssim 0.99 would refuse" in out
     assert not manifest(tmp_path)
     draw(tmp_path, *flags, "--min-ssim", -1, "--drop-copies", "--overwrite")
@@ -1015,7 +1015,7 @@ def test_a_folder_called_refused_is_a_folder_like_others(draw, tmp_path, capsys)
     flags = ["--prompt", "胸部", "--num-images", 1]
     for drawn in (1, 0):
         draw(tmp_path / "refused", *flags)
-        assert f"{drawn} images drawn" in capsys.readouterr().out
+        assert f"{drawn} drawn now" in capsys.readouterr().out
     assert [row["file"] for row in manifest(tmp_path / "refused")] == ["prompt-0000.png"]
 
 
@@ -1049,6 +1049,6 @@ def test_prompts_that_are_too_long_for_the_base_are_said(draw, tmp_path, capsys)
 
     draw(tmp_path, *prompts, "--num-images", 1)
 
-    assert '2 prompts are longer than the 77 tokens that this base reads; the end of "w0 w1 w2' in (
-        capsys.readouterr().err
-    )
+    err = capsys.readouterr().err
+    assert "prompts longer than 77 tokens: 2; " in err
+    assert 'their end, such as that of "w0 w1 w2' in err
