@@ -183,6 +183,20 @@ def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_h
     assert "hf download some-owner/some-model" in line
 
 
+@pytest.mark.parametrize(
+    "name, ending",
+    [
+        ("sd15", "/stable-diffusion-v1-5"),
+        ("sd21-base", "/stable-diffusion-2-1-base"),
+        ("sd21", "/stable-diffusion-2-1"),
+        ("sdxl", "/stable-diffusion-xl-base-1.0"),
+    ],
+)
+def test_a_short_name_is_the_base_that_it_says(name, ending, monkeypatch):
+    monkeypatch.setattr(sample, "from_hub", lambda place, _: place)
+    assert sample.find_base(name).endswith(ending)
+
+
 def test_in_fp16_the_vae_of_sdxl_stays_fp32_for_it_overflows(base, sdxl):
     loaded = [sample.load_base(folder, CPU, "fp16") for folder in (base, sdxl)]
     assert [each.unet.dtype for each in loaded] == [torch.float16, torch.float16]

@@ -522,6 +522,33 @@ def test_a_preview_never_overwrites_a_data_set(planted, tmp_path, refused):
     assert (planted / "metadata.csv").read_bytes() == before
 
 
+def test_what_is_kept_for_a_test_is_counted_and_not_written(tmp_path, run, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(12):
+        speckled(i).save(tmp_path / "data" / f"{i}.png")
+    flags = ["--data", tmp_path / "data", "--resolution", 64, "--test-split", 0.4]
+    run(train, *flags, "--preview", tmp_path / "look")
+    printed, notes = capsys.readouterr()
+    kept = int(re.search(r"(\d+) for a test", printed)[1])
+    assert 0 < kept < 12
+    assert len(metrics.list_images(tmp_path / "look")) == 12 - kept
+    assert notes.count("no captions: ") == 1  # it would train without any
+
+
+def test_a_mix_of_which_nothing_is_held_out_is_trained_on_all_the_same(tmp_path, run, capsys):
+    (tmp_path / "data").mkdir()
+    lines = ["file_name,text,synthetic"]
+    for i in range(8):
+        speckled(i).save(tmp_path / "data" / f"{i}.png")
+        lines.append(f"{i}.png,a film,{i % 2}")
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(lines))
+    flags = ["--data", tmp_path / "data", "--resolution", 64, "--val-split", 1e-6]
+    run(train, *flags, "--preview", tmp_path / "look")
+    printed, notes = capsys.readouterr()
+    assert "8 images: 8 to train on, 0 for validation" in printed
+    assert "no image is held out: what is mixed with generated images was trained on" in notes
+
+
 def test_random_crops_differ_between_variants(tmp_path, run):
     (tmp_path / "data").mkdir()
     for i in range(4):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
@@ -386,6 +387,16 @@ def test_what_should_fit_a_card_does_so_by_computation():
     assert fits.peak_of(fits.draw, "sdxl", 1024, 8) < 16 - fits.LEFT
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", fits.RESOLUTIONS)
+def test_the_memory_that_readme_gives_is_the_computed_one(shape):
+    text = (fits.ROOT / "README.md").read_text()
+    least, most = re.search(rf"^\| `{shape}` .*? px \| (\S+?)–(\S+) ", text, re.MULTILINE).groups()
+    where = fits.train_adapter, shape, fits.RESOLUTIONS[shape]
+    peaks = [fits.peak_of(*where, 1, "--gradient-checkpointing"), fits.peak_of(*where, 8)]
+    assert peaks == pytest.approx([float(least), float(most)], rel=0.05)
+
+
 # ---------------------------------------------------------------- when memory is full
 
 FULL = [
@@ -560,6 +571,11 @@ def test_fused_attention_in_fp16_keeps_products_beyond_its_range():
     exact = F.scaled_dot_product_attention(*(states.double() for states in half))
     assert attended.isfinite().all()
     torch.testing.assert_close(attended.double(), exact, rtol=0.02, atol=0.02)
+
+
+def test_attention_is_torchs_fused_one(loaded):
+    kinds = {type(processor).__name__ for processor in loaded.unet.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
 
 
 def test_sd21_may_be_in_fp16(sd21, monkeypatch):

@@ -140,6 +140,8 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     order = [evaluate.GUIDE, "by chance: median", evaluate.HALVES_GUIDE]
     in_order(done.stdout, [p, *order])
     in_order(html.unescape(report), ["✓ not told apart", p, *order])
+    in_order(report, ["What do they look like?", "Do they differ, and how?", "Are they copies?"])
+    assert all(f'"{key}"' in evaluate.__doc__ for key in [*figures, *entry])
 
 
 def in_order(text, parts):
@@ -168,6 +170,26 @@ def test_fresh_pictures_rank_before_blurred_ones_and_copies_are_called_copies(
     verdicts = [line for line in lines if "for all metrics together" in line]
     said = [[word for word in words if word in line] for line in verdicts]
     assert said == [["can be told", "variety"], ["cannot be told"], ["images are too good"]]
+
+
+def test_one_picture_again_and_again_is_told_apart(tmp_path, monkeypatch, capsys):
+    real = draw(tmp_path / "real", 24, 1)
+    fake = draw(tmp_path / "fake", 24, 2)
+    for n in range(1, 24):
+        shutil.copy(tmp_path / "fake" / "000.png", tmp_path / "fake" / f"{n:03}.png")
+    found = run_set(monkeypatch, real, fake, "--metrics", "recall,coverage")
+    assert found["p"] <= 0.05
+    assert "variety" in capsys.readouterr().out
+
+
+def test_generated_images_in_the_place_of_real_ones_are_noticed(tmp_path, monkeypatch, capsys):
+    real = draw(tmp_path / "real", 9, 1)
+    fake = draw(tmp_path / "fake", 9, 2)
+    for path in (tmp_path / "fake").iterdir():
+        sample.save_png(Image.open(path), path, "a wound")
+    for folders, count in (((real, fake), 0), ((fake, real), 1)):
+        run(monkeypatch, *folders, "--metrics", "kid")
+        assert capsys.readouterr().err.count("are REAL and GENERATED swapped?") == count
 
 
 def test_the_real_set_as_generated_is_called_copies(tmp_path, monkeypatch, capsys):
@@ -783,8 +805,10 @@ def test_jpeg_is_seen_in_the_files_as_stored_though_resizing_hides_it(
 @pytest.mark.parametrize(
     "limits, lower_is_better, values",
     [
-        (evaluate.BANDS["fid"], True, (10, 50, 70, 101)),
-        (evaluate.BANDS["inception_score"], False, (3.1, 2, 1.6, 1)),
+        (evaluate.BANDS["fid"], True, (30, 31, 50, 51, 100, 101)),
+        (evaluate.BANDS["inception_score"], False, (3, 2.9, 2, 1.9, 1.5, 1.4)),
+        (evaluate.BANDS["ssim_nearest"], False, (0.8, 0.79, 0.7, 0.69, 0.6, 0.59)),
+        (evaluate.BANDS["lpips_nearest"], True, (0.2, 0.21, 0.3, 0.31, 0.4, 0.41)),
     ],
 )
 def test_a_value_falls_into_one_of_four_bands(limits, lower_is_better, values):
@@ -792,7 +816,7 @@ def test_a_value_falls_into_one_of_four_bands(limits, lower_is_better, values):
     for value in values:
         figure = types.SimpleNamespace(value=value, lower_is_better=lower_is_better)
         words.append(evaluate.band(limits, figure))
-    assert words == ["excellent", "good", "fair", "poor"]
+    assert words == ["excellent", "good", "good", "fair", "fair", "poor"]
 
 
 def test_a_table_replaces_the_bands(tmp_path, monkeypatch):

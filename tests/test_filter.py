@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, needs_chromium, page_faults
+from conftest import write_selector
 from PIL import Image, ImageFilter, ImageOps
 
 import filter as filter_script
@@ -593,6 +594,22 @@ def test_without_a_selector_the_best_are_those_most_like_the_real_images(tmp_pat
     assert kept == {f"{i}.png" for i in range(5, 10)}
 
 
+def test_with_a_selector_the_best_are_those_that_it_likes(tmp_path, filtered):
+    real, new = small_sets(tmp_path)
+    likes_bright = write_selector(tmp_path / "s.safetensors")
+    bright = Image.open(new / "3.png").point(lambda value: 128 + value // 2)
+    bright.save(new / "3.png")
+
+    for flags, best in (([], False), (["--selector", likes_bright, "--min-quality", 0], True)):
+        out = filtered((real, new), "--keep", 1, "--dry-run", *flags)
+        assert (decisions(out)["3.png"]["kept"] == "1") == best
+
+
+def test_fewer_than_are_to_be_kept_are_counted(tmp_path, filtered, capsys):
+    filtered(small_sets(tmp_path), "--keep", 20, "--dry-run")
+    assert "--keep 20: only 8 passed the other limits" in capsys.readouterr().out
+
+
 def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filtered, monkeypatch):
     real, new = small_sets(tmp_path)
     before = contents(new)
@@ -616,13 +633,14 @@ def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filt
     assert contents(new) == before
 
 
+@pytest.mark.parametrize("share", [["--share", 25], []])
 def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
-    tmp_path, filtered, make_run, capsys
+    share, tmp_path, filtered, make_run, capsys
 ):
     real, new = small_sets(tmp_path)
     folder = make_run({f"{i}.png": ("test", "val", "train")[min(i, 2)] for i in range(8)})
 
-    out = filtered((real, new), "--mix", real, "--run", folder, "--share", 25)
+    out = filtered((real, new), "--mix", real, "--run", folder, *share)
 
     assert f"of 8 images, 6 are used: {folder} was trained on them" in capsys.readouterr().err
 

@@ -8,9 +8,11 @@ import subprocess
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_house import MAY_IMPORT
 
 import evaluate
 import filter as filter_script
+import lora
 import metrics
 import phantoms
 import sample
@@ -88,6 +90,52 @@ def test_every_flag_that_readme_names_is_one_of_the_scripts():
     elsewhere = {"--help", "--nproc_per_node", "--config"}  # argparse's, torchrun's, ruff's
     named = set(re.findall(r"--[a-z][a-z0-9_-]+", (ROOT / "README.md").read_text()))
     assert named - known - elsewhere == set()
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS.values(), lora], ids=[*SCRIPTS, "lora"])
+def test_every_flag_and_file_that_a_docstring_names_is_there(script):
+    text = (ROOT / f"{script.__name__}.py").read_text() + (ROOT / "metrics.py").read_text()
+    flags = set(re.findall(r'"(--[a-z][a-z0-9-]+)"', text))
+    flags |= {f"--{role}-column" for role in metrics.COLUMNS}
+    words = script.__doc__.replace("\\\n", " ")
+    for line in re.findall(rf"{script.__name__}\.py\b.*", words):
+        assert set(re.findall(r"(?<=\s)--[a-z][a-z0-9-]+", line)) - flags == set()
+    for path in re.findall(r"tests/[\w/.-]*\w", script.__doc__ + (ROOT / "README.md").read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_names_the_imports_the_licences_and_the_download_as_they_are():
+    text = (ROOT / "README.md").read_text()
+    for name, ours in MAY_IMPORT.items():
+        (named,) = re.findall(rf"^{name}\.py  .*?(?:  from (.*))?$", text, re.MULTILINE)
+        assert set(named.split(", ")) - {""} == ours
+    rows = re.findall(r"^\| `([\w-]+)` .* \| ([\w +-]+) \| (?:\d+ )?\|$", text, re.MULTILINE)
+    assert [name for name, _ in rows] == ["tiny", "sd15", "sd21-base", "sd21", "sdxl"]
+    for name, licence in rows:
+        licences = [text for part, text in metrics.BASE_LICENCES.items() if re.search(part, name)]
+        assert licences == [licence]
+    _, _, megabytes, _ = metrics.WEIGHTS[metrics.FID_WEIGHTS]
+    assert f"a download of {megabytes:.0f} MB" in text
+    assert f"more than {100 * metrics.BAD_SHARE:g} % fail" in text
+
+
+def test_what_is_not_typed_is_as_readme_and_help_say(images, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").touch()
+
+    def flags_of(script, *words):
+        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, words)])
+        return script.parse_args()
+
+    plain = flags_of(train, "--data", images)
+    assert (plain.base, plain.val_split, plain.crop) == ("sd21-base", 0.15, "center")
+    assert (plain.augment, plain.variants, plain.alpha) == ("", 1, plain.rank)
+    assert flags_of(train, "--data", images, "--augment", "hflip").variants == 4
+    assert not flags_of(train, "--data", images, "--strict", "--skip-bad").strict
+    assert flags_of(evaluate, images, images).permutations == 999
+    assert (
+        flags_of(filter_script, images, "--drop-copies", "--reference", images).out == "runs/kept"
+    )
+    assert flags_of(filter_script, "--fit", tmp_path / "a.csv").out == "selector.safetensors"
 
 
 @pytest.mark.parametrize("name, report", [("wounds", "utility.html"), ("films", "report.html")])

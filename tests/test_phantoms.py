@@ -168,6 +168,9 @@ def test_the_tiny_base_fits_sixteen_megabytes_and_loads_as_a_plain_pipeline():
 
     assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 16_000_000
     pipeline = StableDiffusionPipeline.from_pretrained(TINY)
+    models = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert round(sum(model.num_parameters() for model in models) / 1e6) == 8  # README's number
+    assert len(phantoms.BASE_KINDS) == 7 and "mpox lesion" not in phantoms.BASE_KINDS
     assert pipeline.vae_scale_factor == 8
     assert pipeline.unet.config.sample_size == 16
     for text in ("chest x-ray with a right pleural effusion", "naïve 胸部X線 🙂"):

@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 import before_after
@@ -67,6 +68,18 @@ def test_it_takes_a_users_images_base_prompt_and_numbers(base, images, tmp_path)
     assert not (out / "data").exists()
     for name in ("before", "after"):
         assert [row["prompt"] for row in manifest(out / name)] == ["a sore foot"] * 8
+
+
+@pytest.mark.parametrize("data, offline", [("", "1"), ("wounds/", "unset")])
+def test_without_data_of_ones_own_nothing_is_downloaded(data, offline, tmp_path):
+    python = tmp_path / "python"  # says for each command whether it may ask the network
+    python.write_text('#!/bin/sh\necho "$1 ${HF_HUB_OFFLINE-unset}"\n')
+    python.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": data, "PROMPT": "x"}
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "check": True, "env": environment}
+    said = subprocess.run(["sh", "tests/quickstart.sh"], **how).stdout
+    asked = dict(re.findall(r"^(\w+\.py) (\w+)$", said, re.MULTILINE))
+    assert asked == dict.fromkeys(["train.py", "sample.py", "evaluate.py", "filter.py"], offline)
 
 
 def test_the_picture_shows_many_captions_and_real_images_of_the_same():

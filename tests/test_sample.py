@@ -346,6 +346,15 @@ def test_a_run_writes_pictures_with_their_settings_a_manifest_and_a_grid(draw, t
     assert {path.name for path in tmp_path.iterdir()} == {*expected, *others}
 
 
+def test_a_grid_shows_64_pictures_and_says_of_how_many(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "x.png")
+    records = [{"file": "x.png", "prompt": "a wound", "reason": "", "attempts": 1}] * 65
+    args = SimpleNamespace(out=tmp_path, grid=True, selector=None, reference=None, run=None)
+    sample.finish(records, 65, [tmp_path / "lora.safetensors"], args)
+    assert "grid.png shows the first 64 of 65" in capsys.readouterr().out
+    assert Image.open(tmp_path / "grid.png").size == (8 * 164 + 4, 8 * 208 + 4)
+
+
 def test_the_same_command_again_draws_only_what_is_missing(draw, tmp_path, capsys):
     flags = ["--prompt", "a wound", "--num-images", 4]
     draw(tmp_path, *flags)
@@ -945,11 +954,32 @@ def test_real_images_are_prepared_as_the_adapters_run_did(draw, tmp_path, capsys
     assert notes == [f"{adapter}: real images are prepared as its run did: crop pad"]
 
 
-def test_what_to_type_next_names_the_run_of_the_adapter(draw, tmp_path, capsys, make_run):
+@pytest.mark.parametrize("more, calibrate", [([], 0.05), (["--min-ssim", 0.5], None)])
+def test_pictures_are_judged_by_what_the_run_was_trained_on(
+    more, calibrate, draw, images, tmp_path, monkeypatch, make_run
+):
+    asked = []
+
+    def measure(rows, pixels, device, **limits):
+        asked.append((rows, limits))
+        return SimpleNamespace(summary=[])
+
+    monkeypatch.setattr(sample, "measure_reference", measure)
+    monkeypatch.setattr(sample, "draw", lambda *_: sys.exit())
+    folder = make_run({f"calm/{n}.png": "train" if n < 10 else "val" for n in range(0, 24, 2)})
+    with pytest.raises(SystemExit):
+        draw(tmp_path / "out", *FOOT, "--reference", images, "--run", folder, *more)
+    ((rows, limits),) = asked
+    assert sorted(row.file_name for row in rows) == [f"calm/{n}.png" for n in range(0, 10, 2)]
+    assert limits["calibrate"] == calibrate
+
+
+@pytest.mark.parametrize("name", ["", "/lora.safetensors"])
+def test_what_to_type_next_names_the_run_of_the_adapter(name, draw, tmp_path, capsys, make_run):
     folder = make_run({"a.png": "val"}, data="wounds")
     word = {"<sore>": torch.zeros(1, 32)}
-    adapter = write_adapter(f"{folder}/w.safetensors", word, tokens="<sore>")
-    draw(tmp_path / "out", *FOOT, "--lora", adapter, "--num-images", 1)
+    write_adapter(f"{folder}/lora.safetensors", word, tokens="<sore>")
+    draw(tmp_path / "out", *FOOT, "--lora", folder + name, "--num-images", 1)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith(f"evaluate.py wounds {tmp_path / 'out'} --run {folder}")
 

@@ -141,8 +141,14 @@ def test_an_adapter_says_that_it_learnt_from_grey_images(flags, tmp_path, run, i
         assert sample.read_checkpoint(str(checkpoint)).metadata["grey"] is True
 
 
-def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_path, run, base):
-    run(train, *flags, "--out", tmp_path, "--val-samples", 1, "--val-steps", 2)
+def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(
+    flags, tmp_path, run, base, capsys
+):
+    more = ["--val-samples", 1, "--val-steps", 2, "--batch-size", 2, "--accumulate", 3]
+    run(train, *flags, "--out", tmp_path, *more)
+    printed, notes = capsys.readouterr()
+    assert "effective batch 6 = 2 × 3 × 1" in printed
+    assert "only 4 images are held out, too few to judge or audit by" in notes
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
         "step-00000006.pt",
         "step-00000010.pt",
@@ -172,7 +178,11 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(flags, tmp_
         assert record["train patients"] == record["val patients"] == ""
     pairs, metadata, _ = lora.load(tmp_path / "lora.safetensors")
     assert len(pairs) == 32 and metadata["base"] == base and metadata["rank"] == 2
-    assert metadata["grey"] is False
+    assert metadata["grey"] is False and metadata["resolution"] == 64  # the base's own
+    for_sample = {"prompt": "a {label} foot", "crop": "center", "slices": "middle"}
+    for_sample |= {"window": None, "range": None}
+    assert metadata == metadata | for_sample
+    assert sorted(metadata["val_prompts"]) == ["a calm foot", "a sore foot"]
     assert json.loads((tmp_path / "args.json").read_text())["finished"] == 12
     assert (tmp_path / "report.html").stat().st_size > 1000
 
@@ -417,6 +427,14 @@ def test_learning_rate_warms_up_and_ends_near_zero_and_a_long_warm_up_is_capped(
     assert [train.learning_rate(step, args) for step in (0, 8, 9)] == pytest.approx([0.2, 1.8, 2.0])
     args.warmup = None  # not asked for: no more than a tenth
     assert [train.learning_rate(step, args) for step in (0, 1)] == [1.0, 2.0]
+    args.steps = 5000  # and at most 100 steps
+    assert [train.learning_rate(step, args) for step in (49, 99)] == [1.0, 2.0]
+
+
+def test_a_validation_every_0_steps_is_at_the_end_alone(setup):
+    args, *_ = setup("--steps", 12, "--validate-every", 0)
+    due = [step for step in range(1, 13) if train.is_due(step, args.validate_every, args)]
+    assert due == [12]
 
 
 def test_epochs_say_how_many_steps_even_where_a_recipe_says_steps(setup):
@@ -555,6 +573,32 @@ def test_what_weights_and_biases_refuses_is_one_line(flags, tmp_path, refused, m
 
     monkeypatch.setattr(train, "need", lambda *_: SimpleNamespace(Error=ConnectionError, init=init))
     assert "--wandb: No API key" in refused(train, *flags, "--wandb", "--out", tmp_path)
+
+
+def test_weights_and_biases_get_what_tensorboard_gets(setup, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    args, _, _, state = setup("--wandb", "--out", tmp_path / "dfu")
+    asked = {}
+    monkeypatch.setattr(train, "need", lambda *_: SimpleNamespace(Error=OSError, init=asked.update))
+    train.open_board(state, args).close()
+    assert asked["sync_tensorboard"] is True
+    assert asked["name"] == "dfu"
+    assert list((tmp_path / "dfu" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_adam_of_8_bits_is_that_of_bitsandbytes(is_there, setup, monkeypatch, capsys):
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    package = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package if is_there else None)
+    if is_there:
+        assert type(setup("--optimizer", "adamw8bit")[3].optimizer) is AdamW8bit
+        return
+    with pytest.raises(SystemExit):
+        setup("--optimizer", "adamw8bit")
+    assert "pip install bitsandbytes" in capsys.readouterr().err
 
 
 def test_accumulation_equals_the_larger_batch(flags, tmp_path, run):
@@ -771,6 +815,21 @@ def test_images_a_second_count_the_whole_batch_and_a_good_step_forgives_the_bad_
     assert state.bad_steps == 0
 
 
+def test_the_log_is_written_as_often_as_asked_and_where_something_is_kept(
+    flags, tmp_path, run, monkeypatch
+):
+    written = []
+    write_steps = train.Log.write_steps
+
+    def watched(log, state, args):
+        written.append(state.step)
+        return write_steps(log, state, args)
+
+    monkeypatch.setattr(train.Log, "write_steps", watched)
+    run(train, *flags, "--out", tmp_path)
+    assert written == [3, 5, 6, 9, 10, 12]
+
+
 def test_gradients_are_checkpointed_where_asked(setup):
     args, *_ = setup("--gradient-checkpointing")
     assert train.prepare_base(args, CPU).unet.is_gradient_checkpointing
@@ -823,6 +882,12 @@ def test_going_back_to_an_earlier_checkpoint_cuts_the_log_back_and_ends_with_the
     assert [(line["step"], line["loss"]) for line in log_of(tmp_path)] == lines and results(
         tmp_path
     ) == before
+
+
+@pytest.mark.parametrize("word", ["latest", "best"])
+def test_a_checkpoint_that_is_asked_for_by_name_must_be_there(word, flags, tmp_path, refused):
+    line = refused(train, *flags, "--resume", word, "--out", tmp_path)
+    assert line.endswith(f"there is no {tmp_path}/checkpoints/{word}.pt")
 
 
 def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
@@ -1354,6 +1419,14 @@ def test_a_new_word_is_learned_and_diffusers_and_sample_read_it(flags, base, tmp
         "--out",
         tmp_path / "drawn",
     )
+
+
+def test_a_new_word_starts_as_the_word_that_is_named(setup):
+    word = ["--method", "textual-inversion", "--prompt", "a <concept>", "--vectors", 2]
+    _, loaded, _, state = setup(*word, "--init-word", "sore")
+    tokens = loaded.tokenizers[0]("sore", add_special_tokens=False).input_ids
+    known = loaded.text_encoders[0].get_input_embeddings().weight[tokens].mean(0)
+    assert torch.equal(state.weights["<concept>"], torch.stack([known, known]))
 
 
 def test_the_text_encoder_is_adapted_too_and_diffusers_reads_it(flags, base, tmp_path, run):
