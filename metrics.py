@@ -121,21 +121,21 @@ class Flags(argparse.ArgumentParser):
             return self.parse_again(read_run(args.run), f"--run {args.run}", argv)
         return args
 
-    def parse_again(self, settings, source, argv=None):
+    def parse_again(self, settings, source, argv):
         """The flags, those of READING that are not typed as in the settings of a run."""
         taken = {name: settings[name] for name in READING if settings.get(name)}
         self.set_defaults(**taken)
         args = super().parse_args(argv)
         words = [f"{name} {value}" for name, value in taken.items() if vars(args)[name] == value]
         if words:  # not of another program's adapter
-            note(f"{source}: real images are prepared as its run did: {', '.join(words)}")
+            note(f"{source}: real images are prepared as in its training: {', '.join(words)}")
         return args
 
 
 def number(low, high):
     """An argument type: a number from low to high, a whole one where both bounds are ints."""
     is_whole = isinstance(low, int) and isinstance(high, int)
-    convert, kind = (int, "whole number") if is_whole else (float, "number")
+    convert, kind = (int, "a whole number") if is_whole else (float, "a number")
 
     def parse(text):
         try:
@@ -143,7 +143,7 @@ def number(low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:  # false for NaN, too
-            raise argparse.ArgumentTypeError(f"{text}: give a {kind} from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text}: give {kind} from {low:.10g} to {high:.10g}")
         return value
 
     return parse
@@ -169,7 +169,7 @@ def read_run(folder):
     try:
         return dict(json.loads(read_text(path))["args"])
     except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{path}: missing or damaged: give the --out of a train.py that has started")
+        fail(f"{path}: missing or damaged: give the --out of a train.py run")
 
 
 def read_audit(folder):
@@ -182,10 +182,13 @@ def read_audit(folder):
 
 
 def interval(text):
-    """An argument type: LO,HI as two numbers."""
-    low, high = map(float, text.split(","))  # argparse names the flag where this raises ValueError
+    """An argument type: LO,HI as [LO, HI], floats with LO < HI."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0
     if not low < high:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: give LO,HI with LO < HI, such as 0,4095")
     return [low, high]
 
 
@@ -216,32 +219,30 @@ def need_flags(args, needs):
 
 
 # the flags of add_reading_flags
-READING = "image_column caption_column label_column group_column sex_column age_column".split()
-READING += "crop slices window range allow_burned_in".split()
+READING = (
+    "image_column caption_column label_column group_column sex_column age_column "
+    "crop slices window range allow_burned_in"
+).split()
 
 
 def add_reading_flags(group, with_run=True):
     """How real images are found and prepared, by all scripts alike; --run gives a run's answers."""
     add = flag_adder(group)
     if with_run:
-        run = "a run of train.py: its split, and how it prepared images where no flag says so"
+        run = "a run of train.py: use its split, and its settings for these flags if not given"
         add("--run", run, metavar="DIR")
     for role in COLUMNS:
         add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
     add(
         "--crop",
-        "cut, black border, or the disc",
+        "to a square: cut, add a black border (pad), or cut to the fundus disc",
         "center",
         choices=["center", "random", "pad", "fundus"],
     )
-    add("--slices", "of volumes: middle, every:N or all", "middle")
-    add(
-        "--window",
-        "centre,width, or lung, soft, bone, brain: CT's black to white",
-        type=ct_window,
-    )
-    add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
-    add("--allow-burned-in", "read DICOM that says text is burnt in", False)
+    add("--slices", "which slices of volumes are read: middle, every:N or all", "middle")
+    add("--window", "centre,width in Hounsfield units, or lung, soft, bone, brain", type=ct_window)
+    add("--range", "black and white in images of more than 8 bits", type=interval, metavar="LO,HI")
+    add("--allow-burned-in", "read DICOM files with burned-in text", False)
 
 
 def add_comparison_flags(group):
@@ -249,16 +250,16 @@ def add_comparison_flags(group):
     add = flag_adder(group)
     add(
         "--lpips",
-        "auto: alex if it can be had",
+        "network of LPIPS; auto: alex if its weights are there, else none",
         "auto",
         choices=["auto", "none", "alex", "vgg", "squeeze"],
     )
     add(
         "--resolution",
-        "pixels a side (default: the generated images' median, 64 to 256)",
+        "side of the compared images in pixels (default: the generated images' median, 64 to 256)",
         type=number(64, 4096),
     )
-    add("--batch-size", "of the networks", 32, number(1, 10**6))
+    add("--batch-size", "images that a network gets at once", 32, number(1, 10**6))
     add_common_flags(group)
     add_reading_flags(group)
 
@@ -267,15 +268,15 @@ def add_common_flags(group):
     """--device, --precision and --seed, which mean the same in every script."""
     add = flag_adder(group)
     add("--device", "auto, cpu, cuda or cuda:N", "auto")
-    add("--precision", "of the networks", "auto", choices=["auto", "fp32", "bf16", "fp16"])
-    add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
+    add("--precision", "networks' number format", "auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add("--seed", "of all random draws", 0, number(0, 2**63 - 1))
 
 
 def add_card_flags(group):
     """What a card says of the training images, by train.py and filter.py alike."""
     add = flag_adder(group)
-    add("--data-licence", "of the training images, for README.md", "not stated")
-    add("--ethics", "approval of their use, for README.md", "not stated")
+    add("--data-licence", "licence of the training images, for README.md", "not stated")
+    add("--ethics", "ethics approval of their use, for README.md", "not stated")
 
 
 @contextlib.contextmanager
@@ -367,11 +368,11 @@ def run_script(main, parse_args):
     except BadImage as error:
         fail(error)
     except UnicodeError as error:
-        fail(f"a text file, such as an @file of flags, or the name of a file is not UTF-8: {error}")
+        fail(f"a text file (such as an @file of flags) or a file name is not UTF-8 text: {error}")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not re.search(MEMORY_IS_FULL, str(error)):
             raise
-        fail(f"the memory is full: try {', '.join(less_memory(args)) or 'a machine with more'}")
+        fail(f"the memory is full: try {', '.join(less_memory(args)) or 'a larger machine'}")
 
 
 # of torch's two allocators, cuBLAS, cuDNN and NCCL
@@ -409,7 +410,7 @@ def pick_device(name):
     if name == "auto":
         name = "cpu"
     if name not in devices:
-        fail(f"--device {name}: this machine has {', '.join(devices)}")
+        fail(f"--device {name}: no such device: this machine has {', '.join(devices)}")
     return torch.device(name)
 
 
@@ -429,18 +430,14 @@ def pick_gpu(gpus):
 # ---------------------------------------------------------------- reading one image
 
 # never EPS: Pillow starts ghostscript to read it
-FORMATS = tuple("PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split())
+FORMATS = "PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split()
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 with contextlib.suppress(ImportError):
     importlib.import_module("pillow_heif").register_heif_opener()
-    FORMATS += ("HEIF",)
-ADVICE = "save images as PNG, or for HEIC pip install pillow-heif"
-WINDOWS = {  # (centre, width) in Hounsfield units
-    "lung": (-600, 1500),
-    "soft": (40, 400),
-    "brain": (40, 80),
-    "bone": (400, 1800),
-}
+    FORMATS += ["HEIF"]
+ADVICE = "save images as PNG (for HEIC: pip install pillow-heif)"
+# name: (centre, width) in Hounsfield units
+WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "brain": (40, 80), "bone": (400, 1800)}
 for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
     warnings.filterwarnings("ignore", module=package)
     logging.getLogger(package).setLevel(logging.CRITICAL)
@@ -469,7 +466,7 @@ def read_image(
     except ImportError as error:
         raise BadImage(path, f"needs the package {error.name}: pip install {error.name}") from None
     except UnidentifiedImageError:
-        raise BadImage(path, f"is not an image, or empty, or not read: {ADVICE}") from None
+        raise BadImage(path, f"is empty, or not an image that can be read: {ADVICE}") from None
     except Exception as error:  # not its text: pydicom quotes the header
         why = getattr(error, "strerror", None) or f"is damaged ({type(error).__name__})"
         raise BadImage(path, why) from None
@@ -507,7 +504,7 @@ def deep_values(path, image):
         layout = layout[0]
         is_in_planes = image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ())
         if is_in_planes or "a;16" in layout:
-            why = "has 16-bit colours in a plane each or times an opacity: save it as a 16-bit PNG"
+            why = "has 16-bit colours in planes or multiplied by opacity: save it as a 16-bit PNG"
             raise BadImage(path, why)
     if ";16" not in layout:
         return None
@@ -597,7 +594,7 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
     """One frame, grey or in colour, with square pixels (DICOM PS3.3 C.7.6.3 and C.11)."""
     data = open_dicom(path)
     if str(data.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
-        raise BadImage(path, "has text burnt in, maybe a name: refused without --allow-burned-in")
+        raise BadImage(path, "has burned-in text, maybe a name: check, then give --allow-burned-in")
     if slice is None:
         slice = count_frames(data) // 2
     copy_frame_tags(data, slice)
@@ -625,7 +622,7 @@ def dicom_frame(path, data, frame):
         values = pixel_array(data, index=frame)
     except RuntimeError:  # there is no decoder, or each of them gave up
         codecs = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise BadImage(path, f"no decoder here reads its compression: {codecs}") from None
+        raise BadImage(path, f"no installed decoder reads its compression: {codecs}") from None
     is_palette = data.PhotometricInterpretation == "PALETTE COLOR"
     if is_palette:
         values = apply_color_lut(values, data)
@@ -659,7 +656,7 @@ def jpeg_colours(data, frame):
         return None
     colours = image.convert("RGB")
     if is_rgb == ("YBR" in data.PhotometricInterpretation):
-        colours.info["remark"] = "the JPEG stream has other colours than the header says: it counts"
+        colours.info["remark"] = "the JPEG data has other colours than the header: the data is used"
     return colours
 
 
@@ -702,7 +699,7 @@ def dicom_grey(path, data, values, window, value_range):
     if window in WINDOWS and data.get("Modality", "CT") != "CT":
         window = None
     if window and data.get("Modality") == "CT" and "RescaleSlope" not in data:
-        raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units")
+        raise BadImage(path, "is a CT without RescaleSlope: not in Hounsfield units: omit --window")
     window = pick_window(window)
     padding = np.isnan(values)
     if not window and value_range is None:
@@ -750,7 +747,7 @@ def read_volume(path, slice, window, value_range):
     low, high = value_range or ends
     image = scale(np.rot90(values[:, :, slice].astype(np.float64)), low, high)
     if count > 1:
-        image.info["remark"] = f"of {count} volumes in a file (channels or times) the first is read"
+        image.info["remark"] = f"the file has {count} volumes (channels, times): the first is read"
     return square_pixels(image, (spacing[1], spacing[0]))
 
 
@@ -843,7 +840,7 @@ def list_images(data, columns=None, prompt=None, slices="middle", strict=False):
     for role in COLUMNS:
         name = wanted.get(role)
         if name is not None and name not in names:
-            fail(f"--{role}-column {name}: {data} has {', '.join(names) or 'no table of columns'}")
+            fail(f"--{role}-column {name}: not in {data}; it has {', '.join(names) or 'no table'}")
         columns[role] = name or find_column(names, role)
     if table:
         rows = list_table(table, records, columns, strict)
@@ -878,13 +875,13 @@ def list_folder(folder, strict):
     skipped["captions without an image"] = len(texts.keys() - {stem_of(row.path) for row in rows})
     skipped = +skipped  # without zeros
     if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-        message = f"{folder}: {skipped.total()} files are not read: {kinds}: {ADVICE}"
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(skipped.items()))
+        message = f"{folder}: files skipped: {kinds}: {ADVICE}"
         if strict or not rows:
             fail(message)
         note(message)
     if not rows:
-        fail(f"{folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
+        fail(f"{folder}: has no images; suffixes that are read: {' '.join(IMAGE_SUFFIXES)}")
     return rows
 
 
@@ -922,12 +919,12 @@ def report_table(table, rows, group_column):
             if is_image and not is_ours and name_key(os.path.join(folder, name)) not in named:
                 unnamed.append(name)
     if unnamed:
-        count = f"{len(rows)} images, and {len(unnamed)} more lie next to them"
-        note(f"{table}: names {count}, such as {min(unnamed)}: not used")
+        count = f"{len(unnamed)}, such as {min(unnamed)}"
+        note(f"{table}: images next to those that it names are not used: {count}")
     groups = sorted({row.group for row in rows} - {""})
     if str(group_column).lower() == "group" and 0 < len(groups) < min(10, len(rows) / 4):
         count = f"{len(groups)} values in {len(rows)} rows ({', '.join(groups[:3])})"
-        note(f"{table}: column {group_column} has {count}, taken for patients: a diagnosis?")
+        note(f"{table}: column {group_column} has {count}: if not patients, give --group-column")
 
 
 def looks_like_image(path):
@@ -956,7 +953,7 @@ def read_text(path):
     for encoding in ("utf-8-sig", "utf-16"):
         with contextlib.suppress(UnicodeError):
             return Path(path).read_text(encoding)
-    fail(f"{path}: not a UTF-8 text file: save it as UTF-8, a table as CSV UTF-8")
+    fail(f"{path}: not a UTF-8 text file: save it as UTF-8 (in Excel: CSV UTF-8)")
 
 
 def read_jsonl(path, text):
@@ -966,7 +963,7 @@ def read_jsonl(path, text):
         try:
             cells = json.loads(line).items()
         except (ValueError, AttributeError, RecursionError):
-            fail(f"{path}: not a JSON object: {line[:80]}")
+            fail(f"{path}: a line is not a JSON object: {line[:80]}")
         record = {}
         for name, cell in cells:
             parts = cell if isinstance(cell, list) else [cell]
@@ -983,7 +980,7 @@ def read_csv(path, text, caption_column):
     try:
         header, *rows = [cells for cells in reader if any(cells)] or [[]]
     except csv.Error as error:
-        fail(f"{path}: {error}")
+        fail(f"{path}: not a readable CSV file: {error}")
     header = [name.strip() for name in header]
     caption = caption_column or find_column(header, "caption")
     start = header.index(caption) if caption in header else len(header)
@@ -995,15 +992,13 @@ def read_csv(path, text, caption_column):
             # they belong to the caption, if a space follows each comma or it is the last column
             is_prose = all(cell.startswith(" ") for cell in cells[start + 1 : end])
             if caption not in header or not (is_prose or caption == header[-1]):
-                fail(f"{path}: row {cells[0]} has more cells than the header: quote its texts")
+                fail(f"{path}: row {cells[0]} has more cells than the header: put texts in quotes")
             cells[start:end] = [mark.join(cells[start:end])]
             joined.append(cells[start])
         pairs = itertools.zip_longest(header, cells[: len(header)], fillvalue="")
         records.append({name: cell.strip() for name, cell in pairs})
     if joined:
-        note(
-            f'{path}: unquoted {mark!r} in {len(joined)} rows: read as {caption}, as "{joined[0]}"'
-        )
+        note(f'{path}: unquoted {mark!r} in {len(joined)} rows: {caption} read as "{joined[0]}"')
     return records
 
 
@@ -1019,9 +1014,9 @@ def find_column(names, role, columns=COLUMNS):
 def list_table(table, records, columns, strict):
     """Rows of the files that a table names, relative to its own folder; columns: role -> name."""
     if not records:
-        fail(f"{table}: has no rows")
+        fail(f"{table}: the table has no rows")
     if columns["image"] is None:
-        fail(f"{table}: no column of file names: name one with --image-column")
+        fail(f"{table}: has no column of file names: name it with --image-column")
     folder = os.path.dirname(os.path.abspath(table))
     rows = []
     missing = []
@@ -1035,9 +1030,8 @@ def list_table(table, records, columns, strict):
         else:
             missing.append(file_name or "(no name)")
     if missing:
-        message = (
-            f"{table}: {len(missing)} of {len(records)} files are missing: {', '.join(missing[:5])}"
-        )
+        count = f"{len(missing)} of {len(records)} files"
+        message = f"{table}: {count} are missing: {', '.join(missing[:5])} (in {folder})"
         if strict or len(missing) > BAD_SHARE * len(records):
             fail(message)
         note(message)
@@ -1081,7 +1075,7 @@ def fill_captions(data, rows, columns, prompt):
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
     except ValueError as error:
-        fail(f"--prompt {prompt!r}: {error} (write {{label}} for a field, {{{{ }}}} for braces)")
+        fail(f"--prompt {prompt!r}: {error} (write {{label}} for a column, {{{{ }}}} for braces)")
     lacking = []
     for row in rows:
         known = dict(caption=row.caption, text=row.caption, label=row.label, labels=row.label)
@@ -1090,7 +1084,7 @@ def fill_captions(data, rows, columns, prompt):
         for name in names:
             if name.lower() not in known:
                 there = ", ".join(row.fields) or "only label and caption"
-                fail(f"--prompt: no field {{{name}}} in {data}; there are: {there}")
+                fail(f"--prompt: {data} has no column {{{name}}}; it has {there}")
             texts[name] = in_english(known[name.lower()])
         if not all(texts.values()):
             lacking.append(row.file_name)
@@ -1127,9 +1121,9 @@ def check_dicoms(data, rows):
             "and localizers"
         )
     if not kept:
-        fail(f"{data}: no images left")
+        fail(f"{data}: no images left: all are DICOM reports, plans or localizers")
     if len(named) > 1 and len({row.group for row in named}) == 1:
-        note(f"{data}: all DICOM files have one patient's id, as after anonymisation: ignored")
+        note(f"{data}: all DICOM files have the same PatientID: ignored; give --group-column")
         for row in named:
             row.group = ""
     return kept
@@ -1147,7 +1141,7 @@ def spread_slices(rows, slices):
     """A row for each wanted slice; the slices of one file share a group, by default its content."""
     match = re.fullmatch(r"middle|all|every:([1-9]\d*)", slices)
     if not match:
-        fail(f"--slices {slices}: give middle, every:N or all")
+        fail(f"--slices {slices}: give middle, all or every:N, such as every:4")
     if slices == "middle":
         return rows
     step = int(match[1] or 1)
@@ -1183,7 +1177,7 @@ def set_hash(rows):
     return sha256("".join(hashes).encode())
 
 
-def list_rows(data, args, prompt=None, strict=False):
+def list_rows(data, args, prompt, strict=False):
     """list_images by the flags of add_reading_flags."""
     columns = {role: getattr(args, f"{role}_column") for role in COLUMNS}
     return list_images(data, columns, prompt, args.slices, strict)
@@ -1348,10 +1342,10 @@ def report_enlarged(rows, resolution, crop):
     """Say how many real images are smaller than what they are compared with."""
     small = sum(square_side(row, crop) < resolution for row in rows)
     if small:
-        note(f"{small} of {len(rows)} real images have fewer than {resolution} px: enlarged")
+        note(f"{small} of {len(rows)} real images are smaller than {resolution} px: enlarged")
 
 
-def share_range(rows, given=None):
+def share_range(rows, given):
     """Set row.value_range: `given`, or one range for all images of more than 8 bits."""
     deep = []
     ends = []
@@ -1371,8 +1365,8 @@ def share_range(rows, given=None):
         for row in deep:
             row.value_range = low, high
         note(
-            f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all "
-            f"({kind})"
+            f"{len(deep)} images have more than 8 bits ({kind}): in all of them {low:g} is black "
+            f"and {high:g} white (--range)"
         )
     return rows
 
@@ -1760,8 +1754,8 @@ def need_weights(name, purpose):
     path = get_weights(name)
     if path is None:
         fail(
-            f"{purpose}: needs {name}, which cannot be downloaded ({PROBLEMS[-1]}): put "
-            f"{WEIGHTS[name][0]}{name} into {CACHE}"
+            f"{purpose}: needs {name}, which cannot be downloaded ({PROBLEMS[-1]}): download "
+            f"{WEIGHTS[name][0]}{name} on another machine and copy it into {CACHE}"
         )
     return path
 
@@ -1774,8 +1768,8 @@ def resolve_auto(features, lpips):
         lpips = "alex" if all(map(get_weights, LPIPS["alex"][2])) else "none"
     if PROBLEMS:
         note(
-            f"features {features}, LPIPS {lpips}: published weights are missing ({PROBLEMS[0]}); "
-            "`evaluate.py --download` gets them where internet is"
+            f"features {features}, LPIPS {lpips}: published weights are missing ({PROBLEMS[0]}): "
+            "run `evaluate.py --download` where there is internet"
         )
     return features, lpips
 
@@ -1811,7 +1805,7 @@ def load_weights(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"{path}: is not a readable weight file")
+        fail(f"{path}: is damaged or not a PyTorch weight file")
 
 
 def load_features(name, device, resize="legacy"):
@@ -1838,7 +1832,7 @@ def load_inception(path, device, resize):
     try:
         net = fid_inception(load_weights(path))
     except RuntimeError:
-        fail(f"{path}: is not the weights of FID's Inception")
+        fail(f"{path}: does not hold the weights of FID's Inception")
 
     for module in list(net.modules()):  # with channels last, 1.6 times as fast on a CPU
         if hasattr(module, "bn"):
@@ -1918,8 +1912,8 @@ def load_vision_model(name, device):
         )
     except Exception as error:  # the Hub's client alone raises a dozen kinds
         fail(
-            f"--features {name}: no such weight file or vision model ({str(error)[:150]}); of the "
-            "Hub's, `hf download` one where internet is and give its folder"
+            f"--features {name}: no such weight file or vision model ({str(error)[:150]}); get one "
+            "of the Hub's by `hf download` where there is internet, and give its folder"
         )
     no_pooler = any(key.startswith("pooler.") for key in loaded["missing_keys"])
     if no_pooler:
@@ -1973,7 +1967,7 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
                     np.save(file, vector)  # where the disk is full, it is computed again
     features = np.stack(vectors).astype(np.float64)
     if not np.isfinite(features).all():
-        fail(f"the features of {network.name} are not finite: are its weights sound?")
+        fail(f"the features of {network.name} are not finite: check its weights")
     return features
 
 
@@ -2230,7 +2224,7 @@ def same_unit(groups):
     return names[:, None] == names
 
 
-def nearest(distances, forbidden=False):
+def nearest(distances, forbidden):
     """Index and distance of each row's smallest entry; entries True in `forbidden` do not count."""
     allowed = np.where(forbidden, np.inf, distances)
     return allowed.argmin(1), allowed.min(1)
@@ -2296,7 +2290,7 @@ class CopyFinder:
         try:
             with ThreadPoolExecutor(threads) as pool:
                 found = pool.map(self.find_one, pictures.split(1), forbidden)
-                found = list(progress(found, "copies", len(pictures)))
+                found = list(progress(found, "looking for copies", len(pictures)))
         finally:
             torch.set_num_threads(threads)
         index, scores, kinds = zip(*found, strict=True)
@@ -2591,9 +2585,7 @@ class LabelCheck:
             self.compare(pair, logits, groups, seed)
         more = len(self.sentences) - 4
         if more > 1:
-            self.sentences[4:] = [
-                f"{more} more pairs of labels cannot be told apart surely either."
-            ]
+            self.sentences[4:] = [f"{more} more pairs of labels cannot be told apart reliably."]
 
     def scale(self, blocks):
         """Descriptors of all kinds side by side, (N, D), in units of the real images."""
@@ -2615,8 +2607,8 @@ class LabelCheck:
             self.apart[a, b] = self.apart[b, a] = False
             names = f'"{self.names[a]}" and "{self.names[b]}"'
             self.sentences.append(
-                f"Real images of {names} cannot be told apart surely (AUROC {values[0]:.2f}, "
-                f"95 %: {low:.2f} to {high:.2f}; needed: {LEAST_APART} at least)."
+                f"Real images of {names} cannot be told apart reliably (AUROC {values[0]:.2f}, "
+                f"95 % interval {low:.2f} to {high:.2f}; it must lie above {LEAST_APART})."
             )
 
     def judge(self, blocks, rows):
@@ -2833,16 +2825,16 @@ license_name: that-of-the-base-and-of-the-data
 | | images |
 |---|---|
 {counts}
-An image with several labels counts in each. What fewer than five patients are known to show is not
-named, and a count below five is "<5".
+An image with several labels counts for each. A label, sex or age that fewer than five patients are
+known to have is not named, and a count below five is "<5".
 
-## From what it was made
+## What it was made from
 
 - training images: {images}; patients: {patients}
 - licence of these images: {data_licence}
 - ethics approval: {ethics}
 - base: {model}; its licence: {base_licence}
-- adapter, or model trained whole, first letters of its hash: {adapter}
+- adapter, or fully trained model, first letters of its hash: {adapter}
 
 ## How it was made and checked
 
@@ -2858,8 +2850,8 @@ Privacy method: none; not differentially private. {audit}
 ## Intended use and limits
 
 Research, such as enlarging training sets, after an evaluation against held-out real images; not
-for diagnosis. A synthetic image shows no patient, but may repeat a training image. It inherits the
-biases of the training set and what the licence of the base demands.
+for diagnosis. A synthetic image shows no patient, but may repeat a training image. The biases of
+the training set and the terms of the base's licence apply to it, too.
 
 ## How to cite
 
