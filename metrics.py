@@ -1078,24 +1078,24 @@ def fill_captions(data, rows, columns, prompt):
     if prompt is None and not columns.get("caption"):
         return
     form = "{caption}" if prompt is None else prompt
+    lacking = []
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
-    except ValueError as error:
+        for row in rows:
+            known = dict(caption=row.caption, text=row.caption, label=row.label, labels=row.label)
+            known |= {name.lower(): value for name, value in row.fields.items()}
+            texts = {}
+            for name in names:
+                if name.lower() not in known:
+                    there = ", ".join(row.fields) or "only label and caption"
+                    fail(f"--prompt: {data} has no column {{{name}}}; it has {there}")
+                texts[name] = in_english(known[name.lower()])
+            if not all(texts.values()):
+                lacking.append(row.file_name)
+            if prompt is not None:
+                row.caption = prompt.format_map(texts).strip()
+    except ValueError as error:  # of a format such as {label or {label:d}
         fail(f"--prompt {prompt!r}: {error} (write {{label}} for a column, {{{{ }}}} for braces)")
-    lacking = []
-    for row in rows:
-        known = dict(caption=row.caption, text=row.caption, label=row.label, labels=row.label)
-        known |= {name.lower(): value for name, value in row.fields.items()}
-        texts = {}
-        for name in names:
-            if name.lower() not in known:
-                there = ", ".join(row.fields) or "only label and caption"
-                fail(f"--prompt: {data} has no column {{{name}}}; it has {there}")
-            texts[name] = in_english(known[name.lower()])
-        if not all(texts.values()):
-            lacking.append(row.file_name)
-        if prompt is not None:
-            row.caption = prompt.format_map(texts).strip()
     if lacking:
         count = f"{len(lacking)} of {len(rows)} rows"
         message = f"{data}: {count} have no {' or '.join(sorted(texts))}, such as {lacking[0]}"

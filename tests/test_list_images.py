@@ -276,6 +276,7 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path, capsys):
     [
         ("file_name,text\na.png,x\n", dict(prompt="a {finding}"), "no column {finding}"),
         ("file_name,text\na.png,x\n", dict(prompt="a {text"), "--prompt 'a {text'"),
+        ("file_name,text\na.png,x\n", dict(prompt="{text:d}"), "--prompt '{text:d}'"),
         ("file_name,text\na.png,x\n", dict(prompt="{text.__class__}"), "no column"),
         ("file_name,text\na.png,x\n", dict(columns={"caption": "age"}), "has file_name, text"),
         ("file_name,text\n", {}, "has no rows"),
