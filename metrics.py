@@ -272,7 +272,7 @@ def add_comparison_flags(group):
 def add_common_flags(group):
     """The flags --device, --precision and --seed, which mean the same in every script."""
     add = flag_adder(group)
-    add("--device", "auto, cpu, cuda or cuda:N", "auto")
+    add("--device", "auto, cpu, cuda, cuda:N or mps", "auto")
     add("--precision", "networks' number format", "auto", choices=["auto", "fp32", "bf16", "fp16"])
     add("--seed", "of all random draws", 0, number(0, 2**63 - 1))
 
