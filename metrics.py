@@ -1,15 +1,20 @@
 """From image files to numbers: reading, descriptors, distances, and the page that shows them.
 
-All other scripts import from this file; it imports none of them. Its sections:
+All other scripts import from this file; it imports none of them. Its sections, in order:
     foundation    fail, Flags, number, replacing, generator, run_script, pick_device
     reading       read_image: rasters, DICOM files, volumes
     listing       list_images, read_table, fill_captions, split_rows
     people        count_people: images and patients by label, sex and age
     pixels        fit_square, share_range, load_pixels, near_duplicates
-    descriptors   texture, colour, grain; get_weights, load_features, extract
+    descriptors   texture, colour, grain: without weights
+    networks      get_weights, load_features, extract
     distances     lpips_matrix, ssim_matrix; frechet, kid, precision_recall; CopyFinder
+    learning      fit_logistic, auroc, LabelCheck
     the page      page, table, dot_lines, thumbnail, zoom, pair, curve
     the card      write_card, counts_table: README.md of a model or of images
+
+Pixels are RGB, torch uint8 from 0 to 255, on the CPU. Where no type is said, other arrays are NumPy
+float64, torch float32 inside CopyFinder. rows: a list of Row. fail() raises SystemExit.
 """
 
 import argparse
@@ -61,7 +66,7 @@ from tqdm import tqdm
 
 
 def fail(message):
-    """Print one line on stderr and end with exit status 2."""
+    """Print "error: " and a message of at most 1,000 characters on stderr; end with status 2."""
     line_start = ""
     for bar in list(tqdm._instances):  # an open progress bar would share the line
         bar.close()
@@ -72,25 +77,25 @@ def fail(message):
 
 
 def note(message):
-    """Print a line on stderr, once under torchrun."""
+    """Print a line on stderr; under torchrun, only in the process of rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
 
 
 def progress(items, title, count=None):
-    """The items, and on a terminal a bar for what takes over a second."""
+    """The items, with a bar on a terminal after a second; count: if they have no length."""
     return tqdm(items, title, count, leave=False, disable=None, delay=1)
 
 
 class BadImage(Exception):
-    """An image that cannot be read."""
+    """An image that cannot be read; its text is "PATH: WHY"."""
 
     def __init__(self, path, why):
         super().__init__(f"{path}: {why}")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the description as written, and every default that is informative."""
+    """Shows the description as written, and defaults that are not empty, False or in the help."""
 
     def _get_help_string(self, action):
         if action.default in (None, "", []) or action.default is False or "default" in action.help:
@@ -99,7 +104,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Flags(argparse.ArgumentParser):
-    """A parser with one-line errors, which also reads flags from @file: one a line, # comments."""
+    """A parser whose errors are one line by fail(); @FILE holds a flag a line, # comments."""
 
     def __init__(self, description, **more):
         how = {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@"}
@@ -115,27 +120,27 @@ class Flags(argparse.ArgumentParser):
         fail(message)
 
     def parse_args(self, argv=None):
-        """The flags; with --run, those of READING that are not typed are the run's."""
+        """The flags; with --run, those of READING that are not given are taken from that run."""
         args = super().parse_args(argv)
         if getattr(args, "run", None):
             return self.parse_again(read_run(args.run), f"--run {args.run}", argv)
         return args
 
-    def parse_again(self, settings, source, argv=None):
-        """The flags, those of READING that are not typed as in the settings of a run."""
+    def parse_again(self, settings, source, argv):
+        """The flags; those of READING not given are from settings, a dict of the run `source`."""
         taken = {name: settings[name] for name in READING if settings.get(name)}
         self.set_defaults(**taken)
         args = super().parse_args(argv)
         words = [f"{name} {value}" for name, value in taken.items() if vars(args)[name] == value]
         if words:  # not of another program's adapter
-            note(f"{source}: real images are prepared as its run did: {', '.join(words)}")
+            note(f"{source}: real images are prepared as in its training: {', '.join(words)}")
         return args
 
 
 def number(low, high):
-    """An argument type: a number from low to high, a whole one where both bounds are ints."""
+    """An argument type: a number from low to high inclusive, an int where both bounds are ints."""
     is_whole = isinstance(low, int) and isinstance(high, int)
-    convert, kind = (int, "whole number") if is_whole else (float, "number")
+    convert, kind = (int, "a whole number") if is_whole else (float, "a number")
 
     def parse(text):
         try:
@@ -143,37 +148,37 @@ def number(low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:  # false for NaN, too
-            raise argparse.ArgumentTypeError(f"{text}: give a {kind} from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text}: give {kind} from {low:.10g} to {high:.10g}")
         return value
 
     return parse
 
 
 def data_set(text):
-    """An argument type: the path of a folder of images or of a table."""
+    """An argument type: the path of a folder of images or of a table, which must exist."""
     if not os.path.exists(text):
         raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
     return text
 
 
 def existing_file(text):
-    """An argument type: the path of a file."""
+    """An argument type: the path of a file, which must exist."""
     if not os.path.isfile(text):
         raise argparse.ArgumentTypeError(f"{text}: no such file")
     return text
 
 
 def read_run(folder):
-    """The flags of a run of train.py: a dict."""
+    """The flags of a run of train.py, {name: value}; fail() if args.json is missing or damaged."""
     path = os.path.join(folder, "args.json")
     try:
         return dict(json.loads(read_text(path))["args"])
     except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{path}: missing or damaged: give the --out of a train.py that has started")
+        fail(f"{path}: missing or damaged: give the --out of a train.py run")
 
 
 def read_audit(folder):
-    """A run's membership audit, with a "sentence"; None where it is missing or damaged."""
+    """The dict of a run's audit.json, with a "sentence"; None where it is missing or damaged."""
     try:
         audit = json.loads(read_text(os.path.join(folder, "audit.json")))
         return audit if audit["sentence"] else None
@@ -182,21 +187,24 @@ def read_audit(folder):
 
 
 def interval(text):
-    """An argument type: LO,HI as two numbers."""
-    low, high = map(float, text.split(","))  # argparse names the flag where this raises ValueError
+    """An argument type: LO,HI as [LO, HI], floats with LO < HI."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low = high = 0
     if not low < high:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text}: give LO,HI with LO < HI, such as 0,4095")
     return [low, high]
 
 
 def ct_window(text):
-    """An argument type: a window that pick_window knows."""
+    """An argument type: the text of a window that pick_window knows."""
     pick_window(text)
     return text
 
 
 def flag_adder(group):
-    """A function that adds a flag to a group; one whose default is False is a switch."""
+    """add(name, help, default, type, **options) for a group; default=False makes a switch."""
 
     def add(name, help, *default_and_type, **options):
         options |= zip(("default", "type"), default_and_type, strict=False)
@@ -208,7 +216,7 @@ def flag_adder(group):
 
 
 def need_flags(args, needs):
-    """Fail where a flag is given without the one that it needs; needs: {"mix": ("share",), …}."""
+    """fail() where a flag lacks one that it needs; {"mix": ("share",)}: --share needs --mix."""
     for needed, names in needs.items():
         for name in names:
             if getattr(args, name) not in (None, False, []) and not getattr(args, needed):
@@ -216,71 +224,69 @@ def need_flags(args, needs):
 
 
 # the flags of add_reading_flags
-READING = "image_column caption_column label_column group_column sex_column age_column".split()
-READING += "crop slices window range allow_burned_in".split()
+READING = (
+    "image_column caption_column label_column group_column sex_column age_column "
+    "crop slices window range allow_burned_in"
+).split()
 
 
 def add_reading_flags(group, with_run=True):
-    """How real images are found and prepared, by all scripts alike; --run gives a run's answers."""
+    """Flags of how real images are found and prepared, the same in all scripts; with_run: --run."""
     add = flag_adder(group)
     if with_run:
-        run = "a run of train.py: its split, and how it prepared images where no flag says so"
+        run = "a run of train.py: use its split, and its settings for these flags if not given"
         add("--run", run, metavar="DIR")
     for role in COLUMNS:
         add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
     add(
         "--crop",
-        "cut, black border, or the disc",
+        "to a square: cut, add a black border (pad), or cut to the fundus disc",
         "center",
         choices=["center", "random", "pad", "fundus"],
     )
-    add("--slices", "of volumes: middle, every:N or all", "middle")
-    add(
-        "--window",
-        "centre,width, or lung, soft, bone, brain: CT's black to white",
-        type=ct_window,
-    )
-    add("--range", "black and white of deep images", type=interval, metavar="LO,HI")
-    add("--allow-burned-in", "read DICOM that says text is burnt in", False)
+    add("--slices", "which slices of volumes are read: middle, every:N or all", "middle")
+    add("--window", "centre,width in Hounsfield units, or lung, soft, bone, brain", type=ct_window)
+    add("--range", "black and white in images of more than 8 bits", type=interval, metavar="LO,HI")
+    add("--allow-burned-in", "read DICOM files with burned-in text", False)
 
 
 def add_comparison_flags(group):
-    """How real and generated images are compared, by evaluate.py and filter.py alike."""
+    """Flags of how real and generated images are compared, for evaluate.py and filter.py."""
     add = flag_adder(group)
     add(
         "--lpips",
-        "auto: alex if it can be had",
+        "network of LPIPS; auto: alex if its weights are there, else none",
         "auto",
         choices=["auto", "none", "alex", "vgg", "squeeze"],
     )
     add(
         "--resolution",
-        "pixels a side (default: the generated images' median, 64 to 256)",
+        "side of the compared images in pixels (default: the generated images' median, 64 to 256)",
         type=number(64, 4096),
     )
-    add("--batch-size", "of the networks", 32, number(1, 10**6))
+    add("--batch-size", "images that a network gets at once", 32, number(1, 10**6))
     add_common_flags(group)
     add_reading_flags(group)
 
 
 def add_common_flags(group):
-    """--device, --precision and --seed, which mean the same in every script."""
+    """The flags --device, --precision and --seed, which mean the same in every script."""
     add = flag_adder(group)
-    add("--device", "auto, cpu, cuda or cuda:N", "auto")
-    add("--precision", "of the networks", "auto", choices=["auto", "fp32", "bf16", "fp16"])
-    add("--seed", "of every random draw", 0, number(0, 2**63 - 1))
+    add("--device", "auto, cpu, cuda, cuda:N or mps", "auto")
+    add("--precision", "networks' number format", "auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add("--seed", "of all random draws", 0, number(0, 2**63 - 1))
 
 
 def add_card_flags(group):
-    """What a card says of the training images, by train.py and filter.py alike."""
+    """Flags of what a card says about the training images, for train.py and filter.py."""
     add = flag_adder(group)
-    add("--data-licence", "of the training images, for README.md", "not stated")
-    add("--ethics", "approval of their use, for README.md", "not stated")
+    add("--data-licence", "licence of the training images, for README.md", "not stated")
+    add("--ethics", "ethics approval of their use, for README.md", "not stated")
 
 
 @contextlib.contextmanager
 def replacing(path, wait=True):
-    """Open a binary file that replaces `path` only once it is complete and (wait) on the disk."""
+    """Open a binary file that replaces `path` once complete and (wait) on the disk; make dirs."""
     folder, name = os.path.split(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}.tmp")
@@ -302,13 +308,13 @@ def replacing(path, wait=True):
 
 
 def write_file(path, content):
-    """Write bytes or text, atomically."""
+    """Write bytes, or text as UTF-8, atomically; see replacing."""
     with replacing(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode())
 
 
 def write_csv(path, header, rows):
-    """Write a CSV file, atomically."""
+    """Write a CSV file in UTF-8 with CRLF line ends, atomically; rows: lists of cells."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(header)
@@ -317,12 +323,12 @@ def write_csv(path, header, rows):
 
 
 def copy_file(source, target):
-    """Copy a file, atomically."""
+    """Copy a file's content, atomically."""
     write_file(target, Path(source).read_bytes())
 
 
 def need(package, purpose):
-    """Import and return an optional package, or fail with the command that installs it."""
+    """Import and return an optional package; else fail() with the command that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -330,7 +336,7 @@ def need(package, purpose):
 
 
 def sha256(content):
-    """SHA-256 of bytes, in hexadecimal."""
+    """SHA-256 of bytes: 64 hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -345,13 +351,13 @@ def generator(seed, *key):
 
 
 def command(script, *words):
-    """A command to type next, for a script in the same folder as the running one."""
+    """The text of a command to type next: a script next to the running one, and its words."""
     path = os.path.join(os.path.dirname(sys.argv[0]), script)
     return shlex.join(["python", path, *map(str, words)])
 
 
 def run_script(main, parse_args):
-    """Run main(parse_args()): errors of input, disk or memory are one line, bugs a traceback."""
+    """Run main(parse_args()): input, disk and memory errors end in fail(), bugs in a traceback."""
     # never fail on an unprintable character; in a log, too, a line stands as soon as it is printed
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -367,11 +373,11 @@ def run_script(main, parse_args):
     except BadImage as error:
         fail(error)
     except UnicodeError as error:
-        fail(f"a text file, such as an @file of flags, or the name of a file is not UTF-8: {error}")
+        fail(f"a text file (such as an @file of flags) or a file name is not UTF-8 text: {error}")
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not re.search(MEMORY_IS_FULL, str(error)):
             raise
-        fail(f"the memory is full: try {', '.join(less_memory(args)) or 'a machine with more'}")
+        fail(f"the memory is full: try {', '.join(less_memory(args)) or 'a larger machine'}")
 
 
 # of torch's two allocators, cuBLAS, cuDNN and NCCL
@@ -381,7 +387,7 @@ MEMORY_IS_FULL = (
 
 
 def less_memory(args):
-    """The flags that would let this command, whose flags are args, do with less memory."""
+    """Changes of flags, as texts, by which a command with these args needs less memory."""
     flags = vars(args) if args else {}
     is_full = flags.get("method") == "full"
     advice = {
@@ -399,7 +405,7 @@ def less_memory(args):
 
 
 def pick_device(name):
-    """The torch.device of auto|cpu|cuda|cuda:N|mps, a GPU always with its number."""
+    """The torch.device of auto|cpu|cuda|cuda:N|mps, or fail(). auto: a cuda GPU, else the CPU."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cpu", *gpus]
     if torch.backends.mps.is_available():
@@ -409,12 +415,12 @@ def pick_device(name):
     if name == "auto":
         name = "cpu"
     if name not in devices:
-        fail(f"--device {name}: this machine has {', '.join(devices)}")
+        fail(f"--device {name}: no such device: this machine has {', '.join(devices)}")
     return torch.device(name)
 
 
 def pick_gpu(gpus):
-    """The GPU of this process under torchrun, else the one with most free memory."""
+    """The GPU of this process under torchrun, else the one with the most free memory."""
     if "LOCAL_RANK" in os.environ:  # Slurm may show each process a single one
         return gpus[int(os.environ["LOCAL_RANK"]) % len(gpus)]
     if len(gpus) == 1:
@@ -429,18 +435,14 @@ def pick_gpu(gpus):
 # ---------------------------------------------------------------- reading one image
 
 # never EPS: Pillow starts ghostscript to read it
-FORMATS = tuple("PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split())
+FORMATS = "PNG JPEG JPEG2000 GIF BMP DIB TIFF WEBP PPM AVIF QOI PSD".split()
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh")
 with contextlib.suppress(ImportError):
     importlib.import_module("pillow_heif").register_heif_opener()
-    FORMATS += ("HEIF",)
-ADVICE = "save images as PNG, or for HEIC pip install pillow-heif"
-WINDOWS = {  # (centre, width) in Hounsfield units
-    "lung": (-600, 1500),
-    "soft": (40, 400),
-    "brain": (40, 80),
-    "bone": (400, 1800),
-}
+    FORMATS += ["HEIF"]
+ADVICE = "save images as PNG (for HEIC: pip install pillow-heif)"
+# name: (centre, width) in Hounsfield units
+WINDOWS = {"lung": (-600, 1500), "soft": (40, 400), "brain": (40, 80), "bone": (400, 1800)}
 for package in ("PIL", "pydicom", "nibabel"):  # pydicom quotes the header, patients' names included
     warnings.filterwarnings("ignore", module=package)
     logging.getLogger(package).setLevel(logging.CRITICAL)
@@ -452,10 +454,10 @@ def read_image(
 ):
     """Read an image of any kind as an upright 8-bit PIL image of mode "RGB", or raise BadImage.
 
-    slice: frame of a DICOM file or axial slice of a volume, by default the middle one. window:
-    (centre, width), as a pair, a text or a name of WINDOWS, which only CTs and volumes obey.
-    value_range: (black, white) where no window is given, beyond 8 bits; by default a DICOM file's
-    own window, else percentiles. keep_grey: mode "L" for grey images.
+    slice: from 0, a frame of a DICOM file or axial slice of a volume, by default the middle one.
+    window, not of rasters: "centre,width", such a tuple, or for CTs and volumes a name of WINDOWS.
+    value_range: (black, white) where no window is given, beyond 8 bits; by default all of a raster,
+    a DICOM file's own window, else percentiles. keep_grey: mode "L" for grey images.
     """
     try:
         if str(path).lower().endswith(VOLUME_SUFFIXES):
@@ -469,7 +471,7 @@ def read_image(
     except ImportError as error:
         raise BadImage(path, f"needs the package {error.name}: pip install {error.name}") from None
     except UnidentifiedImageError:
-        raise BadImage(path, f"is not an image, or empty, or not read: {ADVICE}") from None
+        raise BadImage(path, f"is empty, or not an image that can be read: {ADVICE}") from None
     except Exception as error:  # not its text: pydicom quotes the header
         why = getattr(error, "strerror", None) or f"is damaged ({type(error).__name__})"
         raise BadImage(path, why) from None
@@ -507,7 +509,7 @@ def deep_values(path, image):
         layout = layout[0]
         is_in_planes = image.tag_v2.get(284) == 2 and 16 in image.tag_v2.get(258, ())
         if is_in_planes or "a;16" in layout:
-            why = "has 16-bit colours in a plane each or times an opacity: save it as a 16-bit PNG"
+            why = "has 16-bit colours in planes or multiplied by opacity: save it as a 16-bit PNG"
             raise BadImage(path, why)
     if ";16" not in layout:
         return None
@@ -582,7 +584,7 @@ def looks_like_dicom(path):
 
 
 def open_dicom(path, **how):
-    """A file as a pydicom Dataset, read leniently."""
+    """A file as a pydicom Dataset, of which no value is validated; how: flags of dcmread."""
     import pydicom
 
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -597,7 +599,7 @@ def read_dicom(path, slice, window, value_range, allow_burned_in):
     """One frame, grey or in colour, with square pixels (DICOM PS3.3 C.7.6.3 and C.11)."""
     data = open_dicom(path)
     if str(data.get("BurnedInAnnotation")).strip().upper() == "YES" and not allow_burned_in:
-        raise BadImage(path, "has text burnt in, maybe a name: refused without --allow-burned-in")
+        raise BadImage(path, "has burned-in text, maybe a name: check, then give --allow-burned-in")
     if slice is None:
         slice = count_frames(data) // 2
     copy_frame_tags(data, slice)
@@ -618,14 +620,14 @@ def count_frames(data):
 
 
 def dicom_frame(path, data, frame):
-    """A frame's rescaled values (H, W), NaN where it is padded, or its uint8 colours (H, W, 3)."""
+    """A frame's rescaled values (H, W), NaN in padding, or uint8 colours (H, W, 3); or BadImage."""
     from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
 
     try:
         values = pixel_array(data, index=frame)
     except RuntimeError:  # there is no decoder, or each of them gave up
         codecs = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise BadImage(path, f"no decoder here reads its compression: {codecs}") from None
+        raise BadImage(path, f"no installed decoder reads its compression: {codecs}") from None
     is_palette = data.PhotometricInterpretation == "PALETTE COLOR"
     if is_palette:
         values = apply_color_lut(values, data)
@@ -659,7 +661,7 @@ def jpeg_colours(data, frame):
         return None
     colours = image.convert("RGB")
     if is_rgb == ("YBR" in data.PhotometricInterpretation):
-        colours.info["remark"] = "the JPEG stream has other colours than the header says: it counts"
+        colours.info["remark"] = "the JPEG data has other colours than the header: the data is used"
     return colours
 
 
@@ -687,7 +689,7 @@ def own_window(data):
 
 @functools.cache
 def range_of_frames(path):
-    """Percentiles over up to 16 frames of a file without a window."""
+    """Percentiles 0.5 and 99.5 over up to 16 frames of a file without a window."""
     count = count_frames(open_dicom(path))
     frames = []
     for frame in range(0, count, 1 + count // 16):
@@ -702,7 +704,7 @@ def dicom_grey(path, data, values, window, value_range):
     if window in WINDOWS and data.get("Modality", "CT") != "CT":
         window = None
     if window and data.get("Modality") == "CT" and "RescaleSlope" not in data:
-        raise BadImage(path, "is a CT without RescaleSlope: its values are no Hounsfield units")
+        raise BadImage(path, "is a CT without RescaleSlope: not in Hounsfield units: omit --window")
     window = pick_window(window)
     padding = np.isnan(values)
     if not window and value_range is None:
@@ -750,7 +752,7 @@ def read_volume(path, slice, window, value_range):
     low, high = value_range or ends
     image = scale(np.rot90(values[:, :, slice].astype(np.float64)), low, high)
     if count > 1:
-        image.info["remark"] = f"of {count} volumes in a file (channels or times) the first is read"
+        image.info["remark"] = f"the file has {count} volumes (channels, times): the first is read"
     return square_pixels(image, (spacing[1], spacing[0]))
 
 
@@ -808,8 +810,8 @@ class Row:
     """One image of a data set. Texts are "" where unknown.
 
     path: absolute; file_name: as in the table, or relative to the folder; fields: the table's
-    columns; value_range: what becomes black and white in an image of more than 8 bits; remark: what
-    is odd in the file; size: width and height, once it is read; weight: of its loss in training.
+    columns; slice: see read_image; value_range: what is black and white beyond 8 bits; remark: what
+    is odd in the file; size: (width, height), once it is read; weight: of its loss in training.
     """
 
     path: str
@@ -831,8 +833,9 @@ class Row:
 def list_images(data, columns=None, prompt=None, slices="middle", strict=False):
     """The rows of a data set: a folder, class folders, a folder with a table, or a table.
 
-    columns: {role: a column of the table, None to find it}. prompt: a format string over the
-    columns, instead of the caption column.
+    columns: {role of COLUMNS: a column of the table, None to find it}. prompt: a format string over
+    the columns, instead of the caption column. slices: middle, all or every:N. strict: fail(), as
+    without any image or for a wrong column, also for files that are missing or not read.
     """
     wanted = columns or {}
     tables = [data, *(os.path.join(data, name) for name in TABLES)]
@@ -843,7 +846,7 @@ def list_images(data, columns=None, prompt=None, slices="middle", strict=False):
     for role in COLUMNS:
         name = wanted.get(role)
         if name is not None and name not in names:
-            fail(f"--{role}-column {name}: {data} has {', '.join(names) or 'no table of columns'}")
+            fail(f"--{role}-column {name}: not in {data}; it has {', '.join(names) or 'no table'}")
         columns[role] = name or find_column(names, role)
     if table:
         rows = list_table(table, records, columns, strict)
@@ -878,13 +881,13 @@ def list_folder(folder, strict):
     skipped["captions without an image"] = len(texts.keys() - {stem_of(row.path) for row in rows})
     skipped = +skipped  # without zeros
     if skipped:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(skipped.items()))
-        message = f"{folder}: {skipped.total()} files are not read: {kinds}: {ADVICE}"
+        kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(skipped.items()))
+        message = f"{folder}: files skipped: {kinds}: {ADVICE}"
         if strict or not rows:
             fail(message)
         note(message)
     if not rows:
-        fail(f"{folder}: no images in it (looked for {' '.join(IMAGE_SUFFIXES)})")
+        fail(f"{folder}: has no images; suffixes that are read: {' '.join(IMAGE_SUFFIXES)}")
     return rows
 
 
@@ -899,7 +902,7 @@ def name_key(name):
 
 
 def find_file(path):
-    """The path of a file as it is spelt on the disk: see name_key."""
+    """The path of a file, if there, as it is spelt on the disk: see name_key."""
     folder, name = os.path.split(path)
     if os.path.exists(path) or not name:
         return path
@@ -912,7 +915,7 @@ def find_file(path):
 
 
 def report_table(table, rows, group_column):
-    """Say where images lie next to those that a table names, and where a group is no patient."""
+    """Report images next to those that a table names, and a group that may be no patient."""
     named = {name_key(row.path) for row in rows}
     unnamed = []
     for folder in {os.path.dirname(row.path) for row in rows}:
@@ -922,12 +925,12 @@ def report_table(table, rows, group_column):
             if is_image and not is_ours and name_key(os.path.join(folder, name)) not in named:
                 unnamed.append(name)
     if unnamed:
-        count = f"{len(rows)} images, and {len(unnamed)} more lie next to them"
-        note(f"{table}: names {count}, such as {min(unnamed)}: not used")
+        count = f"{len(unnamed)}, such as {min(unnamed)}"
+        note(f"{table}: images next to those that it names are not used: {count}")
     groups = sorted({row.group for row in rows} - {""})
     if str(group_column).lower() == "group" and 0 < len(groups) < min(10, len(rows) / 4):
         count = f"{len(groups)} values in {len(rows)} rows ({', '.join(groups[:3])})"
-        note(f"{table}: column {group_column} has {count}, taken for patients: a diagnosis?")
+        note(f"{table}: column {group_column} has {count}: if not patients, give --group-column")
 
 
 def looks_like_image(path):
@@ -939,7 +942,7 @@ def looks_like_image(path):
 
 
 def read_table(path, caption_column=None):
-    """The rows of a CSV or JSONL file as dicts of strings, all with the same keys."""
+    """The rows of a CSV or JSONL file, dicts of texts with the same keys; else fail()."""
     text = read_text(path)
     if str(path).lower().endswith((".jsonl", ".json", ".ndjson")):
         records = read_jsonl(path, text)
@@ -952,11 +955,11 @@ def read_table(path, caption_column=None):
 
 
 def read_text(path):
-    """The text of a file in UTF-8, or in UTF-16, which is Excel's "Unicode text"."""
+    """The text of a file in UTF-8, or UTF-16, which is Excel's "Unicode text"; else fail()."""
     for encoding in ("utf-8-sig", "utf-16"):
         with contextlib.suppress(UnicodeError):
             return Path(path).read_text(encoding)
-    fail(f"{path}: not a UTF-8 text file: save it as UTF-8, a table as CSV UTF-8")
+    fail(f"{path}: not a UTF-8 text file: save it as UTF-8 (in Excel: CSV UTF-8)")
 
 
 def read_jsonl(path, text):
@@ -966,7 +969,7 @@ def read_jsonl(path, text):
         try:
             cells = json.loads(line).items()
         except (ValueError, AttributeError, RecursionError):
-            fail(f"{path}: not a JSON object: {line[:80]}")
+            fail(f"{path}: a line is not a JSON object: {line[:80]}")
         record = {}
         for name, cell in cells:
             parts = cell if isinstance(cell, list) else [cell]
@@ -983,7 +986,7 @@ def read_csv(path, text, caption_column):
     try:
         header, *rows = [cells for cells in reader if any(cells)] or [[]]
     except csv.Error as error:
-        fail(f"{path}: {error}")
+        fail(f"{path}: not a readable CSV file: {error}")
     header = [name.strip() for name in header]
     caption = caption_column or find_column(header, "caption")
     start = header.index(caption) if caption in header else len(header)
@@ -995,20 +998,18 @@ def read_csv(path, text, caption_column):
             # they belong to the caption, if a space follows each comma or it is the last column
             is_prose = all(cell.startswith(" ") for cell in cells[start + 1 : end])
             if caption not in header or not (is_prose or caption == header[-1]):
-                fail(f"{path}: row {cells[0]} has more cells than the header: quote its texts")
+                fail(f"{path}: row {cells[0]} has more cells than the header: put texts in quotes")
             cells[start:end] = [mark.join(cells[start:end])]
             joined.append(cells[start])
         pairs = itertools.zip_longest(header, cells[: len(header)], fillvalue="")
         records.append({name: cell.strip() for name, cell in pairs})
     if joined:
-        note(
-            f'{path}: unquoted {mark!r} in {len(joined)} rows: read as {caption}, as "{joined[0]}"'
-        )
+        note(f'{path}: unquoted {mark!r} in {len(joined)} rows: {caption} read as "{joined[0]}"')
     return records
 
 
 def find_column(names, role, columns=COLUMNS):
-    """The first of a table's columns that usually plays a role, or None: File Name is file_name."""
+    """The first of names with a usual name of a role (File Name is file_name), or None."""
     for usual in columns[role]:
         for name in names:
             if re.sub(r"[\W_]", "", name.lower()) == usual.replace("_", ""):
@@ -1017,11 +1018,11 @@ def find_column(names, role, columns=COLUMNS):
 
 
 def list_table(table, records, columns, strict):
-    """Rows of the files that a table names, relative to its own folder; columns: role -> name."""
+    """Rows of the files that a table names, relative to its own folder; columns: {role: name}."""
     if not records:
-        fail(f"{table}: has no rows")
+        fail(f"{table}: the table has no rows")
     if columns["image"] is None:
-        fail(f"{table}: no column of file names: name one with --image-column")
+        fail(f"{table}: has no column of file names: name it with --image-column")
     folder = os.path.dirname(os.path.abspath(table))
     rows = []
     missing = []
@@ -1035,9 +1036,8 @@ def list_table(table, records, columns, strict):
         else:
             missing.append(file_name or "(no name)")
     if missing:
-        message = (
-            f"{table}: {len(missing)} of {len(records)} files are missing: {', '.join(missing[:5])}"
-        )
+        count = f"{len(missing)} of {len(records)} files"
+        message = f"{table}: {count} are missing: {', '.join(missing[:5])} (in {folder})"
         if strict or len(missing) > BAD_SHARE * len(records):
             fail(message)
         note(message)
@@ -1045,7 +1045,7 @@ def list_table(table, records, columns, strict):
 
 
 def text_key(text):
-    """A label or caption as it is compared: case and spaces folded, letters composed."""
+    """A label or caption as it is compared: in lower case, with single spaces, letters composed."""
     return " ".join(name_key(text).lower().split())
 
 
@@ -1060,7 +1060,7 @@ def split_labels(row):
 
 
 def modality_of(row):
-    """What a row's column of modalities says, in any case of its name; "" where it has none."""
+    """A row's value in the column "modality", in any case; "" where it has none."""
     for name, value in row.fields.items():
         if name.lower() == "modality":
             return value
@@ -1074,28 +1074,28 @@ def in_english(text):
 
 
 def fill_captions(data, rows, columns, prompt):
-    """Set the captions by the format string `prompt`, if any; report rows that lack its fields."""
+    """Set captions by the format string `prompt`; report rows that lack its columns, or fail()."""
     if prompt is None and not columns.get("caption"):
         return
     form = "{caption}" if prompt is None else prompt
+    lacking = []
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
-    except ValueError as error:
-        fail(f"--prompt {prompt!r}: {error} (write {{label}} for a field, {{{{ }}}} for braces)")
-    lacking = []
-    for row in rows:
-        known = dict(caption=row.caption, text=row.caption, label=row.label, labels=row.label)
-        known |= {name.lower(): value for name, value in row.fields.items()}
-        texts = {}
-        for name in names:
-            if name.lower() not in known:
-                there = ", ".join(row.fields) or "only label and caption"
-                fail(f"--prompt: no field {{{name}}} in {data}; there are: {there}")
-            texts[name] = in_english(known[name.lower()])
-        if not all(texts.values()):
-            lacking.append(row.file_name)
-        if prompt is not None:
-            row.caption = prompt.format_map(texts).strip()
+        for row in rows:
+            known = dict(caption=row.caption, text=row.caption, label=row.label, labels=row.label)
+            known |= {name.lower(): value for name, value in row.fields.items()}
+            texts = {}
+            for name in names:
+                if name.lower() not in known:
+                    there = ", ".join(row.fields) or "only label and caption"
+                    fail(f"--prompt: {data} has no column {{{name}}}; it has {there}")
+                texts[name] = in_english(known[name.lower()])
+            if not all(texts.values()):
+                lacking.append(row.file_name)
+            if prompt is not None:
+                row.caption = prompt.format_map(texts).strip()
+    except ValueError as error:  # of a format such as {label or {label:d}
+        fail(f"--prompt {prompt!r}: {error} (write {{label}} for a column, {{{{ }}}} for braces)")
     if lacking:
         count = f"{len(lacking)} of {len(rows)} rows"
         message = f"{data}: {count} have no {' or '.join(sorted(texts))}, such as {lacking[0]}"
@@ -1105,7 +1105,7 @@ def fill_captions(data, rows, columns, prompt):
 
 
 def check_dicoms(data, rows):
-    """The rows without DICOM files that show no patient; those of each patient get one group."""
+    """The rows without DICOM files that are no images of patients; groups are from PatientID."""
     kept = []
     named = []
     for row in progress(rows, "looking for DICOM"):
@@ -1121,15 +1121,13 @@ def check_dicoms(data, rows):
                 digest = hashlib.blake2b(str(header.PatientID).strip().encode(), digest_size=2)
                 row.group = f"patient-{digest.hexdigest()}"
                 named.append(row)
-    if len(kept) < len(rows):
-        note(
-            f"{data}: {len(rows) - len(kept)} of {len(rows)} files skipped: DICOM reports, plans "
-            "and localizers"
-        )
+    skipped = len(rows) - len(kept)
+    if skipped:
+        note(f"{data}: {skipped} of {len(rows)} files skipped: DICOM reports, plans and localizers")
     if not kept:
-        fail(f"{data}: no images left")
+        fail(f"{data}: no images left: all are DICOM reports, plans or localizers")
     if len(named) > 1 and len({row.group for row in named}) == 1:
-        note(f"{data}: all DICOM files have one patient's id, as after anonymisation: ignored")
+        note(f"{data}: all DICOM files have the same PatientID: ignored; give --group-column")
         for row in named:
             row.group = ""
     return kept
@@ -1147,7 +1145,7 @@ def spread_slices(rows, slices):
     """A row for each wanted slice; the slices of one file share a group, by default its content."""
     match = re.fullmatch(r"middle|all|every:([1-9]\d*)", slices)
     if not match:
-        fail(f"--slices {slices}: give middle, every:N or all")
+        fail(f"--slices {slices}: give middle, all or every:N, such as every:4")
     if slices == "middle":
         return rows
     step = int(match[1] or 1)
@@ -1173,24 +1171,24 @@ def count_slices(path):
 
 
 def content_hash(path):
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of a file's bytes: 64 hexadecimal digits."""
     return sha256(Path(path).read_bytes())
 
 
 def set_hash(rows):
-    """One SHA-256 for the files of a set, whatever their names and order."""
+    """One SHA-256 of the contents of a set's files, whatever their names and order."""
     hashes = sorted(content_hash(row.path) for row in rows)
     return sha256("".join(hashes).encode())
 
 
-def list_rows(data, args, prompt=None, strict=False):
+def list_rows(data, args, prompt, strict=False):
     """list_images by the flags of add_reading_flags."""
     columns = {role: getattr(args, f"{role}_column") for role in COLUMNS}
     return list_images(data, columns, prompt, args.slices, strict)
 
 
 def list_real(data, args, prompt=None):
-    """The rows of real images, by the flags of add_reading_flags; with --run, row.split is set."""
+    """The rows of real images, with value_range, by the reading flags; --run sets row.split."""
     rows = share_range(list_rows(data, args, prompt), args.range)
     if args.run:
         read_split(rows, os.path.join(args.run, "split.csv"))
@@ -1200,7 +1198,7 @@ def list_real(data, args, prompt=None):
 def split_rows(rows, val_share, test_share=0.0):
     """Set row.split to train, val or test by a hash of the group, else of the file's content.
 
-    Of a mix, the generated images (column synthetic) are all for training.
+    Shares of the groups: 0 to 1. In a mix, images with 1 in the column synthetic are for training.
     """
     synthetic = [row.fields.get("synthetic") == "1" for row in rows]
     for row, is_synthetic in zip(rows, synthetic, strict=True):
@@ -1215,7 +1213,7 @@ def split_rows(rows, val_share, test_share=0.0):
 
 
 def read_split(rows, path):
-    """Set row.split as a run's split.csv (file_name, group, split) has it, "" where it does not."""
+    """Set row.split as in a run's split.csv, "" where not named; fail() if it names no row."""
     splits = {name_key(record["file_name"]): record["split"] for record in read_table(path)}
     for row in rows:
         by_path = splits.get(name_key(row.path))
@@ -1231,7 +1229,7 @@ SEXES = {"f": "female", "female": "female", "m": "male", "male": "male", "o": "o
 
 
 def decade_of(age):
-    """The decade of an age such as 67, "067Y", "8 months" or "60-65", else ""."""
+    """The decade, such as "60–69", of an age such as "067Y", "8 months" or "60-65"; else ""."""
     match = re.search(r"(\d+)[.\d]* *([mwd]?)", age.lower())
     if not match:
         return ""
@@ -1244,7 +1242,7 @@ def decade_of(age):
 
 
 def groups_of(row):
-    """What an image counts for, as (by, group); of sex and age no word of a table is shown."""
+    """What an image counts for: [(by, group), …]; of sex and age no word of a table is shown."""
     groups = [("", "all"), ("sex", SEXES.get(text_key(row.sex))), ("age", decade_of(row.age))]
     if row.fields.get("synthetic") == "1":
         groups.append(("", "synthetic"))
@@ -1256,9 +1254,9 @@ def groups_of(row):
 
 
 def count_people(members):
-    """Images and patients of each set, in all and by age, label and sex, as in the JSON.
+    """Images and patients of each set, in all and by age, label and sex, as in the JSON: dicts.
 
-    members: (name of a set, row) of each image. Patients are None where none is known.
+    members: [(name of a set, row), …]. Keys: by, group, "NAME images", "NAME patients" or None.
     """
     patients = {}  # of each image
     for name, row in members:
@@ -1276,7 +1274,7 @@ def count_people(members):
 
 
 def is_marked(path):
-    """Whether a file says in itself that it is synthetic."""
+    """Whether a file itself says that it is synthetic: DICOM's (0008,001C) or PNG's text."""
     header = dicom_header(path)
     if header is not None:
         return header.get("SyntheticData") == "YES"
@@ -1289,7 +1287,7 @@ def is_marked(path):
 
 
 def fit_square(image, resolution, crop="center", gen=None):
-    """An image resized to resolution x resolution; random: cut where gen says."""
+    """A PIL image as a square of `resolution` pixels a side; crop: see --crop; random: by gen."""
     size = (resolution, resolution)
     disc = find_disc(image) if crop == "fundus" else None
     if disc:
@@ -1301,7 +1299,7 @@ def fit_square(image, resolution, crop="center", gen=None):
 
 
 def find_disc(image):
-    """The square (left, top, right, bottom) around the lit disc of a fundus photograph, or None."""
+    """(left, top, right, bottom) of the square around a fundus photograph's lit disc, or None."""
     small = image.convert("L")
     small.thumbnail((256, 256))
     parts, _ = scipy.ndimage.label(np.asarray(small) > 10)
@@ -1322,7 +1320,7 @@ def find_disc(image):
 
 
 def pick_resolution(rows):
-    """Pixels at which sets are compared: the median side of the generated images, 64 to 256."""
+    """Pixels a side at which sets are compared: the median shorter side of the rows, 64 to 256."""
     sides = []
     for row in rows:
         with contextlib.suppress(Exception):  # load_pixels reports those that cannot be read
@@ -1340,19 +1338,19 @@ def stored_size(path):
 
 
 def square_side(row, crop):
-    """The side of the square that fit_square makes of an image, before it is resized."""
+    """Pixels a side of the square that fit_square resizes; for fundus, about."""
     return max(row.size) if crop == "pad" else min(row.size)
 
 
 def report_enlarged(rows, resolution, crop):
-    """Say how many real images are smaller than what they are compared with."""
+    """Report how many real images have fewer pixels a side than `resolution`."""
     small = sum(square_side(row, crop) < resolution for row in rows)
     if small:
-        note(f"{small} of {len(rows)} real images have fewer than {resolution} px: enlarged")
+        note(f"{small} of {len(rows)} real images are smaller than {resolution} px: enlarged")
 
 
-def share_range(rows, given=None):
-    """Set row.value_range: `given`, or one range for all images of more than 8 bits."""
+def share_range(rows, given):
+    """Return rows with value_range: given, or the range of all rasters of more than 8 bits."""
     deep = []
     ends = []
     kind = ""
@@ -1371,8 +1369,8 @@ def share_range(rows, given=None):
         for row in deep:
             row.value_range = low, high
         note(
-            f"{len(deep)} images of more than 8 bits: {low:g} is black, {high:g} white in all "
-            f"({kind})"
+            f"{len(deep)} images have more than 8 bits ({kind}): in all of them {low:g} is black "
+            f"and {high:g} white (--range)"
         )
     return rows
 
@@ -1390,10 +1388,10 @@ def load_pixels(
 ):
     """Read the images of rows: (the readable rows, uint8 pixels (N, 3, resolution, resolution)).
 
-    seed: of crop "random". measure: a function of the PIL image before it is cropped, for
-    row.measured. value_range: see share_range, whose earlier answer goes first. options: window and
-    allow_burned_in of read_image. Unreadable files are reported and skipped; more than bad_share of
-    them, or any with strict, is an error.
+    Sets remark and size of rows. seed: of crop "random". measure: a function of the uncropped PIL
+    image, for row.measured. value_range: see share_range, whose earlier answer goes first. options:
+    window and allow_burned_in of read_image. Unreadable files are reported and skipped; a share of
+    more than bad_share (0 to 1), or any with strict, ends in fail().
     """
     if not any(row.value_range for row in rows):
         share_range(rows, value_range)
@@ -1433,7 +1431,7 @@ def load_real(rows, resolution, args, **how):
 
 
 def report_bad(rows, bad, share):
-    """Report images that cannot be read; more of them than this share is an error."""
+    """Report images that cannot be read; fail() where they are more than this share."""
     for error in bad:
         print(f"skipped: {error}", file=sys.stderr)
     if len(bad) > share * len(rows):
@@ -1441,7 +1439,7 @@ def report_bad(rows, bad, share):
 
 
 def report_remarks(rows):
-    """Say once what is odd in images."""
+    """Report each row.remark once, with the number of images that have it."""
     names = {}
     for row in rows:
         if row.remark:
@@ -1451,15 +1449,15 @@ def report_remarks(rows):
 
 
 def picture(pixels):
-    """uint8 (3, H, W) to a PIL image."""
+    """Pixels (3, H, W) as a PIL image of mode "RGB"."""
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def near_duplicates(pixels, alike=0.95):
-    """Pairs (i, j), i < j, of uint8 pixels (N, 3, S, S) that show one picture, perhaps mirrored.
+    """Pairs (i, j), i < j, of pixels (N, 3, S, S) that show one picture, perhaps mirrored.
 
-    They correlate above `alike`, as after re-saving, resizing or gamma. Of 230 chest films,
-    re-saved copies correlated above .98, films of other patients below .91.
+    The cosine of their difference_hash is above `alike`, as after re-saving, resizing or gamma: of
+    230 chest films, above .98 for re-saved copies, below .91 for films of other patients.
     """
     thumbnails = shrink(pixels, 16).mean(1)
     hashes = difference_hash(thumbnails)
@@ -1474,7 +1472,7 @@ def near_duplicates(pixels, alike=0.95):
 
 
 def difference_hash(grey):
-    """Differences between neighbours (dHash, but not cut down to signs), unit length: (N, 480)."""
+    """Differences of neighbours (dHash with their sizes), norm 1: (N, 16, 16) -> torch (N, 480)."""
     differences = [grey.diff(dim=1).flatten(1), grey.diff(dim=2).flatten(1)]
     return F.normalize(torch.cat(differences, 1))
 
@@ -1485,13 +1483,13 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def to_grey(pixels):
-    """Luma in [0, 1] of uint8 pixels (B, 3, H, W): (B, 1, H, W)."""
+    """Luma (ITU-R BT.601) in [0, 1]: uint8 (B, 3, H, W) -> torch float32 (B, 1, H, W)."""
     weights = torch.tensor(LUMA, device=pixels.device)
     return torch.einsum("bchw,c->bhw", pixels.float(), weights)[:, None] / 255
 
 
 def gabor_pairs(device):
-    """Waves of 8 orientations, first the even, then the odd: (16, 1, 9, 9), of mean 0, norm 1."""
+    """Waves of 8 orientations, first even, then odd ones: torch (16, 1, 9, 9), mean 0, norm 1."""
     span = torch.arange(-4.0, 5.0, device=device)
     y, x = torch.meshgrid(span, span, indexing="ij")
     angle = torch.arange(8, device=device)[:, None, None] * torch.pi / 8
@@ -1502,7 +1500,7 @@ def gabor_pairs(device):
 
 
 def texture(pixels):
-    """Log energies of oriented textures: uint8 (B, 3, H, W), H, W >= 40 -> (B, 368).
+    """Log energies of oriented textures: uint8 (B, 3, H, W), H, W >= 40 -> torch float32 (B, 368).
 
     A two-layer scattering transform (Bruna & Mallat 2013) with 8 orientations, 4 and 3 scales, and
     a 4 x 4 thumbnail. No weights, no randomness; blind to small changes in the size of blobs.
@@ -1531,9 +1529,9 @@ def texture(pixels):
 
 
 def colour(pixels):
-    """What `texture`, which is grey, cannot see: uint8 (N, 3, H, W) -> float64 (N, 8).
+    """What `texture`, which is grey, cannot see: uint8 (N, 3, H, W) -> (N, 8).
 
-    Mean, spread, covariance, size and fine detail (JPEG's is coarse) of the two chroma channels.
+    Mean, spread, covariance, size and log of fine detail (JPEG's is coarse) of two chroma channels.
     """
     parts = []
     for part in pixels.split(16):
@@ -1550,7 +1548,7 @@ def colour(pixels):
 
 
 def robust_scale(real, floor=1e-6):
-    """A function: descriptors less the real median, over the real median deviation (>= floor)."""
+    """A function: descriptors (n, D) less real's median, over 1.48 median deviations (>= floor)."""
     middle = np.median(real, axis=0)
     spread = 1.4826 * np.median(np.abs(real - middle), axis=0)
     spread = np.maximum(spread, np.maximum(floor, 0.2 * np.median(spread)))
@@ -1558,25 +1556,25 @@ def robust_scale(real, floor=1e-6):
 
 
 def shows_colour(pixels):
-    """bool (N,): whether the eye sees a colour somewhere in uint8 pixels (N, 3, S, S)."""
+    """bool (N,): do pixels (N, 3, S, S), at 16 x 16, differ by over 8 of 255 between channels?"""
     small = shrink(pixels, 16)
     differences = (small.amax(1) - small.amin(1)).amax((1, 2))
     return (differences > 8).numpy()  # a VAE leaves 2 of a grey picture, yellowed films have 5
 
 
 def shrink(pixels, side):
-    """uint8 (N, 3, H, W) -> (N, 3, side, side): the means of its cells, few images at a time."""
+    """Means of cells, few images at a time: (N, 3, H, W) -> torch float32 (N, 3, side, side)."""
     return torch.cat([F.adaptive_avg_pool2d(part.float(), side) for part in pixels.split(64)])
 
 
 def in_grey(pixels):
-    """uint8 pixels (N, 3, S, S) with the mean of the channels in all three."""
+    """Pixels (N, 3, S, S) with the rounded mean of the channels in all three."""
     mean = pixels.sum(1, keepdim=True, dtype=torch.int16).add(1).div(3, rounding_mode="floor")
     return mean.to(torch.uint8).expand_as(pixels)
 
 
 def grey_kind(pixels):
-    """Of a grey kind of images the pixels in grey and which show a colour; else (pixels, None)."""
+    """(grey pixels, shows_colour) where at most 5 % show a colour; else (pixels, None)."""
     in_colour = shows_colour(pixels)
     if in_colour.mean() > 0.05:  # a few with a tint or a mark decide nothing
         return pixels, None
@@ -1584,7 +1582,7 @@ def grey_kind(pixels):
 
 
 def colour_and_layout(pixels):
-    """uint8 (N, 3, S, S) -> (N, 104): `colour`, and 8 x 8 pixels, symmetric and of length 1."""
+    """Pixels (N, 3, S, S) -> (N, 104): `colour`; 8 x 8 pixels made symmetric, of mean 0, norm 1."""
     small = shrink(pixels, 8).double()
     small = (small + small.flip(3))[..., :4].flatten(1)
     layouts = F.normalize(small - small.mean(1, keepdim=True))
@@ -1592,7 +1590,7 @@ def colour_and_layout(pixels):
 
 
 def colour_scale(real):
-    """The scale of colour_and_layout, where a colour counts as at most three deviations."""
+    """A function that scales colour_and_layout by real's; a colour counts 3 deviations at most."""
     level = 2 / 255  # of a colour the eye hardly sees more
     detail = np.log1p((level / np.exp(np.median(real[:, 6:8], axis=0))) ** 2) / 2  # as noise adds
     tint_scale = robust_scale(real[:, :8], [*[level] * 6, *detail])
@@ -1606,7 +1604,7 @@ def colour_scale(real):
 
 
 def grain(pixels):
-    """How pictures were made: uint8 (N, 3, H, W), H, W >= 16 -> float64 (N, 11).
+    """How pictures were made: uint8 (N, 3, H, W), H, W >= 16 -> (N, 11).
 
     Logs of: sharpness (spread of the Laplacian), contrast, noise (Immerkaer 1996), signal to noise,
     noise over steps between neighbours, steps at the borders of 8 x 8 blocks over all steps (down,
@@ -1617,12 +1615,12 @@ def grain(pixels):
 
 
 def log_mean(maps):
-    """The log of the mean size of (B, 1, H, W), (B,); a tenth of a grey level keeps it finite."""
+    """The log of the mean size of torch (B, 1, H, W), (B,); 0.1 of a grey level keeps it finite."""
     return (maps.abs().mean((1, 2, 3)) + 0.1).log()
 
 
 def grey_grain(grey):
-    """The measures of `grain` of float pictures (B, 1, H, W) in grey levels: (B, 11)."""
+    """The measures of `grain`: torch float32 (B, 1, H, W), 0 to 255 -> torch (B, 11)."""
 
     def log_spread(maps):
         variance = (maps - maps.mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
@@ -1656,7 +1654,7 @@ def grey_grain(grey):
 
 
 def stored_grain(image):
-    """`grain` of a PIL image's middle 512 pixels, (11,): a resize would hide JPEG and noise."""
+    """`grain` (11,) of a PIL image's middle 512 pixels: a resize would hide JPEG and noise."""
     left, top = (max(0, side - 512) // 16 * 8 for side in image.size)  # on JPEG's grid of 8 pixels
     right = max(16, min(left + 512, image.width))
     bottom = max(16, min(top + 512, image.height))
@@ -1721,7 +1719,7 @@ PROBLEMS = []  # why downloads failed in this command
 
 
 def get_weights(name):
-    """The path of a file of WEIGHTS, downloaded once, or None and PROBLEMS says why."""
+    """The path of a file of WEIGHTS, downloaded once, its SHA-256 checked; None: see PROBLEMS."""
     folder, sha256, size, licence = WEIGHTS[name]
     for place in (Path(torch.hub.get_dir()) / "checkpoints", CACHE):
         path = place / name
@@ -1739,7 +1737,7 @@ def get_weights(name):
 
 
 def wait_for(url):
-    """Return when an address answers; else, after PATIENCE seconds at the latest, an OSError."""
+    """Return when an address answers; else raise OSError or HTTPException in PATIENCE seconds."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     for problem in PROBLEMS:
@@ -1756,32 +1754,32 @@ def wait_for(url):
 
 
 def need_weights(name, purpose):
-    """The path of a file of WEIGHTS that a flag asks for; fail() where it cannot be had."""
+    """The path of a file of WEIGHTS that a flag asks for; fail() where there is none."""
     path = get_weights(name)
     if path is None:
         fail(
-            f"{purpose}: needs {name}, which cannot be downloaded ({PROBLEMS[-1]}): put "
-            f"{WEIGHTS[name][0]}{name} into {CACHE}"
+            f"{purpose}: needs {name}, which cannot be downloaded ({PROBLEMS[-1]}): download "
+            f"{WEIGHTS[name][0]}{name} on another machine and copy it into {CACHE}"
         )
     return path
 
 
 def resolve_auto(features, lpips):
-    """The flags, where auto is the published network; one line where its weights are not there."""
+    """(features, lpips); auto: inception and alex, or texture and none if weights are missing."""
     if features == "auto":
         features = "inception" if get_weights(FID_WEIGHTS) else "texture"
     if lpips == "auto":
         lpips = "alex" if all(map(get_weights, LPIPS["alex"][2])) else "none"
     if PROBLEMS:
         note(
-            f"features {features}, LPIPS {lpips}: published weights are missing ({PROBLEMS[0]}); "
-            "`evaluate.py --download` gets them where internet is"
+            f"features {features}, LPIPS {lpips}: published weights are missing ({PROBLEMS[0]}): "
+            "run `evaluate.py --download` where there is internet"
         )
     return features, lpips
 
 
 def from_hub(name, patterns):
-    """The folder of a Hub id's files of these patterns, downloaded once."""
+    """The folder of a Hub id's files of these glob patterns, downloaded once."""
     try:
         wait_for(huggingface_hub.constants.ENDPOINT)
         offline = False
@@ -1797,7 +1795,7 @@ def from_hub(name, patterns):
 
 @dataclass
 class Network:
-    """What turns uint8 pixels (B, 3, H, W) on its device into vectors (B, D)."""
+    """What turns uint8 pixels (B, 3, H, W) on its device into vectors, a torch tensor (B, D)."""
 
     name: str  # with a hash of the weights: the cache's key
     function: Callable
@@ -1807,15 +1805,15 @@ class Network:
 
 
 def load_weights(path):
-    """The state dict of a .pth file; fail() if it is damaged."""
+    """The state dict of a .pth file, on the CPU; fail() where it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"{path}: is not a readable weight file")
+        fail(f"{path}: is damaged or not a PyTorch weight file")
 
 
 def load_features(name, device, resize="legacy"):
-    """The Network of texture, inception, a file of its weights, or a vision model of the Hub."""
+    """The Network of texture, inception, its weight file, or a vision model's Hub id or folder."""
     if name == "texture":
         return Network("texture-1", texture_in_parts, standardise=True)
     if name == "inception":
@@ -1826,7 +1824,7 @@ def load_features(name, device, resize="legacy"):
 
 
 def texture_in_parts(pixels):
-    """`texture` of few images at a time: the maps stay in the processor's cache, twice as fast."""
+    """`texture` of few images at a time: twice as fast, as maps stay in the processor's cache."""
     count = len(pixels)
     if pixels.device.type == "cpu":
         count = max(1, 2**15 // pixels[0, 0].numel())
@@ -1834,11 +1832,11 @@ def texture_in_parts(pixels):
 
 
 def load_inception(path, device, resize):
-    """The Network of FID's Inception with the weights of a file."""
+    """The Network of FID's Inception by a weight file; resize: "clean", else as pytorch-fid."""
     try:
         net = fid_inception(load_weights(path))
     except RuntimeError:
-        fail(f"{path}: is not the weights of FID's Inception")
+        fail(f"{path}: does not hold the weights of FID's Inception")
 
     for module in list(net.modules()):  # with channels last, 1.6 times as fast on a CPU
         if hasattr(module, "bn"):
@@ -1862,7 +1860,7 @@ def load_inception(path, device, resize):
 
 
 def clean_resize(pixels, side):
-    """As clean-fid (Parmar et al. 2022): uint8 (B, 3, H, W) -> float (B, 3, side, side) to 255."""
+    """As clean-fid (Parmar et al. 2022): (B, 3, H, W) -> float32 (B, 3, side, side), 0 to 255."""
     images = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True)
     return images.clamp(0, 255)
 
@@ -1918,8 +1916,8 @@ def load_vision_model(name, device):
         )
     except Exception as error:  # the Hub's client alone raises a dozen kinds
         fail(
-            f"--features {name}: no such weight file or vision model ({str(error)[:150]}); of the "
-            "Hub's, `hf download` one where internet is and give its folder"
+            f"--features {name}: no such weight file or vision model ({str(error)[:150]}); get one "
+            "of the Hub's by `hf download` where there is internet, and give its folder"
         )
     no_pooler = any(key.startswith("pooler.") for key in loaded["missing_keys"])
     if no_pooler:
@@ -1949,9 +1947,9 @@ def load_vision_model(name, device):
 
 
 def extract(pixels, network, device, batch_size=32, precision="auto"):
-    """Features of uint8 pixels (N, 3, H, W): float64 (N, D), each image's kept in the cache.
+    """Features (N, D) of pixels (N, 3, H, W), each image's kept in the cache; fail() if not finite.
 
-    precision: auto is fp32, as published figures are.
+    N > 0. precision: fp32, bf16, fp16, or auto, which is fp32, as published figures are.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     name = f"{network.name}-{precision}" if dtype else network.name
@@ -1973,7 +1971,7 @@ def extract(pixels, network, device, batch_size=32, precision="auto"):
                     np.save(file, vector)  # where the disk is full, it is computed again
     features = np.stack(vectors).astype(np.float64)
     if not np.isfinite(features).all():
-        fail(f"the features of {network.name} are not finite: are its weights sound?")
+        fail(f"the features of {network.name} are not finite: check its weights")
     return features
 
 
@@ -1983,7 +1981,7 @@ def without_tf32():
 
 
 def cache_path(name, image):
-    """Where the cache holds the vector that a network of that name makes of a uint8 image."""
+    """The path in the cache of the vector that a network of this name makes of a uint8 image."""
     content = f"{name} {tuple(image.shape)}".encode() + image.numpy().tobytes()
     key = sha256(content)
     return CACHE / "features" / name / key[:2] / f"{key}.npy"
@@ -2004,7 +2002,7 @@ LPIPS = {  # trunk of torchvision, its layers, files: trunk, linear layers v0.1
 
 
 def trunk_of(kind, state):
-    """The convolutions of torchvision's alexnet, vgg16 or squeezenet1_1, with the net's weights."""
+    """The layers `features` of torchvision's alexnet, vgg16 or squeezenet1_1 with a state dict."""
     import torchvision
 
     with torch.device("meta"):
@@ -2015,7 +2013,7 @@ def trunk_of(kind, state):
 
 
 def taps(trunk, images, indices):
-    """The maps (B, C, h, w) after each layer named in `indices`."""
+    """The list of maps (B, C, h, w) after each layer of `indices`; images (B, 3, H, W)."""
     maps = []
     for index, layer in enumerate(trunk[: max(indices) + 1]):
         images = layer(images)
@@ -2025,7 +2023,7 @@ def taps(trunk, images, indices):
 
 
 def load_lpips(net, device):
-    """The Network of LPIPS v0.1; net: alex, vgg or squeeze. See lpips_vectors."""
+    """The Network of LPIPS v0.1, see lpips_vectors; net: alex, vgg or squeeze. Or fail()."""
     kind, layers, files = LPIPS[net]
     trunk, linear = [load_weights(need_weights(file, f"--lpips {net}")) for file in files]
     trunk = trunk_of(kind, trunk).to(device)
@@ -2038,7 +2036,7 @@ def load_lpips(net, device):
 
 
 def lpips_vectors(images, trunk, layers, weights):
-    """Images in [-1, 1] (B, 3, H, W) -> (B, F): LPIPS of two images is their squared distance.
+    """Images in [-1, 1] (B, 3, H, W) -> torch (B, F): their squared distances are LPIPS.
 
     Zhang et al. 2018; the epsilon stands outside the root, as in the package lpips.
     """
@@ -2053,10 +2051,10 @@ def lpips_vectors(images, trunk, layers, weights):
 
 
 def lpips_matrix(pixels, network, device, batch_size=32, memory=2**29, others=None):
-    """LPIPS of all pairs of uint8 pixels (N, 3, H, W), H, W >= 64: float64 (N, N), symmetric.
+    """LPIPS of all pairs of pixels (N, 3, H, W), H, W >= 64: (N, N), symmetric.
 
-    others: uint8 pixels (M, 3, H, W) to pair them with instead: (N, M). One forward pass an image
-    and one product; of more than `memory` bytes of vectors, some are made again.
+    others: pixels (M, 3, H, W) to pair them with instead: (N, M). One forward pass an image and one
+    product; blocks of vectors have at most `memory` bytes, and of several some are made again.
     """
     symmetric = others is None
     if symmetric:
@@ -2087,10 +2085,10 @@ GAUSS /= GAUSS.sum()
 
 
 def ssim_matrix(first, second, device="cpu", height=128):
-    """SSIM of all pairs at 64 pixels, grey: uint8 (N, 3, H, W), (M, 3, H, W) -> float64 (N, M).
+    """SSIM of all pairs in grey at 64 x 64: pixels (N, 3, H, W), (M, 3, H, W) -> (N, M).
 
-    Wang et al. 2004; for each place of the window, one matrix product serves all pairs of `height`
-    pictures, few enough for the processor's cache. Of a set with itself, half of the pairs do.
+    Wang et al. 2004, window 11 x 11; at each of its places, one matrix product serves all pairs of
+    `height` pictures: few, for the processor's cache. Of a set with itself, half of the pairs do.
     """
     weights = torch.tensor(np.outer(GAUSS, GAUSS).flatten(), dtype=torch.float32, device=device)
     symmetric = first is second
@@ -2113,7 +2111,7 @@ def ssim_matrix(first, second, device="cpu", height=128):
 
 
 def ssim_terms(grey, weights, y, x):
-    """At one place: centred patches (N, 121), their means, their terms of SSIM's two divisors."""
+    """At one place: centred patches (N, 121), their means, and terms of SSIM's two divisors."""
     patches = grey[:, y : y + 11, x : x + 11].flatten(1)
     mean = patches @ weights
     patches = patches - mean[:, None]
@@ -2125,7 +2123,7 @@ def ssim_terms(grey, weights, y, x):
 
 
 def pooled(real, fake, standardise):
-    """Both sets' features, (N, D) and (M, D), as float64 (N + M, D), standardised together."""
+    """Features (N, D) and (M, D) as (N + M, D), to mean 0 and spread 1 if `standardise`."""
     features = np.concatenate([real, fake], dtype=np.float64)
     if standardise:
         features -= features.mean(0)
@@ -2137,8 +2135,8 @@ def pooled(real, fake, standardise):
 def frechet(first, second):
     """Fréchet distance of features (N, D), (M, D), N, M >= 2: FID if they are Inception's pool3.
 
-    The trace of the root of S1 S2 is the nuclear norm of R1 R2' where Ri' Ri = Si: no root of a
-    matrix, exact where N < D.
+    Heusel et al. 2017, equation 6. The trace of the root of S1 S2 is the nuclear norm of R1 R2'
+    where Ri' Ri = Si: no root of a matrix, exact where N < D.
     """
     gap = np.square(first.mean(0) - second.mean(0)).sum()
     root_1 = covariance_root(first)
@@ -2148,7 +2146,7 @@ def frechet(first, second):
 
 
 def covariance_root(features):
-    """R (at most D, D) with R' R the covariance of features (N, D)."""
+    """R (min(N, D), D) with R' R the covariance of features (N, D)."""
     root = (features - features.mean(0)) / np.sqrt(len(features) - 1)
     return np.linalg.qr(root, mode="r") if len(root) > root.shape[1] else root
 
@@ -2156,8 +2154,8 @@ def covariance_root(features):
 def kid(first, second):
     """KID (Binkowski et al. 2018) of features (N, D), (M, D), N, M >= 3, and its standard error.
 
-    Unbiased MMD^2 with the kernel (x·y/D + 1)^3 of all images at once, no subsets; the error is the
-    delete-one jackknife, from row sums.
+    Unbiased MMD^2 with the kernel (x·y/D + 1)^3 of all images at once, no subsets, may be negative;
+    the error is the delete-one jackknife, from row sums.
     """
 
     def kernel(x, y):
@@ -2187,9 +2185,9 @@ def squared_distances(first, second):
 def precision_recall(distances, order, draw, k):
     """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
-    distances (N, N) of real (draw 1), generated (-1) and other images (0); order: argsort of its
-    rows. A ball reaches to the k-th neighbour in its own set and includes its surface, so that
-    coinciding points count as covered.
+    distances (N, N), or squared, of real (draw 1), generated (-1) and other images (0); order:
+    argsort of its rows. A ball reaches to the k-th neighbour in its own set and includes its
+    surface, so that coinciding points count as covered.
     """
     covered = np.zeros(len(draw), bool)  # by a ball of the other set
     inside = np.zeros(len(draw), int)  # how many of the other set are in its ball
@@ -2230,8 +2228,8 @@ def same_unit(groups):
     return names[:, None] == names
 
 
-def nearest(distances, forbidden=False):
-    """Index and distance of each row's smallest entry; entries True in `forbidden` do not count."""
+def nearest(distances, forbidden):
+    """Index and value (N,) of each row's smallest entry; those True in `forbidden` do not count."""
     allowed = np.where(forbidden, np.inf, distances)
     return allowed.argmin(1), allowed.min(1)
 
@@ -2284,19 +2282,19 @@ class CopyFinder:
             self.usual[crowded] = scores[:, 0]
 
     def find(self, pixels):
-        """For uint8 (N, 3, S, S): numbers of real ones, `agreement`, kinds, is it a copy."""
+        """Of pixels (N, 3, S, S): number of the best real picture, `agreement`, kind, is a copy?"""
         index, scores, kinds = self.find_each(grey_and_mask(pixels), [()] * len(pixels))
         is_copy = scores[:, 0] >= self.limits[index[:, 0]]
         return index[:, 0], scores[:, 0], kinds, is_copy
 
     def find_each(self, pictures, forbidden):
-        """What find_one gives for each picture: one a thread, for its steps are small."""
+        """What find_one gives for each picture; a thread works on one, as its steps are small."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
                 found = pool.map(self.find_one, pictures.split(1), forbidden)
-                found = list(progress(found, "copies", len(pictures)))
+                found = list(progress(found, "looking for copies", len(pictures)))
         finally:
             torch.set_num_threads(threads)
         index, scores, kinds = zip(*found, strict=True)
@@ -2326,7 +2324,7 @@ class CopyFinder:
 
 
 def copy_limits(second, sought, rows):
-    """The agreement from which a picture is a copy of each real one, (n,): more if all are alike.
+    """The agreement from which a picture is a copy of each real one, (n,): higher if all are alike.
 
     second: of those `sought`, the second best with another patient's; the best may be stored twice.
     """
@@ -2345,7 +2343,7 @@ def pose(angle=0, scale=1.0, x=0.0, y=0.0, sign=1):
 
 
 def poses():
-    """Poses that a generated picture may have, and parts of a real one that it may show."""
+    """(40, 3, 3), poses of a generated picture; (30, 3, 3), parts of a real one that it shows."""
     turns = []
     for sign, quarter in itertools.product((1, -1), (0, 90, 180, 270)):
         for angle, scale in ((-10, 1), (0, 1), (10, 1), (0, 0.85), (0, 0.7)):
@@ -2473,14 +2471,14 @@ def draw_order(count, seed, *key):
 
 
 def predict(features, weights):
-    """Logits (N, m) by weights (D + 1, m) of `fit_logistic`."""
+    """Logits (N, m) of features (N, D) by weights (D + 1, m) of `fit_logistic`."""
     return features @ weights[:-1] + weights[-1]
 
 
 def auroc(scores, good, times=None, strata=0):
     """Share of (good, bad) pairs of one stratum that scores (n,) order right, ties half: (B,).
 
-    good, strata: (n,). times: how often each image counts, (B, n). NaN where there is no such pair.
+    good: bool (n,); strata: (n,). times: how often each image counts, (B, n). NaN without a pair.
     """
     if times is None:
         times = np.ones((1, len(good)))
@@ -2495,7 +2493,7 @@ def auroc(scores, good, times=None, strata=0):
 
 
 def resamples(groups, seed):
-    """(1001, n): how often each image counts; all once, then 1,000 bootstraps of whole groups."""
+    """(1001, n): how often an image counts: once, then in 1,000 bootstraps of whole groups (n,)."""
     _, numbers = np.unique(unit_names(groups), return_inverse=True)
     size = numbers.max() + 1
     drawn = torch.randint(size, (1000, size), generator=generator(seed, "bootstrap"))
@@ -2504,7 +2502,7 @@ def resamples(groups, seed):
 
 
 def cross_validate(features, labels, weights, groups, seed):
-    """Logits (n, m) of each column of labels, five-fold without its groups; best penalties (m,)."""
+    """Logits of labels (n, m) from five folds of whole groups (n,), and the best penalties (m,)."""
     names, numbers = np.unique(groups, return_inverse=True)
     folds = draw_order(len(names), seed, "folds")[numbers] % 5
     u, scale, _ = np.linalg.svd(features, full_matrices=False)
@@ -2523,9 +2521,9 @@ def cross_validate(features, labels, weights, groups, seed):
 def fit_logistic(features, labels, weights, penalty):
     """Logistic regressions of each column of labels (n, m) in [0, 1]: weights (D + 1, m).
 
-    Minimises the weighted log loss + penalty / 2 |w|^2; the last weight, the intercept, is free.
-    Newton's method with the bound X'X / 4 on the Hessian (Boehning and Lindsay 1988), so that one
-    inverse serves all columns and steps.
+    Minimises the sum of weighted log losses + penalty / 2 |w|^2; the last weight, the intercept, is
+    free. Newton's method with the bound X'X / 4 on the Hessian (Boehning and Lindsay 1988), so that
+    one inverse serves all columns and steps.
     """
     x = np.hstack([features, np.ones((len(features), 1))])
     ridge = np.full((x.shape[1], 1), penalty)
@@ -2548,7 +2546,7 @@ LEAST_APART = 0.8  # of the AUROC's interval, for two labels that can be told ap
 
 
 def block_scale(real, sizes):
-    """Mean and spread (D,) of descriptors (n, D) that consist of blocks of these sizes."""
+    """Mean and spread (D,) of descriptors (n, D) that consist of blocks of these widths."""
     # by the root of its size, a block of many descriptors weighs no more than one of few
     return real.mean(0), np.maximum(real.std(0), 1e-6) * np.sqrt(np.repeat(sizes, sizes))
 
@@ -2564,13 +2562,13 @@ def fit_labels(names, labels, features, groups, seed):
 class LabelCheck:
     """Does an image show its label? Learnt from the labelled real images alone.
 
-    names: the labels that 8 real images or more have; no label is checked where these are fewer
-    than two. own: the real images' numbers of names; looks, scores: what they look like and how
-    much like their own label, predicted as images left out.
+    names: the labels of 8 real images or more; [] if fewer than two, or all of one patient: then
+    nothing else is set. own: the real images' numbers of names; looks, scores: what they look like,
+    and how much like their own label, predicted as images left out.
     """
 
     def __init__(self, rows, blocks, seed):
-        """blocks: descriptors (n, D) of the real images, not `grain`: it tells who made them."""
+        """blocks: a list of descriptors (n, D) of rows, not `grain`: it tells who made them."""
         counts = Counter(text_key(row.label) for row in rows)
         self.names = sorted(name for name in counts if name and counts[name] >= 8)
         own = self.numbers(rows)
@@ -2591,9 +2589,7 @@ class LabelCheck:
             self.compare(pair, logits, groups, seed)
         more = len(self.sentences) - 4
         if more > 1:
-            self.sentences[4:] = [
-                f"{more} more pairs of labels cannot be told apart surely either."
-            ]
+            self.sentences[4:] = [f"{more} more pairs of labels cannot be told apart reliably."]
 
     def scale(self, blocks):
         """Descriptors of all kinds side by side, (N, D), in units of the real images."""
@@ -2615,16 +2611,16 @@ class LabelCheck:
             self.apart[a, b] = self.apart[b, a] = False
             names = f'"{self.names[a]}" and "{self.names[b]}"'
             self.sentences.append(
-                f"Real images of {names} cannot be told apart surely (AUROC {values[0]:.2f}, "
-                f"95 %: {low:.2f} to {high:.2f}; needed: {LEAST_APART} at least)."
+                f"Real images of {names} cannot be told apart reliably (AUROC {values[0]:.2f}, "
+                f"95 % interval {low:.2f} to {high:.2f}; it must lie above {LEAST_APART})."
             )
 
     def judge(self, blocks, rows):
         """Of each image: its label, what it looks like, p of its label, whether it shows another.
 
-        Labels are numbers of names, -1 for none of them, whose p is NaN. p is conformal: how many
-        real images of the label look less like it. Where none does, the real images of all labels
-        count, for few of one label would allow no small p.
+        All are (n,). Labels are numbers of names, -1 for none of them, whose p is NaN. p is
+        conformal: how many real images of the label look no more like it. Where none does, the real
+        images of all labels count, for few of one label would allow no small p.
         """
         logits = predict(self.scale(blocks), self.weights)
         own = self.numbers(rows)
@@ -2642,7 +2638,7 @@ class LabelCheck:
 
 
 def label_scores(logits, own):
-    """How much images look like their own labels: the logs of their shares, (N,)."""
+    """How much images look like their own labels: the logs of their softmax shares, (N,)."""
     return special.log_softmax(logits, axis=1)[np.arange(len(own)), own]
 
 
@@ -2700,7 +2696,7 @@ figure,tr{break-inside:avoid}}"""
 
 
 def page(title, body):
-    """One self-contained HTML file as text; `body` is HTML whose texts went through html.escape."""
+    """The text of a self-contained HTML file; body: HTML, its texts escaped by html.escape."""
     title = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
@@ -2710,7 +2706,7 @@ def page(title, body):
 
 
 def table(header, rows):
-    """An HTML table; every cell is escaped."""
+    """An HTML table; header: a list of cells, rows: lists of cells; each cell is escaped."""
 
     def line(tag, cells):
         texts = [f"<{tag}>{html.escape(str(cell))}" for cell in cells]
@@ -2743,17 +2739,17 @@ def dot_lines(header, rows):
 
 
 def paragraph(text, kind=""):
-    """HTML: a paragraph of plain text."""
+    """HTML: a paragraph of plain text, which is escaped; kind: a class of STYLE."""
     return f'<p class="{kind}">{html.escape(text)}</p>\n'
 
 
 def fold(title, body):
-    """HTML that shows its body once the title is clicked."""
+    """HTML: a title, escaped, that shows the body, which is HTML, when it is clicked."""
     return f"<details><summary>{html.escape(title)}</summary>{body}</details>\n"
 
 
 def thumbnail(image, size=96, alt="", quality=85, **options):
-    """An <img> of a PIL image or uint8 pixels (3, H, W): a JPEG of at most `size` pixels a side."""
+    """An <img> of a PIL image or pixels (3, H, W): a JPEG of at most `size` pixels a side."""
     if not isinstance(image, Image.Image):
         image = picture(image)
     image = image.convert("RGB")
@@ -2765,12 +2761,12 @@ def thumbnail(image, size=96, alt="", quality=85, **options):
 
 
 def zoom(image, alt, size=384):
-    """A picture of at most `size` pixels a side that a click, or Enter, shows larger."""
+    """HTML: an image of at most `size` pixels a side that a click, or Enter, shows larger."""
     return f'<details class="zoom"><summary>{thumbnail(image, size, alt)}</summary></details>'
 
 
 def pair(generated, real, text, size=384):
-    """HTML: a generated picture next to a real one, each (pixels, row), over text and names."""
+    """HTML: a generated image next to a real one, each (pixels, row), over text and names."""
     pictures = ""
     for kind, (pixels, row) in (("generated", generated), ("real", real)):
         pictures += zoom(pixels, f"{kind}: {row.file_name}", size)
@@ -2781,7 +2777,7 @@ def pair(generated, real, text, size=384):
 
 
 def curve(series, x_label):
-    """An inline SVG line chart; series: name -> list of (x, y). Only finite points are drawn."""
+    """An inline SVG line chart of finite points; series: {name: [(x, y), …]}, at most 4 names."""
     finite = {}
     for name, points in series.items():
         points = np.array(points, float).reshape(-1, 2)
@@ -2833,16 +2829,16 @@ license_name: that-of-the-base-and-of-the-data
 | | images |
 |---|---|
 {counts}
-An image with several labels counts in each. What fewer than five patients are known to show is not
-named, and a count below five is "<5".
+An image with several labels counts for each. A label, sex or age that fewer than five patients are
+known to have is not named, and a count below five is "<5".
 
-## From what it was made
+## What it was made from
 
 - training images: {images}; patients: {patients}
 - licence of these images: {data_licence}
 - ethics approval: {ethics}
 - base: {model}; its licence: {base_licence}
-- adapter, or model trained whole, first letters of its hash: {adapter}
+- adapter, or fully trained model, first letters of its hash: {adapter}
 
 ## How it was made and checked
 
@@ -2858,8 +2854,8 @@ Privacy method: none; not differentially private. {audit}
 ## Intended use and limits
 
 Research, such as enlarging training sets, after an evaluation against held-out real images; not
-for diagnosis. A synthetic image shows no patient, but may repeat a training image. It inherits the
-biases of the training set and what the licence of the base demands.
+for diagnosis. A synthetic image shows no patient, but may repeat a training image. The biases of
+the training set and the terms of the base's licence apply to it, too.
 
 ## How to cite
 
@@ -2868,7 +2864,7 @@ Name medlora, the base and the adapter's hash, and say which images are syntheti
 
 
 def write_card(args, **parts):
-    """README.md in --out: the parts of CARD, "not stated" where empty; none may name a person."""
+    """Write args.out/README.md: parts of CARD, "not stated" where empty; none may name a person."""
     licences = [text for name, text in BASE_LICENCES.items() if re.search(name, parts["model"])]
     parts["base_licence"] = ", ".join(licences)
     parts["flags"] = ""
@@ -2880,7 +2876,7 @@ def write_card(args, **parts):
 
 
 def counts_table(rows, real_rows):
-    """Markdown: how many images show what, by name where FEW patients of real_rows show it."""
+    """Markdown: images by label, sex, age; "other" where fewer than FEW real patients have it."""
     if not any(row.label for row in real_rows):
         real_rows = rows  # labels that were typed, or are of other data
     patients = {}

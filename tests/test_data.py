@@ -462,9 +462,9 @@ def test_images_below_the_resolution_are_counted(tmp_path, run, capsys):
         Image.fromarray(values).save(tmp_path / "data" / f"{i}.png")
     flags = ["--data", tmp_path / "data", "--resolution", 128, "--preview", tmp_path / "look"]
     run(train, *flags)
-    assert "12 of 12 real images have fewer than 128 px" in capsys.readouterr().err
+    assert "12 of 12 real images are smaller than 128 px" in capsys.readouterr().err
     run(train, *flags, "--crop", "pad")
-    assert "real images have fewer" not in capsys.readouterr().err
+    assert "real images are smaller" not in capsys.readouterr().err
 
 
 def test_the_doctor_shows_what_the_vae_keeps_and_goes_on_without_one(base, tmp_path, run, capsys):

@@ -241,7 +241,7 @@ def test_sets_are_compared_at_the_generated_images_size(tmp_path, monkeypatch, c
     notes = capsys.readouterr().err
     smaller = run(monkeypatch, real, fake, "--metrics", "kid", "--resolution", "64")
     assert usual["settings"]["resolution"] == 96
-    assert notes.count("9 of 9 real images have fewer than 96 px: enlarged") == 1
+    assert notes.count("9 of 9 real images are smaller than 96 px: enlarged") == 1
     assert smaller["settings"]["resolution"] == 64
     assert "enlarged" not in capsys.readouterr().err
 

@@ -744,7 +744,9 @@ def test_where_real_images_cannot_be_told_apart_nothing_is_refused():
 
     assert not is_other.any()
     assert len(check.sentences) == 3
-    assert 'Real images of "a" and "b" cannot be told apart surely (AUROC 0.' in check.sentences[0]
+    assert (
+        'Real images of "a" and "b" cannot be told apart reliably (AUROC 0.' in check.sentences[0]
+    )
 
 
 def test_a_label_of_seven_images_is_not_checked():

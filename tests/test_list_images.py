@@ -102,14 +102,14 @@ def test_files_of_other_kinds_are_counted_once_by_suffix(tmp_path, capsys, monke
         (tmp_path / name).write_bytes(b"x" * 200)
     rows, message = listed(capsys, tmp_path)
     assert len(rows) == 2
-    assert "5 files are not read: 1 .dng, 2 .heic, 1 .mov, 1 without a suffix: " in message
+    assert "files skipped: .dng (1), .heic (2), .mov (1), without a suffix (1): " in message
     assert "pip install pillow-heif" in message
-    assert "2 .heic" in refused(capsys, tmp_path, strict=True)
+    assert ".heic (2)" in refused(capsys, tmp_path, strict=True)
 
 
 def test_a_folder_of_nothing_else_says_what_is_in_it(tmp_path, capsys):
     (tmp_path / "a.cr2").write_bytes(b"x")
-    assert "1 .cr2: save images as PNG" in refused(capsys, tmp_path)
+    assert ".cr2 (1): save images as PNG" in refused(capsys, tmp_path)
 
 
 @pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
@@ -141,7 +141,7 @@ def test_texts_beside_images_are_their_captions(tmp_path, capsys):
     ]
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        f"{tmp_path}: 1 files are not read: 1 captions without an image: {metrics.ADVICE}",
+        f"{tmp_path}: files skipped: captions without an image (1): {metrics.ADVICE}",
         f"{tmp_path}: 1 of 4 rows have no caption, such as d.png",
     ]
     rows = list_images(tmp_path, prompt="{label}: {caption}")
@@ -207,9 +207,7 @@ def test_images_next_to_those_of_a_table_are_counted(tmp_path, capsys):
     for data in (tmp_path, table):
         rows, message = listed(capsys, data)
         assert len(rows) == 2
-        assert message.endswith(
-            "names 2 images, and 1 more lie next to them, such as c.png: not used"
-        )
+        assert message.endswith("images next to those that it names are not used: 1, such as c.png")
 
 
 def test_a_group_of_few_values_is_said(tmp_path, capsys):
@@ -276,9 +274,10 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, how, message",
     [
-        ("file_name,text\na.png,x\n", dict(prompt="a {finding}"), "no field {finding}"),
+        ("file_name,text\na.png,x\n", dict(prompt="a {finding}"), "no column {finding}"),
         ("file_name,text\na.png,x\n", dict(prompt="a {text"), "--prompt 'a {text'"),
-        ("file_name,text\na.png,x\n", dict(prompt="{text.__class__}"), "no field"),
+        ("file_name,text\na.png,x\n", dict(prompt="{text:d}"), "--prompt '{text:d}'"),
+        ("file_name,text\na.png,x\n", dict(prompt="{text.__class__}"), "no column"),
         ("file_name,text\na.png,x\n", dict(columns={"caption": "age"}), "has file_name, text"),
         ("file_name,text\n", {}, "has no rows"),
         ("file_name,text\n,x\n", {}, "1 of 1 files are missing: (no name)"),
@@ -311,7 +310,7 @@ def test_unquoted_commas_are_the_captions_and_that_is_reported(tmp_path, capsys)
         "MR: a mass, oval, deep",
         "CT: no mass",
     ]
-    assert '1 rows: read as Text, as "a mass, oval, deep"' in message
+    assert '1 rows: Text read as "a mass, oval, deep"' in message
 
 
 def test_the_last_column_needs_no_space_after_the_delimiter(tmp_path, capsys):
@@ -371,7 +370,7 @@ def test_a_few_missing_files_are_skipped_and_reported(tmp_path, capsys):
     table.write_text("file_name,text\n" + "".join(f"{name},x\n" for name in names))
     rows, message = listed(capsys, tmp_path)
     assert len(rows) == 38
-    assert message == f"{table}: 2 of 40 files are missing: 00.png, 01.png"
+    assert message == f"{table}: 2 of 40 files are missing: 00.png, 01.png (in {tmp_path})"
     assert "2 of 40" in refused(capsys, tmp_path, strict=True)
     (tmp_path / "39.png").unlink()
     assert "3 of 40" in refused(capsys, tmp_path)
@@ -540,7 +539,7 @@ def test_one_id_for_all_files_is_none(tmp_path, capsys):
         write_dicom(tmp_path / f"{n}", RAMP, PatientID="Doe-17")
     rows, message = listed(capsys, tmp_path)
     assert {row.group for row in rows} == {""}
-    assert "one patient's id, as after anonymisation" in message
+    assert "all DICOM files have the same PatientID: ignored" in message
     assert "oe" not in message
 
 
@@ -576,7 +575,7 @@ def test_files_without_their_codec_are_reported_with_the_command_that_gets_it(
         load_pixels(list_images(tmp_path), 16)
     message = capsys.readouterr().err.splitlines()[-1]
     assert "1 of 1 images cannot be read" in message
-    assert "no decoder here reads its compression: pip install pylibjpeg" in message
+    assert "no installed decoder reads its compression: pip install pylibjpeg" in message
 
 
 @pytest.mark.parametrize(
@@ -708,7 +707,7 @@ def test_unreadable_images_are_reported_and_too_many_are_an_error(tmp_path, caps
     assert len(rows) == 29
     assert pixels.shape == (29, 3, 16, 16)
     assert pixels[7, 0, 8, 8] == 8
-    assert f"skipped: {tmp_path / '07.png'}: is not an image, or empty" in capsys.readouterr().err
+    assert f"skipped: {tmp_path / '07.png'}: is empty, or not an image" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         load_pixels(list_images(tmp_path), 16, strict=True)
     (tmp_path / "09.png").write_bytes(b"x")
@@ -782,7 +781,9 @@ def test_images_of_more_than_8_bits_share_one_range(tmp_path, capsys):
     rows, pixels = load_pixels(list_images(tmp_path), 8)
     assert [row.file_name for row in rows] == ["bright.png", "dim.png"]
     assert pixels[:, 0, 0, 0].tolist() == [255, 64]
-    assert "2 images of more than 8 bits: 0 is black, 4000 white in all" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("2 images have more than 8 bits (16-bit files with 12-bit values): ")
+    assert "in all of them 0 is black and 4000 white" in said
 
 
 def test_deep_colours_share_the_range_of_grey_images_and_are_named(tmp_path, capsys):
@@ -794,8 +795,8 @@ def test_deep_colours_share_the_range_of_grey_images_and_are_named(tmp_path, cap
         brightest = pixels[:, 0].flatten(1).max(1).values.tolist()
         assert brightest == [round(top / white * 255) for top in (2000, 4000, 1000)]
         said = capsys.readouterr().err
-        assert f"3 images of more than 8 bits: 0 is black, {white} white in all" in said
-        assert "(16-bit files with 12-bit values)" in said
+        assert "3 images have more than 8 bits (16-bit files with 12-bit values)" in said
+        assert f"in all of them 0 is black and {white} white (--range)" in said
 
 
 def test_a_measure_is_taken_of_the_image_as_stored(tmp_path):

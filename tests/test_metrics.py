@@ -621,7 +621,8 @@ def test_a_download_that_fails_leaves_nothing_and_says_what_to_put_where(
     assert stop.value.code == 2
     assert line.startswith("error: --lpips alex: needs alex.pth")
     assert said in line
-    assert f"put {metrics.WEIGHTS['alex.pth'][0]}alex.pth into {cache}" in line
+    url = f"{metrics.WEIGHTS['alex.pth'][0]}alex.pth"
+    assert f"download {url} on another machine and copy it into {cache}" in line
     assert not any(path.is_file() for path in cache.rglob("*"))
 
 
@@ -1013,8 +1014,8 @@ def test_a_weight_file_that_is_missing_damaged_or_another_is_refused_in_one_line
     torch.save({"a": torch.zeros(1)}, other)
     messages = {
         "inception": f"into {metrics.CACHE}",
-        str(torn): "not a readable",
-        str(other): "not the weights of FID",
+        str(torn): "is damaged or not a PyTorch weight file",
+        str(other): "does not hold the weights of FID",
         str(tmp_path / "missing.pth"): "no such weight file or vision model",
         str(tmp_path): "no such weight file or vision model",
     }

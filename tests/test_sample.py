@@ -950,8 +950,8 @@ def test_real_images_are_prepared_as_the_adapters_run_did(draw, tmp_path, capsys
     padded, cut = references
     assert (padded[:, :, 0] == 0).all()
     assert (cut >= 40).all()
-    notes = [line for line in capsys.readouterr().err.splitlines() if "as its run did" in line]
-    assert notes == [f"{adapter}: real images are prepared as its run did: crop pad"]
+    notes = [line for line in capsys.readouterr().err.splitlines() if "as in its training" in line]
+    assert notes == [f"{adapter}: real images are prepared as in its training: crop pad"]
 
 
 @pytest.mark.parametrize("more, calibrate", [([], 0.05), (["--min-ssim", 0.5], None)])
