@@ -151,6 +151,7 @@ def number(low, high):
             raise argparse.ArgumentTypeError(f"{text}: give {kind} from {low:.10g} to {high:.10g}")
         return value
 
+    parse.metavar = "N" if is_whole else "X"
     return parse
 
 
@@ -210,6 +211,8 @@ def flag_adder(group):
         options |= zip(("default", "type"), default_and_type, strict=False)
         if options.get("default") is False:
             options["action"] = "store_true"
+        if hasattr(options.get("type"), "metavar"):
+            options.setdefault("metavar", options["type"].metavar)
         group.add_argument(name, help=help, **options)
 
     return add
@@ -237,7 +240,7 @@ def add_reading_flags(group, with_run=True):
         run = "a run of train.py: use its split, and its settings for these flags if not given"
         add("--run", run, metavar="DIR")
     for role in COLUMNS:
-        add(f"--{role}-column", f"the table's {role} column (default: found by its name)")
+        add(f"--{role}-column", f"{role} column of the table (default: by name)", metavar="NAME")
     add(
         "--crop",
         "to a square: cut, add a black border (pad), or cut to the fundus disc",

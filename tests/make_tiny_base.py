@@ -274,7 +274,7 @@ def make_decoder(args):
         crop = (..., slice(top, top + 64), slice(left, left + 64))
         texture_error = texture(y[crop] * 127.5 + 127.5) - texture(x[crop] * 127.5 + 127.5)
         distance = texture_error.abs().mean()
-        loss = error.abs().mean() + 0.5 * slope_error + 0.05 * distance
+        loss = error.abs().mean() + 0.5 * slope_error + 0.1 * distance
 
         def progress():
             return f"texture {distance.item():.3f} psnr {psnr(vae, test).mean():.2f}"
