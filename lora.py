@@ -174,6 +174,8 @@ def read_file(path):
     The settings are those of the header and adapter_config.json; None for ours, with B scaled.
     """
     path = find_file(path)
+    if not os.path.exists(path):
+        fail(f"{path}: no such file")
     settings = None
     try:
         with safe_open(path, "pt") as file:

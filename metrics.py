@@ -109,6 +109,7 @@ class Flags(argparse.ArgumentParser):
     def __init__(self, description, **more):
         how = {"formatter_class": HelpFormatter, "fromfile_prefix_chars": "@"}
         super().__init__(description=description, allow_abbrev=False, **how, **more)
+        self._negative_number_matcher = re.compile(r"-\d")  # --range -1000,400 has no other flag
 
     def convert_arg_line_to_args(self, line):
         line = line.strip("\ufeff \t")

@@ -172,13 +172,17 @@ def test_a_tokenizer_that_knows_no_length_reads_as_much_as_its_text_encoder(base
 
 
 def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_had_says_what_to_do(
-    refused, monkeypatch
+    refused, monkeypatch, capsys
 ):
+    gone = "runwayml/stable-diffusion-v1-5"
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.snapshot_download", lambda name, **_: f"/downloaded/{name}")
-        folder = sample.find_base("runwayml/stable-diffusion-v1-5")
+        folder = sample.find_base(gone)
     assert folder == f"/downloaded/{sample.BASES['sd15']}"
     # the tests run with HF_HUB_OFFLINE=1
+    with pytest.raises(SystemExit):
+        sample.load_base(gone, CPU)
+    assert f"{gone}: gone from the Hub; taking {sample.BASES['sd15']}\n" in capsys.readouterr().err
     line = refused(sample, "--base", "some-owner/some-model", "--prompt", "x")
     assert "hf download some-owner/some-model" in line
 

@@ -13,6 +13,7 @@ from metrics import (
     data_set,
     existing_file,
     generator,
+    interval,
     number,
     replacing,
     run_script,
@@ -24,6 +25,7 @@ def parsed(*words):
     parser = Flags("A test.")
     parser.add_argument("--steps", type=number(1, 10), default=5, help="how many")
     parser.add_argument("--share", type=number(0, 0.5), help="of all")
+    parser.add_argument("--range", type=interval)
     parser.add_argument("--data", type=data_set)
     parser.add_argument("--selector", type=existing_file)
     return parser.parse_args([str(word) for word in words])
@@ -37,6 +39,10 @@ def test_numbers_are_whole_where_both_bounds_are_and_lie_between_them():
             number(1, 10)(text)
     with pytest.raises(argparse.ArgumentTypeError, match="a number from 0 to 0.5"):
         number(0, 0.5)("nan")
+
+
+def test_a_value_may_begin_with_a_minus():
+    assert parsed("--range", "-1000,400").range == [-1000, 400]
 
 
 def test_wrong_flags_are_one_line_and_status_2(tmp_path, capsys):
