@@ -13,6 +13,10 @@ retinal haemorrhages"
     python tests/make_tiny_base.py pack --trained RUN/model --out tests/tiny-base
     python tests/make_tiny_base.py check     --out tests/tiny-base
 
+Once there is a base, its training goes on from it, on a new pool: `vae --start tests/tiny-base`,
+then `decoder`; the text encoder, the tokenizer and the UNet are copied from tests/tiny-base to TINY,
+and train.py does the rest. tests/judge_tiny_base.py measures what came of it.
+
 The pool leaves out mpox: an adapter must have something to learn. `vae` fits an autoencoder with
 factor 8 and 4 latent channels; `text` fits a byte-level CLIP tokenizer and a small CLIP text
 encoder, contrastively against the VAE's latents; `init-unet` writes a random UNet and the
@@ -188,7 +192,10 @@ def fit(args, name, modules, loss_of_batch, lr):
 
 
 def make_vae(args):
-    """Fit the autoencoder, give its latents zero mean and LATENT_STD a channel, and save it."""
+    """Fit the autoencoder, give its latents zero mean and LATENT_STD a channel, and save it.
+
+    With --start, from that base's autoencoder on, at a lower rate.
+    """
     from diffusers import AutoencoderKL
 
     if args.start:
