@@ -4,8 +4,8 @@
 #
 #   DATA=xray/ BASE=sd15 NUM_IMAGES=20 OUT=runs/films sh tests/films.sh
 #
-# DATA holds metadata.csv with file_name, label (several joined by |) and patient_id. No patient is on both sides of the
-# split: the generator never sees the films on which the classifier is tested. More flags of train.py go into TRAIN,
+# DATA holds metadata.csv with file_name, label (several joined by |) and patient_id. No patient with an id is on both
+# sides of the split: the generator never sees the films on which the classifier is tested. More flags of train.py go into TRAIN,
 # of sample.py into SAMPLE. With nothing set it runs on the embedded base and on drawn films, in some minutes on two
 # cores. Typed again, it continues where it was stopped.
 set -eu
@@ -37,6 +37,6 @@ fi
 echo "
 Look at:
   $OUT/drawn/grid.png          what was drawn of each finding
-  $OUT/report.html             how good they are, by finding, and whether a classifier learns more with them
+  $OUT/report.html             how good they are, by finding, and whether a classifier learns more with all that was drawn
   $OUT/kept/filter.html        what was kept and why
 $mixed"

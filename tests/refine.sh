@@ -5,11 +5,12 @@
 # and after each. The selector comes from ratings: filter.py --rating-page, then filter.py --fit.
 #
 #   SELECTOR=selector.safetensors LORA=runs/dfu/lora.safetensors BASE=sd21-base DATA=wounds/ \
-#       NUM_IMAGES=50 STEPS=500 TRAIN="--resolution 256 --lr 5e-5" OUT=runs/refined sh tests/refine.sh
+#       RUN=runs/dfu NUM_IMAGES=50 STEPS=500 TRAIN="--resolution 256 --lr 5e-5" OUT=runs/refined sh tests/refine.sh
 #
 # Typed again, it continues where it was stopped. More flags of train.py go into TRAIN, of sample.py into SAMPLE;
-# rank and targets must be those of LORA. Without LORA the first round trains a new adapter. RUN=runs/dfu, the run of LORA,
-# keeps what it held out for evaluation alone, and prepares real images as it did.
+# rank and targets must be those of LORA. Without LORA the first round trains a new adapter. RUN, the run of LORA,
+# keeps what it held out for evaluation alone, and prepares real images as it did. Without RUN the reports also compare
+# with images that were trained on, and look too good.
 set -eu
 cd "$(dirname "$0")/.."
 SELECTOR=${SELECTOR:?is missing: write one with filter.py --fit, see README.md}

@@ -116,7 +116,7 @@ def test_readme_names_the_imports_the_licences_and_the_download_as_they_are():
         assert licences == [licence]
     _, _, megabytes, _ = metrics.WEIGHTS[metrics.FID_WEIGHTS]
     assert f"a download of {megabytes:.0f} MB" in text
-    assert f"more than {100 * metrics.BAD_SHARE:g} % fail" in text
+    assert f"over {100 * metrics.BAD_SHARE:g} % fail" in text
 
 
 def test_what_is_not_typed_is_as_readme_and_help_say(images, tmp_path, monkeypatch):

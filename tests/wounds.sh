@@ -1,7 +1,8 @@
 #!/bin/sh
 # Diabetic foot ulcers in two phases: from a folder of photographs to a mixed training set.
 # Each phase gets a generator of its own, by its recipe. What it draws is evaluated and filtered. What is kept is mixed
-# with the real photographs. At the end it asks whether a classifier of the two phases learns more with what was drawn.
+# with the real photographs. At the end it tests a classifier of the two phases on photographs
+# that a generator mostly saw: what it gains is an upper bound.
 #
 #   DATA=wounds/ BASE=sd21-base NUM_IMAGES=200 OUT=runs/wounds sh tests/wounds.sh
 #
@@ -42,5 +43,5 @@ echo "
 Look at:
   $OUT/inflammatory.html, $OUT/remodelling.html    how good each generator is
   $OUT/kept/inflammatory/filter.html               what was kept of one phase, and why
-  $OUT/utility.html                                whether a classifier of the two phases learns more
+  $OUT/utility.html                                what a classifier of the two phases gains by all that was drawn, at most
 Mixed training sets:${mixed:- none, as no generated image was kept}"
