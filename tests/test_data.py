@@ -532,7 +532,7 @@ def test_what_is_kept_for_a_test_is_counted_and_not_written(tmp_path, run, capsy
     kept = int(re.search(r"(\d+) for a test", printed)[1])
     assert 0 < kept < 12
     assert len(metrics.list_images(tmp_path / "look")) == 12 - kept
-    assert notes.count("no captions: ") == 1  # it would train without any
+    assert notes.count("all captions are empty: ") == 1  # it would train without any
 
 
 def test_a_mix_of_which_nothing_is_held_out_is_trained_on_all_the_same(tmp_path, run, capsys):
@@ -546,7 +546,7 @@ def test_a_mix_of_which_nothing_is_held_out_is_trained_on_all_the_same(tmp_path,
     run(train, *flags, "--preview", tmp_path / "look")
     printed, notes = capsys.readouterr()
     assert "8 images: 8 to train on, 0 for validation" in printed
-    assert "no image is held out: what is mixed with generated images was trained on" in notes
+    assert "no validation images: the mixed set leaves no real ones" in notes
 
 
 def test_random_crops_differ_between_variants(tmp_path, run):

@@ -607,7 +607,7 @@ def test_with_a_selector_the_best_are_those_that_it_likes(tmp_path, filtered):
 
 def test_fewer_than_are_to_be_kept_are_counted(tmp_path, filtered, capsys):
     filtered(small_sets(tmp_path), "--keep", 20, "--dry-run")
-    assert "--keep 20: only 8 passed the other limits" in capsys.readouterr().out
+    assert "--keep 20: only 8 images pass the other limits" in capsys.readouterr().out
 
 
 def test_a_filtering_that_is_killed_and_typed_again_ends_the_same(tmp_path, filtered, monkeypatch):

@@ -19,7 +19,7 @@ PINNED = [
     ("inflammatory ulcer", "inflammatory phase wound on light skin", [176.6, 111.8, 96.7]),
     ("remodelling ulcer", "remodelling phase wound on light skin", [167.2, 135.9, 119.1]),
     ("normal chest", "healthy lungs on a chest film, broad build", [147.1, 147.1, 147.1]),
-    ("pleural effusion", "chest x-ray with a right pleural effusion", [132.8, 132.8, 132.8]),
+    ("pleural effusion", "chest x-ray with a right pleural effusion", [133.7, 133.7, 133.7]),
     ("lung nodule", "lung nodule, upper zone, left side", [124.7, 124.7, 124.7]),
     ("normal fundus", "fundus photograph of a left eye, no lesion", [126.9, 57.4, 28.2]),
     (

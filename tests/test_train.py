@@ -147,8 +147,8 @@ def test_a_run_leaves_an_adapter_checkpoints_a_log_a_split_and_grids(
     more = ["--val-samples", 1, "--val-steps", 2, "--batch-size", 2, "--accumulate", 3]
     run(train, *flags, "--out", tmp_path, *more)
     printed, notes = capsys.readouterr()
-    assert "effective batch 6 = 2 × 3 × 1" in printed
-    assert "only 4 images are held out, too few to judge or audit by" in notes
+    assert "6 = --batch-size 2 × --accumulate 3 × processes 1" in printed
+    assert "validation images: 4, too few to trust" in notes
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
         "step-00000006.pt",
         "step-00000010.pt",
@@ -887,7 +887,7 @@ def test_going_back_to_an_earlier_checkpoint_cuts_the_log_back_and_ends_with_the
 @pytest.mark.parametrize("word", ["latest", "best"])
 def test_a_checkpoint_that_is_asked_for_by_name_must_be_there(word, flags, tmp_path, refused):
     line = refused(train, *flags, "--resume", word, "--out", tmp_path)
-    assert line.endswith(f"there is no {tmp_path}/checkpoints/{word}.pt")
+    assert f"there is no {tmp_path}/checkpoints/{word}.pt: give" in line
 
 
 def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
