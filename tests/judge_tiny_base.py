@@ -84,7 +84,7 @@ class Judge(torch.nn.Module):
         super().__init__()
         layers = []
         wide = 3
-        for channels in (32, 64, 96, 128):
+        for channels in (16, 48, 96, 128):
             layers += [torch.nn.Conv2d(wide, channels, 3, 1, 1), torch.nn.GroupNorm(8, channels)]
             layers += [torch.nn.SiLU(), torch.nn.MaxPool2d(2)]
             wide = channels
@@ -108,7 +108,7 @@ def blurred(images, random):
     return F.conv2d(F.pad(images, (0, 0, 3, 3), "replicate"), weights.mT, groups=3)
 
 
-def train_judge(images, answers, steps=2500):
+def train_judge(images, answers, steps=2000):
     """A Judge of images (N, 3, 64, 64) whose right answers are {question: (N,)}."""
     torch.manual_seed(0)
     judge = Judge()

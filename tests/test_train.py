@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(base, images):
     """A quick run of 12 steps on random weights: a checkpoint every 5, a validation every 6."""
     return [
@@ -1025,14 +1025,22 @@ def agent(*torchrun_flags):
     )
 
 
+@pytest.fixture(scope="module")
+def of_two(flags, tmp_path_factory):
+    """Flags of a run in two processes, and what it leaves if nothing kills it."""
+    flags = [*flags, "--batch-size", 4, "--steps", 40]
+    whole = tmp_path_factory.mktemp("whole")
+    done = launch(*flags, "--out", whole, processes=2)
+    assert done.returncode == 0, done.stderr
+    return flags, results(whole)
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/stat").exists(), reason="needs Linux's /proc to find a rank's process"
 )
 @pytest.mark.parametrize("dies", ["a rank", "a machine"])
-def test_torchrun_brings_back_what_was_killed_and_nothing_is_lost(dies, flags, tmp_path):
-    flags = [*flags, "--batch-size", 4, "--steps", 40]
-    whole = launch(*flags, "--out", tmp_path / "whole", processes=2)
-    assert whole.returncode == 0, whole.stderr
+def test_torchrun_brings_back_what_was_killed_and_nothing_is_lost(dies, of_two, tmp_path):
+    flags, whole = of_two
     run = ["--max-restarts=3", "train.py", *flags, "--out", tmp_path / "killed"]
     if dies == "a rank":
         running = [agent("--nproc_per_node=2", *run)]
@@ -1056,7 +1064,7 @@ def test_torchrun_brings_back_what_was_killed_and_nothing_is_lost(dies, flags, t
         gone.wait()
         running.append(agent(*machine, "--rdzv_conf=is_host=0", *run))
     assert [each.wait(timeout=200) for each in running] == [0] * len(running)
-    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    assert results(tmp_path / "killed") == whole
 
 
 # ---------------------------------------------------------------- what is refused
