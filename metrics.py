@@ -22,6 +22,7 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import difflib
 import functools
 import glob
 import hashlib
@@ -118,6 +119,9 @@ class Flags(argparse.ArgumentParser):
         return [re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
 
     def error(self, message):
+        for flag in re.findall(r"unrecognized arguments: (--[\w-]+)", message):
+            near = difflib.get_close_matches(flag.replace("_", "-"), self._option_string_actions)
+            message += f" (did you mean {near[0]}?)" if near else ""
         fail(message)
 
     def parse_args(self, argv=None):

@@ -41,6 +41,15 @@ def test_numbers_are_whole_where_both_bounds_are_and_lie_between_them():
         number(0, 0.5)("nan")
 
 
+@pytest.mark.parametrize(
+    "typed, ending", [("--share_", "did you mean --share?)"), ("--zzz", "--zzz 3")]
+)
+def test_a_flag_nearly_right_is_named(typed, ending, capsys):
+    with pytest.raises(SystemExit):
+        parsed(typed, 3)
+    assert capsys.readouterr().err.endswith(ending + "\n")
+
+
 def test_a_value_may_begin_with_a_minus():
     assert parsed("--range", "-1000,400").range == [-1000, 400]
 
