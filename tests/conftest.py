@@ -16,6 +16,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core a worker
 os.environ["MEDLORA_CACHE"] = tempfile.mkdtemp(prefix="medlora-tests-")  # metrics reads it once
 os.environ["TORCH_HOME"] = os.environ["MEDLORA_CACHE"]
 atexit.register(shutil.rmtree, os.environ["MEDLORA_CACHE"], ignore_errors=True)
