@@ -805,7 +805,7 @@ def read_rating_rows(path):
             fail(f"{path}: row {line}: expert_level {wrong}")
         row |= {"rating": int(rating), "expert_level": level}
         row["image"] = row["image"].replace("\\", "/")  # of Windows
-        row["expert"] = row["expert"] or str(path)
+        row["expert"] = text_key(row["expert"]) or str(path)  # Anna is anna
         ratings.append(Rating(**row))
     unrated = len(records) - len(ratings)
     if unrated:
@@ -973,7 +973,9 @@ async function begin() {
 }
 async function start() {
   rater = $("name").value.trim(); answers = {};
-  for (const answer of await recall()) if (answer.rater == rater) answers[answer.hash] = answer;
+  const name = rater.toLowerCase();
+  for (const answer of await recall())
+    if (answer.rater.toLowerCase() == name) answers[answer.hash] = answer;
   at = facts.findIndex(f => !answers[f[5]]?.rating && !answers[f[5]]?.skipped);
   if (at < 0) at = facts.findIndex(f => !answers[f[5]]?.rating);  // the skipped ones again
   if (at < 0) at = facts.length;
