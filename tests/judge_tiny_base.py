@@ -36,7 +36,7 @@ ASKED, REAL, OTHER, MPOX_DATA = 600_000, 610_000, 620_000, 630_000  # first seed
 ANSWERS = {
     "kind": KINDS,
     "side": ["left", "right"],
-    "size": ["small", "medium", "large"],
+    "size": ["small", "large"],  # nobody can tell a large medium one from a small large one
     "tone": ["light", "brown", "dark"],
 }
 FIELDS = {"side": ("side", "eye"), "size": ("extent",), "tone": ("tone",)}
@@ -51,11 +51,8 @@ def truth(kind, attributes):
     for question, fields in FIELDS.items():
         answers[question] = -1
         for field in fields:
-            value = attributes.get(field)
-            if value == "moderate":
-                value = "medium"
-            if value in ANSWERS[question]:
-                answers[question] = ANSWERS[question].index(value)
+            if attributes.get(field) in ANSWERS[question]:
+                answers[question] = ANSWERS[question].index(attributes[field])
     return answers
 
 
@@ -72,21 +69,16 @@ def asked(kind, caption, attributes):
     raise ValueError(f"no wording of {kind} gives {caption!r}")
 
 
-def halved(images):
-    """uint8 (N, 3, 128, 128) as float (N, 3, 64, 64) in -1..1."""
-    return F.avg_pool2d(images.float(), 2) / 127.5 - 1
-
-
 class Judge(torch.nn.Module):
-    """Logits {question: (N, answers)} of pictures (N, 3, 64, 64) in -1..1."""
+    """Logits {question: (N, answers)} of pictures (N, 3, 128, 128), from 0 to 255."""
 
     def __init__(self):
         super().__init__()
-        layers = []
-        wide = 3
-        for channels in (16, 48, 96, 128):
-            layers += [torch.nn.Conv2d(wide, channels, 3, 1, 1), torch.nn.GroupNorm(8, channels)]
-            layers += [torch.nn.SiLU(), torch.nn.MaxPool2d(2)]
+        layers = [torch.nn.Conv2d(3, 24, 5, 2, 2)]
+        wide = 24
+        for channels in (48, 96, 128, 128):
+            layers += [torch.nn.GroupNorm(8, wide), torch.nn.SiLU(), torch.nn.MaxPool2d(2)]
+            layers += [torch.nn.Conv2d(wide, channels, 3, 1, 1)]
             wide = channels
         layers += [torch.nn.Flatten(), torch.nn.Linear(wide * 16, 256), torch.nn.SiLU()]
         self.trunk = torch.nn.Sequential(*layers)
@@ -95,30 +87,26 @@ class Judge(torch.nn.Module):
             self.heads[question] = torch.nn.Linear(256, len(answers))
 
     def forward(self, images):
-        features = self.trunk(images)
+        features = self.trunk(images / 127.5 - 1)
         return {question: head(features) for question, head in self.heads.items()}
 
 
 def blurred(images, random):
-    """Each batch out of focus by up to 1.2 pixels, so that softness is no clue to the judge."""
-    offsets = torch.arange(-3, 4).float()
-    weights = torch.exp(-((offsets / random.uniform(0.1, 1.2)) ** 2) / 2)
-    weights = (weights / weights.sum()).repeat(3, 1, 1, 1)
-    images = F.conv2d(F.pad(images, (3, 3, 0, 0), "replicate"), weights, groups=3)
-    return F.conv2d(F.pad(images, (0, 0, 3, 3), "replicate"), weights.mT, groups=3)
+    """Each batch a little out of focus, so that softness is no clue to the judge."""
+    return images.lerp(F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), random.uniform())
 
 
-def train_judge(images, answers, steps=2000):
-    """A Judge of images (N, 3, 64, 64) whose right answers are {question: (N,)}."""
+def train_judge(images, answers, steps=3000):
+    """A Judge of uint8 images (N, 3, 128, 128) whose right answers are {question: (N,)}."""
     torch.manual_seed(0)
     judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     random = np.random.default_rng(0)
     for step in range(steps):
-        rows = random.integers(len(images), size=64)
-        batch = blurred(images[rows], random) * random.uniform(0.9, 1.1)
-        shift = random.integers(-2, 3, 2).tolist()
+        rows = random.integers(len(images), size=48)
+        batch = blurred(images[rows].float(), random) * random.uniform(0.9, 1.1)
+        shift = random.integers(-4, 5, 2).tolist()
         logits = judge(batch.roll(shift, (2, 3)))
         loss = 0
         for question, right in answers.items():
@@ -142,17 +130,17 @@ def get_judge(data, out):
         return judge.eval()
     images, _, labels = make_tiny_base.read_pool(data)
     paths = [row["file_name"] for row in make_tiny_base.read_rows(data)]
-    images = list(halved(images))
+    images = [images]
     truths = []
     for label, name in zip(labels, paths, strict=True):
         seed = int(name.rsplit("-", 1)[1][:-4])
         truths.append(truth(label, phantoms.draw(label, seed, 16)[2]))
-    for i in range(len(images) // 7):
+    for i in range(len(labels) // 7):
         picture, _, attributes = phantoms.draw(MPOX, 2_000_000 + i)
-        images += list(halved(make_tiny_base.to_tensor([picture])))
+        images.append(make_tiny_base.to_tensor([picture]))
         truths.append(truth(MPOX, attributes))
     answers = {q: torch.tensor([right[q] for right in truths]) for q in ANSWERS}
-    judge = train_judge(torch.stack(images), answers)
+    judge = train_judge(torch.cat(images), answers)
     make_tiny_base.save_safely(judge.state_dict(), path)
     return judge
 
@@ -162,7 +150,7 @@ def share_right(judge, images, answers):
     """{question: (share right, asked)} and the kinds named, for uint8 images (N, 3, 128, 128)."""
     logits = {question: [] for question in ANSWERS}
     for batch in images.split(64):
-        for question, values in judge(halved(batch)).items():
+        for question, values in judge(batch).items():
             logits[question].append(values)
     shares = {}
     for question in ANSWERS:
