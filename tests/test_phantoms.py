@@ -16,18 +16,22 @@ needs_tiny = pytest.mark.skipif(
 )
 # caption and mean colour of seed 1,000,000 of each kind
 PINNED = [
-    ("inflammatory ulcer", "inflammatory phase wound on light skin", [176.6, 111.8, 96.7]),
-    ("remodelling ulcer", "remodelling phase wound on light skin", [167.2, 135.9, 119.1]),
-    ("normal chest", "healthy lungs on a chest film, broad build", [147.1, 147.1, 147.1]),
-    ("pleural effusion", "chest x-ray with a right pleural effusion", [133.7, 133.7, 133.7]),
-    ("lung nodule", "lung nodule, upper zone, left side", [124.7, 124.7, 124.7]),
-    ("normal fundus", "fundus photograph of a left eye, no lesion", [126.9, 57.4, 28.2]),
     (
-        "retinal haemorrhages",
-        "retina with many dark red bleedings, brown fundus",
-        [90.1, 34.4, 17.0],
+        "inflammatory ulcer",
+        "wound in the inflammatory phase with some slough",
+        [168.4, 104.3, 84.7],
     ),
-    ("mpox lesion", "skin with many umbilicated mpox pustular lesions", [181.8, 139.4, 111.8]),
+    (
+        "remodelling ulcer",
+        "photo of a healed medium wound with pale scar, light skin",
+        [171.8, 150.9, 143.7],
+    ),
+    ("normal chest", "normal chest x-ray of a broad patient", [108.8, 108.8, 108.8]),
+    ("pleural effusion", "fluid in the right pleural space, slim patient", [126.1, 126.1, 126.1]),
+    ("lung nodule", "lung nodule, lower zone, left side", [154.5, 154.5, 154.5]),
+    ("normal fundus", "fundus photograph of a left eye, no lesion", [126.9, 57.4, 28.2]),
+    ("retinal haemorrhages", "haemorrhages in the retina of a right eye", [109.9, 41.8, 20.7]),
+    ("mpox lesion", "monkeypox rash, many papular lesions", [194.1, 154.1, 127.2]),
 ]
 
 
