@@ -366,7 +366,7 @@ def load_base(name, device, precision="auto", method=None):
     trained itself (method "full"). The UNet stays on the CPU then, for the latents come first.
     """
     note(f"loading the base {name}")
-    if "/" in name and name in BASES:
+    if name in BASES and "/" in name:
         note(f"--base {name}: gone from the Hub; taking {BASES[name]}")
     folder = find_base(name)
     check_base(name, folder)

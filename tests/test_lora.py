@@ -995,7 +995,7 @@ def test_what_cannot_be_done_is_refused(tmp_path, refused):
     assert "another shape" in refused(lora, "merge", tmp_path / "a", tmp_path / "w", *out)
     assert "<word>" in refused(lora, "merge", tmp_path / "a", tmp_path / "t", *out)
     assert "<word>" in refused(lora, "convert", tmp_path / "t", "--to", "kohya", *out)
-    assert "No such file" in refused(lora, "convert", tmp_path / "no", "--to", "kohya", *out)
+    assert "no such file" in refused(lora, "convert", tmp_path / "no", "--to", "kohya", *out)
     assert not (tmp_path / "x.safetensors").exists()
 
 

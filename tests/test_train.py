@@ -38,8 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def flags(base, images):
+def quick_flags(base, images):
     """A quick run of 12 steps on random weights: a checkpoint every 5, a validation every 6."""
     return [
         "--base",
@@ -65,6 +64,11 @@ def flags(base, images):
         "--val-split",
         0.2,
     ]
+
+
+@pytest.fixture
+def flags(base, images):
+    return quick_flags(base, images)
 
 
 def command(*flags, processes=0):
@@ -1026,9 +1030,9 @@ def agent(*torchrun_flags):
 
 
 @pytest.fixture(scope="module")
-def of_two(flags, tmp_path_factory):
+def of_two(base, images, tmp_path_factory):
     """Flags of a run in two processes, and what it leaves if nothing kills it."""
-    flags = [*flags, "--batch-size", 4, "--steps", 40]
+    flags = [*quick_flags(base, images), "--batch-size", 4, "--steps", 40]
     whole = tmp_path_factory.mktemp("whole")
     done = launch(*flags, "--out", whole, processes=2)
     assert done.returncode == 0, done.stderr
