@@ -119,9 +119,11 @@ class Flags(argparse.ArgumentParser):
         return [re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
 
     def error(self, message):
-        for flag in re.findall(r"unrecognized arguments: (--[\w-]+)", message):
-            near = difflib.get_close_matches(flag.replace("_", "-"), self._option_string_actions)
-            message += f" (did you mean {near[0]}?)" if near else ""
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flag = unknown[1].replace("_", "-")
+            for near in difflib.get_close_matches(flag, self._option_string_actions, n=1):
+                message += f" (did you mean {near}?)"
         fail(message)
 
     def parse_args(self, argv=None):
@@ -197,7 +199,7 @@ def interval(text):
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        low = high = 0
+        low = high = math.nan
     if not low < high:
         raise argparse.ArgumentTypeError(f"{text}: give LO,HI with LO < HI, such as 0,4095")
     return [low, high]
