@@ -27,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import make_tiny_base
 import phantoms
 import sample
-from metrics import frechet, pooled, texture
+from metrics import frechet, pooled, texture_in_parts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KINDS = list(phantoms.KINDS)
@@ -129,11 +129,11 @@ def get_judge(data, out):
         judge.load_state_dict(torch.load(path, weights_only=True))
         return judge.eval()
     images, _, labels = make_tiny_base.read_pool(data)
-    paths = [row["file_name"] for row in make_tiny_base.read_rows(data)]
+    rows = make_tiny_base.read_rows(data)
     images = [images]
     truths = []
-    for label, name in zip(labels, paths, strict=True):
-        seed = int(name.rsplit("-", 1)[1][:-4])
+    for label, row in zip(labels, rows, strict=True):
+        seed = int(row["file_name"].rsplit("-", 1)[1][:-4])
         truths.append(truth(label, phantoms.draw(label, seed, 16)[2]))
     for i in range(len(labels) // 7):
         picture, _, attributes = phantoms.draw(MPOX, 2_000_000 + i)
@@ -183,15 +183,14 @@ def generated(base, captions):
 def rebuilt(base, images):
     """uint8 images through the base's autoencoder."""
     pictures = []
-    for batch in images.split(32):
+    for latents in make_tiny_base.encode(base.vae, images).split(32):
         with torch.no_grad():
-            latents = base.vae.encode(batch / 127.5 - 1).latent_dist.mean
             pictures.append(base.vae.decode(latents).sample)
     return ((torch.cat(pictures).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def texture_of(images):
-    return torch.cat([texture(batch) for batch in images.split(32)]).double().numpy()
+    return texture_in_parts(images).double().numpy()
 
 
 def distance(first, second):
@@ -241,20 +240,21 @@ def judge_kind(base, judge, kind, count, out):
     return figures
 
 
+def run(script, flags):
+    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True)
+
+
 def judge_adapter(folder, judge, out):
     """Shares called mpox of the pictures drawn without and with an adapter of 300 steps."""
     phantoms.write(out / "mpox", 64, seed=MPOX_DATA, kinds=[MPOX])
-    python = [sys.executable]
     flags = ["--base", folder, "--data", out / "mpox", "--out", out / "run", "--steps", 300]
     flags += ["--lr", 2e-3, "--val-split", 0, "--val-samples", 0, "--batch-size", 8]
-    subprocess.run([str(w) for w in python + [ROOT / "train.py"] + flags], check=True)
+    run("train.py", flags)
     shares = {}
     for name, adapter in (("base alone", []), ("with the adapter", ["--lora", out / "run"])):
         flags = ["--base", folder, "--labels-from", out / "mpox", "--out", out / name]
         flags += ["--num-images", 2, "--steps", 20, "--scheduler", "dpm", "--guidance-scale", 2]
-        subprocess.run(
-            [str(w) for w in python + [ROOT / "sample.py"] + flags + adapter], check=True
-        )
+        run("sample.py", flags + adapter)
         files = sorted((out / name).glob("*.png"))
         pictures = [np.asarray(Image.open(file).convert("RGB")) for file in files]
         _, named = share_right(judge, make_tiny_base.to_tensor(pictures), [])
