@@ -1103,7 +1103,8 @@ def fill_captions(data, rows, columns, prompt):
             if not all(texts.values()):
                 lacking.append(row.file_name)
             if prompt is not None:
-                row.caption = prompt.format_map(texts).strip()
+                caption = prompt.format_map(texts).strip()
+                row.caption = re.sub(r"^(.+?: )\1", r"\1", caption)  # "CT: {Text}" of "CT: a lung"
     except ValueError as error:  # of a format such as {label or {label:d}
         fail(f"--prompt {prompt!r}: {error} (write {{label}} for a column, {{{{ }}}} for braces)")
     if lacking:

@@ -392,6 +392,14 @@ def test_fields_are_found_in_any_case(tmp_path):
     assert captions(tmp_path, prompt="{Modality}: {text}") == ["OCT: a macular hole"]
 
 
+def test_a_text_that_begins_with_its_modality_names_it_once(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    lines = ["path,Text,modality", "a.png,OCT: a hole: large,OCT", "b.png,CT: CT of a lung,OCT"]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    expected = ["OCT: a hole: large", "OCT: CT: CT of a lung"]
+    assert captions(tmp_path, prompt="{modality}: {Text}") == expected
+
+
 def test_generated_images_of_a_mix_are_never_held_out(tmp_path):
     pictures(tmp_path, *[f"{n:02}.png" for n in range(40)])
     (tmp_path / "metadata.csv").write_text(
