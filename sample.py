@@ -801,13 +801,20 @@ def read_texts(args, adapters):
 
 
 def rows_of_data_set(data, prompts, adapters):
-    """The rows of a data set; captions it lacks are made by the --prompt of an adapter's run."""
+    """The rows of a data set, captioned by --prompt, else as the run of an adapter was.
+
+    A run's format, such as "{modality}: {Text}", comes before the captions of the data set; a
+    --prompt without columns serves where it has none.
+    """
     if len(prompts) > 1:
         fail("--prompt: given twice; with --labels-from give one, the format of the captions")
     rows = list_images(data, prompt=prompts[0] if prompts else None)
-    if not prompts and not any(row.caption for row in rows):
-        own_format = first_known(adapters, "prompt")
+    has_captions = any(row.caption for row in rows)
+    own_format = first_known(adapters, "prompt") or ""
+    if not prompts and ("{" in own_format or not has_captions):
         if own_format:
+            if has_captions:
+                note(f'captions as in training: "{own_format}" (others: --prompt "{{caption}}")')
             fill_captions(data, rows, {}, own_format)
         elif any(row.label for row in rows):
             fail(f'--labels-from {data}: has labels but no captions; give --prompt "… {{labels}}"')

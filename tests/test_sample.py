@@ -677,6 +677,18 @@ def test_captions_by_the_format_of_the_adapters_run(images):
     assert prompts == [("a calm foot", "calm", ""), ("a sore foot", "sore", "")]
 
 
+def test_the_format_of_a_run_comes_before_the_captions_of_the_table(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text("path,Text,modality,label\n0.png,a disc,Fundus,x\n")
+    flags = ["--labels-from", tmp_path]
+    for prompt, expected in (("{modality}: {Text}", "Fundus: a disc"), ("a retina", "a disc")):
+        adapter = sample.Adapter("a.safetensors", 1.0, {}, {"prompt": prompt}, {})
+        assert read_prompts(*flags, adapters=[adapter]) == [(expected, "x", "Fundus")]
+    assert capsys.readouterr().err.count("captions as in training") == 1
+    prompts = read_prompts(*flags, "--prompt", "{caption}", adapters=[adapter])
+    assert prompts == [("a disc", "x", "Fundus")]
+
+
 def test_without_prompts_those_of_the_adapters_run_are_drawn():
     flags = ["--lora", "a.safetensors"]
     of_training = sample.Adapter("a", 1.0, {}, {"prompt": "a foot"}, {})
