@@ -1775,7 +1775,9 @@ def write_preview(rows, pixels, folder, args):
     for name, caption, label, _, source, _ in lines[:: max(1, len(lines) // 48)]:
         cells.append((Image.open(folder / name), caption or label, source))
     save_real(contact_sheet(cells), folder / "grid.png")
-    print(f"wrote {len(lines)} images, {args.resolution} pixels a side; look at {folder}/grid.png")
+    values = f"values from {pixels.min()} to {pixels.max()}"
+    print(f"wrote {len(lines)} images, {args.resolution} pixels a side, {values}")
+    print(f"look at {folder}/grid.png")
 
 
 # ---------------------------------------------------------------- processes and the run's folder

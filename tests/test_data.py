@@ -532,6 +532,8 @@ def test_what_is_kept_for_a_test_is_counted_and_not_written(tmp_path, run, capsy
     kept = int(re.search(r"(\d+) for a test", printed)[1])
     assert 0 < kept < 12
     assert len(metrics.list_images(tmp_path / "look")) == 12 - kept
+    said = rf"wrote {12 - kept} images, 64 pixels a side, values from \d\d? to 1\d\d\n"
+    assert re.search(said, printed)
     assert notes.count("all captions are empty: ") == 1  # it would train without any
 
 
