@@ -598,11 +598,12 @@ def digest(value):
 
 
 def checkpoint_path(args):
-    """The file that --resume names."""
+    """The file that --resume names; of a folder its latest.pt."""
     if args.resume in ("auto", "latest", "best"):
         name = args.resume.replace("auto", "latest")
         return Path(args.out, "checkpoints", f"{name}.pt")
-    return Path(args.resume)
+    path = Path(args.resume)
+    return path / "latest.pt" if path.is_dir() else path
 
 
 def read_checkpoint(made_of, args):
@@ -1919,7 +1920,7 @@ def parse_args():
     add_card_flags(group)
     add("--save-every", "steps between two checkpoints", 500, positive)
     add("--keep-last", "how many of the newest checkpoints to keep (0: all)", 3, count)
-    add("--resume", "checkpoint: auto (latest if any), latest, best or a path", "auto")
+    add("--resume", "checkpoint: auto (latest if any), latest, best, a file or its folder", "auto")
     add("--audit", "repeat the membership audit of a finished run", False)
     add_common_flags(group)
     args = parser.parse_args()

@@ -888,6 +888,15 @@ def test_going_back_to_an_earlier_checkpoint_cuts_the_log_back_and_ends_with_the
     ) == before
 
 
+def test_a_folder_of_checkpoints_stands_for_its_latest(flags, tmp_path, refused):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    line = refused(train, *flags, "--resume", folder, "--out", tmp_path / "run")
+    assert f"there is no {folder}/latest.pt: give" in line
+    args = SimpleNamespace(resume=str(folder), out="runs/other")
+    assert train.checkpoint_path(args) == folder / "latest.pt"
+
+
 @pytest.mark.parametrize("word", ["latest", "best"])
 def test_a_checkpoint_that_is_asked_for_by_name_must_be_there(word, flags, tmp_path, refused):
     line = refused(train, *flags, "--resume", word, "--out", tmp_path)
