@@ -1949,6 +1949,12 @@ def check_flags(args):
             fail(f"{flag}: needs --method lora or dreambooth")
     if args.text_encoder and (args.text_lora or args.method != "lora"):
         fail("--text-encoder: needs --method lora, without --text-lora")
+    if args.optimizer == "adamw8bit":  # now, not after all images are encoded
+        need("bitsandbytes", "--optimizer adamw8bit")
+    if args.tensorboard or args.wandb:
+        need("tensorboard", "--tensorboard or --wandb")
+    if args.wandb:
+        need("wandb", "--wandb")
 
 
 def with_defaults(args, rows, base):

@@ -581,13 +581,29 @@ def test_what_weights_and_biases_refuses_is_one_line(flags, tmp_path, refused, m
 
 def test_weights_and_biases_get_what_tensorboard_gets(setup, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
-    args, _, _, state = setup("--wandb", "--out", tmp_path / "dfu")
     asked = {}
     monkeypatch.setattr(train, "need", lambda *_: SimpleNamespace(Error=OSError, init=asked.update))
+    args, _, _, state = setup("--wandb", "--out", tmp_path / "dfu")
     train.open_board(state, args).close()
     assert asked["sync_tensorboard"] is True
     assert asked["name"] == "dfu"
     assert list((tmp_path / "dfu" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(
+    "package, words",
+    [
+        ("wandb", ["--wandb"]),
+        ("tensorboard", ["--tensorboard"]),
+        ("bitsandbytes", ["--optimizer", "adamw8bit"]),
+    ],
+)
+def test_a_missing_package_is_said_before_anything_is_read(
+    package, words, flags, refused, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(train, "list_data", None)
+    assert f"pip install {package}" in refused(train, *flags, *words)
 
 
 @pytest.mark.parametrize("is_there", [True, False])
