@@ -11,8 +11,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 DATA=${DATA:-} BASE=${BASE:-tiny} OUT=${OUT:-runs/films} TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-}
-NUM_IMAGES=${NUM_IMAGES:-2}  # of each caption
-SHARE=${SHARE:-25}           # per cent of the mixed set that is generated
+NUM_IMAGES=${NUM_IMAGES:-20}  # of each caption
+SHARE=${SHARE:-25}            # per cent of the mixed set that is generated
 
 if [ -z "$DATA" ]; then
     DATA=$OUT/data
