@@ -138,6 +138,16 @@ def test_what_is_not_typed_is_as_readme_and_help_say(images, tmp_path, monkeypat
     assert flags_of(filter_script, "--fit", tmp_path / "a.csv").out == "selector.safetensors"
 
 
+@pytest.mark.parametrize("name", ["quickstart", "wounds", "films", "refine"])
+@pytest.mark.parametrize("word, status", [("--help", 0), ("--steps", 2)])
+def test_a_script_with_an_argument_shows_its_settings_and_starts_nothing(name, word, status):
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "env": {"PATH": os.environ["PATH"]}}
+    ended = subprocess.run(["sh", f"tests/{name}.sh", word], **how)
+    assert (ended.returncode, ended.stderr) == (status, "")
+    header = re.match(r"#!/bin/sh\n((?:#.*\n)+)set -eu\n", (ROOT / f"tests/{name}.sh").read_text())
+    assert ended.stdout == re.sub(r"^# ?", "", header[1], flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("name, report", [("wounds", "utility.html"), ("films", "report.html")])
 def test_the_scripts_go_from_images_to_a_mixed_set(name, report, base, tmp_path):
     settings = {
