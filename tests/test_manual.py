@@ -62,6 +62,7 @@ def test_every_command_of_readme_runs_as_typed(run, base, tmp_path, monkeypatch)
     write_data(tmp_path / "rated", ["inflammatory ulcer"])
     write_ratings(tmp_path / "rated", tmp_path / "ratings-anna.csv")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
+    given = {path.name for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     commands = readme_commands()
     assert len(commands) >= 9
@@ -78,6 +79,14 @@ def test_every_command_of_readme_runs_as_typed(run, base, tmp_path, monkeypatch)
             )
             environment = {**os.environ, "SAMPLE": "--steps 2", "TRAIN": "--val-samples 0"}
             subprocess.run(shorter, shell=True, check=True, cwd=ROOT, env=environment)
+    here = {path.name for path in tmp_path.iterdir()}
+    assert here - given == {"runs", "selector.safetensors"}  # what may show patients is in runs/
+
+
+def test_git_ignores_what_evaluate_writes_and_readmes_folder():
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    names = ["report.html", "report.json", "runs/board.html"]
+    assert subprocess.run(["git", "check-ignore", *names], **how).stdout.split() == names
 
 
 def test_every_flag_that_readme_names_is_one_of_the_scripts():
@@ -87,7 +96,7 @@ def test_every_flag_that_readme_names_is_one_of_the_scripts():
         known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', text))
     known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', (ROOT / "metrics.py").read_text()))
     known |= {f"--{role}-column" for role in metrics.COLUMNS}
-    elsewhere = {"--help", "--nproc_per_node", "--config"}  # argparse's, torchrun's, ruff's
+    elsewhere = {"--help", "--nproc_per_node", "--config", "--local-dir"}  # the last is hf's
     named = set(re.findall(r"--[a-z][a-z0-9_-]+", (ROOT / "README.md").read_text()))
     assert named - known - elsewhere == set()
 
