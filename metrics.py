@@ -88,6 +88,14 @@ def progress(items, title, count=None):
     return tqdm(items, title, count, leave=False, disable=None, delay=1)
 
 
+def did_you_mean(word, known, likeness=0.6):
+    """A question that names the known word which is most like this one; "" if none is, or it is."""
+    for near in difflib.get_close_matches(word, known, 1, likeness):
+        if near != word:
+            return f" (did you mean {near}?)"
+    return ""
+
+
 class BadImage(Exception):
     """An image that cannot be read; its text is "PATH: WHY"."""
 
@@ -120,10 +128,13 @@ class Flags(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        problem = sys.exc_info()[1]
         if unknown:
-            flag = unknown[1].replace("_", "-")
-            for near in difflib.get_close_matches(flag, self._option_string_actions, n=1):
-                message += f" (did you mean {near}?)"
+            message += did_you_mean(unknown[1], self._option_string_actions)
+        elif isinstance(problem, OSError):
+            message = f"@{problem.filename}: {problem.strerror}: give a recipe of tests/recipes"
+        elif "are required" in message:
+            message += " (see --help)"
         fail(message)
 
     def parse_args(self, argv=None):
@@ -415,7 +426,7 @@ def less_memory(args):
 
 
 def pick_device(name):
-    """The torch.device of auto|cpu|cuda|cuda:N|mps, or fail(). auto: a cuda GPU, else the CPU."""
+    """The torch.device of auto|cpu|cuda|cuda:N|mps, printed, or fail(). auto: cuda, else cpu."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cpu", *gpus]
     if torch.backends.mps.is_available():
@@ -425,7 +436,12 @@ def pick_device(name):
     if name == "auto":
         name = "cpu"
     if name not in devices:
-        fail(f"--device {name}: no such device: this machine has {', '.join(devices)}")
+        fail(
+            f"--device {name}: no such device: this machine has {', '.join(devices)}; if nvidia-smi"
+            " shows more, update the driver or install torch for its CUDA (torch.version.cuda: "
+            f"{torch.version.cuda})"
+        )
+    note(f"device: {name} (CUDA GPUs that torch sees: {len(gpus)})")
     return torch.device(name)
 
 

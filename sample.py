@@ -44,6 +44,7 @@ from tqdm import tqdm
 from filter import LIMITS, list_training, load_selector, measure_reference
 from lora import load, merged, on_disk, split_weight
 from metrics import (
+    TABLES,
     Flags,
     Row,
     add_common_flags,
@@ -51,6 +52,7 @@ from metrics import (
     command,
     content_hash,
     data_set,
+    did_you_mean,
     existing_file,
     fail,
     fill_captions,
@@ -60,6 +62,7 @@ from metrics import (
     generator,
     list_images,
     load_real,
+    looks_like_image,
     modality_of,
     need,
     need_flags,
@@ -303,10 +306,12 @@ def find_base(name, missing=fail):
     try:
         return from_hub(place, PARTS)
     except Exception as why:  # the Hub's client raises a dozen kinds
+        folder = Path(place).name
         return missing(
             f"--base {name}: no such folder, and the Hub did not give {place} "
-            f"({type(why).__name__}); give tiny, sd15, …, a Hub id or a folder. Without internet: "
-            f"type `hf download {place}` on another machine, copy the folder and give its path"
+            f"({type(why).__name__}){did_you_mean(name, BASES, 0.5)}; give tiny, sd15, …, a Hub id "
+            f"or a folder. Without internet: type `hf download {place} --local-dir {folder}` on "
+            f"another machine, copy that folder and give --base ./{folder}"
         )
 
 
@@ -427,7 +432,8 @@ def load_vae(folder, device):
     """The VAE of a base alone, fp32, in an object that encode and decode take for a Base."""
     import diffusers
 
-    vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
+    how = {"subfolder": "vae", "use_safetensors": True, "low_cpu_mem_usage": False}
+    vae = diffusers.AutoencoderKL.from_pretrained(folder, **how)
     return SimpleNamespace(vae=vae.to(device), device=device)
 
 
@@ -864,8 +870,6 @@ class Manifest:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "drawn.jsonl"
-        if (self.folder / "manifest.csv").exists() and not self.log.exists():
-            fail(f"--out {folder}: has a manifest.csv without its drawn.jsonl; give another --out")
         self.log.touch()
         self.records = {}
         self.read()
@@ -906,6 +910,16 @@ class Manifest:
             if not record["reason"]:
                 rows.append([record.get(column, "") for column in MANIFEST])
         write_csv(self.folder / "manifest.csv", MANIFEST, rows)
+
+
+def refuse_foreign(args):
+    """Fail where --out holds a data set of somebody else's, which manifest.csv would replace."""
+    if Path(args.out, "drawn.jsonl").exists():
+        return
+    for path in sorted(Path(args.out).rglob("*")):
+        is_image = path.is_file() and looks_like_image(str(path))
+        if path.name in TABLES or (is_image and not args.overwrite):
+            fail(f"--out {args.out}: {path} is not of sample.py; give another --out")
 
 
 def make_stems(captions):
@@ -965,7 +979,7 @@ def refuse_to_replace(todo, manifest, args):
         path = manifest.folder / record["file"]
         is_other = record.get("settings") != drawing.record["settings"]
         if is_other and path.exists() and not args.overwrite:
-            fail(f"{path}: has other settings; give another --out, or --overwrite to sample.py")
+            fail(f"{path}: has other settings; give another --out, or --overwrite")
 
 
 # what made an image, as its PNG text and manifest.csv call it -> IPTC's property (2025.1)
@@ -1261,6 +1275,7 @@ def parse_args(argv=None):
     add("--overwrite", "replace images that have other settings", False)
     args = parser.parse_args(argv)
     need_flags(args, {"selector": ("min_quality", "min_alignment"), "reference": LIMITS})
+    refuse_foreign(args)
     if args.reference and not args.run:
         for adapter in read_adapters(args)[:1]:
             args = parser.parse_again(adapter.metadata, adapter.path, argv)
@@ -1302,7 +1317,7 @@ def main(args):
     adapters = read_adapters(args)
     base_name = args.base or first_known(adapters, "base")
     if not base_name:
-        fail("--base is missing; give tiny, sd15, …, a Hub id or a folder")
+        fail("--lora and --base are missing; give an adapter, or tiny, sd15, …, Hub id or folder")
     settings = make_settings(args, adapters, base_name)
     prompts = read_prompts(args, adapters)
     control = Control(args, settings, prompts, device)

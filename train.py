@@ -258,8 +258,15 @@ MIN_GAIN = 0.002  # a share
 def deferred_signals():
     """Give a list that grows with each SIGINT or SIGTERM; neither interrupts a step."""
     arrived = []
+
+    def defer(*_):
+        if not arrived and RANK == 0:
+            with suppress(OSError):  # its reader is gone; print() must not interrupt itself
+                os.write(2, b"\nstopping after this step, saving\n")
+        arrived.append(True)
+
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: arrived.append(True))
+        signal.signal(name, defer)
     try:
         yield arrived
     finally:
@@ -629,8 +636,14 @@ def read_checkpoint(made_of, args):
         may_change = ("--steps", "--lr-schedule")
     changed = []
     for name, value in made_of.items():
-        if before.get(name) != value and name not in may_change:
+        if before.get(name) == value or name in may_change:
+            continue
+        if name.startswith("--"):
             changed.append(f"{name}: {before.get(name)} before, {value} now")
+        elif name.endswith("data"):
+            changed.append(f"{name}: not the same images, captions, labels or weights")
+        else:
+            changed.append(f"{name}: not the same")
     if changed:
         fail(
             f"{path} was made with other settings: {'; '.join(changed)}. Give those again, or "
@@ -715,9 +728,6 @@ class Data:
 def list_data(args):
     """All rows, each with its split: by --val-data, or by a hash of the patient or the content."""
     note(f"listing the images of {args.data}")
-    folder = Path(args.preview or args.out)
-    if folder.resolve().is_relative_to(Path(args.data).resolve()):
-        fail(f"{folder} lies in --data {args.data}, and would be trained on: give another folder")
     rows = list_rows(args.data, args, args.prompt, args.strict)
     val_share = 0.0 if args.val_data else args.val_split
     split_rows(rows, val_share, args.test_split)
@@ -727,7 +737,10 @@ def list_data(args):
             if split == "val" and any(row.fields.get("synthetic") == "1" for row in rows):
                 note("no validation images: the mixed set leaves no real ones; give --val-data")
                 continue
-            fail(f"{args.data}: {len(rows)} images are too few to split: none is left for {split}")
+            fail(
+                f"{args.data}: {len(rows)} images are too few to split: none is left for {split}: "
+                "give more, or --val-split 0 and --test-split 0"
+            )
     if args.val_data:
         rows += list_validation(rows, args)
     share_range(rows, args.range)
@@ -1615,7 +1628,7 @@ def mean_points(lines, key):
 # ---------------------------------------------------------------- the data doctor
 
 
-def preview(args):
+def preview(args, device):
     """--preview: describe the data, warn of what is odd, and write what the model would see."""
     folder = Path(args.preview)
     rows = list_data(args)
@@ -1628,7 +1641,7 @@ def preview(args):
     warn_of_duplicates(rows, pixels)
     warn_of_pictures(rows, pixels, args)
     if base:
-        show_ceiling(base, pixels, folder, args)
+        show_ceiling(base, pixels, folder, device, args)
     write_preview(rows, pixels, folder, args)
     print("next: the same command without --preview, or " + command("train.py", "--data", folder))
 
@@ -1706,10 +1719,10 @@ def find_marks(grey):
     return places
 
 
-def show_ceiling(base, pixels, folder, args):
+def show_ceiling(base, pixels, folder, device, args):
     """vae.png: images before and after the base's VAE. No training can draw finer than these."""
     note(f"measuring what the VAE of {args.base} keeps")
-    vae = load_vae(base, pick_device(args.device))
+    vae = load_vae(base, device)
     before = pixels[:: math.ceil(len(pixels) / 12)]
     after = decode(vae, encode(vae, before)[0])
     error = (before.float() - after.float()).square().mean()
@@ -1934,6 +1947,9 @@ def parse_args():
 
 def check_flags(args):
     """Fail if flags contradict each other or lack another."""
+    folder = Path(args.preview or args.out)
+    if folder.resolve().is_relative_to(Path(args.data).resolve()):
+        fail(f"{folder} lies in --data {args.data}, and would be trained on: give another folder")
     for name in args.augment.split(","):
         if name and name not in AUGMENT:
             fail(f"--augment {name}: give some of these, joined by commas: {', '.join(AUGMENT)}")
@@ -2031,7 +2047,7 @@ def main(args):
         with lock(args.out):
             run(args, device)
     elif RANK == 0:
-        preview(args)
+        preview(args, device)
     if WORLD > 1:
         dist.destroy_process_group()
 

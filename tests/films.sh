@@ -9,6 +9,11 @@
 # of sample.py into SAMPLE. With nothing set it runs on the embedded base and on drawn films, in some minutes on two
 # cores. Typed again, it continues where it was stopped.
 set -eu
+if [ $# -gt 0 ]; then  # settings are variables: print the lines above
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || exit 2
+    exit
+fi
 cd "$(dirname "$0")/.."
 DATA=${DATA:-} BASE=${BASE:-tiny} OUT=${OUT:-runs/films} TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-}
 NUM_IMAGES=${NUM_IMAGES:-20}  # of each caption

@@ -7,6 +7,11 @@
 # More flags of train.py go into TRAIN, of sample.py into SAMPLE: TRAIN="--resolution 256 --batch-size 4". Typed again, it
 # continues where it was stopped.
 set -eu
+if [ $# -gt 0 ]; then  # settings are variables: print the lines above
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || exit 2
+    exit
+fi
 cd "$(dirname "$0")/.."
 DATA=${DATA:-}                # real images: a folder or a table
 BASE=${BASE:-tiny}            # what is adapted to them
@@ -26,6 +31,7 @@ else
     REFERENCE=$OUT/reference  # of that kind and of three others, so that labels can be checked; never trained on
     RUN=
     COUNT=${COUNT:-288}
+    echo "drawing $((2 * COUNT)) phantoms in place of real images"
     python tests/phantoms.py "$DATA" --count "$COUNT" --seed 1000000 --kinds "mpox lesion"
     python tests/phantoms.py "$REFERENCE" --count "$COUNT" --seed 1500000 \
         --kinds "mpox lesion,inflammatory ulcer,normal fundus,normal chest"

@@ -12,6 +12,11 @@
 # keeps what it held out for evaluation alone, and prepares real images as it did. Without RUN the reports also compare
 # with images that were trained on, and look too good.
 set -eu
+if [ $# -gt 0 ]; then  # settings are variables: print the lines above
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || exit 2
+    exit
+fi
 cd "$(dirname "$0")/.."
 SELECTOR=${SELECTOR:?is missing: write one with filter.py --fit, see README.md}
 ROUNDS=${ROUNDS:-2}

@@ -184,7 +184,10 @@ def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_h
         sample.load_base(gone, CPU)
     assert f"{gone}: gone from the Hub; taking {sample.BASES['sd15']}\n" in capsys.readouterr().err
     line = refused(sample, "--base", "some-owner/some-model", "--prompt", "x")
-    assert "hf download some-owner/some-model" in line
+    assert "hf download some-owner/some-model --local-dir some-model`" in line
+    assert "--base ./some-model" in line and "did you mean" not in line
+    assert "did you mean tiny?" in refused(sample, "--base", "tyni", "--prompt", "x")
+    assert "did you mean" not in refused(sample, "--base", "sd15", "--prompt", "x")
 
 
 @pytest.mark.parametrize(

@@ -467,14 +467,21 @@ def test_images_below_the_resolution_are_counted(tmp_path, run, capsys):
     assert "real images are smaller" not in capsys.readouterr().err
 
 
-def test_the_doctor_shows_what_the_vae_keeps_and_goes_on_without_one(base, tmp_path, run, capsys):
+def test_the_doctor_shows_what_the_vae_keeps_and_goes_on_without_one(
+    base, tmp_path, run, capsys, monkeypatch
+):
+    part = "diffusers.models.modeling_utils"
+    monkeypatch.setattr(f"{part}.is_accelerate_available", lambda: False)
+    monkeypatch.setattr(f"{part}.logger.warning", lambda text: pytest.fail(text))
     pictures = [film(i) for i in range(12)]
     look_at(tmp_path / "data", pictures, run, capsys)
     assert not (tmp_path / "look" / "vae.png").exists()
     assert (tmp_path / "look" / "grid.png").exists()
     flags = ["--data", tmp_path / "data", "--resolution", 72, "--base", base]
     run(train, *flags, "--preview", tmp_path / "look")
-    assert re.search(r"keeps PSNR \d+\.\d dB, SSIM 0\.\d+", capsys.readouterr().out)
+    told = capsys.readouterr()
+    assert re.search(r"keeps PSNR \d+\.\d dB, SSIM 0\.\d+", told.out)
+    assert told.err.count("device: ") == 1
     assert Image.open(tmp_path / "look" / "vae.png").size == (2 * 72, 3 * 72)
 
 
@@ -515,6 +522,8 @@ def test_a_preview_never_overwrites_a_data_set(planted, tmp_path, refused):
     before = (planted / "metadata.csv").read_bytes()
     assert "lies in --data" in refused(train, "--data", planted, "--preview", planted)
     assert "lies in --data" in refused(train, "--data", planted, "--preview", planted / "look")
+    assert "lies in --data" in refused(train, "--data", planted, "--out", planted / "run")
+    assert not (planted / "run").exists()
     (tmp_path / "flat").mkdir()
     speckled(1).save(tmp_path / "flat" / "1.png")
     flags = ["--data", tmp_path / "flat", "--val-split", 0, "--resolution", 64]

@@ -87,12 +87,19 @@ def test_each_process_takes_a_gpu_of_its_own_also_where_it_sees_a_single_one(
         assert pick_device(name) == torch.device("cuda", number)
 
 
-def test_a_device_that_is_not_there_is_refused(capsys):
-    assert pick_device("cpu").type == "cpu"
-    for name in ("cuda:99", "gpu", "mps"):
+def test_the_device_is_told_in_one_line_and_one_that_is_not_there_is_refused(gpus, capsys):
+    gpus(5)
+    pick_device("auto")
+    assert capsys.readouterr().err == "device: cuda:0 (CUDA GPUs that torch sees: 1)\n"
+    gpus()
+    assert pick_device("auto").type == pick_device("cpu").type == "cpu"
+    assert capsys.readouterr().err == 2 * "device: cpu (CUDA GPUs that torch sees: 0)\n"
+    for name in ("cuda", "cuda:99", "gpu", "mps"):
         with pytest.raises(SystemExit):
             pick_device(name)
-        assert "this machine has cpu" in capsys.readouterr().err
+        line = capsys.readouterr().err
+        assert "this machine has cpu; if nvidia-smi shows more, update the driver" in line
+        assert f"(torch.version.cuda: {torch.version.cuda})" in line
 
 
 @pytest.fixture

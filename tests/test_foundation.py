@@ -25,6 +25,7 @@ def parsed(*words):
     parser = Flags("A test.")
     parser.add_argument("--steps", type=number(1, 10), default=5, help="how many")
     parser.add_argument("--share", type=number(0, 0.5), help="of all")
+    parser.add_argument("--max-share")
     parser.add_argument("--range", type=interval)
     parser.add_argument("--data", type=data_set)
     parser.add_argument("--selector", type=existing_file)
@@ -42,7 +43,12 @@ def test_numbers_are_whole_where_both_bounds_are_and_lie_between_them():
 
 
 @pytest.mark.parametrize(
-    "typed, ending", [("--share_", "did you mean --share?)"), ("--zzz", "--zzz 3")]
+    "typed, ending",
+    [
+        ("--share_", "did you mean --share?)"),
+        ("--max_share", "did you mean --max-share?)"),
+        ("--zzz", "--zzz 3"),
+    ],
 )
 def test_a_flag_nearly_right_is_named(typed, ending, capsys):
     with pytest.raises(SystemExit):
@@ -60,6 +66,7 @@ def test_wrong_flags_are_one_line_and_status_2(tmp_path, capsys):
         ("--data", "nowhere"): "nowhere: no such file or folder",
         ("--selector", tmp_path): f"{tmp_path}: no such file",
         ("--step", "3"): "--step",
+        (f"@{tmp_path}/mpoks.txt",): f"@{tmp_path}/mpoks.txt: No such file or directory: give a",
     }
     for words, message in messages.items():
         with pytest.raises(SystemExit) as stop:

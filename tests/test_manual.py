@@ -62,6 +62,7 @@ def test_every_command_of_readme_runs_as_typed(run, base, tmp_path, monkeypatch)
     write_data(tmp_path / "rated", ["inflammatory ulcer"])
     write_ratings(tmp_path / "rated", tmp_path / "ratings-anna.csv")
     (tmp_path / "tests").symlink_to(ROOT / "tests")
+    given = {path.name for path in tmp_path.iterdir()}
     monkeypatch.chdir(tmp_path)
     commands = readme_commands()
     assert len(commands) >= 9
@@ -78,6 +79,14 @@ def test_every_command_of_readme_runs_as_typed(run, base, tmp_path, monkeypatch)
             )
             environment = {**os.environ, "SAMPLE": "--steps 2", "TRAIN": "--val-samples 0"}
             subprocess.run(shorter, shell=True, check=True, cwd=ROOT, env=environment)
+    here = {path.name for path in tmp_path.iterdir()}
+    assert here - given == {"runs", "selector.safetensors"}  # what may show patients is in runs/
+
+
+def test_git_ignores_what_evaluate_writes_and_readmes_folder():
+    how = {"cwd": ROOT, "capture_output": True, "text": True}
+    names = ["report.html", "report.json", "runs/board.html"]
+    assert subprocess.run(["git", "check-ignore", *names], **how).stdout.split() == names
 
 
 def test_every_flag_that_readme_names_is_one_of_the_scripts():
@@ -87,7 +96,7 @@ def test_every_flag_that_readme_names_is_one_of_the_scripts():
         known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', text))
     known |= set(re.findall(r'"(--[a-z][a-z0-9-]+)"', (ROOT / "metrics.py").read_text()))
     known |= {f"--{role}-column" for role in metrics.COLUMNS}
-    elsewhere = {"--help", "--nproc_per_node", "--config"}  # argparse's, torchrun's, ruff's
+    elsewhere = {"--help", "--nproc_per_node", "--config", "--local-dir"}  # the last is hf's
     named = set(re.findall(r"--[a-z][a-z0-9_-]+", (ROOT / "README.md").read_text()))
     assert named - known - elsewhere == set()
 
@@ -136,6 +145,16 @@ def test_what_is_not_typed_is_as_readme_and_help_say(images, tmp_path, monkeypat
         flags_of(filter_script, images, "--drop-copies", "--reference", images).out == "runs/kept"
     )
     assert flags_of(filter_script, "--fit", tmp_path / "a.csv").out == "selector.safetensors"
+
+
+@pytest.mark.parametrize("name", ["quickstart", "wounds", "films", "refine"])
+@pytest.mark.parametrize("word, status", [("--help", 0), ("--steps", 2)])
+def test_a_script_with_an_argument_shows_its_settings_and_starts_nothing(name, word, status):
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "env": {"PATH": os.environ["PATH"]}}
+    ended = subprocess.run(["sh", f"tests/{name}.sh", word], **how)
+    assert (ended.returncode, ended.stderr) == (status, "")
+    header = re.match(r"#!/bin/sh\n((?:#.*\n)+)set -eu\n", (ROOT / f"tests/{name}.sh").read_text())
+    assert ended.stdout == re.sub(r"^# ?", "", header[1], flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("name, report", [("wounds", "utility.html"), ("films", "report.html")])

@@ -467,6 +467,16 @@ def test_somebody_elses_picture_is_not_overwritten(draw, refusal, tmp_path):
     assert Image.open(tmp_path / "a-wound-0000.png").size == (64, 64)
 
 
+@pytest.mark.parametrize("name", ["sore/1.png", "metadata.csv", "manifest.csv"])
+def test_a_folder_of_somebody_elses_data_stays_as_it_is(name, refusal, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_base", lambda *_: pytest.fail("a model was loaded"))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (9, 9)).save(path, "PNG")
+    assert f"{path} is not of sample.py" in refusal(tmp_path, "--prompt", "a wound")
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [path]
+
+
 def test_somebody_elses_manifest_is_refused(refusal, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png")
     (tmp_path / "manifest.csv").write_text("file,text\nx.png,a wound\n")

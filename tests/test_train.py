@@ -920,18 +920,20 @@ def test_a_checkpoint_that_is_asked_for_by_name_must_be_there(word, flags, tmp_p
 
 
 def test_a_termination_signal_saves_and_exits_130(flags, tmp_path):
-    process = subprocess.Popen(
-        command(*flags, "--steps", 5000, "--out", tmp_path),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    with open(tmp_path / "stderr", "w") as stderr:
+        process = subprocess.Popen(
+            command(*flags, "--steps", 5000, "--out", tmp_path),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     while not list(tmp_path.glob("checkpoints/step-*.pt")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130 and "saved" in said
+    assert (tmp_path / "stderr").read_text().count("\nstopping after this step, saving\n") == 1
     latest = tmp_path / "checkpoints" / "latest.pt"
     assert f"sample.py --checkpoint {latest} --prompt 'a " in said
     stopped = int(said.split("stopped at step ")[1].split(",")[0])
@@ -994,11 +996,12 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(flags, images, tmp_
     run(train, *flags, "--val-data", tmp_path / "b")
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     (tmp_path / "c" / "calm" / "0.png").unlink()
-    assert "the validation data: " in refused(train, *flags, "--val-data", tmp_path / "c")
+    words = "data: not the same images, captions, labels or weights"
+    assert f"the validation {words}. Give" in refused(train, *flags, "--val-data", tmp_path / "c")
     (tmp_path / "a" / "metadata.csv").write_text(
         "\n".join(["file_name,label", *(f"{name},x" for name in names[::-1])])
     )
-    assert "the training data: " in refused(train, *flags, "--val-data", tmp_path / "b")
+    assert f"the training {words}. Give" in refused(train, *flags, "--val-data", tmp_path / "b")
 
 
 def test_two_sets_with_the_same_names_are_told_apart_in_the_split(flags, images, tmp_path, run):
@@ -1177,7 +1180,8 @@ def test_a_checkpoint_of_another_rank_base_batch_or_data_is_refused_by_name(
     more = [*flags, "--out", tmp_path, "--steps", 20]
     assert "--val-split" in refused(train, *more, "--val-split", 0.5)
     assert "--rank: 2 before, 4 now" in refused(train, *more, "--rank", 4)
-    assert "--base" in refused(train, *more, "--base", "tiny")
+    line = refused(train, *more, "--base", "tiny")
+    assert "--base: " in line and "the base's files: not the same." in line
     assert "processes: 8 before, 6 now" in refused(train, *more, "--batch-size", 6)
     assert "no-such.pt" in refused(train, *more, "--resume", "no-such.pt")
     shutil.copytree(flags[3], tmp_path / "more")
@@ -1218,9 +1222,10 @@ def test_an_empty_folder_and_too_few_images_are_refused(flags, tmp_path, refused
         train, *flags, "--out", tmp_path / "out", "--data", tmp_path / "empty"
     )
     Image.new("RGB", (64, 64)).save(tmp_path / "empty" / "one.png")
-    assert "too few to split" in refused(
+    line = refused(
         train, *flags, "--out", tmp_path / "out", "--prompt", "x", "--data", tmp_path / "empty"
     )
+    assert "too few to split" in line and "or --val-split 0" in line
 
 
 def test_a_folder_that_cannot_be_written_is_refused(flags, tmp_path):

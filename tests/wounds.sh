@@ -10,6 +10,11 @@
 # With nothing set it runs on the embedded base and on drawn wounds, in some minutes on two cores. Typed again, it
 # continues where it was stopped.
 set -eu
+if [ $# -gt 0 ]; then  # settings are variables: print the lines above
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    [ "$1" = --help ] || exit 2
+    exit
+fi
 cd "$(dirname "$0")/.."
 DATA=${DATA:-} BASE=${BASE:-tiny} OUT=${OUT:-runs/wounds} TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-}
 NUM_IMAGES=${NUM_IMAGES:-40}  # of each phase
