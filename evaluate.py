@@ -111,6 +111,7 @@ from metrics import (
     zoom,
 )
 
+ENOUGH = 50  # images; fewer hide differences
 HALVES = 20  # random halves of the real set
 SHARES = (0, 10, 25, 50, 100, 200)  # percent of generated images added for --utility
 SEEDS = 5  # of the classifiers of --utility
@@ -519,6 +520,7 @@ class Entry:
     fake: ImageSet
     real: ImageSet
     known: ImageSet  # real images that were searched for copies
+    compared: tuple  # of these, how many real and generated images the metrics compare
     metrics: dict  # name: Figure
     p: float  # of all metrics together
     differences: dict  # metric: "worse" or "too good", rarest first
@@ -540,7 +542,7 @@ def evaluate_set(real, fake, known, tools, members):
     """The Entry of a generated set; members: (split, row) of all real images."""
     args = tools.args
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    figures, mix, label_figures = measure_figures(real, fake, tools)
+    compared, figures, mix, label_figures = measure_figures(real, fake, tools)
     drawn = [("generated", row) for row in fake.rows]
     people, by_label, rare = describe_people(members + drawn, copies, label_figures)
     p, differences = test_together(figures)
@@ -549,11 +551,11 @@ def evaluate_set(real, fake, known, tools, members):
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else ({}, "")
     more = mix + rare, labels, subgroups, *utility, people, by_label
-    return Entry(fake, real, known, figures, p, differences, copies, *more)
+    return Entry(fake, real, known, compared, figures, p, differences, copies, *more)
 
 
 def measure_figures(real, fake, tools):
-    """{metric: Figure}, sentences on labels that differ, and `figures_by_label`."""
+    """Images compared, {metric: Figure}, sentences on labels that differ, `figures_by_label`."""
     args, network = tools.args, tools.network
     *compared, labels, mix = match_labels(*pick_compared(real, fake), args.seed)
     joint = collect_matrices(*compared, tools)
@@ -572,7 +574,7 @@ def measure_figures(real, fake, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    return figures, mix, figures_by_label(*compared, joint, draws)
+    return (n, m), figures, mix, figures_by_label(*compared, joint, draws)
 
 
 def match_labels(real, fake, seed):
@@ -1047,7 +1049,9 @@ def findings(entry):
     for name, difference in entry.differences.items():
         if PLAIN_NAMES[name] not in seen[difference]:
             seen[difference].append(PLAIN_NAMES[name])
-    mark = "✓ not told apart"
+    is_few = min(entry.compared) < ENOUGH
+    draws = len(entry.first()[1].ranks[0])
+    mark = "? undecided" if is_few else "✓ not told apart"
     opening = "By these metrics the generated images cannot be told from real ones"
     if seen["worse"]:
         mark = "✗ told apart"
@@ -1055,12 +1059,18 @@ def findings(entry):
     elif seen["too good"]:
         mark = "! too good"
         opening = "The generated images are too good: better than fresh real images would be"
+    elif 2 * len(entry.metrics) > 0.05 * draws:  # so many draws may be the rarest in some way
+        mark = "? undecided"
+        opening = f"{draws - 1} permutations are too few to tell: type --permutations 999"
     text = [f"{opening} (p = {digits(entry.p, 2)} for all metrics together)."]
     if seen["worse"]:
         text.append(f"They are worse in (clearest first): {', '.join(seen['worse'])}.")
     if seen["too good"]:
         text.append(f"They are too good in: {', '.join(seen['too good'])}.")
         text.append("Copies cause this; images that are too smooth, too noisy or repeated can too.")
+    if is_few:
+        counts = "{} real and {} generated images".format(*entry.compared)
+        text.append(f"Only {counts} were compared: below {ENOUGH}, only large differences show.")
     return mark, text
 
 
@@ -1145,7 +1155,7 @@ many generated images against one half; compare it with real halves."""
 PAGE_GUIDE = """The bar is what chance gives: 95 % of many random divisions of both sets, mixed. The
 dot is the generated set. To the right of the bar it is worse. To the left it is better than fresh
 real images would be, as copies are. Of so many metrics one is often outside by chance: only those
-marked "worse" or "too good" count. With fewer than 50 images only large differences show."""
+marked "worse" or "too good" count."""
 
 FIGURES = """<p><b>excess</b>: the value minus the median of chance. <b>frechet, kid</b>: distance
 between the two sets; <b>colour</b>: the same for their colours; <b>grain</b>: the same for
