@@ -2,14 +2,15 @@
 
     python evaluate.py REAL GENERATED
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
-    python evaluate.py REAL GENERATED --run runs/dfu --utility --by sex
-    python evaluate.py REAL GENERATED --run runs/dfu --utility --board board.html
+    python evaluate.py REAL GENERATED --run runs/dfu --utility --by sex --board board.html
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
     python evaluate.py --download
 
 REAL and GENERATED are folders of images, or tables such as metadata.csv. It prints the metrics and
 writes a report for any browser (--out), a page for an ethics board (--board), and the same results
-for programs (--json):
+for programs (--json).
+
+The form of --json:
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
@@ -1175,8 +1176,8 @@ names; error: its standard error; real_vs_rest: distance to the other real image
 alike; – where there are too few images."""
 
 PEOPLE = """All real images, and the generated ones that were compared. train: the model was trained
-on these; val and test: held out. Sex and age come from the table or DICOM headers; – where the
-patients are unknown. A patient with several labels counts in each."""
+on these; val and test: held out. Sex and age come from the table or DICOM headers. Sex, age, labels
+and patients that are not listed are unknown. A patient with several labels counts in each."""
 
 BY_LABEL = """copies: generated images that are copies of a real one with this label. Where ten
 images of each set show it, precision: the share of generated images that look real; recall: the
@@ -1203,6 +1204,20 @@ def records_table(guide, records):
     return paragraph(guide) + table(
         records[0], [map(digits, record.values()) for record in records]
     )
+
+
+def people_tables(entry):
+    """HTML: who is in the sets, and figures by label; not what is unknown of all images."""
+    first = entry.people[0]  # counts them all
+    columns = [name for name, value in first.items() if value is not None]
+    people = []
+    for record in entry.people:
+        if record["group"] != "unknown" or record | {"by": "", "group": "all"} != first:
+            people.append({name: record[name] for name in columns})
+    by_label = ""
+    if {record["label"] for record in entry.by_label} != {"unknown"}:
+        by_label = records_table(BY_LABEL, entry.by_label)
+    return records_table(PEOPLE, people), by_label
 
 
 def verdict_box(entry):
@@ -1301,8 +1316,7 @@ def set_section(entry, args):
         body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
         body += f"<h3>By {html.escape(args.by)}</h3>{records_table(SUBGROUPS, entry.subgroups)}"
-    tables = records_table(PEOPLE, entry.people) + records_table(BY_LABEL, entry.by_label)
-    body += fold("Who is in the sets, label by label", tables)
+    body += fold("Who is in the sets, label by label", "".join(people_tables(entry)))
     return body
 
 
@@ -1398,8 +1412,8 @@ def write_board(args, results, entry):
         "contact": args.contact or "_" * 40,
     }
     parts = {name: html.escape(text) for name, text in texts.items()}
-    parts |= {"people": records_table(PEOPLE, entry.people), "figures": figure_lines(entry)}
-    parts["by_label"] = records_table(BY_LABEL, entry.by_label)
+    parts["figures"] = figure_lines(entry)
+    parts["people"], parts["by_label"] = people_tables(entry)
     body = BOARD.format(made=made, run=run, **parts)
     write_file(args.board, page("Generated images: a page for your board", body))
 
@@ -1444,7 +1458,8 @@ def bands_table(path):
 
 
 def parse_args():
-    parser = Flags(__doc__)
+    description, heading, form = __doc__.partition("The form of --json")
+    parser = Flags(description, epilog=heading + form)
     add = flag_adder(parser.add_argument_group("data"))
     add("real", "real images: a folder or a table", None, data_set, metavar="REAL", nargs="?")
     add("generated", "generated images, likewise", None, data_set, metavar="GENERATED", nargs="*")

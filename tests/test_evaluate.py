@@ -144,6 +144,13 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     assert all(f'"{key}"' in evaluate.__doc__ for key in [*figures, *entry])
 
 
+def test_help_lists_the_flags_before_the_form_of_the_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit):
+        evaluate.parse_args()
+    in_order(capsys.readouterr().out, ["for programs (--json).", "  --seed", '{"format": 2'])
+
+
 def in_order(text, parts):
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
@@ -1230,6 +1237,21 @@ def test_copies_are_counted_by_label_and_rare_labels_are_named():
     assert (b["label"], b["copies"], b["recall"]) == ("b", 2, 0.5)
     assert "show a (3): the model is most likely to repeat these images" in sentence
     assert evaluate.describe_people(members[6:], copies, {})[2] == []
+
+
+def test_what_is_unknown_of_all_images_has_no_row_and_no_column():
+    members = [("train", row()), ("generated", row())]
+    copies = evaluate.Copies("")
+    for is_known in (False, True):
+        if is_known:
+            members.append(("train", row(label="a", group="p")))
+        people, by_label, _ = evaluate.describe_people(members, copies, {})
+        found = types.SimpleNamespace(people=people, by_label=by_label)
+        who, labels = evaluate.people_tables(found)
+        assert ("<td>unknown" in who) == ("train patients" in who) == bool(labels) == is_known
+        assert "generated patients" not in who
+        assert "<td>age" not in who
+        assert f"<td>all<td>{1 + is_known}" in who
 
 
 # ---------------------------------------------------------------- the page for a board
