@@ -1046,10 +1046,9 @@ def verdict(entry):
 
 def findings(entry):
     """Whether and how the sets differ: a mark of a few words, and sentences."""
-    seen = {"worse": [], "too good": []}
+    seen = {"worse": {}, "too good": {}}  # difference: plain names, in order
     for name, difference in entry.differences.items():
-        if PLAIN_NAMES[name] not in seen[difference]:
-            seen[difference].append(PLAIN_NAMES[name])
+        seen[difference][PLAIN_NAMES[name]] = True
     is_few = min(entry.compared) < ENOUGH
     draws = len(entry.first()[1].ranks[0])
     mark = "? undecided" if is_few else "✓ not told apart"
@@ -1201,9 +1200,8 @@ Not for diagnosis."""
 
 def records_table(guide, records):
     """HTML: a guide, and a table of dicts with the same keys, as in the JSON."""
-    return paragraph(guide) + table(
-        records[0], [map(digits, record.values()) for record in records]
-    )
+    rows = [map(digits, record.values()) for record in records]
+    return paragraph(guide) + table(records[0], rows)
 
 
 def people_tables(entry):
@@ -1263,9 +1261,8 @@ def copies_section(entry, args):
     copies = entry.copies
     figures = ""
     for k, (i, j) in enumerate(copies.numbers):
-        text = (
-            f"distance {digits(copies.pairs[k]['distance'])}, p {digits(copies.pairs[k]['p'], 2)}"
-        )
+        match = copies.pairs[k]
+        text = f"distance {digits(match['distance'])}, p {digits(match['p'], 2)}"
         if k < len(copies.copies):
             text = f"a copy: {copies.copies[k]['kind']}"
         row = entry.known.rows[j]
