@@ -2,14 +2,15 @@
 
     python evaluate.py REAL GENERATED
     python evaluate.py REAL GENERATED1 GENERATED2 --out report.html --json report.json
-    python evaluate.py REAL GENERATED --run runs/dfu --utility --by sex
-    python evaluate.py REAL GENERATED --run runs/dfu --utility --board board.html
+    python evaluate.py REAL GENERATED --run runs/dfu --utility --by sex --board board.html
     python evaluate.py REAL --checkpoint runs/dfu/checkpoints --num-samples 100
     python evaluate.py --download
 
 REAL and GENERATED are folders of images, or tables such as metadata.csv. It prints the metrics and
 writes a report for any browser (--out), a page for an ethics board (--board), and the same results
-for programs (--json):
+for programs (--json).
+
+The form of --json:
 
 {"format": 2, "settings": {...}, "real": {"path", "n"}, "generated": [{"path", "n", "p", "metrics":
 {NAME: {"value", "null", "null_low", "null_high", "excess", "p_high", "p_low", "real_vs_real",
@@ -111,6 +112,7 @@ from metrics import (
     zoom,
 )
 
+ENOUGH = 50  # images; fewer hide differences
 HALVES = 20  # random halves of the real set
 SHARES = (0, 10, 25, 50, 100, 200)  # percent of generated images added for --utility
 SEEDS = 5  # of the classifiers of --utility
@@ -519,6 +521,7 @@ class Entry:
     fake: ImageSet
     real: ImageSet
     known: ImageSet  # real images that were searched for copies
+    compared: tuple  # of these, how many real and generated images the metrics compare
     metrics: dict  # name: Figure
     p: float  # of all metrics together
     differences: dict  # metric: "worse" or "too good", rarest first
@@ -540,7 +543,7 @@ def evaluate_set(real, fake, known, tools, members):
     """The Entry of a generated set; members: (split, row) of all real images."""
     args = tools.args
     copies = find_copies(known, fake, args)  # the largest matrices come and go first
-    figures, mix, label_figures = measure_figures(real, fake, tools)
+    compared, figures, mix, label_figures = measure_figures(real, fake, tools)
     drawn = [("generated", row) for row in fake.rows]
     people, by_label, rare = describe_people(members + drawn, copies, label_figures)
     p, differences = test_together(figures)
@@ -549,11 +552,11 @@ def evaluate_set(real, fake, known, tools, members):
     subgroups = measure_subgroups(features, real.rows, fake.rows, args.by)
     utility = measure_utility(real, known, fake, tools) if args.utility else ({}, "")
     more = mix + rare, labels, subgroups, *utility, people, by_label
-    return Entry(fake, real, known, figures, p, differences, copies, *more)
+    return Entry(fake, real, known, compared, figures, p, differences, copies, *more)
 
 
 def measure_figures(real, fake, tools):
-    """{metric: Figure}, sentences on labels that differ, and `figures_by_label`."""
+    """Images compared, {metric: Figure}, sentences on labels that differ, `figures_by_label`."""
     args, network = tools.args, tools.network
     *compared, labels, mix = match_labels(*pick_compared(real, fake), args.seed)
     joint = collect_matrices(*compared, tools)
@@ -572,7 +575,7 @@ def measure_figures(real, fake, tools):
             name = "fid"
         figure.band = band(args.bands.get(name), figure)
         figures[name] = figure
-    return figures, mix, figures_by_label(*compared, joint, draws)
+    return (n, m), figures, mix, figures_by_label(*compared, joint, draws)
 
 
 def match_labels(real, fake, seed):
@@ -1043,11 +1046,12 @@ def verdict(entry):
 
 def findings(entry):
     """Whether and how the sets differ: a mark of a few words, and sentences."""
-    seen = {"worse": [], "too good": []}
+    seen = {"worse": {}, "too good": {}}  # difference: plain names, in order
     for name, difference in entry.differences.items():
-        if PLAIN_NAMES[name] not in seen[difference]:
-            seen[difference].append(PLAIN_NAMES[name])
-    mark = "✓ not told apart"
+        seen[difference][PLAIN_NAMES[name]] = True
+    is_few = min(entry.compared) < ENOUGH
+    draws = len(entry.first()[1].ranks[0])
+    mark = "? undecided" if is_few else "✓ not told apart"
     opening = "By these metrics the generated images cannot be told from real ones"
     if seen["worse"]:
         mark = "✗ told apart"
@@ -1055,12 +1059,18 @@ def findings(entry):
     elif seen["too good"]:
         mark = "! too good"
         opening = "The generated images are too good: better than fresh real images would be"
+    elif 2 * len(entry.metrics) > 0.05 * draws:  # so many draws may be the rarest in some way
+        mark = "? undecided"
+        opening = f"{draws - 1} permutations are too few to tell: type --permutations 999"
     text = [f"{opening} (p = {digits(entry.p, 2)} for all metrics together)."]
     if seen["worse"]:
         text.append(f"They are worse in (clearest first): {', '.join(seen['worse'])}.")
     if seen["too good"]:
         text.append(f"They are too good in: {', '.join(seen['too good'])}.")
         text.append("Copies cause this; images that are too smooth, too noisy or repeated can too.")
+    if is_few:
+        counts = "{} real and {} generated images".format(*entry.compared)
+        text.append(f"Only {counts} were compared: below {ENOUGH}, only large differences show.")
     return mark, text
 
 
@@ -1145,7 +1155,7 @@ many generated images against one half; compare it with real halves."""
 PAGE_GUIDE = """The bar is what chance gives: 95 % of many random divisions of both sets, mixed. The
 dot is the generated set. To the right of the bar it is worse. To the left it is better than fresh
 real images would be, as copies are. Of so many metrics one is often outside by chance: only those
-marked "worse" or "too good" count. With fewer than 50 images only large differences show."""
+marked "worse" or "too good" count."""
 
 FIGURES = """<p><b>excess</b>: the value minus the median of chance. <b>frechet, kid</b>: distance
 between the two sets; <b>colour</b>: the same for their colours; <b>grain</b>: the same for
@@ -1165,8 +1175,8 @@ names; error: its standard error; real_vs_rest: distance to the other real image
 alike; – where there are too few images."""
 
 PEOPLE = """All real images, and the generated ones that were compared. train: the model was trained
-on these; val and test: held out. Sex and age come from the table or DICOM headers; – where the
-patients are unknown. A patient with several labels counts in each."""
+on these; val and test: held out. Sex and age come from the table or DICOM headers. Sex, age, labels
+and patients that are not listed are unknown. A patient with several labels counts in each."""
 
 BY_LABEL = """copies: generated images that are copies of a real one with this label. Where ten
 images of each set show it, precision: the share of generated images that look real; recall: the
@@ -1190,9 +1200,22 @@ Not for diagnosis."""
 
 def records_table(guide, records):
     """HTML: a guide, and a table of dicts with the same keys, as in the JSON."""
-    return paragraph(guide) + table(
-        records[0], [map(digits, record.values()) for record in records]
-    )
+    rows = [map(digits, record.values()) for record in records]
+    return paragraph(guide) + table(records[0], rows)
+
+
+def people_tables(entry):
+    """HTML: who is in the sets, and figures by label; not what is unknown of all images."""
+    first = entry.people[0]  # counts them all
+    columns = [name for name, value in first.items() if value is not None]
+    people = []
+    for record in entry.people:
+        if record["group"] != "unknown" or record | {"by": "", "group": "all"} != first:
+            people.append({name: record[name] for name in columns})
+    by_label = ""
+    if {record["label"] for record in entry.by_label} != {"unknown"}:
+        by_label = records_table(BY_LABEL, entry.by_label)
+    return records_table(PEOPLE, people), by_label
 
 
 def verdict_box(entry):
@@ -1238,9 +1261,8 @@ def copies_section(entry, args):
     copies = entry.copies
     figures = ""
     for k, (i, j) in enumerate(copies.numbers):
-        text = (
-            f"distance {digits(copies.pairs[k]['distance'])}, p {digits(copies.pairs[k]['p'], 2)}"
-        )
+        match = copies.pairs[k]
+        text = f"distance {digits(match['distance'])}, p {digits(match['p'], 2)}"
         if k < len(copies.copies):
             text = f"a copy: {copies.copies[k]['kind']}"
         row = entry.known.rows[j]
@@ -1291,8 +1313,7 @@ def set_section(entry, args):
         body += f"<h3>Do they help a classifier?</h3>{utility_section(entry)}"
     if len(entry.subgroups) > 1:  # not all unknown
         body += f"<h3>By {html.escape(args.by)}</h3>{records_table(SUBGROUPS, entry.subgroups)}"
-    tables = records_table(PEOPLE, entry.people) + records_table(BY_LABEL, entry.by_label)
-    body += fold("Who is in the sets, label by label", tables)
+    body += fold("Who is in the sets, label by label", "".join(people_tables(entry)))
     return body
 
 
@@ -1388,8 +1409,8 @@ def write_board(args, results, entry):
         "contact": args.contact or "_" * 40,
     }
     parts = {name: html.escape(text) for name, text in texts.items()}
-    parts |= {"people": records_table(PEOPLE, entry.people), "figures": figure_lines(entry)}
-    parts["by_label"] = records_table(BY_LABEL, entry.by_label)
+    parts["figures"] = figure_lines(entry)
+    parts["people"], parts["by_label"] = people_tables(entry)
     body = BOARD.format(made=made, run=run, **parts)
     write_file(args.board, page("Generated images: a page for your board", body))
 
@@ -1434,7 +1455,8 @@ def bands_table(path):
 
 
 def parse_args():
-    parser = Flags(__doc__)
+    description, heading, form = __doc__.partition("The form of --json")
+    parser = Flags(description, epilog=heading + form)
     add = flag_adder(parser.add_argument_group("data"))
     add("real", "real images: a folder or a table", None, data_set, metavar="REAL", nargs="?")
     add("generated", "generated images, likewise", None, data_set, metavar="GENERATED", nargs="*")

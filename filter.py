@@ -615,10 +615,11 @@ def copy_images(out, kept, mixed):
     write_csv(out / "metadata.csv", columns, [map(line.get, columns) for line in lines])
 
 
-REASONS = """Below, each generated image stands to the left of the real image nearest to it.
-Texture: the pattern of edges and surfaces. Colour: tints, and where it is bright. Grain: sharpness,
-noise, JPEG blocks. Quality: 1 looks most like the real images, 0 least, by the worst of these
-scores; with a selector, the probability that an expert calls the image good."""
+REASONS = """Below, each generated image stands to the left of the real image nearest in texture, or
+of the one that it copies. Texture: the pattern of edges and surfaces. Colour: tints, and where it
+is bright. Grain: sharpness, noise, JPEG blocks. Quality: 1 looks most like the real images, 0
+least, by the worst of these scores; with a selector, the probability that an expert calls the image
+good."""
 
 
 def report(rows, pixels, real_rows, real, reasons, scores, reference, summary):
@@ -655,10 +656,11 @@ def other_limits(reference, scores):
         if np.isfinite(threshold):  # else there are too few real images for it
             passing = f"{np.sum(ranks <= threshold)} of {len(ranks)}"
             lines.append((alpha, f"{1 - alpha:.0%}", passing))
-    return table(
-        ("--calibrate", "unseen real images that pass", "generated images that pass this limit"),
-        lines,
+    caption = (
+        "This limit alone: labels, copies, duplicates, colours or other flags may refuse more."
     )
+    header = ("--calibrate", "unseen real images that pass", "generated images that pass")
+    return paragraph(caption) + table(header, lines)
 
 
 # ---------------------------------------------------------------- the card of the kept images
@@ -984,9 +986,11 @@ async function start() {
 function answerHere() { const hash = facts[at][5]; return answers[hash] ||= {rater, hash}; }
 function show() {
   const done = at >= facts.length, marked = facts.filter(f => answers[f[5]]?.rating).length;
+  const guessed = facts.filter(f => answers[f[5]]?.guess).length;
   $("bar").max = facts.length; $("bar").value = at; $("rater").textContent = rater;
   $("where").textContent = (done ? "The end" : `${at + 1} of ${facts.length}`)
     + `, ${marked} rated`
+    + (done && BLIND ? `, real or generated guessed for ${guessed} of ${facts.length}` : "")
     + (done && marked < facts.length ? "; to see the skipped ones, press c, then Start" : "")
     + (safe ? "" : "; this browser keeps nothing: save the file before you close the page");
   for (const id of ["picture", "work", "view", "skip"]) $(id).hidden = done;
@@ -1258,7 +1262,8 @@ def describe_agreement(first, second, gen):
     draws = torch.randint(count, (1000, count), generator=gen).numpy()
     values = [kappa(first[draw], second[draw]) for draw in draws]
     low, high = np.nanpercentile(values, (2.5, 97.5))
-    return f"weighted kappa {value:.2f} (95 %: {low:.2f} to {high:.2f}) on {count} shared images"
+    text = f"weighted kappa {value:.2f} (95 %: {low:.2f} to {high:.2f}) on {count} shared images"
+    return f"{text}; 0: as by chance, 1: always equal (Cohen 1968)"
 
 
 # ---------------------------------------------------------------- ratings teach a selector

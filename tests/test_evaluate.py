@@ -139,9 +139,16 @@ def test_the_command_as_typed_prints_a_table_and_writes_a_report_and_figures(tmp
     p = f"(p = {evaluate.digits(entry['p'], 2)} for all metrics together)"
     order = [evaluate.GUIDE, "by chance: median", evaluate.HALVES_GUIDE]
     in_order(done.stdout, [p, *order])
-    in_order(html.unescape(report), ["✓ not told apart", p, *order])
+    in_order(html.unescape(report), ["? undecided", p, *order])
     in_order(report, ["What do they look like?", "Do they differ, and how?", "Are they copies?"])
     assert all(f'"{key}"' in evaluate.__doc__ for key in [*figures, *entry])
+
+
+def test_help_lists_the_flags_before_the_form_of_the_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    with pytest.raises(SystemExit):
+        evaluate.parse_args()
+    in_order(capsys.readouterr().out, ["for programs (--json).", "  --seed", '{"format": 2'])
 
 
 def in_order(text, parts):
@@ -165,11 +172,11 @@ def test_fresh_pictures_rank_before_blurred_ones_and_copies_are_called_copies(
     assert found[copies]["frechet"]["value"] < 1e-6
     for name in ("frechet", "kid", "ssim_nearest"):
         assert found[copies][name]["p_low"] == 0.01
-    words = ("can be told", "cannot be told", "variety", "images are too good")
+    words = ("can be told", "too few to tell", "variety", "images are too good")
     lines = capsys.readouterr().out.splitlines()
     verdicts = [line for line in lines if "for all metrics together" in line]
     said = [[word for word in words if word in line] for line in verdicts]
-    assert said == [["can be told", "variety"], ["cannot be told"], ["images are too good"]]
+    assert said == [["can be told", "variety"], ["too few to tell"], ["images are too good"]]
 
 
 def test_one_picture_again_and_again_is_told_apart(tmp_path, monkeypatch, capsys):
@@ -1015,7 +1022,8 @@ def entry(figures, n=60, copies=None):
     images = evaluate.ImageSet("x", rows, None)
     p, differences = evaluate.test_together(figures)
     words = [], {}, [], {}, "", [], []  # nothing on labels, subgroups, utility, people
-    return evaluate.Entry(images, images, images, figures, p, differences, copies, *words)
+    sets = images, images, images, (n, n)
+    return evaluate.Entry(*sets, figures, p, differences, copies, *words)
 
 
 def test_many_copies_make_a_set_the_last():
@@ -1229,6 +1237,21 @@ def test_copies_are_counted_by_label_and_rare_labels_are_named():
     assert (b["label"], b["copies"], b["recall"]) == ("b", 2, 0.5)
     assert "show a (3): the model is most likely to repeat these images" in sentence
     assert evaluate.describe_people(members[6:], copies, {})[2] == []
+
+
+def test_what_is_unknown_of_all_images_has_no_row_and_no_column():
+    members = [("train", row()), ("generated", row())]
+    copies = evaluate.Copies("")
+    for is_known in (False, True):
+        if is_known:
+            members.append(("train", row(label="a", group="p")))
+        people, by_label, _ = evaluate.describe_people(members, copies, {})
+        found = types.SimpleNamespace(people=people, by_label=by_label)
+        who, labels = evaluate.people_tables(found)
+        assert ("<td>unknown" in who) == ("train patients" in who) == bool(labels) == is_known
+        assert "generated patients" not in who
+        assert "<td>age" not in who
+        assert f"<td>all<td>{1 + is_known}" in who
 
 
 # ---------------------------------------------------------------- the page for a board
@@ -1605,7 +1628,7 @@ def random_table(seed):
         shift = r.choice([0, 0, 0, 2, -2, 9, -9]) * (seed % 5 > 0)
         shift = shifts.setdefault(plain_name, shift)
         lower_is_better = METRICS["frechet" if name == "fid" else name][1]
-        values = np.append(shift + 0.3 * r.randn(), r.randn(199))
+        values = np.append(shift + 0.3 * r.randn(), r.randn(599))
         figures[name] = yardstick(values, lower_is_better)
     return entry(figures)
 
@@ -1685,6 +1708,31 @@ def test_the_badge_says_what_the_verdict_says_and_that_copies_may_be_there():
     assert "✗ told apart" in far and "may be copies" not in far
     assert "! too good" in near and "may be copies" in near
     assert "p = 0.01 for all metrics" in far
+
+
+def test_below_50_images_there_is_no_tick_and_the_verdict_says_so():
+    for n, is_few in ((49, True), (50, False)):
+        for excess in (0, 1):
+            box = evaluate.verdict_box(entry({"kid": figure(excess)}, n))
+            assert ("Only 49 real and 49 generated images were compared" in box) == is_few
+        same = evaluate.verdict_box(entry({"kid": figure(0)}, n))
+        assert ("? undecided" in same, "✓" in same) == (is_few, not is_few)
+
+
+def test_permutations_that_cannot_tell_are_no_likeness():
+    # the true division came up again, and each figure has draws that are rarer by it alone
+    figures = {}
+    for shift, name in enumerate(list(evaluate.PLAIN_NAMES)[:10]):
+        values = np.append([9, 9], np.random.RandomState(shift).randn(98))
+        figures[name] = yardstick(values, True)
+    found = entry(figures)
+
+    assert found.p > 0.05 and figures["kid"].p_high == 0.02
+    mark, text = evaluate.findings(found)
+    assert mark == "? undecided"
+    said = f"99 permutations are too few to tell: type --permutations 999 (p = {found.p:.2g}"
+    assert text[0].startswith(said)
+    assert "cannot be told" not in evaluate.verdict(found)
 
 
 @pytest.mark.parametrize("lower_is_better", [True, False])

@@ -339,6 +339,8 @@ def test_the_page_counts_shows_the_best_first_and_names_other_limits(sets, filte
     )
     assert len(kept) <= int(limits["0.05"]) <= passing
     assert int(limits["0.05"]) >= int(limits["0.1"]) >= int(limits["0.5"])
+    assert "This limit alone: labels, copies, duplicates, colours or other flags may refuse" in page
+    assert "stands to the left of the real image nearest in texture, or" in page
 
 
 def test_two_images_of_one_name_are_refused(sets, tmp_path, refused):
@@ -1447,6 +1449,8 @@ def test_answers_outlive_a_killed_browser_and_are_saved_by_rater(sets, tmp_path,
     begin_as(again, 'dr. "a", Ünal')
     press(again, "2222")
     assert again.evaluate("!$('end').hidden && $('file').textContent") == "ratings-dr-a-Ünal.csv"
+    said = "The end, 14 rated, real or generated guessed for 9 of 15; to see the skipped ones"
+    assert again.evaluate("$('where').textContent").startswith(said)
     press(again, ["u"])
     assert again.evaluate("answers[facts[at][5]].rating") == "2"  # going back unmarks nothing
     press(again, ["s"])
@@ -1532,7 +1536,8 @@ def test_agreement_prints_kappa_and_who_took_real_for_generated(tmp_path, run, c
 
     output = capsys.readouterr().out
     assert "anna, ben: weighted kappa 0.29" in output
-    assert "on 6 shared images" in output  # the real ones are left out
+    said = "on 6 shared images; 0: as by chance, 1: always equal (Cohen 1968)\n"
+    assert said in output  # the real ones are left out
     expected = "anna: of real images 6 called real, 0 generated; "
     assert expected + "of generated images 3 called real, 3 generated" in output
 
