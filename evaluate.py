@@ -1059,7 +1059,7 @@ def findings(entry):
     elif seen["too good"]:
         mark = "! too good"
         opening = "The generated images are too good: better than fresh real images would be"
-    elif 2 * len(entry.metrics) > 0.05 * draws:  # so many draws may be the rarest in some way
+    elif entry.p <= 2 * len(entry.metrics) / draws:  # no less, even if it is outside all chance
         mark = "? undecided"
         opening = f"{draws - 1} permutations are too few to tell: type --permutations 999"
     text = [f"{opening} (p = {digits(entry.p, 2)} for all metrics together)."]
