@@ -1942,6 +1942,7 @@ def parse_args():
     if args.variants is None:
         args.variants = 4 if args.augment or args.crop == "random" else 1
     check_flags(args)
+    check_packages(args)
     return args
 
 
@@ -1965,7 +1966,11 @@ def check_flags(args):
             fail(f"{flag}: needs --method lora or dreambooth")
     if args.text_encoder and (args.text_lora or args.method != "lora"):
         fail("--text-encoder: needs --method lora, without --text-lora")
-    if args.optimizer == "adamw8bit":  # now, not after all images are encoded
+
+
+def check_packages(args):
+    """Fail now, not after all images are encoded, if a flag needs a package that is missing."""
+    if args.optimizer == "adamw8bit":
         need("bitsandbytes", "--optimizer adamw8bit")
     if args.tensorboard or args.wandb:
         need("tensorboard", "--tensorboard or --wandb")
