@@ -426,7 +426,7 @@ def less_memory(args):
 
 
 def pick_device(name):
-    """The torch.device of auto|cpu|cuda|cuda:N|mps, printed, or fail(). auto: cuda, else cpu."""
+    """The torch.device of auto|cpu|cuda|cuda:N|mps, or fail(). auto: cuda, else cpu."""
     gpus = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
     devices = ["cpu", *gpus]
     if torch.backends.mps.is_available():
@@ -441,7 +441,6 @@ def pick_device(name):
             " shows more, update the driver or install torch for its CUDA (torch.version.cuda: "
             f"{torch.version.cuda})"
         )
-    note(f"device: {name} (CUDA GPUs that torch sees: {len(gpus)})")
     return torch.device(name)
 
 

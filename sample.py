@@ -370,7 +370,7 @@ def load_base(name, device, precision="auto", method=None):
     To train, VAE and text encoders are in fp32, since their outputs are cached, and so is a UNet
     trained itself (method "full"). The UNet stays on the CPU then, for the latents come first.
     """
-    note(f"loading the base {name}")
+    note(f"loading the base {name} on {device} (CUDA GPUs: {torch.cuda.device_count()})")
     if name in BASES and "/" in name:
         note(f"--base {name}: gone from the Hub; taking {BASES[name]}")
     folder = find_base(name)

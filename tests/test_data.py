@@ -83,8 +83,8 @@ def test_a_balanced_run_draws_by_labels_and_needs_them(flags, tmp_path, run, ref
     assert "--balance" in refused(train, *flags, "--out", tmp_path / "run")
 
 
-def test_each_slot_of_a_batch_draws_a_variant_of_its_own(monkeypatch):
-    flags = ["--data", ".", "--augment", "noise", "--variants", "3", "--batch-size", "8"]
+def test_each_slot_of_a_batch_draws_a_variant_of_its_own(monkeypatch, tmp_path):
+    flags = ["--data", str(tmp_path), "--augment", "noise", "--variants", "3", "--batch-size", "8"]
     monkeypatch.setattr("sys.argv", ["train.py", *flags])
     args = train.parse_args()
     mean = torch.arange(30.0).view(3, 10).T[..., None, None, None]  # variant v of image n: 10 v + n
@@ -481,7 +481,6 @@ def test_the_doctor_shows_what_the_vae_keeps_and_goes_on_without_one(
     run(train, *flags, "--preview", tmp_path / "look")
     told = capsys.readouterr()
     assert re.search(r"keeps PSNR \d+\.\d dB, SSIM 0\.\d+", told.out)
-    assert told.err.count("device: ") == 1
     assert Image.open(tmp_path / "look" / "vae.png").size == (2 * 72, 3 * 72)
 
 

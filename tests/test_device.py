@@ -87,13 +87,9 @@ def test_each_process_takes_a_gpu_of_its_own_also_where_it_sees_a_single_one(
         assert pick_device(name) == torch.device("cuda", number)
 
 
-def test_the_device_is_told_in_one_line_and_one_that_is_not_there_is_refused(gpus, capsys):
-    gpus(5)
-    pick_device("auto")
-    assert capsys.readouterr().err == "device: cuda:0 (CUDA GPUs that torch sees: 1)\n"
+def test_a_device_that_is_not_there_is_refused_with_advice(gpus, capsys):
     gpus()
     assert pick_device("auto").type == pick_device("cpu").type == "cpu"
-    assert capsys.readouterr().err == 2 * "device: cpu (CUDA GPUs that torch sees: 0)\n"
     for name in ("cuda", "cuda:99", "gpu", "mps"):
         with pytest.raises(SystemExit):
             pick_device(name)
@@ -450,7 +446,8 @@ def advice(script, *flags):
         sys.argv = argv
 
 
-def test_only_flags_that_would_help_this_command_are_named(images):
+def test_only_flags_that_would_help_this_command_are_named(images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
     data = ["--data", images]
     smaller = "a smaller --batch-size, a smaller --resolution"
     assert advice(train, *data) == f"{smaller}, --gradient-checkpointing"
