@@ -226,12 +226,9 @@ def make_vae(args):
             shake = torch.sqrt(logvar.exp() + (0.05 * mean.detach().std()) ** 2)
             y = vae.decode(mean + shake * torch.randn(mean.shape, generator=draw)).sample
         error = y.float() - x
-        slope_error = slopes(error)
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * slope_error
-        colour_error = error - error.mean(1, keepdim=True)
-        # Small patches of another colour are what wounds are made of, and little of the error.
-        loss = loss + 40 * F.avg_pool2d(colour_error, 4).square().mean() + 1e-5 * divergence
+        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * slopes(error)
+        loss = loss + 40 * tints(error) + 1e-5 * divergence
 
         def progress():
             squared = error.detach().square().mean()
@@ -252,10 +249,18 @@ def slopes(error):
     return across.abs().mean() + down.abs().mean()
 
 
+def tints(error):
+    """Mean square of the colour of `error` (B, 3, H, W) in patches of 4 x 4 pixels.
+
+    Patches of another colour are what wounds are made of, and little of the whole error.
+    """
+    return F.avg_pool2d(error - error.mean(1, keepdim=True), 4).square().mean()
+
+
 def make_decoder(args):
     """Sharpen the decoder alone, so that latents, and a UNet trained on them, stay what they are.
 
-    Added to absolute error and slopes are the distances in log energies of oriented textures
+    Added to absolute error, slopes and tints are the distances in log energies of oriented textures
     (metrics.texture), what a blur loses first and squared error hardly sees, and in noise and the
     pattern of 8 x 8 cells (metrics.grey_grain).
     """
@@ -283,7 +288,7 @@ def make_decoder(args):
         crop = (..., slice(top, top + 64), slice(left, left + 64))
         distance = (texture(y[crop]) - texture(x[crop])).abs().mean()
         grain_error = grey_grain(255 * to_grey(y)) - grey_grain(255 * to_grey(x))
-        loss = error.abs().mean() + 0.5 * slopes(error)
+        loss = error.abs().mean() + 0.5 * slopes(error) + 40 * tints(error)
         loss = loss + 0.1 * distance + 0.05 * grain_error.abs().mean()
 
         def progress():
