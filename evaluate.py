@@ -1046,9 +1046,10 @@ def verdict(entry):
 
 def findings(entry):
     """Whether and how the sets differ: a mark of a few words, and sentences."""
-    seen = {"worse": {}, "too good": {}}  # difference: plain names, in order
+    seen = {"worse": [], "too good": []}
     for name, difference in entry.differences.items():
-        seen[difference][PLAIN_NAMES[name]] = True
+        if PLAIN_NAMES[name] not in seen[difference]:
+            seen[difference].append(PLAIN_NAMES[name])
     is_few = min(entry.compared) < ENOUGH
     draws = len(entry.first()[1].ranks[0])
     mark = "? undecided" if is_few else "✓ not told apart"

@@ -1352,7 +1352,6 @@ def cut_back(path, state, args):
 
 def open_board(state, args):
     """TensorBoard's writer, of which --wandb sends a copy to Weights & Biases."""
-    need("tensorboard", "--tensorboard or --wandb")
     from torch.utils.tensorboard import SummaryWriter
 
     if args.wandb:
