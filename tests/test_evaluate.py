@@ -641,6 +641,14 @@ def test_halves_of_the_real_set_are_compared_at_equal_sizes():
     assert (fake[:, :21] != -1).all()
 
 
+def test_each_part_of_both_sets_is_left_out_once():
+    draws = evaluate.part_draws(45, 7, 20, seed=0)
+    assert draws.shape == (20, 52)
+    assert ((draws == 0).sum(0) == 1).all()
+    assert set((draws[:, :45] == 0).sum(1)) == {2, 3}
+    assert (draws[:, :45] >= 0).all() and (draws[:, 45:] <= 0).all()
+
+
 def test_halves_are_random_whatever_the_order_of_the_files():
     real, _ = evaluate.half_draws(200, 50, 9, seed=0)
     for side in (1, -1):
@@ -690,7 +698,7 @@ def test_a_permutation_p_is_uniform_when_both_sets_come_from_one_source():
         draws = permutation_draws(20, 20, 39, seed=trial)
         figures = {}
         for name in names:
-            figures[name] = evaluate.measure(name, {"features": joint}, draws, None)
+            figures[name] = evaluate.measure(name, {"features": joint}, draws)
             small[name] += figures[name].p_high <= 0.1
         small["together"] += evaluate.test_together(figures)[0] <= 0.1
     # 20 expected, + 3.3 standard deviations; those that take few values are cautious
@@ -708,7 +716,7 @@ def test_a_shift_is_called_worse_than_chance_and_copies_closer_than_chance(kind)
     joint = {"features": evaluate.joint_matrices(real, fake, standardise=True)}
     draws = permutation_draws(40, 40, 99, seed=0)
     for name in ("frechet", "kid"):
-        assert getattr(evaluate.measure(name, joint, draws, None), kind) == 0.01
+        assert getattr(evaluate.measure(name, joint, draws), kind) == 0.01
 
 
 def test_a_set_of_one_picture_again_and_again_is_worse_than_chance_by_each_figure_of_variety():
@@ -720,7 +728,7 @@ def test_a_set_of_one_picture_again_and_again_is_worse_than_chance_by_each_figur
     joint = {"features": features, "ssim": np.exp(-distance), "lpips": distance}
     draws = permutation_draws(30, 30, 99, 0)
     for name in ("recall", "coverage", "ssim_pairs", "lpips_pairs"):
-        assert evaluate.measure(name, joint, draws, None).p_high <= 0.02, name
+        assert evaluate.measure(name, joint, draws).p_high <= 0.02, name
 
 
 def test_the_last_columns_are_the_real_halves_and_as_many_generated_images(
@@ -1009,9 +1017,9 @@ def test_images_nearer_than_chance_gives_are_counted():
     assert evaluate.count_near(np.ones(5000), np.zeros(5000))[0] == 1
 
 
-def figure(excess=1.0, lower_is_better=True, half_gaps=np.nan):
+def figure(excess=1.0, lower_is_better=True, without_part=np.nan):
     found = yardstick(np.append(excess, np.zeros(99)), lower_is_better)
-    found.half_gaps = half_gaps
+    found.without_part = without_part
     return found
 
 
@@ -1603,20 +1611,49 @@ def test_the_higher_the_better_ranks_so():
     assert sorted([far, near], key=evaluate.rank_key)[0] is near
 
 
-@pytest.mark.parametrize("gap, note", [(0.5, "worse"), (0.1, "noise: not told apart")])
-def test_the_ranking_compares_sets_by_the_same_halves_of_the_real_one(gap, note):
-    noise, other = np.random.RandomState(0).randn(2, evaluate.HALVES)
-    first = entry({"kid": figure(0, half_gaps=noise)})
-    second = entry({"kid": figure(gap, half_gaps=noise + 0.1 * other)})
+@pytest.mark.parametrize("gap, note", [(1.2, "worse"), (0.6, "not told apart")])
+def test_the_ranking_compares_sets_by_the_same_parts_of_the_real_one(gap, note):
+    noise, other = np.random.RandomState(0).randn(2, evaluate.PARTS)
+    first = entry({"kid": figure(0, without_part=noise)})
+    second = entry({"kid": figure(gap, without_part=noise + 0.1 * other)})
     _, rows = evaluate.ranking([first, second])
     assert rows[0][3] == "the first"
     assert rows[1][3].startswith(note)
 
 
+def test_the_error_of_the_ranking_is_that_of_fresh_samples():
+    random = np.random.default_rng(0)
+    gaps = []
+    errors = []
+    for trial in range(60):
+        real, first, second = random.standard_normal((3, 80, 1))
+        figures = []
+        for fake in (first[:50], second[:50] + 1):
+            points = {"points": np.concatenate([real, fake])}
+            draws = evaluate.part_draws(80, 50, evaluate.PARTS, trial)
+            whole = evaluate.permutation_draws(80, 50, 0, trial)
+            value = evaluate.frechet_draws(points, whole)[0]
+            figures.append((value, evaluate.frechet_draws(points, draws)))
+        gaps.append(figures[1][0] - figures[0][0])
+        errors.append(np.std(figures[1][1] - figures[0][1]) * np.sqrt(evaluate.PARTS - 1))
+    assert np.mean(errors) == pytest.approx(np.std(gaps), rel=0.2)
+
+
+def test_a_set_that_is_clearly_worse_is_called_so(tmp_path, monkeypatch, capsys):
+    folders = [str(tmp_path / name) for name in ("real", "wrong", "right")]
+    kinds = ["mpox lesion", "normal fundus", "mpox lesion"]
+    for number, (folder, kind) in enumerate(zip(folders, kinds, strict=True)):
+        phantoms.write(folder, 40, seed=1000 * number, kinds=[kind], size=64)
+    run(monkeypatch, *folders, "--metrics", "frechet")
+    _, _, first, second, *_ = capsys.readouterr().out.split("ranking, the best")[1].splitlines()
+    assert first.startswith(folders[2]) and first.endswith("the first")
+    assert second.startswith(folders[1]) and second.endswith("worse")
+
+
 def test_the_difference_of_two_samples_of_one_source_is_called_noise(tmp_path, monkeypatch, capsys):
     folders = [draw(tmp_path / str(n), 24, n) for n in range(3)]
     run(monkeypatch, *folders, "--metrics", "frechet")
-    assert "noise: not told apart from the first" in capsys.readouterr().out
+    assert "not told apart from the first" in capsys.readouterr().out
 
 
 def random_table(seed):
