@@ -38,8 +38,8 @@ else
     export HF_HUB_OFFLINE=1   # nothing is downloaded
 fi
 if [ "$BASE" = tiny ]; then   # so small a model learns at a higher rate, and needs fewer denoising steps and less guidance
-    TRAIN="--lr 3e-3 --targets all --val-samples 0 --validate-every 200 $TRAIN"
-    SAMPLE="--scheduler dpm --steps 20 --guidance-scale 4 $SAMPLE"
+    TRAIN="--lr 3e-3 --targets all --snr-gamma 5 --val-samples 0 --validate-every 200 $TRAIN"
+    SAMPLE="--scheduler dpm --steps 20 --guidance-scale 2 $SAMPLE"
 fi
 
 # Draw into folder $1 with the adapter at weight $2.

@@ -34,8 +34,8 @@ def generated(base, jobs, **settings):
     return features(sample.generate(base, jobs, settings), 64)
 
 
-def drawn(kinds, seed):
-    arrays = [phantoms.draw(kind, seed + i, 64)[0] for i, kind in enumerate(kinds)]
+def drawn(kinds, seed, size=64):
+    arrays = [phantoms.draw(kind, seed + i, size)[0] for i, kind in enumerate(kinds)]
     return [Image.fromarray(array) for array in arrays]
 
 
@@ -63,18 +63,18 @@ def test_the_base_draws_the_kind_it_is_asked_for_and_not_with_the_empty_prompt(t
 
 def test_an_adapter_teaches_a_kind_that_the_base_never_saw(tiny, tmp_path, run):
     kinds = list(phantoms.KINDS) * 12
-    judge = a_judge().fit(features(drawn(kinds, UNSEEN), 64), kinds)
+    judge = a_judge().fit(features(drawn(kinds, UNSEEN, 128), 64), kinds)
     data = tmp_path / "mpox"
     phantoms.write(data, 64, seed=UNSEEN + 20_000, kinds=["mpox lesion"])
-    flags = ["--base", "tiny", "--data", data, "--steps", 40, "--lr", 5e-3, "--ema", 0.9]
-    flags += ["--resolution", 64, "--val-split", 0, "--val-samples", 0]
+    flags = ["--base", "tiny", "--data", data, "--steps", 60, "--lr", 5e-3, "--ema", 0.9]
+    flags += ["--targets", "all", "--resolution", 64, "--val-split", 0, "--val-samples", 0]
     run(train, *flags, "--out", tmp_path / "run")
     jobs = [(phantoms.draw("mpox lesion", UNSEEN + 9000 + i, 16)[1], i) for i in range(12)]
     pairs, _, _ = lora.load(tmp_path / "run" / "lora.safetensors")
     shares = []
     for adapters in ([], [(pairs, 1.0)]):
         with lora.merged(tiny.parts(), adapters):
-            pictures = generated(tiny, jobs, guidance_scale=2, height=64, width=64)
+            pictures = generated(tiny, jobs, guidance_scale=2)
         shares.append(np.mean(judge.predict(pictures) == "mpox lesion"))
-    assert shares[0] <= 0.3
-    assert shares[1] >= 0.5  # measured: 0.17 and 0.67
+    assert shares[0] <= 0.4
+    assert shares[1] >= 0.7  # measured: 0.25 and 0.92
