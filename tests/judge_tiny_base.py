@@ -7,7 +7,7 @@ mpox phantoms, to name kind, side, size and skin tone; OUT/judge.pt keeps it for
 names what is drawn at guidance 4. How far textures and dark spots are from those of phantoms is
 measured at guidance 4 and at 1, for guidance exaggerates what a caption says. Every figure is also
 given for unseen phantoms that went through the base's autoencoder, the best that its UNet could do.
-Half an hour on two cores. Writes OUT/judged.json and a sheet of pictures for each kind: phantoms
+About half an hour on one core. Writes OUT/judged.json and a sheet of pictures for each kind: phantoms
 above, drawn ones below.
 """
 
@@ -93,15 +93,12 @@ class Judge(torch.nn.Module):
         return {question: head(features) for question, head in self.heads.items()}
 
 
-def worsened(images, random):
-    """Each batch a little out of focus and noisy: neither softness nor grain is to be a clue."""
-    wide = int(random.choice([3, 3, 5]))
-    soft = F.avg_pool2d(images, wide, 1, wide // 2, count_include_pad=False)
-    noise = torch.from_numpy(random.standard_normal(images.shape, dtype=np.float32))
-    return images.lerp(soft, random.uniform()) + random.uniform(0, 6) * noise
+def blurred(images, random):
+    """Each batch a little out of focus, so that softness is no clue to the judge."""
+    return images.lerp(F.avg_pool2d(images, 3, 1, 1, count_include_pad=False), random.uniform())
 
 
-def train_judge(images, answers, steps=4000):
+def train_judge(images, answers, steps=3000):
     """A Judge of uint8 images (N, 3, 128, 128) whose right answers are {question: (N,)}."""
     torch.manual_seed(0)
     judge = Judge()
@@ -110,7 +107,7 @@ def train_judge(images, answers, steps=4000):
     random = np.random.default_rng(0)
     for step in range(steps):
         rows = random.integers(len(images), size=48)
-        batch = worsened(images[rows].float(), random) * random.uniform(0.9, 1.1)
+        batch = blurred(images[rows].float(), random) * random.uniform(0.9, 1.1)
         shift = random.integers(-4, 5, 2).tolist()
         logits = judge(batch.roll(shift, (2, 3)))
         loss = 0
