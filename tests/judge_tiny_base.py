@@ -7,8 +7,8 @@ mpox phantoms, to name kind, side, size and skin tone; OUT/judge.pt keeps it for
 names what is drawn at guidance 4. How far textures and dark spots are from those of phantoms is
 measured at guidance 4 and at 1, for guidance exaggerates what a caption says. Every figure is also
 given for unseen phantoms that went through the base's autoencoder, the best that its UNet could do.
-About half an hour on one core. Writes OUT/judged.json and a sheet of pictures for each kind: phantoms
-above, drawn ones below.
+About half an hour on one core. Writes OUT/judged.json and a sheet of pictures for each kind:
+phantoms above, drawn ones below.
 """
 
 import argparse
