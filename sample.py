@@ -380,6 +380,9 @@ def load_base(name, device, precision="auto", method=None):
         base = read_base(name, folder, device, dtype, method)
     except Exception as why:  # three libraries read these files, each with errors of its own
         fail(f"--base {name}: {folder} cannot be loaded: {why}")
+    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
+        if max(tokenizer.all_special_ids) >= encoder.config.vocab_size:
+            fail(f"--base {name}: its text encoder does not know the tokenizer's special tokens")
     for model in (base.unet, base.vae, *base.text_encoders):
         model.eval().requires_grad_(False)
     for model in (base.vae, *base.text_encoders):

@@ -171,6 +171,12 @@ def test_a_tokenizer_that_knows_no_length_reads_as_much_as_its_text_encoder(base
     assert states.shape[1] == 77
 
 
+def test_a_tokenizer_of_another_text_encoder_is_one_line(base, tmp_path, refused):
+    other = changed(base, tmp_path / "other", "tokenizer", eos_token="<|another|>")
+    line = refused(sample, "--base", other, "--prompt", "x", "--out", tmp_path / "out")
+    assert "does not know the tokenizer's special tokens" in line
+
+
 def test_a_base_that_is_gone_from_the_hub_is_redirected_and_one_that_cannot_be_had_says_what_to_do(
     refused, monkeypatch, capsys
 ):
