@@ -143,7 +143,7 @@ class Figure:
     ranks: np.ndarray  # of each draw, how rare it is as bad and as good, (2, draws)
     real_vs_real: float = None  # one half of the real images against the other, median
     same_size: float = None  # as many generated images against a half, median
-    without_part: np.ndarray = np.nan  # the value without each part of both sets, (PARTS,)
+    without_part: np.ndarray = np.nan  # of what is ranked: without each part of both sets, (PARTS,)
     band: str = None
 
 
@@ -180,14 +180,13 @@ def test_together(figures):
     return np.mean(smallest <= smallest[0]), differences
 
 
-def measure(name, joint, draws, halves=None, parts=None):
-    """The Figure of a metric, from what `collect_matrices` and the functions below give."""
+def measure(name, joint, draws, halves=None):
+    """The Figure of a metric; joint: of `collect_matrices`; halves: of `half_draws`, or None."""
     function, lower_is_better, need = METRICS[name]
     figure = yardstick(function(joint[need], draws), lower_is_better)
     if halves:
         figure.real_vs_real = np.median(function(joint[need], halves[0]))
         figure.same_size = np.median(function(joint[need], halves[1]))
-        figure.without_part = function(joint[need], parts)
     return figure
 
 
@@ -572,13 +571,13 @@ def measure_figures(real, fake, tools):
     n, m = [len(images.rows) for images in compared]
     groups = [row.group for images in compared for row in images.rows]
     draws = permutation_draws(n, m, args.permutations, args.seed, groups, labels)
-    halves = parts = None
-    if min(n, m) > 3:
-        halves = half_draws(n, m, HALVES, args.seed)
-        parts = part_draws(n, m, PARTS, args.seed)
+    halves = half_draws(n, m, HALVES, args.seed) if min(n, m) > 3 else None
     figures = {}
     for name in tools.names:
-        figure = measure(name, joint, draws, halves, parts)
+        figure = measure(name, joint, draws, halves)
+        if halves and name == tools.names[0]:  # sets are ranked by the first metric
+            function, _, need = METRICS[name]
+            figure.without_part = function(joint[need], part_draws(n, m, PARTS, args.seed))
         if name == "frechet" and compared[0].all_features is not None:
             every = pooled(real.all_features, fake.all_features, network.standardise)
             count = len(real.all_features)
@@ -1117,25 +1116,31 @@ def rank_key(entry):
     return may_be_copies(entry), figure.excess * (1 if figure.lower_is_better else -1)
 
 
+def gap_error(figure, other):
+    """Standard error of the difference of two sets' values, by the grouped jackknife.
+
+    Both lose the same parts of the real set, so that the difference is paired. Of Fréchet distances
+    of about 100 images it is 1.2 to 2 times the true error.
+    """
+    return np.std(figure.without_part - other.without_part) * np.sqrt(PARTS - 1)
+
+
 def ranking(entries):
     """Header and rows: each set's excess, and whether the first set is really better.
 
-    A set is worse where the excess differs by 1.96 standard errors of the grouped jackknife. All
-    sets meet the same parts of the real one, so that their differences are paired. Of Fréchet
-    distances of about 100 images the jackknife overestimates the error, 1.2 to 2 times.
+    A set is worse where the excess differs by 1.96 standard errors.
     """
     rows = []
     name, first = entries[0].first()
     for entry in entries:
         figure = entry.metrics[name]
         gap = abs(figure.excess - first.excess)
-        gap_error = np.std(figure.without_part - first.without_part) * np.sqrt(PARTS - 1)
         note = "not told apart from the first"
         if may_be_copies(entry):
             note = "may be copies"
         elif figure is first:
             note = "the first"
-        elif gap > 1.96 * gap_error:
+        elif gap > 1.96 * gap_error(figure, first):
             note = "worse"
         rows.append([entry.fake.path, len(entry.fake.rows), digits(figure.excess, sign=True), note])
     return ["set", "images", f"{name}: excess (0: like real)", "next to the first"], rows

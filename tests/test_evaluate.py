@@ -1627,15 +1627,16 @@ def test_the_error_of_the_ranking_is_that_of_fresh_samples():
     errors = []
     for trial in range(60):
         real, first, second = random.standard_normal((3, 80, 1))
+        values = []
         figures = []
         for fake in (first[:50], second[:50] + 1):
             points = {"points": np.concatenate([real, fake])}
             draws = evaluate.part_draws(80, 50, evaluate.PARTS, trial)
             whole = evaluate.permutation_draws(80, 50, 0, trial)
-            value = evaluate.frechet_draws(points, whole)[0]
-            figures.append((value, evaluate.frechet_draws(points, draws)))
-        gaps.append(figures[1][0] - figures[0][0])
-        errors.append(np.std(figures[1][1] - figures[0][1]) * np.sqrt(evaluate.PARTS - 1))
+            values.append(evaluate.frechet_draws(points, whole)[0])
+            figures.append(figure(without_part=evaluate.frechet_draws(points, draws)))
+        gaps.append(values[1] - values[0])
+        errors.append(evaluate.gap_error(*figures))
     assert np.mean(errors) == pytest.approx(np.std(gaps), rel=0.2)
 
 
