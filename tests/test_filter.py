@@ -899,7 +899,7 @@ def test_a_selector_from_200_noisy_ratings_tells_good_from_bad_on_unseen_images(
     reasons, scores = loaded.judge(pixels, rows)
 
     quality = scores["quality"]
-    assert roc_auc_score(truth == 3, quality) >= 0.88  # measured: 0.90
+    assert roc_auc_score(truth == 3, quality) >= 0.9
     assert roc_auc_score(truth >= 2, quality) >= 0.8
     assert quality[truth == 3].mean() > 0.5 > quality[truth == 1].mean()
     assert [reason == "" for reason in reasons] == (quality >= 0.5).tolist()

@@ -76,5 +76,5 @@ def test_an_adapter_teaches_a_kind_that_the_base_never_saw(tiny, tmp_path, run):
         with lora.merged(tiny.parts(), adapters):
             pictures = generated(tiny, jobs, guidance_scale=2)
         shares.append(np.mean(judge.predict(pictures) == "mpox lesion"))
-    assert shares[0] <= 0.4
+    assert shares[0] <= 0.3
     assert shares[1] >= 0.7  # measured: 0.25 and 0.92

@@ -678,8 +678,9 @@ def mislead_jobs(good, place, count, draw):
         path = draw.choice(sorted(Path(place).glob(target)))
         other = draw.choice(sorted(p for p in Path(good).rglob("[!.]*.*") if p.is_file()))
         allowed = [0]
-        # some of these are refused as they are: twelve ratings are too few to fit
-        if target.startswith(("foreign", "odd", "spreadsheets")):
+        if target.startswith(("foreign", "odd")):  # some of these are refused as they are
+            allowed = [0, 2]
+        if target.startswith("spreadsheets") and "--fit" in command:  # of too few ratings
             allowed = [0, 2]
         if draw.random() < 0.9:  # the others show that the job itself does not fail
             damage(path, other, draw)
