@@ -15,8 +15,8 @@ retinal haemorrhages"
 
 Once there is a base, its training goes on from it, on a new pool: `vae --start tests/tiny-base`,
 then `decoder`; text encoder, tokenizer and UNet are copied from tests/tiny-base to TINY, and
-train.py does the rest, with `--lr 5e-4`. The base of now had 40,000 such steps, the last 18,000 on
-its final autoencoder. tests/judge_tiny_base.py measures what came of it.
+train.py does the rest, with `--lr 5e-4`. The present base had 40,000 steps in all, the last 18,000
+on its final autoencoder. tests/judge_tiny_base.py measures what came of it.
 
 The pool leaves out mpox: an adapter must have something to learn. `vae` fits an autoencoder with
 factor 8 and 4 latent channels; `text` fits a byte-level CLIP tokenizer and a small CLIP text

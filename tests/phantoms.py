@@ -634,8 +634,10 @@ def vessel_tree(random, size, disc, sign):
             if random.random() < 0.13 and step > 2 and width > 0.013:
                 fork = heading + random.choice([-1, 1]) * random.uniform(0.4, 0.8)
                 walks.append((kind, point, fork, 0.0, width * 0.62, int((length - step) * 0.7)))
-    artery, vein = (np.asarray(c.resize((size, size), Image.BOX), np.float32) for c in canvases)
-    return artery / 255, vein / 255, np.array(points)
+    covered = []
+    for canvas in canvases:
+        covered.append(np.asarray(canvas.resize((size, size), Image.BOX), np.float32) / 255)
+    return *covered, np.array(points)
 
 
 def fundus(body, random, size, bleeding):
@@ -703,7 +705,8 @@ def haemorrhages(image, random, disc, points, colour):
     canvas = Image.new("L", (scale, scale))
     pen = ImageDraw.Draw(canvas)
     for _ in range(count):
-        turn, away = random.uniform(0, 2 * np.pi), 0.85 * np.sqrt(random.uniform(0.02, 1))
+        turn = random.uniform(0, 2 * np.pi)
+        away = 0.85 * np.sqrt(random.uniform(0.02, 1))
         spot = away * np.array([np.cos(turn), np.sin(turn)])
         beside = within[random.integers(len(within))] + random.normal(0, 0.05, 2)
         if random.random() < 0.7:
