@@ -126,7 +126,7 @@ def test_kinds_can_be_told_apart_by_their_coarse_look():
     predicted = (design[~train] @ weights).argmax(1)
     modality = np.array(list(phantoms.KINDS.values()))
     assert (predicted == truth[~train]).mean() > 0.6
-    assert (modality[predicted] == modality[truth[~train]]).mean() > 0.85
+    assert (modality[predicted] == modality[truth[~train]]).mean() > 0.88
 
 
 def test_writing_a_folder_gives_pictures_and_metadata_and_patients_of_one_kind(tmp_path):
