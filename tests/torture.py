@@ -27,6 +27,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zlib
@@ -42,6 +43,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_read_image import write_dicom
+from tqdm import tqdm
 
 import evaluate
 import filter
@@ -217,6 +219,7 @@ def run_job(command, place, counter, kill_before, room):
         metrics.CACHE = Path("features").resolve()
         script, *flags = shlex.split(command)
         sys.argv = [f"{script}.py", *flags]
+        tqdm.set_lock(threading.RLock())  # forks share its own: who is killed in it keeps it
         sys.addaudithook(watch)
         metrics.run_script(SCRIPTS[script].main, SCRIPTS[script].parse_args)
         return 0
