@@ -1482,7 +1482,7 @@ def parse_args():
     add("generated", "generated images, likewise", None, data_set, metavar="GENERATED", nargs="*")
     add("--checkpoint", "generate with this checkpoint, or each of a folder", type=data_set)
     add("--num-samples", "images to generate with each checkpoint", 200, number(2, 10**6))
-    add("--steps", "denoising steps for --checkpoint, 1 to 999", 50, number(1, 999))
+    add("--steps", "denoising steps for --checkpoint, 1 to 998", 50, number(1, 998))
     add("--guidance-scale", "weight of the prompt for --checkpoint", 7.5, number(0.0, 1000))
     add("--train-data", "search these for copies (default: of --run, else REAL)", type=data_set)
     add("--max-images", "most images of a set to compare, 2 to 5000", 1000, number(2, 5000))

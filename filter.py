@@ -600,9 +600,11 @@ def copy_images(out, kept, mixed):
         quality = getattr(row, "quality", "")  # real images have none
         values = (name, row.caption, row.label, row.group, int(quality != ""), quality)
         line = dict(zip(header, values, strict=True))
-        roles = [find_column(row.fields, role) for role in COLUMNS]
+        left_out = [find_column(row.fields, role) for role in COLUMNS]
+        if quality != "":  # paths as somebody typed them; model and adapter say the same
+            left_out += ["base", "lora"]
         for column, value in row.fields.items():
-            if column not in roles and column.lower() not in header:
+            if column not in left_out and column.lower() not in header:
                 line[column] = value
         columns |= line
         lines.append(line)
@@ -1459,7 +1461,7 @@ def parse_args(argv=None):
     add("--share", "%% of generated images in a --mix (default: 25)", type=number(0.1, 99.9))
     rate = parser.add_argument_group("experts' ratings")
     add = flag_adder(rate)
-    add("--suggest", "images on a --rating-page, the most useful, to 500", type=number(1, 500))
+    add("--suggest", "images on a --rating-page, at most 500 (default: all)", type=number(1, 500))
     add("--blind", "real images to mix into a --rating-page, one in five", type=data_set)
     add("--scale-text", "text file: what 1, 2, 3 mean on a --rating-page", type=existing_file)
     add("--rated", "rated before: left off the page", [], existing_file, nargs="+", metavar="CSV")

@@ -514,7 +514,7 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="info|convert|merge")
     for_info = commands.add_parser("info", description="Print rank, alpha, base and settings.")
     for_convert = commands.add_parser("convert", description="Write an adapter in another dialect.")
-    for_convert.add_argument("--to", required=True, choices=["diffusers", "kohya"], help="dialect")
+    for_convert.add_argument("--to", required=True, choices=["diffusers", "kohya"], help="format")
     for_merge = commands.add_parser("merge", description="Write the weighted sum of adapters.")
     for_merge.add_argument("files", nargs="+", metavar="FILE[:WEIGHT]", help="default WEIGHT: 1")
     for reader in (for_info, for_convert):

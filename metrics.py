@@ -122,6 +122,8 @@ class Flags(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         line = line.strip("\ufeff \t")
+        if "\0" in line:
+            self.error(f"{line!r} in a file of flags: is not text; write the file again")
         if not line or line.startswith("#"):
             return []
         return [re.sub(r"^(--[\w-]+)\s+", r"\1=", line)]
@@ -255,7 +257,7 @@ def add_reading_flags(group, with_run=True):
     """Flags of how real images are found and prepared, the same in all scripts; with_run: --run."""
     add = flag_adder(group)
     if with_run:
-        run = "a run of train.py: use its split, and its settings for these flags if not given"
+        run = "the run that made the images: use its split, and its settings for these flags"
         add("--run", run, metavar="DIR")
     for role in COLUMNS:
         add(f"--{role}-column", f"{role} column of the table (default: by name)", metavar="NAME")
@@ -2856,7 +2858,8 @@ license_name: that-of-the-base-and-of-the-data
 |---|---|
 {counts}
 An image with several labels counts for each. A label, sex or age that fewer than five patients are
-known to have is not named, and a count below five is "<5".
+known to have is not named, and a count below five is "<5". An image without a patient counts as one
+patient.
 
 ## What it was made from
 

@@ -28,6 +28,7 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -880,12 +881,10 @@ class Manifest:
     def read(self):
         """Read what was drawn, and is still there."""
         for line in self.log.read_text().splitlines():
-            try:
+            with suppress(ValueError, KeyError, TypeError):  # torn by a kill, or damaged
                 record = json.loads(line)
-            except ValueError:  # a crash may cut a line short
-                continue
-            if (self.folder / record["file"]).is_file():
-                self.records[record["stem"]] = record
+                if (self.folder / record["file"]).is_file():
+                    self.records[record["stem"]] = record
 
     def unfinished(self, planned, max_attempts):
         """The images not there with their settings, nor refused with them at every attempt."""
@@ -1260,8 +1259,8 @@ def parse_args(argv=None):
     add("--min-quality", "least probability of a good rating (default: 0.5)", type=share)
     add("--min-alignment", "least probability that the label is shown", type=share)
     add("--reference", "real images to judge by: folder or table", type=data_set, metavar="REAL")
-    calibrate = "share of real images that may be refused (default: 0.05 if no other limit is set)"
-    add("--calibrate", calibrate, type=number(1e-6, 0.999))
+    calibrate = "share of real images to refuse, up to 0.9 (default: 0.05 if no other limit is set)"
+    add("--calibrate", calibrate, type=number(0.0001, 0.9))
     add("--max-lpips", "largest LPIPS to the nearest real image", type=number(0.0, 1e6))
     add("--min-ssim", "least SSIM to the nearest real image, -1 to 1", type=number(-1.0, 1.0))
     add("--drop-copies", "refuse copies of real images", action="store_true", default=None)

@@ -1341,7 +1341,7 @@ def cut_back(path, state, args):
     lines = []
     path.touch()
     for line in path.read_text().splitlines(keepends=True):
-        with suppress(ValueError, KeyError):  # a kill may have torn its last line
+        with suppress(ValueError, KeyError, TypeError):  # torn by a kill, or damaged
             if json.loads(line)["step"] <= state.step:
                 lines.append(line)
     write_file(path, "".join(lines))
@@ -1869,8 +1869,9 @@ def parse_args():
     add_reading_flags(group, with_run=False)
     add("--weight-column", "column of loss weights, from 0 up; divided by their mean")
     add("--resolution", "side in pixels, a multiple of 8 (default: the base's)", type=multiple_of_8)
-    add("--augment", f"random changes, joined by commas: {', '.join(AUGMENT)}", "")
-    add("--variants", "per image (default: 4 if --augment or --crop random, else 1)", type=positive)
+    add("--augment", f"any of {', '.join(AUGMENT)}, joined by commas (default: none)", "")
+    variants = "versions of an image (default: 4 if --augment or --crop random, else 1)"
+    add("--variants", variants, type=positive)
     add("--balance", "draw each label equally often; A|B counts as the rarer", False)
     add("--cache", "folder that keeps encoded images for later runs")
     add("--preview", "train nothing; check the data, write what the model sees to this folder")
@@ -1911,17 +1912,19 @@ def parse_args():
     add("--warmup", "steps of rising lr (default: a tenth of the run, at most 100)", type=count)
     add("--weight-decay", "weight decay of AdamW, 0 to 1", 1e-2, share)
     add("--max-grad-norm", "clip the gradient norm to this (0: off)", 1.0, factor)
-    add("--optimizer", "adamw8bit needs less memory", "adamw", choices=["adamw", "adamw8bit"])
+    optimizer = "adamw8bit needs less memory, and the package bitsandbytes"
+    add("--optimizer", optimizer, "adamw", choices=["adamw", "adamw8bit"])
     add("--gradient-checkpointing", "less memory, but a fifth slower", False)
     add("--compile", "compile the UNet: starts minutes later, then trains faster", False)
     add("--ema", "decay of the averaged weights, 0 to 1 (0: no average)", 0.9999, share)
 
     group = parser.add_argument_group("watching and keeping")
     add = flag_adder(group)
-    add("--validate-every", "in steps (default: a tenth of the run; 0: at the end)", type=count)
+    every = "steps between validations (default: a tenth of the run; 0: at the end)"
+    add("--validate-every", every, type=count)
     add("--val-prompts", "grid prompt, may be repeated (default: top 4 captions)", action="append")
     add("--val-samples", "pictures of each prompt in the grid (0: no grid)", 2, count)
-    add("--val-steps", "denoising steps of the grid's pictures, 1 to 999", 25, number(1, 999))
+    add("--val-steps", "denoising steps of the grid's pictures, 1 to 998", 25, number(1, 998))
     add("--val-guidance-scale", "guidance of the grid's pictures (1: off)", 5.0, factor)
     add("--select-by", "decides the best weights", "val-loss", choices=["val-loss", "kid", "fid"])
     add("--patience", f"stop if N validations gain under {100 * MIN_GAIN} %% (0: off)", 0, count)

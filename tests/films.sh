@@ -5,16 +5,17 @@
 #   DATA=xray/ BASE=sd15 NUM_IMAGES=20 OUT=runs/films sh tests/films.sh
 #
 # DATA holds metadata.csv with file_name, label (several joined by |) and patient_id. No patient with an id is on both
-# sides of the split: the generator never sees the films on which the classifier is tested. More flags of train.py go into TRAIN,
-# of sample.py into SAMPLE. With nothing set it runs on the embedded base and on drawn films, in some minutes on two
-# cores. Typed again, it continues where it was stopped.
+# sides of the split: the generator never sees the films on which the classifier is tested. Paths begin at
+# the repository. More flags of train.py go into TRAIN, of sample.py into SAMPLE, values without spaces. With nothing set
+# it runs on the embedded base and on drawn films, in some minutes on two cores. Typed again, it continues where it was
+# stopped.
 set -eu
 if [ $# -gt 0 ]; then  # settings are variables: print the lines above
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     [ "$1" = --help ] || exit 2
     exit
 fi
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 DATA=${DATA:-} BASE=${BASE:-tiny} OUT=${OUT:-runs/films} TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-}
 NUM_IMAGES=${NUM_IMAGES:-20}  # of each caption
 SHARE=${SHARE:-25}            # per cent of the mixed set that is generated

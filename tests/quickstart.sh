@@ -4,15 +4,15 @@
 #
 #   DATA=wounds/ BASE=sd21-base PROMPT="a diabetic foot ulcer" STEPS=1500 NUM_IMAGES=200 OUT=runs/dfu sh tests/quickstart.sh
 #
-# More flags of train.py go into TRAIN, of sample.py into SAMPLE: TRAIN="--resolution 256 --batch-size 4". Typed again, it
-# continues where it was stopped.
+# More flags of train.py go into TRAIN, of sample.py into SAMPLE, values without spaces:
+# TRAIN="--resolution 256 --batch-size 4". Paths begin at the repository. Typed again, it continues where it was stopped.
 set -eu
 if [ $# -gt 0 ]; then  # settings are variables: print the lines above
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     [ "$1" = --help ] || exit 2
     exit
 fi
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 DATA=${DATA:-}                # real images: a folder or a table
 BASE=${BASE:-tiny}            # what is adapted to them
 PROMPT=${PROMPT:-}            # their caption; without it the table of DATA says what each shows

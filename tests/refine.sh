@@ -7,17 +7,17 @@
 #   SELECTOR=selector.safetensors LORA=runs/dfu/lora.safetensors BASE=sd21-base DATA=wounds/ \
 #       RUN=runs/dfu NUM_IMAGES=50 STEPS=500 TRAIN="--resolution 256 --lr 5e-5" OUT=runs/refined sh tests/refine.sh
 #
-# Typed again, it continues where it was stopped. More flags of train.py go into TRAIN, of sample.py into SAMPLE;
-# rank and targets must be those of LORA. Without LORA the first round trains a new adapter. RUN, the run of LORA,
-# keeps what it held out for evaluation alone, and prepares real images as it did. Without RUN the reports also compare
-# with images that were trained on, and look too good.
+# Typed again, it continues where it was stopped. Paths begin at the repository. More flags of train.py go into TRAIN, of
+# sample.py into SAMPLE, values without spaces; rank and targets must be those of LORA. Without LORA the first round
+# trains a new adapter. RUN, the run of LORA, keeps what it held out for evaluation alone, and prepares real images as it
+# did. Without RUN the reports also compare with images that were trained on, and look too good.
 set -eu
 if [ $# -gt 0 ]; then  # settings are variables: print the lines above
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     [ "$1" = --help ] || exit 2
     exit
 fi
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 SELECTOR=${SELECTOR:?is missing: write one with filter.py --fit, see README.md}
 ROUNDS=${ROUNDS:-2}
 BASE=${BASE:-tiny}
@@ -43,7 +43,7 @@ while [ "$round" -le "$ROUNDS" ]; do
     here=$OUT/round-$round
     python filter.py "$before/drawn" --reference "$DATA" --selector "$SELECTOR" --drop-copies \
         --mix "$DATA" --share "$SHARE" ${RUN:+--run "$RUN"} --out "$here/kept"
-    if [ ! -d "$here/kept/generated" ]; then
+    if [ -z "$(ls "$here/kept/generated" 2>/dev/null)" ]; then
         echo "error: round $round keeps no image, see $here/kept/filter.html; rate more, or draw better ones" >&2
         exit 2
     fi

@@ -575,8 +575,10 @@ def small_sets(folder, count=8):
         (folder / name).mkdir()
         for i in range(count):
             wound(first + i, 64).save(folder / name / f"{i}.png")
-    rows = [[f"{i}.png", f"wound {i}", "ulcer", 7 + i] for i in range(count)]
-    write_csv(folder / "new" / "manifest.csv", ["file", "prompt", "label", "seed"], rows)
+    paths = ["/home/mueller/base", "/home/mueller/lora.safetensors:1"]
+    rows = [[f"{i}.png", f"wound {i}", "ulcer", 7 + i, *paths] for i in range(count)]
+    header = ["file", "prompt", "label", "seed", "base", "lora"]
+    write_csv(folder / "new" / "manifest.csv", header, rows)
     rows = [[f"{i}.png", "a real one", f"p{i}"] for i in range(count)]
     write_csv(folder / "real" / "metadata.csv", ["file_name", "text", "patient_id"], rows)
     return folder / "real", folder / "new"
@@ -660,6 +662,7 @@ def test_a_mix_has_the_share_asked_for_with_captions_patients_and_provenance(
     for row in true:
         assert row.fields["quality"] == ""
         assert Path(row.path).read_bytes() == (real / Path(row.file_name).name).read_bytes()
+    assert "mueller" not in (out / "metadata.csv").read_text()  # paths as typed may name somebody
 
 
 # ---------------------------------------------------------------- labels, grey kinds

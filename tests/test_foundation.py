@@ -61,7 +61,9 @@ def test_a_value_may_begin_with_a_minus():
 
 
 def test_wrong_flags_are_one_line_and_status_2(tmp_path, capsys):
+    (tmp_path / "flags.txt").write_text("--selector a\0b")
     messages = {
+        (f"@{tmp_path}/flags.txt",): "'--selector a\\x00b' in a file of flags: is not text",
         ("--steps", "0"): "--steps: 0: give a whole number from 1 to 10",
         ("--data", "nowhere"): "nowhere: no such file or folder",
         ("--selector", tmp_path): f"{tmp_path}: no such file",

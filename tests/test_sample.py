@@ -385,7 +385,7 @@ def test_a_run_killed_before_its_manifest_is_continued_from_its_log(
         draw(tmp_path / "killed", *flags)
     (tmp_path / "killed" / "a-wound-0002.png").unlink()  # killed between the log and this picture
     with open(tmp_path / "killed" / "drawn.jsonl", "a") as log:
-        log.write('{"file": "a-wou')  # the machine crashed
+        log.write('"a record"\n{"file": null}\n{"file": "a-wou')  # the machine crashed
     assert not (tmp_path / "killed" / "manifest.csv").exists()
     capsys.readouterr()
     draw(tmp_path / "killed", *flags)

@@ -1144,7 +1144,7 @@ def test_the_end_of_another_run_is_a_result_and_a_damaged_log_no_hindrance(flags
     )
     assert results(tmp_path / "a")[1] == results(tmp_path / "b")[1]
     lines = (tmp_path / "a" / "log.jsonl").read_text()
-    (tmp_path / "a" / "log.jsonl").write_text(lines + '{"step": 1, "loss": [}')
+    (tmp_path / "a" / "log.jsonl").write_text(lines + '"step"\n{"step": null}\n{"step": 1, [}')
     run(train, *flags, "--out", tmp_path / "a", "--steps", 13, "--lr-schedule", "constant")
     assert [line["step"] for line in log_of(tmp_path / "a")] == list(range(1, 14))
 

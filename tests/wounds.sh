@@ -6,7 +6,8 @@
 #
 #   DATA=wounds/ BASE=sd21-base NUM_IMAGES=200 OUT=runs/wounds sh tests/wounds.sh
 #
-# DATA holds the folders inflammatory/ and remodelling/. More flags of train.py go into TRAIN, of sample.py into SAMPLE.
+# DATA holds the folders inflammatory/ and remodelling/. Paths begin at the repository. More flags of train.py go into
+# TRAIN, of sample.py into SAMPLE, values without spaces.
 # With nothing set it runs on the embedded base and on drawn wounds, in some minutes on two cores. Typed again, it
 # continues where it was stopped.
 set -eu
@@ -15,7 +16,7 @@ if [ $# -gt 0 ]; then  # settings are variables: print the lines above
     [ "$1" = --help ] || exit 2
     exit
 fi
-cd "$(dirname "$0")/.."
+CDPATH= cd "$(dirname "$0")/.."
 DATA=${DATA:-} BASE=${BASE:-tiny} OUT=${OUT:-runs/wounds} TRAIN=${TRAIN:-} SAMPLE=${SAMPLE:-}
 NUM_IMAGES=${NUM_IMAGES:-40}  # of each phase
 SHARE=${SHARE:-50}            # per cent of the mixed set that is generated
