@@ -96,6 +96,7 @@ from metrics import (
     read_audit,
     read_run,
     read_table,
+    reading_words,
     report_enlarged,
     resamples,
     resolve_auto,
@@ -1594,10 +1595,9 @@ def main(args):
     settings = describe(tools, resolution, entries)
     print(f"\n{settings['networks']}")
     write_results(args, settings, entries)
-    words = [entries[0].fake.path, "--reference", args.real, "--calibrate", "0.05"]
-    if args.run:
-        words += ["--run", args.run]
-    print("next:", command("filter.py", *words))
+    reference = args.train_data or args.real
+    words = [entries[0].fake.path, "--reference", reference, "--calibrate", "0.05"]
+    print("next:", command("filter.py", *words, *reading_words(args)))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from scipy import special
 from metrics import (
     BAD_SHARE,
     COLUMNS,
+    MISSING,
     CopyFinder,
     Flags,
     LabelCheck,
@@ -93,6 +94,7 @@ from metrics import (
     read_run,
     read_table,
     read_text,
+    reading_words,
     report_enlarged,
     resamples,
     resolve_auto,
@@ -450,9 +452,7 @@ def print_what_is_next(kept, mixed, args):
         print(f"mixed with {len(mixed)} real images: {share:.0%} of all are generated")
         print("next: " + command("train.py", "--data", args.out))
     else:
-        words = [args.reference, args.generated, args.out]
-        if args.run:
-            words += ["--run", args.run]
+        words = [args.reference, args.generated, args.out, *reading_words(args)]
         print("next: " + command("evaluate.py", *words))
 
 
@@ -680,7 +680,7 @@ def read_origin(args):
         if audit:
             origin["audit"] = audit["sentence"]
         else:
-            note(f"{args.run}: no audit.json: type the training command again with --audit")
+            note(f"{args.run}: no audit.json: the training command with --audit says why")
     return origin
 
 
@@ -740,7 +740,7 @@ RATING_COLUMNS = {  # role -> usual names
     "sha256": ("sha256",),
     "shows": ("shows",),
 }
-NO_VALUE = ("-", "?", "na", "n/a", "#n/a", "nan", "none", "null")  # of R, Excel and pandas
+NO_VALUE = (*MISSING, "-", "?", "none")
 
 
 @dataclass

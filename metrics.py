@@ -379,6 +379,25 @@ def command(script, *words):
     return shlex.join(["python", path, *map(str, words)])
 
 
+def reading_words(args):
+    """Of add_reading_flags, what a next command() needs: --run, which sets the others, or these."""
+    if args.run:
+        return ["--run", args.run]
+    words = []
+    for name in READING:
+        value = getattr(args, name)
+        if value in (None, False, "center", "middle"):  # as by default
+            continue
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, str):
+            words += [flag, value]
+        else:
+            words += [flag, ",".join(f"{end:g}" for end in value)]
+    return words
+
+
 def run_script(main, parse_args):
     """Run main(parse_args()): input, disk and memory errors end in fail(), bugs in a traceback."""
     # never fail on an unprintable character; in a log, too, a line stands as soon as it is printed
@@ -829,6 +848,7 @@ COLUMNS = {
     "age": ("age", "patient_age", "age_approx", "anchor_age"),
 }
 TABLES = ("metadata.csv", "metadata.jsonl", "manifest.csv")
+MISSING = ("na", "n/a", "#n/a", "nan", "null")  # how R, Excel and pandas write that a cell is empty
 BAD_SHARE = 0.05  # of a data set may be missing or unreadable; more is a mistake to correct first
 
 
@@ -1054,6 +1074,9 @@ def list_table(table, records, columns, strict):
     rows = []
     missing = []
     for fields in records:
+        for name, text in fields.items():
+            if text_key(text) in MISSING:
+                fields[name] = ""
         file_name = fields[columns["image"]]
         path = os.path.join(folder, file_name.replace("\\", "/"))  # of Windows
         path = find_file(os.path.normpath(path))

@@ -61,7 +61,7 @@ from metrics import (
     flag_adder,
     from_hub,
     generator,
-    list_images,
+    list_rows,
     load_real,
     looks_like_image,
     modality_of,
@@ -784,7 +784,7 @@ def use_extra(base, metadata, extra):
 def read_prompts(args, adapters):
     """The captions to draw, each once, as Rows: those of the flags, else of the adapters' runs."""
     if args.labels_from:
-        rows = rows_of_data_set(args.labels_from, args.prompt, adapters)
+        rows = rows_of_data_set(args, adapters)
     else:
         rows = [Row("", "", text) for text in read_texts(args, adapters)]
     if not rows:
@@ -807,18 +807,22 @@ def read_texts(args, adapters):
         for adapter in adapters:
             own = adapter.metadata.get("val_prompts") or [adapter.metadata.get("prompt")]
             texts += [text for text in own if text is not None and "{" not in text]
+        if any(texts):
+            note(f"no --prompt: drawing captions of the training: {'; '.join(texts)}")
     return texts
 
 
-def rows_of_data_set(data, prompts, adapters):
-    """The rows of a data set, captioned by --prompt, else as the run of an adapter was.
+def rows_of_data_set(args, adapters):
+    """The rows of --labels-from, captioned by --prompt, else as the run of an adapter was.
 
     A run's format, such as "{modality}: {Text}", comes before the captions of the data set; a
     --prompt without columns serves where it has none.
     """
+    data = args.labels_from
+    prompts = args.prompt
     if len(prompts) > 1:
         fail("--prompt: given twice; with --labels-from give one, the format of the captions")
-    rows = list_images(data, prompt=prompts[0] if prompts else None)
+    rows = list_rows(data, args, prompts[0] if prompts else None)
     has_captions = any(row.caption for row in rows)
     own_format = first_known(adapters, "prompt") or ""
     if not prompts and ("{" in own_format or not has_captions):
@@ -828,6 +832,8 @@ def rows_of_data_set(data, prompts, adapters):
             fill_captions(data, rows, {}, own_format)
         elif any(row.label for row in rows):
             fail(f'--labels-from {data}: has labels but no captions; give --prompt "… {{labels}}"')
+        else:
+            fail(f"--labels-from {data}: has no captions; give --prompt or --caption-column")
     return rows
 
 
@@ -1368,7 +1374,11 @@ def finish(records, missing, files, args):
         words = [args.reference or "REAL", args.out]
         run = args.run or find_run(files)
         if run:
-            words = [args.reference or read_run(run)["data"], args.out, "--run", run]
+            flags = read_run(run)
+            val_data = flags.get("val_data")
+            words = [args.reference or val_data or flags["data"], args.out, "--run", run]
+            if val_data:
+                words += ["--train-data", flags["data"]]
         print("next: " + command("evaluate.py", *words))
 
 

@@ -1455,7 +1455,7 @@ def describe_run(rows, state, data, validation, args):
     write_csv(Path(args.out, "people.csv"), people[0], [record.values() for record in people])
     held_out = len(validation.rows) if validation else 0
     if 0 < held_out < 5:
-        note(f"validation images: {held_out}, too few to trust; give more, such as --val-split 0.3")
+        note(f"validation images: {held_out}, too few to trust; hold out more, or give more images")
     weights = sum(weight.numel() for weight in state.weights.values())
     print(
         f"{state.images} images to train on (patients: {count_patients(data.rows)}), {held_out} for"
@@ -1473,13 +1473,14 @@ def finish(base, state, data, validation, args):
     print(sentence)
     flag = "--base" if args.method == "full" else "--lora"
     words = ("--prompt", args.val_prompts[0], "--num-images", 50, "--grid")
-    draw = command("sample.py", flag, result, *words, "--out", "runs/samples")
+    drawn = f"{args.out}-samples"
+    draw = command("sample.py", flag, result, *words, "--out", drawn)
     write_report(state, sentence, draw, args)
     write_model_card(state, data, sentence, result, args)
     write_args(args, state.step)
     print(f"done after {state.step} of {args.steps} steps; the result is {result}")
     print(f"look at {args.out}/report.html\nnext: {draw}")
-    words = [args.val_data or args.data, "runs/samples", "--run", args.out]
+    words = [args.val_data or args.data, drawn, "--run", args.out]
     if args.val_data:
         words += ["--train-data", args.data]
     if args.val_data or args.val_split or args.test_split:

@@ -403,7 +403,7 @@ def test_an_audit_that_is_missing_or_damaged_is_one_line(content, card_of, make_
     assert "No membership audit is known." in text
     assert "- training images: 8; patients: not stated\n" in text
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "audit.json" in line]
-    assert line == f"{folder}: no audit.json: type the training command again with --audit"
+    assert line == f"{folder}: no audit.json: the training command with --audit says why"
 
 
 def test_a_reason_names_no_label(tmp_path):

@@ -252,6 +252,16 @@ def test_a_line_that_is_no_json_is_named(tmp_path, capsys):
         assert f"not a JSON object: {line}" in refused(capsys, tmp_path)
 
 
+def test_cells_that_say_that_nothing_is_known_are_empty(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    cells = "a.png,n/a,NA,NaN,none,null"
+    (tmp_path / "metadata.csv").write_text(f"file_name,text,label,patient_id,site,age\n{cells}\n")
+    (row,) = list_images(tmp_path)
+    assert (row.caption, row.label, row.group, row.age) == ("", "", "", "")
+    assert row.fields["label"] == ""  # as a prompt reads it
+    assert row.fields["site"] == "none"  # may be a finding
+
+
 def test_jsonl_and_manifests_are_tables_too(tmp_path):
     one, two = pictures(tmp_path / "one", "a.png"), pictures(tmp_path / "two", "a.png")
     (one / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "hello", "age": 7}\n\n')

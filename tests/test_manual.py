@@ -83,6 +83,42 @@ def test_every_command_of_readme_runs_as_typed(run, base, tmp_path, monkeypatch)
     assert here - given == {"runs", "selector.safetensors"}  # what may show patients is in runs/
 
 
+def next_command(printed):
+    """The script and words of the last line that begins with "next: ", as a shell reads them."""
+    line = re.findall(r"^next: (.*)$", printed, re.MULTILINE)[-1]
+    _, path, *words = shlex.split(line)
+    return os.path.basename(path).removesuffix(".py"), words
+
+
+@pytest.mark.parametrize("how", ["--val-data", "--caption-column"])
+def test_each_script_prints_a_next_command_that_runs(how, run, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "real", ["mpox lesion"])
+    phantoms.write(tmp_path / "its val", 24, seed=300, kinds=["mpox lesion"], size=64)
+    value = "its val"
+    if how == "--caption-column":
+        value = "befund"
+        table = tmp_path / "real" / "metadata.csv"
+        table.write_text(table.read_text().replace("text", value, 1))
+    flags = ["--base", base, "--data", "real", how, value, "--out", "a run", "--seed", 1]
+    run(train, *flags, *SMALLER["train"])
+    for expected in ("sample", "evaluate", "filter"):
+        script, words = next_command(capsys.readouterr().out)
+        assert script == expected
+        run(SCRIPTS[script], *words, *SMALLER[script])
+
+
+def test_a_next_command_names_how_images_are_read(monkeypatch):
+    def flags_of(*words):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", str(ROOT), str(ROOT), *words])
+        return evaluate.parse_args()
+
+    words = ["--image-column", "a b", "--range", "-5,9.5", "--window", "40,80", "--crop", "pad"]
+    args = flags_of(*words, "--allow-burned-in")
+    assert flags_of(*metrics.reading_words(args)) == args
+    assert metrics.reading_words(flags_of()) == []
+
+
 def test_git_ignores_what_evaluate_writes_and_readmes_folder():
     how = {"cwd": ROOT, "capture_output": True, "text": True}
     names = ["report.html", "report.json", "runs/board.html"]

@@ -680,6 +680,15 @@ def test_formats_that_say_nothing_are_refused(refusal, images, tmp_path):
     assert "has labels but no captions" in refusal(out, "--labels-from", images)
 
 
+def test_the_column_of_captions_may_be_named_and_a_set_without_any_is_refused(refusal, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    (tmp_path / "t.csv").write_text("path,befund,text\n0.png,ein Fuss,a foot\n")
+    flags = ["--labels-from", tmp_path / "t.csv"]
+    assert read_prompts(*flags, "--caption-column", "befund") == [("ein Fuss", "", "")]
+    (tmp_path / "t.csv").write_text("path,befund\n0.png,ein Fuss\n")
+    assert "give --prompt or --caption-column" in refusal(tmp_path / "out", *flags)
+
+
 def test_captions_by_the_format_of_the_adapters_run(images):
     about = {"prompt": "a {label} foot"}
     adapter = sample.Adapter("a.safetensors", 1.0, {}, about, {})
