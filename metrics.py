@@ -394,7 +394,7 @@ def reading_words(args):
         elif isinstance(value, str):
             words += [flag, value]
         else:
-            words += [flag, ",".join(f"{end:g}" for end in value)]
+            words += [flag, ",".join(f"{end:.10g}" for end in value)]
     return words
 
 

@@ -1352,6 +1352,9 @@ def main(args):
             manifest.write()
     if RANK == 0:
         files = [each.path for each in adapters] + [base_name]
+        others = len(manifest.records) - len(planned)
+        if others:
+            note(f"{args.out} also holds {others} images of earlier commands")
         finish([manifest.records[drawing.stem] for drawing in planned], missing, files, args)
 
 
