@@ -402,7 +402,8 @@ def draw_units(images, seed):
     ten units each image counts: then the figures hold for these patients alone.
     """
     count = len(images.rows)
-    order = shuffles(1, count, seed, "units", images.path)[0]
+    names = "|".join(row.file_name for row in images.rows)  # the same wherever the folder is
+    order = shuffles(1, count, seed, "units", names)[0]
     drawn = order[np.unique(images.finder.unit_of[order], return_index=True)[1]]
     if len(drawn) < 10:
         drawn = order

@@ -1074,8 +1074,8 @@ def list_table(table, records, columns, strict):
     rows = []
     missing = []
     for fields in records:
-        for name, text in fields.items():
-            if text_key(text) in MISSING:
+        for name in filter(None, columns.values()):
+            if text_key(fields[name]) in MISSING:
                 fields[name] = ""
         file_name = fields[columns["image"]]
         path = os.path.join(folder, file_name.replace("\\", "/"))  # of Windows

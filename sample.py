@@ -1341,8 +1341,7 @@ def main(args):
             share = math.ceil(len(planned) / WORLD)
             batches = math.ceil(share / args.batch_size)
             batch_size = math.ceil(share / batches)  # all of one size
-            pairs = [(adapter.pairs, adapter.weight) for adapter in adapters]
-            with merged(base.parts(), pairs):
+            with merged(base.parts(), [(each.pairs, each.weight) for each in adapters]):
                 draw(base, todo, batch_size, settings, control, manifest, args)
         while RANK == 0 and manifest.unfinished(planned, args.max_attempts):
             time.sleep(1)  # for the other processes; torchrun ends this if one dies
@@ -1352,10 +1351,15 @@ def main(args):
             manifest.write()
     if RANK == 0:
         files = [each.path for each in adapters] + [base_name]
-        others = len(manifest.records) - len(planned)
-        if others:
-            note(f"{args.out} also holds {others} images of earlier commands")
-        finish([manifest.records[drawing.stem] for drawing in planned], missing, files, args)
+        finish(records_of(planned, manifest), missing, files, args)
+
+
+def records_of(planned, manifest):
+    """The records of the images; prints how many others are in the folder, and so in the set."""
+    others = len(manifest.records) - len(planned)
+    if others:
+        note(f"{manifest.folder} also holds {others} images of other commands")
+    return [manifest.records[drawing.stem] for drawing in planned]
 
 
 def finish(records, missing, files, args):

@@ -226,6 +226,16 @@ def test_of_a_large_set_some_are_drawn_and_only_the_frechet_value_is_of_all(
     assert "the Frechet value" in " ".join((tmp_path / "report.html").read_text().split())
 
 
+def test_figures_do_not_depend_on_where_the_folders_are(tmp_path, monkeypatch):
+    found = []
+    for place in (tmp_path, tmp_path / "moved"):
+        for name, seed in (("real", 0), ("new", 200)):  # two images of each patient
+            phantoms.write(place / name, 24, seed=seed, kinds=["mpox lesion"], size=64)
+        (entry,) = run(monkeypatch, str(place / "real"), str(place / "new"))["generated"]
+        found.append(entry["metrics"])
+    assert found[0] == found[1]
+
+
 def test_figures_do_not_depend_on_batch_size_and_follow_the_seed(tmp_path, monkeypatch):
     real = draw(tmp_path / "real", 14, 1)
     fake = draw(tmp_path / "fake", 11, 2)
@@ -1644,8 +1654,8 @@ def test_a_set_that_is_clearly_worse_is_called_so(tmp_path, monkeypatch, capsys)
     folders = [str(tmp_path / name) for name in ("real", "wrong", "right")]
     kinds = ["mpox lesion", "normal fundus", "mpox lesion"]
     for number, (folder, kind) in enumerate(zip(folders, kinds, strict=True)):
-        phantoms.write(folder, 40, seed=1000 * number, kinds=[kind], size=64)
-    run(monkeypatch, *folders, "--metrics", "frechet")
+        phantoms.write(folder, 80, seed=1000 * number, kinds=[kind], size=64)
+    run(monkeypatch, *folders, "--metrics", "frechet")  # of each 40 patients
     _, _, first, second, *_ = capsys.readouterr().out.split("ranking, the best")[1].splitlines()
     assert first.startswith(folders[2]) and first.endswith("the first")
     assert second.startswith(folders[1]) and second.endswith("worse")

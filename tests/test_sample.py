@@ -408,7 +408,7 @@ def test_other_settings_in_the_same_folder_are_refused_unless_overwrite(draw, tm
 def test_other_prompts_are_added_to_the_folder(draw, tmp_path, capsys):
     draw(tmp_path, "--prompt", "a wound", "--num-images", 1)
     draw(tmp_path, "--prompt", "a film", "--num-images", 1, "--seed", 4)
-    assert capsys.readouterr().err.count("also holds 1 images of earlier commands") == 1
+    assert capsys.readouterr().err.count("also holds 1 images of other commands") == 1
     assert [(row["prompt"], row["seed"]) for row in manifest(tmp_path)] == [
         ("a film", "4"),
         ("a wound", "0"),
