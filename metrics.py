@@ -383,10 +383,13 @@ def reading_words(args):
     """Of add_reading_flags, what a next command() needs: --run, which sets the others, or these."""
     if args.run:
         return ["--run", args.run]
+    parser = Flags("")
+    add_reading_flags(parser)
+    usual = vars(parser.parse_args([]))
     words = []
     for name in READING:
         value = getattr(args, name)
-        if value in (None, False, "center", "middle"):  # as by default
+        if value == usual[name]:
             continue
         flag = "--" + name.replace("_", "-")
         if value is True:

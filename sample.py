@@ -1381,12 +1381,18 @@ def finish(records, missing, files, args):
         words = [args.reference or "REAL", args.out]
         run = args.run or find_run(files)
         if run:
-            flags = read_run(run)
-            val_data = flags.get("val_data")
-            words = [args.reference or val_data or flags["data"], args.out, "--run", run]
-            if val_data:
-                words += ["--train-data", flags["data"]]
+            words = evaluation_words(read_run(run), args.out, run)
+            words[0] = args.reference or words[0]
         print("next: " + command("evaluate.py", *words))
+
+
+def evaluation_words(flags, images, run):
+    """What evaluate.py needs for images that a run drew; flags: the run's, {name: value}."""
+    val_data = flags.get("val_data")
+    words = [val_data or flags["data"], images, "--run", run]
+    if val_data:
+        words += ["--train-data", flags["data"]]
+    return words
 
 
 def find_run(paths):

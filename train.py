@@ -134,6 +134,7 @@ from sample import (
     decode_with_gradient,
     denoise,
     encode,
+    evaluation_words,
     find_base,
     generate,
     load_base,
@@ -1480,10 +1481,8 @@ def finish(base, state, data, validation, args):
     write_args(args, state.step)
     print(f"done after {state.step} of {args.steps} steps; the result is {result}")
     print(f"look at {args.out}/report.html\nnext: {draw}")
-    words = [args.val_data or args.data, drawn, "--run", args.out]
-    if args.val_data:
-        words += ["--train-data", args.data]
     if args.val_data or args.val_split or args.test_split:
+        words = evaluation_words(vars(args), drawn, args.out)
         print("then:", command("evaluate.py", *words))
 
 
@@ -1925,7 +1924,7 @@ def parse_args():
     add("--validate-every", every, type=count)
     add("--val-prompts", "grid prompt, may be repeated (default: top 4 captions)", action="append")
     add("--val-samples", "pictures of each prompt in the grid (0: no grid)", 2, count)
-    add("--val-steps", "denoising steps of the grid's pictures, 1 to 998", 25, number(1, 998))
+    add("--val-steps", "denoising steps of the grid's pictures, 1 to 999", 25, number(1, 999))
     add("--val-guidance-scale", "guidance of the grid's pictures (1: off)", 5.0, factor)
     add("--select-by", "decides the best weights", "val-loss", choices=["val-loss", "kid", "fid"])
     add("--patience", f"stop if N validations gain under {100 * MIN_GAIN} %% (0: off)", 0, count)

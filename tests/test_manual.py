@@ -113,7 +113,8 @@ def test_a_next_command_names_how_images_are_read(monkeypatch):
         monkeypatch.setattr("sys.argv", ["evaluate.py", str(ROOT), str(ROOT), *words])
         return evaluate.parse_args()
 
-    words = ["--image-column", "a b", "--range", "-5,9.5", "--window", "40,80", "--crop", "pad"]
+    words = "--group-column center --range -5,9.5 --window 40,80 --crop pad".split()
+    words += ["--image-column", "a b"]
     args = flags_of(*words, "--allow-burned-in")
     assert flags_of(*metrics.reading_words(args)) == args
     assert metrics.reading_words(flags_of()) == []
